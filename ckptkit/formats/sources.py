@@ -122,6 +122,11 @@ class Inner(Source):
         """As `Source.on_read`."""
         return self.area.file.on_read(self.area.offset + offset, nbytes, check)
 
+    @property
+    def left(self) -> int:
+        """As `Source.left`."""
+        return self.area.file.left
+
     def settle(self, areas: Sequence[tuple[int, int]] | None = None) -> None:
         """As `Source.settle`; what it lies in is looked at, too."""
         super().settle(areas)

@@ -286,9 +286,11 @@ def _with_stats(checkpoint: Checkpoint, rows: Sequence[TensorRow]) -> tuple[list
     from ckptkit.computed import files_of
     from ckptkit.stats import NO_STATS, tensor_stats
     from ckptkit.transfer.checksums import Checksums, damage_text
+    from ckptkit.transfer.values import will_read
 
     checksums = Checksums()
     checksums.want(row.entry.storage for row in rows if row.entry is not None)
+    will_read(row.entry for row in rows if row.entry is not None)
     known: dict[tuple[object, ...], StatsDocument] = {}
     nothing = cast("StatsDocument", NO_STATS)
     result = []

@@ -21,7 +21,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from ckptkit.bytesource import Source
 from ckptkit.errors import CorruptError, FileAccessError, MissingFileError
-from ckptkit.remote import current_session, session, source_at, store_of
+from ckptkit.remote import current_session, opened_at, revealed, session, source_at, store_of
 from ckptkit.remote.retries import masked
 from ckptkit.remote.source import RemoteSource
 from ckptkit.remote.store import Store
@@ -151,9 +151,15 @@ def _listing(url: str) -> tuple[Tree, str] | None:
         found, root = _found(url), url.rstrip("/")
         if found is not None:
             return found
+        if (failed := current.failed.get(f"{root}/")) is not None:
+            raise failed
         if root not in current.listings:
             store = store_of(url)
-            current.listings[root] = Tree(root, store.listing(root)) if store.has_listings else None
+            try:
+                current.listings[root] = Tree(root, store.listing(revealed(root))) if store.has_listings else None
+            except FileAccessError as error:
+                current.failed[f"{root}/"] = error
+                raise
         tree = current.listings[root]
         return (tree, "") if tree is not None and tree.files else None
 
@@ -171,9 +177,11 @@ def is_folder(url: str) -> bool:
     try:
         if not store_of(url).has_listings:
             return False
-        if not url.endswith("/") and _FILE_ENDING.search(url) and _is_there(url):
-            return False
-        return _listing(url) is not None
+        with session() as current:
+            if not url.endswith("/") and _FILE_ENDING.search(url):
+                if _is_there(url) or not isinstance(current.failed.get(url), MissingFileError):
+                    return False
+            return _listing(url) is not None
     except FileAccessError:  # told where it is opened
         return False
 
@@ -189,11 +197,12 @@ def is_file(url: str) -> bool:
 def _is_there(url: str) -> bool:
     """Whether a file can be opened, which is kept for whoever opens it next."""
     with session() as current:
-        if url in current.opened:
-            return True
+        if url in current.opened or url in current.failed:
+            return url in current.opened
         try:
-            source = RemoteSource(store_of(url), url)
-        except FileAccessError:
+            source = opened_at(url)
+        except FileAccessError as error:
+            current.failed[url] = error  # told where it is opened, and not asked for again
             return False
         current.keep(url, source)
         return True
@@ -203,8 +212,9 @@ def opened(url: str) -> Source:
     """As `ckptkit.places.opened`."""
     try:
         return source_at(url)
-    except MissingFileError:
-        told = _nothing_at(url)
+    except FileAccessError as error:
+        is_open = isinstance(error, MissingFileError) or _FILE_ENDING.search(url) is None
+        told = _nothing_at(url) if is_open else None
         if told is None:
             raise
         raise told from None
@@ -254,7 +264,7 @@ def size(url: str) -> int:
             kept = current.opened.get(url)
             if kept is not None:
                 return kept.size
-    with contextlib.closing(RemoteSource(store_of(url), url)) as source:
+    with contextlib.closing(opened_at(url)) as source:
         return source.size
 
 
@@ -396,7 +406,7 @@ def opener(url: str) -> Callable[[str], Source]:
     """What opens the files below a folder, also once the session has ended."""
     store, found = store_of(url), _listing(url)
     tree, inside = found if found is not None else (Tree(url.rstrip("/"), {}), "")
-    current = current_session()
+    current, root = current_session(), revealed(tree.root)
 
     def part(name: str) -> Source:
         path = f"{inside}/{name}" if inside else name
@@ -406,7 +416,8 @@ def opener(url: str) -> Callable[[str], Source]:
         kept = None if current is None else current.taken(where)
         if kept is not None:
             return kept
-        return ListedSource(store, where, tree.files[path]) if tree.files else RemoteSource(store, where)
+        real = f"{root}/{path}"
+        return ListedSource(store, real, tree.files[path]) if tree.files else RemoteSource(store, real)
 
     return part
 
@@ -431,7 +442,7 @@ class _Ahead:
             if url is None:
                 return
             context = contextvars.copy_context()
-            self._opening[url] = self._pool.submit(context.run, RemoteSource, store_of(url), url)
+            self._opening[url] = self._pool.submit(context.run, opened_at, url)
             self._order.append(url)
 
     def take(self, url: str) -> RemoteSource | None:

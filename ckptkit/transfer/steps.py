@@ -248,7 +248,6 @@ def require_unchanged(plan: Plan) -> None:
             source = step.entry.storage.source if isinstance(step, Gather) else step.source
             sources.update((id(file), file) for file in files_of(source))
     for file in sources.values():
-        file.settle()
         if file.changed():
             raise CorruptError("the file was changed while it was being converted; nothing was written", path=file.path)
 

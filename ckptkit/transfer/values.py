@@ -74,7 +74,7 @@ class Ahead:
 
 
 def lying_in(value: TensorEntry | Storage | ByteSource) -> Iterator[ByteRange]:
-    """The ranges of files that values are read from; of pieces that were not read yet nothing is known."""
+    """The ranges of files that values are read from; what says where pieces lie is read for it."""
     source = value.storage.source if isinstance(value, TensorEntry) else value
     source = source.source if isinstance(source, Storage) else source
     if isinstance(value, TensorEntry):
@@ -86,23 +86,31 @@ def lying_in(value: TensorEntry | Storage | ByteSource) -> Iterator[ByteRange]:
         yield source.whole.deflated
     elif isinstance(source, ByteRange):
         yield source
-    elif getattr(source.whole, "is_known", True):
+    else:
         for part in source.whole.parts:
             yield from lying_in(part) if isinstance(part, Storage) else ()
 
 
-def will_read(values: Iterable[TensorEntry | Storage | ByteSource]) -> None:
-    """Tell sources that are far what is about to be read of them, in about this order; see `Source.will_read`."""
+Along = Callable[[Source], Callable[[int, memoryview], object]]
+"""Gives what is to see the bytes of a file as they come (`Checksums.along_file`)."""
+
+
+def will_read(values: Iterable[TensorEntry | Storage | ByteSource], along: Along | None = None) -> bool:
+    """Tell sources that are far what is about to be read of them, in about this order; see `Source.will_read`.
+
+    Returns:
+        Whether one is far.
+    """
     if "ckptkit.remote.source" not in sys.modules:  # no source is far, and to look at each value takes time
-        return
+        return False
     areas: dict[int, tuple[Source, list[tuple[int, int]]]] = {}
     for value in values:
         for run in lying_in(value):
             if run.file.is_far:
-                run = run.file.located(run)
                 areas.setdefault(id(run.file), (run.file, []))[1].append((run.offset, run.nbytes))
     for file, wanted in areas.values():
-        file.will_read(wanted)
+        file.will_read(wanted, None if along is None else along(file))
+    return bool(areas)
 
 
 def stream(
