@@ -291,7 +291,10 @@ def over_workers(
         if missing:
             number, what = next(iter(missing.items()))
             raise CorruptError(f"part {number}, which a worker has written, {what}; nothing was written", path=job.path)
-        return _finished(job, options, parts)
+        tally = _finished(job, options, parts)
+        if options.progress is not None:
+            options.progress(job.plan.total_nbytes, job.plan.total_nbytes)
+        return tally
     finally:
         if parts is not None and parts.is_named():  # by an index that could not be replaced by the last one
             staging.is_ours = False

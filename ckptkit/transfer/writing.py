@@ -119,13 +119,7 @@ def write_atomically(
         with _flushing([file.fd for file in files] if check is not None else []) as written:
             # A file system lets one thread write to a file at a time; several files go side by side.
             data = [file for file in files if file.plan.index is None]
-            if source is not None and is_far(source):
-                from ckptkit.transfer.far import move_far
-
-                move_far([(file.plan, file.fd) for file in data], tally, counted, digests, passed, stop)
-            else:
-                moves = (partial(move, file.plan, file.fd, tally, counted) for file in data)
-                in_parallel(moves, nbytes=plan.total_nbytes if plan.shards else 0, stop=stop)
+            _move(data, plan, source, tally, counted, digests, passed, stop)
             for file in data:
                 fill_file(file.plan, file.fd, checksums=check is not None)
             if plan.index is not None:
@@ -157,6 +151,26 @@ def write_atomically(
             if own is not None:
                 own.join()
     return tally
+
+
+def _move(
+    files: list[Output],
+    plan: Plan,
+    source: Source | None,
+    tally: Tally,
+    moved: Callable[[int], object],
+    digests: DigestsInPassing,
+    passed: Passed | None,
+    stop: threading.Event,
+) -> None:
+    """Bring the bytes into all files."""
+    if source is not None and is_far(source):
+        from ckptkit.transfer.far import move_far
+
+        move_far([(file.plan, file.fd) for file in files], tally, moved, digests, passed, stop)
+    else:
+        moves = (partial(move, file.plan, file.fd, tally, moved) for file in files)
+        in_parallel(moves, nbytes=plan.total_nbytes if plan.shards else 0, stop=stop)
 
 
 def places(plan: Plan, shown: str, *, force: bool) -> list[tuple[Plan, str, str]]:
