@@ -17,11 +17,12 @@ import heapq
 import json
 import os
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TypedDict, cast
 
 from ckptkit.bytesource import ByteRange, Source, SourceFile
-from ckptkit.computed import ConvertedRange, DTypeConversion, files_of
+from ckptkit.computed import ByteSource, ConvertedRange, DTypeConversion, files_of
 from ckptkit.errors import CorruptError
 from ckptkit.extras import __version__
 from ckptkit.plan import Cast, Checksum, Copy, Digest, Gather, LiteralBytes, Plan, Step
@@ -33,6 +34,7 @@ __all__ = [
     "PlanIdentity",
     "balanced",
     "differences",
+    "hashed_by",
     "identity_of",
     "late_fields",
     "losses_of",
@@ -62,7 +64,7 @@ class ShardRecord(TypedDict):
 
 
 class SourceRecord(TypedDict):
-    """A file of the source: its size in bytes, and the SHA-256 of parts of it."""
+    """A file of the source: its size in bytes, and the SHA-256 of parts of it, or of what a server calls its state."""
 
     nbytes: int
     sample: str
@@ -126,6 +128,37 @@ def shares_of(plan: Plan, count: int) -> list[list[str]]:
     return [sorted(names, key=order.__getitem__) for names in balanced(sizes, count)]
 
 
+def hashed_by(plan: Plan, files: Mapping[str, Source], count: int) -> list[list[str]]:
+    """The source files that each of so many parts hashes: the part that reads most of a file does.
+
+    Args:
+        plan: of the index.
+        files: those whose digests are wanted, by name.
+        count: how many parts there are.
+    """
+    names = {id(file): name for name, file in files.items()}
+    read: dict[str, Counter[int]] = {name: Counter() for name in files}
+    for number, share in enumerate(shares_of(plan, count)):
+        for step in (step for shard in share for step in plan.shards[shard].steps):
+            for file in files_of(source) if (source := _source_of(step)) is not None else ():
+                if id(file) in names:
+                    read[names[id(file)]][number] += step.nbytes
+    shares: list[list[str]] = [[] for _ in range(count)]
+    loads = [0] * count
+    for name in sorted(files, key=lambda name: (-files[name].size, name)):
+        number = max(range(count), key=lambda number: (read[name][number], -loads[number], -number))
+        shares[number].append(name)
+        loads[number] += files[name].size
+    return shares
+
+
+def _source_of(step: Step) -> ByteSource | None:
+    """What a step reads."""
+    if isinstance(step, Gather):
+        return step.entry.storage.source
+    return step.source if isinstance(step, (Copy, Cast)) else None
+
+
 def balanced(sizes: Mapping[str, int], count: int) -> list[list[str]]:
     """The names of what has these sizes, in so many shares: the largest first, always to the share that has least."""
     shares: list[list[str]] = [[] for _ in range(count)]
@@ -160,14 +193,16 @@ def identity_of(plan: Plan, files: Mapping[str, Source], options: Mapping[str, s
 
 
 def _sample(file: Source) -> str:
+    digest = hashlib.sha256()
+    if file.is_far and isinstance(file.identity, str):  # an ETag is the same for all who ask
+        digest.update(file.identity.encode())
+        return digest.hexdigest()
     size, end = file.size, _END_NBYTES
     wanted = [(0, size)]
     if size > 2 * end:
-        inside = (
-            range(end, size - end - _SAMPLE_NBYTES, max(1, (size - 2 * end) // _SAMPLES)) if not file.is_far else ()
-        )
+        step = max(1, (size - 2 * end) // _SAMPLES)
+        inside = () if file.is_far else range(end, size - end - _SAMPLE_NBYTES, step)
         wanted = [(0, end), *((at, _SAMPLE_NBYTES) for at in inside), (size - end, end)]
-    digest = hashlib.sha256()
     for data in file.ranges(wanted):
         digest.update(data)
     return digest.hexdigest()
@@ -183,8 +218,7 @@ def _steps_digest(plan: Plan, files: Mapping[str, Source]) -> str:
             digest.update(f"{type(step).__name__} {step.target} {step.nbytes}".encode())
             if isinstance(step, LiteralBytes):
                 digest.update(_without(fields, bytearray(step.data), step.target))
-            elif isinstance(step, (Copy, Cast, Gather)):
-                source = step.entry.storage.source if isinstance(step, Gather) else step.source
+            elif (source := _source_of(step)) is not None:
                 at = source.offset if isinstance(source, ByteRange) else 0
                 of = ",".join(names.get(id(file), os.path.basename(file.path)) for file in files_of(source))
                 digest.update(f" {at} {source.nbytes} {of}".encode("utf-8", "surrogatepass"))
@@ -268,10 +302,9 @@ def _conversions(plan: Plan) -> list[DTypeConversion]:
     """Those that the plan carries out, each once, in its order."""
     found: dict[int, DTypeConversion] = {}
     for step in plan.all_steps():
-        if isinstance(step, (Cast, Gather)):
-            source = step.entry.storage.source if isinstance(step, Gather) else step.source
-            if isinstance(source, ConvertedRange):
-                found.setdefault(id(source.whole), source.whole)
+        source = _source_of(step)
+        if isinstance(source, ConvertedRange):
+            found.setdefault(id(source.whole), source.whole)
     return list(found.values())
 
 

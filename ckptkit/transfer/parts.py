@@ -43,8 +43,8 @@ from ckptkit.transfer.names import (
 from ckptkit.transfer.part_records import (
     PartRecord,
     PlanIdentity,
-    balanced,
     differences,
+    hashed_by,
     identity_of,
     late_fields,
     losses_of,
@@ -119,6 +119,7 @@ class Parts:
         self._is_ours = staging is None
         self._shown = destination
         self._files = files
+        self._hashed: dict[int, list[list[str]]] = {}
 
     @property
     def _folder(self) -> str:
@@ -227,10 +228,11 @@ class Parts:
 
     def _digested(self, share: Share) -> dict[str, Source]:
         """The source files whose digests are wanted, and which this part computes."""
-        wanted = {id(file) for file in digested(self.plan)}
-        files = {name: file for name, file in self._files.items() if id(file) in wanted}
-        sizes = {name: file.size for name, file in files.items()}
-        return {name: files[name] for name in balanced(sizes, share.count)[share.index - 1]}
+        if self._hashed.get(share.count) is None:
+            wanted = {id(file) for file in digested(self.plan)}
+            files = {name: file for name, file in self._files.items() if id(file) in wanted}
+            self._hashed[share.count] = hashed_by(self.plan, files, share.count)
+        return {name: self._files[name] for name in self._hashed[share.count][share.index - 1]}
 
     def _record_path(self, share: Share) -> str:
         return os.path.join(self.staging, f"part-{share.index:05d}-of-{share.count:05d}.json")

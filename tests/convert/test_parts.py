@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from support.far import serving
+from support.far import below, serving
 from support.files import same_files
 from torch import nn
 
@@ -126,6 +126,26 @@ def test_sources_that_are_far(tmp_path: Path, source: Path) -> None:
         ckptkit.convert(url, tmp_path / "many/model.bin", finish=True, **given)
     assert same_files(tmp_path / "one", tmp_path / "many")
     assert max(fetched) < 1.6 * len(content)
+    assert sorted(fetched)[1] < 0.8 * len(content)
+
+
+def test_shards_that_are_far_are_fetched_once(tmp_path: Path, save: Callable[..., Path]) -> None:
+    """Each is hashed by the part that reads it; the others look at its header alone."""
+    for folder in ("source", "one", "many"):
+        (tmp_path / folder).mkdir()
+    source = save({f"layer{number}": torch.rand(250, 1000) for number in range(8)}, "source.pth")
+    given: dict[str, Any] = {"max_shard_size": "2.1MB"}
+    ckptkit.convert(source, tmp_path / "source/model.safetensors", **given)
+    with serving(below(tmp_path / "source", "far://bucket")) as store:
+        url = "far://bucket/model.safetensors.index.json"
+        ckptkit.convert(url, tmp_path / "one/model.bin", **given)
+        store.asked.clear()
+        for number in (1, 2):
+            ckptkit.convert(url, tmp_path / "many/model.bin", part=f"{number}/2", **given)
+        fetched = sum(each.nbytes for each in store.asked if each.what == "read")
+        ckptkit.convert(url, tmp_path / "many/model.bin", finish=True, **given)
+        assert fetched < 1.1 * sum(map(len, store.files.values()))
+    assert same_files(tmp_path / "one", tmp_path / "many")
 
 
 def test_until_the_end_nothing_is_seen(convert, source: Path) -> None:
