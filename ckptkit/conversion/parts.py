@@ -20,6 +20,7 @@ from ckptkit.bytesource import Source
 from ckptkit.checkpoint import STATE_DICT, Checkpoint, StateDict
 from ckptkit.errors import CorruptError, RewriteError
 from ckptkit.fleet.shares import Share
+from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.normalize.selection import KEY
 from ckptkit.places import shown
 from ckptkit.plan import Plan
@@ -130,6 +131,8 @@ def require_shards(options: ConvertOptions, plan: Plan) -> None:
     if plan.index is None:
         told = f"all of it fits into one file of {human_size(plan.nbytes)}, and there is nothing to share"
         raise RewriteError(f"{asked}: {told}; leave it out, or give a smaller --max-shard-size")
+    if options.part is not None and options.part.count > DEFAULT_LIMITS.shards:
+        raise RewriteError(f"{asked}: there are at most {DEFAULT_LIMITS.shards:,} shards, and no more parts")
     if options.part is not None and (options.executor is not None or options.jobs is not None):
         raise RewriteError(f"{asked}: a part is written by one process; leave out --jobs, or give it alone")
 

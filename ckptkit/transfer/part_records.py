@@ -16,15 +16,17 @@ import hashlib
 import heapq
 import json
 import os
+import re
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TypedDict, cast
+from typing import Any, TypedDict, cast
 
 from ckptkit.bytesource import ByteRange, Source, SourceFile
 from ckptkit.computed import ByteSource, ConvertedRange, DTypeConversion, files_of
 from ckptkit.errors import CorruptError
 from ckptkit.extras import __version__
+from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.plan import Cast, Checksum, Copy, Digest, Gather, LiteralBytes, Plan, Step
 from ckptkit.report import SCHEMA_VERSION
 from ckptkit.transfer.steps import Tally
@@ -51,6 +53,11 @@ _CHUNK_NBYTES = 1 << 20
 _END_NBYTES, _SAMPLE_NBYTES, _SAMPLES = 64 << 10, 4 << 10, 32
 """Of a source file what tells it from another: both ends, where headers, pickles and directories lie, and so many
 pieces in between, in which a later state of the same training differs."""
+
+_DIGEST = re.compile("[0-9a-f]{64}")
+
+_LOSSES = 5
+"""Numbers of what one cast lost."""
 
 _RECORD_NBYTES = 64 << 20
 """A record has some 150 bytes a shard and a source file, of which there are at most ten thousand."""
@@ -293,7 +300,7 @@ def tally_of(plan: Plan, records: Iterable[PartRecord]) -> Tally:
         from ckptkit.casting import Losses
 
         conversions = _conversions(plan)
-        for place, *counts in found:
+        for place, *counts in found if found[-1][0] < len(conversions) else ():
             tally.put(conversions[place], Losses(*counts))
     return tally
 
@@ -325,12 +332,36 @@ def read_record(path: str) -> PartRecord:
         data = file.read(0, min(file.size, _RECORD_NBYTES))
     try:
         record = json.loads(data)
-        shaped = record["plan"]["source"], record["plan"]["options"], record["shards"], record["digests"]
-        is_one = all(isinstance(each, dict) for each in shaped) and isinstance(record["losses"], list)
-        is_one &= record["schema_version"] == SCHEMA_VERSION and {"ckptkit", "steps"} <= record["plan"].keys()
-        is_one &= all({"nbytes", "sha256"} <= each.keys() for each in record["shards"].values())
+        is_one = _is_record(record)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         is_one = False
     if not is_one:
         raise CorruptError("is not the record of a part, or is damaged; remove it and write that part anew", path=path)
     return cast(PartRecord, record)
+
+
+def _is_record(record: Any) -> bool:
+    """Whether a JSON value is a `PartRecord`; what is not there, or is of another type, raises."""
+    plan, shards, losses = record["plan"], record["shards"], record["losses"]
+    numbers = [
+        record["part"],
+        record["of"],
+        *(each["nbytes"] for each in shards.values()),
+        *(n for e in losses for n in e),
+    ]
+    texts = [
+        *(each["sample"] for each in plan["source"].values()),
+        plan["ckptkit"],
+        plan["steps"],
+        *plan["options"].values(),
+        *record["digests"].values(),
+    ]
+    return (
+        record["schema_version"] == SCHEMA_VERSION
+        and all(type(number) is int and number >= 0 for number in numbers)
+        and 1 <= record["part"] <= record["of"] <= DEFAULT_LIMITS.shards
+        and all(isinstance(text, str) for text in texts)
+        and all(_DIGEST.fullmatch(digest) for digest in record["digests"].values())
+        and all(each["sha256"] is None or _DIGEST.fullmatch(each["sha256"]) for each in shards.values())
+        and all(len(each) == _LOSSES for each in losses)
+    )

@@ -248,7 +248,10 @@ def test_shards_that_are_not_whole(convert, source: Path) -> None:
     assert convert(*command, "--part", "2/2").code == 0
     record_path = hidden / "part-00001-of-00002.json"
     text = record_path.read_text()
-    for broken in ("", "[]", text[:100], text.replace('"shards"', '"shard"')):
+    others = [text.replace('"of": 2', '"of": 999999999'), text.replace('"digests": {', '"digests": {"a": "00"')]
+    others += [text.replace('"losses": []', '"losses": [[1]]'), text.replace('"nbytes": ', '"nbytes": -')]
+    assert len({text, *others}) == 5
+    for broken in ("", "[]", "1", text[:100], text.replace('"shards"', '"shard"'), *others):
         record_path.write_text(broken)
         with pytest.raises(CorruptError, match="not the record of a part"):
             ckptkit.convert(source, "out/model.safetensors", weights_only=True, max_shard_size=SIZE, finish=True)
@@ -360,6 +363,7 @@ def test_nothing_to_share(source: Path, tmp_path: Path, asked: dict[str, Any]) -
         ({"part": "1"}, "expected I/N"),
         ({"part": "1/2", "finish": True}, "--finish ends what the parts wrote; leave out --part 1/2"),
         ({"dry_run": True, "finish": True}, "leave out --dry-run"),
+        ({"part": "1/999999999"}, "--part 1/999999999: there are at most 10,000 shards"),
         ({"part": "1/2", "jobs": 2}, "a part is written by one process; leave out --jobs"),
         ({"jobs": 0}, "--jobs 0: expected a whole number from 1"),
         ({"files_from": "list.txt"}, "--files-from list.txt lists files of a folder; one checkpoint is converted"),
