@@ -116,20 +116,8 @@ def write_atomically(
         with uninterrupted():
             if digests is None:
                 digests = own = DigestsInPassing(digested(plan), stop)
-        with _flushing([file.fd for file in files] if check is not None else []) as written:
-            # A file system lets one thread write to a file at a time; several files go side by side.
-            data = [file for file in files if file.plan.index is None]
-            _move(data, plan, source, tally, counted, digests, passed, stop)
-            for file in data:
-                fill_file(file.plan, file.fd, checksums=check is not None)
-            if plan.index is not None:
-                overwrite(files[-1].fd, plan.index.to_bytes(_temporary_names(files, plan)))
-            if check is not None:
-                check(files[-1].temporary if whole is None else whole.temporary, counted)
-            for file in data:
-                fill_file(file.plan, file.fd, digests, checksums=False)
-            index = b"" if plan.index is None else _index(files, plan, digests)
-            written()
+        opened = files[-1].temporary if whole is None else whole.temporary
+        index = _filled(files, plan, opened, check, tally, counted, digests, source, passed, stop)
         require_unchanged(plan)
         counted.finish()
         if whole is not None:
@@ -153,24 +141,41 @@ def write_atomically(
     return tally
 
 
-def _move(
+def _filled(
     files: list[Output],
     plan: Plan,
-    source: Source | None,
+    opened: str,
+    check: Check | None,
     tally: Tally,
-    moved: Callable[[int], object],
+    counted: _Counter,
     digests: DigestsInPassing,
+    source: Source | None,
     passed: Passed | None,
     stop: threading.Event,
-) -> None:
-    """Bring the bytes into all files."""
-    if source is not None and is_far(source):
-        from ckptkit.transfer.far import move_far
+) -> bytes:
+    """Write and compare what `write_atomically` is to publish, ``opened`` being what opens it; gives the index."""
+    with _flushing([file.fd for file in files] if check is not None else []) as written:
+        # A file system lets one thread write to a file at a time; several files go side by side.
+        data = [file for file in files if file.plan.index is None]
+        outputs = [(file.plan, file.fd) for file in data]
+        if source is not None and is_far(source):
+            from ckptkit.transfer.far import move_far
 
-        move_far([(file.plan, file.fd) for file in files], tally, moved, digests, passed, stop)
-    else:
-        moves = (partial(move, file.plan, file.fd, tally, moved) for file in files)
-        in_parallel(moves, nbytes=plan.total_nbytes if plan.shards else 0, stop=stop)
+            move_far(outputs, tally, counted, digests, passed, stop)
+        else:
+            moves = (partial(move, *output, tally, counted) for output in outputs)
+            in_parallel(moves, nbytes=plan.total_nbytes if plan.shards else 0, stop=stop)
+        for file in data:
+            fill_file(file.plan, file.fd, checksums=check is not None)
+        if plan.index is not None:
+            overwrite(files[-1].fd, plan.index.to_bytes(_temporary_names(files, plan)))
+        if check is not None:
+            check(opened, counted)
+        for file in data:
+            fill_file(file.plan, file.fd, digests, checksums=False)
+        index = b"" if plan.index is None else _index(files, plan, digests)
+        written()
+    return index
 
 
 def places(plan: Plan, shown: str, *, force: bool) -> list[tuple[Plan, str, str]]:
