@@ -85,6 +85,8 @@ _QUERY = re.compile(r"\?(?:\*\*\*|[\w.~%-]+=).*\Z", re.DOTALL)
 
 def _plain(url: str) -> str:
     """A URL without what is asked for behind the path; an object's name may have such marks, too."""
+    if url[:4].lower() == "http":
+        return url.partition("?")[0].partition("#")[0]
     return _QUERY.sub("", url) if "?" in url else url
 
 

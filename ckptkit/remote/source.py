@@ -23,7 +23,7 @@ from operator import itemgetter
 from ckptkit.bytesource import Source
 from ckptkit.errors import CkptkitError, FileAccessError
 from ckptkit.remote.ahead import Passing, ReadAhead
-from ckptkit.remote.store import FarFile, Store
+from ckptkit.remote.store import FarFile, Store, arrived
 
 __all__ = ["RemoteSource", "side_by_side"]
 
@@ -60,6 +60,12 @@ _Left = tuple[int, int, Callable[[bytes], object]]
 """What is to be looked at once values are read: offset, size in bytes, and who looks."""
 
 _begin: Callable[[_Left], int] = itemgetter(0)
+
+
+def _read(store: Store, far: FarFile, offset: int, nbytes: int) -> bytes:
+    data = store.read(far, offset, nbytes)
+    arrived.nbytes += len(data)
+    return data
 
 
 class RemoteSource(Source):
@@ -149,7 +155,7 @@ class RemoteSource(Source):
 
     def _fetched(self, offset: int, nbytes: int) -> bytes:
         """Exactly these bytes, from the server."""
-        data = self.store.read(self.far, offset, nbytes)
+        data = _read(self.store, self.far, offset, nbytes)
         self._keep(offset, data)
         self.came(offset, data)
         return data
@@ -340,7 +346,7 @@ class RemoteSource(Source):
     def will_read(self, areas: Sequence[tuple[int, int]], passing: Passing | None = None) -> None:
         """As `Source.will_read`."""
         unknown = areas if passing is not None else [part for area in areas for part in self._unknown(*area)]
-        ahead = ReadAhead(partial(self.store.read, self.far), unknown, passing) if unknown else None
+        ahead = ReadAhead(partial(_read, self.store, self.far), unknown, passing) if unknown else None
         with self._within:
             before, self._ahead = self._ahead, ahead
         if before is not None:
