@@ -6,9 +6,8 @@ The layers, each importing only from those to its right; a test enforces it:
 
     cli, testing > api > checkpoint_file, released > verifier > torch_bridge > differences > inspection, conversion
         > diagnose, compare, stats, architectures, digests, options > rewrite > formats > transfer > normalize
-        > pickling > plan, casting > checkpoint > tensor > computed > remote
-        > bytesource
-        > codes, documents > report, arguments, dtypes, limits, extras > errors
+        > pickling > plan, casting > checkpoint > tensor > computed > places > remote > bytesource
+        > codes, documents, fleet > report, arguments, dtypes, limits, extras > errors
 
 Some rooms are more than the first sketch had: `plan`, because writers make plans and `transfer`
 executes them and neither should know the other; `compare`, because the proof that an output
@@ -17,6 +16,7 @@ document that is shown) apart from `diagnose` (what is remarkable about a checkp
 knows which models have a checkpoint's names and shapes, `arguments` what values mean that are given, and `options`
 declares what each command can be asked for.  `conversion` turns options into rewriters, plans and carries out one
 output, or those of a folder, and tells what came of it; `checkpoint_file` is what `open` gives.
+`fleet` has work done for very many tasks in several processes, and knows nothing of checkpoints.
 `documents` has the types of what commands print as JSON; `differences` is what `ckptkit.diff` tells; `released` what
 `ckptkit.manifest` records and `ckptkit.check` holds files against; `digests` says when two files hold the same tensors.
 Inside `normalize` stand the one enumeration of everything in a file that has bytes (`tensors`) and the one comparison
@@ -82,6 +82,7 @@ if TYPE_CHECKING:
         ConvertDocument,
         ExplainDocument,
         ManifestDocument,
+        ReportDocument,
         VerifyDocument,
         WrittenManifest,
     )
@@ -94,6 +95,7 @@ if TYPE_CHECKING:
     )
     from ckptkit.pickling.foreign import Foreign
     from ckptkit.plan import Plan
+    from ckptkit.released.document import CheckEnd, CheckHead, CheckLine
     from ckptkit.released.manifest_file import Manifest
     from ckptkit.released.results import CheckFinding, CheckReport
     from ckptkit.rewrite import (
@@ -124,7 +126,10 @@ __all__ = [
     "AmbiguousError",
     "CastDtype",
     "CheckDocument",
+    "CheckEnd",
     "CheckFinding",
+    "CheckHead",
+    "CheckLine",
     "CheckReport",
     "Checkpoint",
     "CheckpointFile",
@@ -164,6 +169,7 @@ __all__ = [
     "QuantizationDocument",
     "Rename",
     "Report",
+    "ReportDocument",
     "RewriteError",
     "Rewriter",
     "Section",
@@ -195,6 +201,9 @@ __all__ = [
 ]
 
 
+_DOCUMENTS = ("CheckEnd", "CheckHead", "CheckLine", "InspectedFile", "UnreadFile", "WrittenManifest")
+
+
 def __getattr__(name: str) -> Any:
     """What writing alone needs is imported when it is asked for: inspecting starts faster without."""
     if name not in __all__:
@@ -215,13 +224,14 @@ def __getattr__(name: str) -> Any:
         from ckptkit.released import results
 
         return getattr(results, name)
-    if name.endswith("Document") or name in ("InspectedFile", "UnreadFile", "WrittenManifest"):
+    if name.endswith("Document") or name in _DOCUMENTS:
         from ckptkit import documents
         from ckptkit.conversion import document as of_folders
         from ckptkit.differences import difference
         from ckptkit.inspection import document
+        from ckptkit.released import document as of_runs
 
-        modules = (documents, document, difference, of_folders)
+        modules = (documents, document, difference, of_folders, of_runs)
         return next(getattr(module, name) for module in modules if hasattr(module, name))
     from ckptkit import plan, rewrite
 

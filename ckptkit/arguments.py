@@ -120,9 +120,9 @@ def shapes(name: str, given: Any) -> tuple[tuple[int, ...], ...]:
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
 
-Kind = Literal["flag", "text", "texts", "pairs", "shapes", "device", "tolerance", "integer", "switch"]
-"""How an option is typed: alone; with a value, or several times with one (``texts``, ``pairs`` of KEY=VALUE,
-``shapes``); or as ``--NAME/--no-NAME``."""
+Kind = Literal["flag", "text", "texts", "pairs", "storage", "shapes", "device", "tolerance", "integer", "switch"]
+"""How an option is typed: alone; with a value, or several times with one (``texts``, ``pairs`` of KEY=VALUE, as are
+those of ``storage``, whose values nobody shows, ``shapes``); or as ``--NAME/--no-NAME``."""
 
 
 class Option(Generic[T]):
@@ -195,8 +195,8 @@ class Option(Generic[T]):
         return cast(T, given) if self._taken is None else self._taken(given)
 
     def words(self, value: Any) -> list[str]:
-        """The words of a command line that give it a value; none where that is the default."""
-        if value == self.default or value is None:
+        """The words of a command line that give it a value; none where that is the default, or may be a secret."""
+        if value == self.default or value is None or self.kind == "storage":
             return []
         if self.kind == "flag":
             return [self.typed]
@@ -253,8 +253,9 @@ class Options:
         raise AttributeError(f"options do not change; cannot set {name!r}")
 
     def __repr__(self) -> str:
-        given = (f"{name}={value!r}" for name, value in vars(self).items() if value != self.declared[name].default)
-        return f"{type(self).__name__}({', '.join(given)})"
+        given = {name: value for name, value in vars(self).items() if value != self.declared[name].default}
+        told = (f"{name}={'...' if self.declared[name].kind == 'storage' else repr(given[name])}" for name in given)
+        return f"{type(self).__name__}({', '.join(told)})"
 
     def typed(self, *names: str) -> list[str]:
         """These options as they are typed; none of those that have their defaults."""

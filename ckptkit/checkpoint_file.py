@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ckptkit import formats
@@ -13,6 +14,7 @@ from ckptkit.checkpoint import Checkpoint, Kind, Section, StateDict, Trust
 from ckptkit.errors import CkptkitError
 from ckptkit.normalize.parts import require_whole
 from ckptkit.normalize.selection import require_state_dict
+from ckptkit.options.storage import in_session
 from ckptkit.report import Finding, count_of, human_size
 
 if TYPE_CHECKING:
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
     from ckptkit.transfer.memory import Storages
     from ckptkit.transfer.workers import Progress
 
-__all__ = ["CheckpointFile", "PathLike", "Rewriter", "open", "save"]
+__all__ = ["CheckpointFile", "PathLike", "Rewriter", "open", "save", "weights_of"]
 
 Rewriter = Callable[[Checkpoint], Checkpoint]
 """Any pure function from checkpoint to checkpoint; those in `ckptkit.rewrite`, or your own."""
@@ -248,6 +250,7 @@ class CheckpointFile:
             return None
 
 
+@in_session
 def open(  # noqa: A001 - the name users expect
     path: Readable,
     *,
@@ -255,6 +258,7 @@ def open(  # noqa: A001 - the name users expect
     tag: str | None = None,
     tp_rules: str | os.PathLike[str] | None = None,
     ignore_checksums: bool = False,
+    storage_options: Mapping[str, Any] | None = None,
 ) -> CheckpointFile:
     """Open a checkpoint without executing or loading it.
 
@@ -269,6 +273,9 @@ def open(  # noqa: A001 - the name users expect
             position is then what it was, but for one that cannot seek, which is read to its end.  Bytes, a bytearray
             and a memoryview are not copied; a bytearray cannot be resized until this is closed.  What was given open
             stays open.
+            A URL (``https://``, ``s3://``, ``gs://``, ``az://``, ``hf://user/repo/path`` and all that fsspec knows) is
+            read by range, a few kilobytes until values are asked for; what is not http or hf needs the extra
+            ``remote``.
             A folder that several processes wrote (FSDP, DeepSpeed, Megatron, torch.distributed.checkpoint) is one
             checkpoint; one that names its last step stands for that, and any other for the one checkpoint in it.
         section: path of the weights to select, where the file holds several.
@@ -278,16 +285,38 @@ def open(  # noqa: A001 - the name users expect
             before those that are known, and make one checkpoint of any folder of files that differ in one number.
         ignore_checksums: whether to forget the recorded checksums of its tensors, so that nothing holds them: those of
             a file that was edited in place are stale.
+        storage_options: what the file system of a URL is made with, as fsspec takes it: ``{"anon": True}``.  No
+            message has them.
 
     Raises:
         FileAccessError: the file cannot be opened.
         FormatError: it is not a checkpoint, or damaged; or an archive of several, which the message names.
         SectionError: there is no such section.
-        MissingDependencyError: it is compressed by zstd, and nothing that decompresses it is installed.
+        MissingDependencyError: it is compressed by zstd, and nothing that decompresses it is installed; or what reads
+            URLs of its kind is not.
     """
     return CheckpointFile(
         *formats.read(path, section=section, tag=tag, tp_rules=tp_rules, ignore_checksums=ignore_checksums)
     )
+
+
+@contextlib.contextmanager
+def weights_of(
+    path: Readable,
+    purpose: str,
+    *,
+    section: str | None,
+    tag: str | None = None,
+    tp_rules: PathLike | None = None,
+    allow_part: bool,
+    ignore_checksums: bool,
+) -> Iterator[CheckpointFile]:
+    """A file that is whole and whose weights are known; `purpose` is what for, as errors say it."""
+    with open(path, section=section, tag=tag, tp_rules=tp_rules, ignore_checksums=ignore_checksums) as file:
+        require_whole(file.checkpoint, allow_part=allow_part)
+        require_state_dict(file.checkpoint, purpose)
+        formats.require_sound(file._file, file.checkpoint, held=not ignore_checksums)
+        yield file
 
 
 def save(

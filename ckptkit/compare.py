@@ -3,17 +3,22 @@
 `check_output` opens the output with its own reader and compares, so that an error in the writer,
 the plan, the copying or the reader shows before the file gets its name.  The source's recorded
 checksums are checked as its bytes pass by.
+
+A source that is far is not fetched twice.  What each piece of the output must be is known by the SHA-256 of the bytes
+that were read, or converted, when it was written (`ckptkit.transfer.passing.Passed`); where the output's own reader
+finds a tensor, there must be exactly those.
 """
 
 from __future__ import annotations
 
+import hashlib
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 
 from ckptkit.bytesource import ByteRange
 from ckptkit.checkpoint import STATE_DICT, Checkpoint, Storage, TensorEntry, shared_storages
-from ckptkit.computed import ConvertedRange, DenseRange
+from ckptkit.computed import ByteSource, ConvertedRange, DenseRange
 from ckptkit.errors import CorruptError
 from ckptkit.formats import format_named, read
 from ckptkit.formats.json_text import versions_text
@@ -21,26 +26,40 @@ from ckptkit.formats.torch_zip_writer import written_tree
 from ckptkit.normalize import lower_state_dict
 from ckptkit.normalize.sections import brief
 from ckptkit.normalize.trees import Identical, Place, side_by_side
+from ckptkit.plan import moved
 from ckptkit.transfer.checksums import Checksums, damage_error, damage_of, first_difference
-from ckptkit.transfer.values import SMALL_NBYTES, Ahead, same_values
-from ckptkit.transfer.workers import in_parallel
+from ckptkit.transfer.passing import Passed, pieces_of
+from ckptkit.transfer.values import SMALL_NBYTES, Ahead, same_values, stream
+from ckptkit.transfer.workers import buffer, in_parallel
 
 __all__ = ["check_output"]
 
 _BATCH_NBYTES, _EACH_NBYTES = 4 << 20, 1 << 10
 """Bytes of storages that one thread compares before it looks for other work, and what each costs beside its own."""
 
+_HASHED_NBYTES = 1 << 20
+"""Bytes of one read that are hashed while they are in a core's own cache."""
+
 Compared = Callable[[int], object]
 """Called with the number of bytes that were just compared; from several threads."""
 
 
-def check_output(source: Checkpoint, path: str, compared: Compared = lambda _: None) -> int:
+def check_output(
+    source: Checkpoint,
+    path: str,
+    compared: Compared = lambda _: None,
+    passed: Passed | None = None,
+    *,
+    values: bool = True,
+) -> int:
     """Compare a complete output file with the checkpoint it was written from.
 
     Args:
         source: the checkpoint, as rewritten.
         path: the output; it is opened and read.
         compared: called as bytes are compared.
+        passed: what passed by when it was written; ``None``: the source is read again.
+        values: whether to compare them; else only what is said of them: names, dtypes, shapes.
 
     Returns:
         Bytes of tensor data that were compared.
@@ -54,7 +73,7 @@ def check_output(source: Checkpoint, path: str, compared: Compared = lambda _: N
         for key, value in source.metadata.items():
             if output.metadata.get(key) != value:
                 raise CorruptError(f"metadata {key!r}: the output does not hold its value; nothing was written")
-        comparison = _Comparison(compared)
+        comparison = _Comparison(compared, passed)
         container = format_named(output.origin.format)
         if container.is_folder:
             _items(source, output, comparison)
@@ -69,7 +88,7 @@ def check_output(source: Checkpoint, path: str, compared: Compared = lambda _: N
             _tensors(source.state_dict, output.state_dict, comparison)
         else:
             _trees(source, output, comparison)
-        return comparison.run()
+        return comparison.run() if values else 0
     finally:
         file.close()
 
@@ -87,8 +106,9 @@ def _told(place: _At) -> str:
 class _Comparison:
     """What has to be compared: collected first, so that several threads can share it; with places, which few need."""
 
-    def __init__(self, compared: Compared) -> None:
+    def __init__(self, compared: Compared, passed: Passed | None = None) -> None:
         self._compared = compared
+        self._passed = passed
         self._storages: dict[int | tuple[int, int], _Whole] = {}
         self._tensors: list[tuple[_At, TensorEntry, TensorEntry]] = []
         self._places: dict[int, tuple[_At, Storage]] = {}
@@ -119,7 +139,10 @@ class _Comparison:
         # Views of larger storages, and what was cut out of some: is that whole which they were cut from?
         others = {id(whole): (place, whole) for place, s in self._places.values() for whole in s.originals}
         checked = {id(s.original or s) for _, s, _ in whole if _covers_original(s)} if others else set()
-        unchecked = Checksums()
+        if self._passed is not None:  # all were summed as they came
+            others |= {id(s.original or s): (place, s.original or s) for place, s, _ in whole if _covers_original(s)}
+            checked = set()
+        unchecked = Checksums(None if self._passed is None else self._passed.sums)
         unchecked.want(s for key, (_, s) in others.items() if key not in checked)
         tasks: list[Callable[[], object]] = [partial(self._same_storages, part) for part in _in_batches(whole)]
         tasks += [partial(self._same_tensor, *triple) for triple in self._tensors]
@@ -134,6 +157,9 @@ class _Comparison:
         small = 0
         for place, source, written in batch:
             a, b, nbytes = source.source, written.source, source.nbytes
+            if self._passed is not None:
+                self._same_as_passed(self._passed, place, a, b.plain(), theirs)
+                continue
             if (
                 nbytes >= SMALL_NBYTES
                 or not isinstance(a, ByteRange)
@@ -154,10 +180,24 @@ class _Comparison:
     def _same_storage(self, place: _At, source: Storage, written: Storage) -> None:
         difference, crc = first_difference(source.source, written.source, self._compared)
         if difference is not None:
-            raise CorruptError(
-                f"{_told(place)}: the output differs at byte {difference:,} of the storage; nothing was written"
-            )
+            raise _differs(place, difference)
         self._require_sound(place, source, crc)
+
+    def _same_as_passed(self, passed: Passed, place: _At, source: ByteSource, written: ByteRange, ahead: Ahead) -> None:
+        """Hold the output against what was read when it was written; what did not pass by is read again."""
+        if source.nbytes != written.nbytes:
+            raise _differs(place, min(source.nbytes, written.nbytes))
+        for step in moved(0, source):
+            for start, part in pieces_of(step.source):
+                digest = passed.digest(part)
+                theirs = written.part(step.target + start, part.nbytes)
+                if digest is None:
+                    difference, _ = first_difference(part, theirs, summed=False)
+                else:
+                    difference = None if _sha256(theirs, ahead) == digest else 0
+                if difference is not None:
+                    raise _differs(place, step.target + start + difference)
+                self._compared(part.nbytes)
 
     def _require_sound(self, place: _At, source: Storage, crc: int) -> None:
         """Raise where all bytes of a storage of the file have another checksum than is recorded."""
@@ -167,9 +207,40 @@ class _Comparison:
                 raise damage_error([damage], {id(damage.storage): _told(place)})
 
     def _same_tensor(self, place: _At, source: TensorEntry, written: TensorEntry) -> None:
-        if not same_values(source, written):
+        passed = self._passed
+        if passed is not None and source.is_plain_bytes and written.is_plain_bytes:
+            ours, theirs = (
+                each.storage.source.part(each.storage_offset * each.itemsize, each.nbytes) for each in (source, written)
+            )
+            self._same_as_passed(passed, place, ours, theirs.plain(), Ahead())
+            return
+        digest = None if passed is None else passed.digest(source)
+        if digest is not None:
+            found = hashlib.sha256()
+            for chunk in stream(written):
+                found.update(chunk)
+            is_same = found.digest() == digest
+        else:
+            is_same = same_values(source, written)
+        if not is_same:
             raise CorruptError(f"{_told(place)}: the output's values differ; nothing was written")
         self._compared(source.nbytes)
+
+
+def _differs(place: _At, at: int) -> CorruptError:
+    return CorruptError(f"{_told(place)}: the output differs at byte {at:,} of the storage; nothing was written")
+
+
+def _sha256(run: ByteRange, ahead: Ahead) -> bytes:
+    """The SHA-256 of a range; of a small one with what lies around it."""
+    if run.nbytes < SMALL_NBYTES:
+        return hashlib.sha256(ahead.read(run)).digest()
+    digest = hashlib.sha256()
+    for start in range(0, run.nbytes, _HASHED_NBYTES):
+        piece = buffer("hashed", _HASHED_NBYTES)[: run.nbytes - start]
+        run.file.read_into(run.offset + start, piece)
+        digest.update(piece)
+    return digest.digest()
 
 
 def _in_batches(storages: Iterable[_Whole]) -> Iterator[list[_Whole]]:

@@ -23,8 +23,9 @@ from ckptkit.report import FindingDocument, Severity
 __all__ = [
     "ChangesDocument", "CheckDetails", "CheckDocument", "CheckFindingDocument", "CheckedFile", "ConvertDetails",
     "ConvertDocument", "ErrorDocument", "ExplainDocument", "InputsDocument", "ManifestDocument", "ManifestFile",
-    "ManifestOptions", "OutputDocument", "PlanDocument", "StepsDocument", "TimedDocument", "VerifyCheckDocument",
-    "VerifyDetails", "VerifyDocument", "VerifyFindingDocument", "WrittenManifest",
+    "ManifestOptions", "OutputDocument", "PartDocument", "PlanDocument", "ReportDocument", "StepsDocument",
+    "TimedDocument",
+    "VerifyCheckDocument", "VerifyDetails", "VerifyDocument", "VerifyFindingDocument", "WrittenManifest",
 ]  # fmt: skip
 
 _From = TypedDict("_From", {"from": str})
@@ -134,7 +135,30 @@ class CompactedDocument(TypedDict):
     nbytes: int
 
 
-class ConvertDetails(ChangesDocument):
+class PartDocument(TypedDict):
+    """What was written of an output that several processes write.
+
+    Attributes:
+        part, of: which part, from 1; and how many there are.
+        shards: its shards.
+        nbytes: their size in bytes.
+        kept: whether they were there already, and whole.
+    """
+
+    part: int
+    of: int
+    shards: list[str]
+    nbytes: int
+    kept: bool
+
+
+class _PartDetails(TypedDict, total=False):
+    """What is there where one part is written alone: what of the output that is; there is no checkpoint yet."""
+
+    part: PartDocument
+
+
+class ConvertDetails(ChangesDocument, _PartDetails):
     """The ``details`` of the report of `ckptkit.convert`.
 
     Attributes:
@@ -346,10 +370,12 @@ class CheckDetails(_CheckDetails, total=False):
         passed_over: how many files of each kind were met that are not checkpoints.
         files: by path.
         manifest, config: the files that say what must be.
+        part: the share of the files that this is, where it is one: ``"2/8"``.
     """
 
     manifest: str | None
     config: str | None
+    part: str
 
 
 class CheckDocument(CheckDetails):
@@ -363,6 +389,10 @@ class CheckDocument(CheckDetails):
     schema_version: int
     ok: bool
     findings: list[CheckFindingDocument]
+
+
+class ReportDocument(CheckDocument):
+    """What ``ckptkit report`` tells: what one check would have told of all files that the runs were about."""
 
 
 # ckptkit manifest
@@ -413,7 +443,13 @@ class ManifestFile(ManifestOptions):
     tensors: dict[str, ManifestTensor] | None
 
 
-class WrittenManifest(TypedDict):
+class ManifestOrigin(TypedDict, total=False):
+    """Where a manifest was made of files at URLs: their folder."""
+
+    origin: str
+
+
+class WrittenManifest(ManifestOrigin):
     """A manifest as it is written."""
 
     schema_version: int

@@ -20,7 +20,8 @@ OLDEST_TORCH = (2, 1)
 """The first with ``Module.load_state_dict(assign=True)``; pyproject.toml asks for it too."""
 
 _INSTALL = {package: f"pip install '.[{package}]'" for package in ("timm", "transformers")}
-_INSTALL["zstandard"] = "pip install '.[zstd]'"
+_EXTRAS = {"zstandard": "zstd", "fsspec": "remote", "s3fs": "s3", "gcsfs": "gs", "adlfs": "az"}
+_INSTALL |= {package: f"pip install '.[{extra}]'" for package, extra in _EXTRAS.items()}
 """Installs what is an extra of its own."""
 
 
@@ -28,7 +29,7 @@ def require(package: str) -> None:
     """Make sure that an optional package can be imported.
 
     Args:
-        package: ``"torch"``, ``"torchvision"``, ``"timm"``, ``"transformers"`` or ``"zstandard"``.
+        package: ``"torch"``, ``"torchvision"``, ``"timm"``, ``"zstandard"``, ``"fsspec"`` or another that is an extra.
 
     Raises:
         MissingDependencyError: it is not installed, or does not import; the message holds the

@@ -102,6 +102,24 @@ def _no_power_fails() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session")
+def dask_executor() -> Iterator[Any]:
+    """The executor of a real cluster of dask's, of two processes, which gives up a task that kills its worker."""
+    import dask
+    from distributed import Client, LocalCluster
+
+    settings = {
+        "distributed.scheduler.allowed-failures": 0,
+        "distributed.comm.timeouts.connect": "3s",
+    }
+    with dask.config.set(settings):
+        cluster = LocalCluster(
+            n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None, memory_limit=None
+        )
+        with cluster, Client(cluster) as client:
+            yield client.get_executor()
+
+
 @pytest.fixture
 def save(tmp_path: Path) -> SaveAs:
     """``save(obj, name="model.pth", device="cpu")`` writes with torch and returns the path."""

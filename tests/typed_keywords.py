@@ -9,6 +9,7 @@ import gzip
 import io
 import mmap
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,13 +30,18 @@ def right(path: Path) -> None:
     ckptkit.convert(path, path, map_location=lambda storage, tag: None, tied="error", max_shard_size="5GB", like=path)
     ckptkit.convert(path, path, progress=lambda done, of: None, metadata={"a": "b"}, model_args=None)
     ckptkit.convert(path, path, all_tensors=True, keep_beside=False, as_key="model")
+    ckptkit.convert(path, path, max_shard_size="5GB", part="2/8", jobs=None, files_from=path, finish=False)
+    with ThreadPoolExecutor() as executor:
+        ckptkit.convert(path, path, executor=executor)
     report = ckptkit.verify(path, model="torchvision:resnet18", golden=path, input_shapes=[(1, 3, 64, 64)], seed=1)
     difference: ckptkit.Difference = ckptkit.diff(path, path, section_a="model", atol=1e-6, progress=None)
     checked: ckptkit.CheckReport = ckptkit.check(path, no_pickle=True, max_trust="safe", allow_dtype="float32")
     state = ckptkit.load_state_dict(
         path, strip_module=True, rename=["^a=>b"], dtype="float16", device="cuda", mapped=None
     )
-    ckptkit.load_state_dict(path, dtype=torch.float16)
+    ckptkit.load_state_dict(path, dtype=torch.float16, storage_options={"anon": True})
+    ckptkit.diff("s3://a/b.pth", path, storage_options={"client_kwargs": {"endpoint_url": "http://localhost:9000"}})
+    ckptkit.check("s3://a/", storage_options=None)
     ckptkit.convert(path, path, dtype=torch.bfloat16)
     with zipfile.ZipFile(path) as archive, archive.open("m.pth") as member, gzip.open(path) as unzipped:
         ckptkit.load_state_dict(member)
@@ -57,12 +63,13 @@ def wrong(path: Path) -> None:
     ckptkit.convert(path, path, strip_modul=True)  # type: ignore[call-arg]
     ckptkit.convert(path, path, strip_module="yes")  # type: ignore[arg-type]
     ckptkit.convert(path, path, tied="both")  # type: ignore[arg-type]
-    ckptkit.convert(path, path, True)  # type: ignore[call-arg, arg-type]
+    ckptkit.convert(path)  # type: ignore[call-arg]
     ckptkit.verify(path, modle="torchvision:resnet18")  # type: ignore[call-arg]
     ckptkit.verify(path, seed="7")  # type: ignore[arg-type]
     ckptkit.diff(path, path, rtol="small")  # type: ignore[arg-type]
     ckptkit.check(path, no_pickel=True)  # type: ignore[call-arg]
     ckptkit.check(path, max_trust="hostile")  # type: ignore[arg-type]
+    ckptkit.inspect(path, storage_options="anon=true")  # type: ignore[arg-type]
     ckptkit.load_state_dict(path, strip_modul=True)  # type: ignore[call-arg]
     ckptkit.load_state_dict(path, mapped="yes")  # type: ignore[arg-type]
     ckptkit.load(path.open())  # type: ignore[arg-type]

@@ -96,7 +96,7 @@ class Source:
 
     @property
     def folder(self) -> str | None:
-        """The local folder it lies in, all of whose files can be looked at; ``None``: those whose names are known."""
+        """The folder it lies in, all of whose files can be looked at; ``None``: those whose names are known."""
         return None
 
     def fileno(self) -> int | None:
@@ -151,6 +151,15 @@ class Source:
             piece = view[start : start + CHUNK_NBYTES]
             piece[:] = self.read(offset + start, len(piece))
 
+    def views(self, offset: int, nbytes: int) -> Iterator[bytes | memoryview]:
+        """The bytes from position ``offset`` on, in pieces of any size: as they are at hand, where they are.
+
+        Raises:
+            As `read`.
+        """
+        for start in range(0, nbytes, CHUNK_NBYTES):
+            yield self.read(offset + start, min(CHUNK_NBYTES, nbytes - start))
+
     def tail(self, nbytes: int) -> bytes:
         """The last ``nbytes`` bytes, or all there are.
 
@@ -180,11 +189,18 @@ class Source:
                 yield data[offset - begin : offset - begin + nbytes]
             first = last
 
-    def will_read(self, areas: Sequence[tuple[int, int]]) -> None:
+    def will_read(
+        self, areas: Sequence[tuple[int, int]], passing: Callable[[int, memoryview], object] | None = None
+    ) -> None:
         """These ranges, offset and size in bytes of each, are about to be read, in about this order.
 
         A source that is far fetches them ahead of whoever reads; others need no word.  What is read beside them, or out
         of order, is read as ever.
+
+        Args:
+            areas: the ranges; they take the place of those that were told before.
+            passing: called by a source that is far with where a run of bytes begins and the bytes, as they come: each
+                once, from several threads, in about their order.
         """
 
     def will_open(self, names: Sequence[str]) -> None:

@@ -31,6 +31,7 @@ COMMANDS = {
     "explain": "What a finding code means and how to fix it.",
     "inspect": "What is in a file, without running or loading it.",
     "manifest": "Record what released weights must be.",
+    "report": "Put the results of several runs of check together.",
     "verify": "Load into a reference model and run a forward check.",
 }
 """Every command with its line in the list; ``ckptkit.cli.NAME`` holds it."""

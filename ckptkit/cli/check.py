@@ -6,7 +6,9 @@ The screen has a line a file, what is wrong with it below, and the verdict last.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+import stat
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -18,15 +20,21 @@ from ckptkit.cli.explain import complete_reference
 from ckptkit.cli.outputs import findings_of, github, junit, sarif
 from ckptkit.dtypes import DTYPES
 from ckptkit.formats.folder import passed_over_text
+from ckptkit.options.storage import local, session_of
+from ckptkit.released import Run
 from ckptkit.released.config import find_config
+from ckptkit.released.lines import line_of, text_of
 from ckptkit.released.policy import CONTAINERS
-from ckptkit.released.results import exit_code_of, verdict_of
+from ckptkit.released.results import Tally, exit_code_of, verdict_of
 from ckptkit.report import human_size, printable
+from ckptkit.transfer.many import Workers
 
 if TYPE_CHECKING:
     from ckptkit.documents import CheckDocument, CheckedFile, CheckFindingDocument
+    from ckptkit.released.document import CheckEnd, CheckHead
+    from ckptkit.released.results import CheckReport, FileResult
 
-__all__ = ["RENDERERS", "command", "text"]
+__all__ = ["OUTPUTS", "RENDERERS", "command", "echo_lines", "show", "text"]
 
 _MOST = 160
 """Characters of an expected or found value."""
@@ -35,16 +43,26 @@ _MOST = 160
 def text(document: CheckDocument, view: ui.View) -> Iterator[str]:
     """The lines; with ``quiet`` only those of what is wrong."""
     for file, findings in findings_of(document):
-        if view.quiet and not findings:
-            continue
-        yield _head(file, findings, view.style)
-        for finding in findings:
-            yield from _finding(finding, view.style)
-    if not view.quiet:
-        if document["passed_over"]:
-            yield passed_over_text(document["passed_over"])
-        color = "green" if exit_code_of(document) == 0 else "red"
-        yield view.style(verdict_of(document), fg=color, bold=True)
+        yield from _lines(file, findings, view)
+    yield from _last_lines(document["passed_over"], verdict_of(document), exit_code_of(document), view)
+
+
+def _lines(file: CheckedFile, findings: Sequence[CheckFindingDocument], view: ui.View) -> Iterator[str]:
+    """What is said of a file."""
+    if view.quiet and not findings:
+        return
+    yield _head(file, findings, view.style)
+    for finding in findings:
+        yield from _finding(finding, view.style)
+
+
+def _last_lines(passed_over: Mapping[str, int], verdict: str, code: int, view: ui.View) -> Iterator[str]:
+    """What is said of all files."""
+    if view.quiet:
+        return
+    if passed_over:
+        yield passed_over_text(passed_over)
+    yield view.style(verdict, fg="green" if code == 0 else "red", bold=True)
 
 
 def _head(file: CheckedFile, findings: Sequence[CheckFindingDocument], style: ui.Style) -> str:
@@ -79,7 +97,7 @@ RENDERERS: dict[str, ui.Renderer] = {
     "markdown": ui.later("markdown.check"),
 }
 
-_OUTPUTS = ("text", "json", *(name for name in RENDERERS if name != "text"))
+OUTPUTS = ("text", "json", *(name for name in RENDERERS if name != "text"))
 
 
 @click.command(
@@ -90,7 +108,8 @@ _OUTPUTS = ("text", "json", *(name for name in RENDERERS if name != "text"))
         "ckptkit check model.pth --max-trust safe --allow-dtype float32 --allow-dtype int64 --location cpu",
         "ckptkit check model.safetensors --fits torchvision:resnet18 --forward",
         "ckptkit check weights/ --manifest weights/weights.lock.json --format junit > check.xml",
-        "git diff --name-only -z HEAD~1 | xargs -0 ckptkit check --no-pickle --skip-others",
+        "git diff --name-only -z HEAD~1 | ckptkit check --files-from - --no-pickle --skip-others",
+        "ckptkit check weights/ --part 2/8 --json-lines > part-2.jsonl",
     ),
 )
 @ui.path_argument("paths", nargs=-1)
@@ -150,14 +169,27 @@ _OUTPUTS = ("text", "json", *(name for name in RENDERERS if name != "text"))
 @click.option(
     "--skip-others", is_flag=True, help="Pass over named files that are not checkpoints; it is fine if none is left."
 )
+@ui.files_from_option
+@click.option("--part", metavar="I/N", help="The I-th of N shares of the files, the same on every machine.")
+@ui.jobs_option
+@click.option(
+    "--timeout", type=click.FloatRange(0, min_open=True), metavar="SECONDS", help="The most that one file may take."
+)
+@click.option("--json-lines", "as_lines", is_flag=True, help="A line of JSON for each file, as it comes.")
+@click.option(
+    "--resume",
+    metavar="FILE",
+    help="Take over what holds still of an earlier run's --json-lines; with >> FILE the same file.",
+)
 @click.option("--config", metavar="FILE", help="A ckptkit.toml or pyproject.toml; default: the nearest upward.")
 @ui.ignore_checksums
+@ui.storage_option
 @ui.common_options(
     RENDERERS,
     multiple=True,
     default=(),
-    type=click.Choice([*_OUTPUTS, *CONTAINERS]),
-    metavar="|".join(_OUTPUTS),
+    type=click.Choice([*OUTPUTS, *CONTAINERS]),
+    metavar="|".join(OUTPUTS),
     help="Output; with the name of a container, the same as --require-format.",
 )
 def command(
@@ -169,6 +201,13 @@ def command(
     shapes: tuple[str, ...],
     tag: str | None,
     skip_others: bool,
+    storage_options: dict[str, Any],
+    files_from: str | None,
+    part: str | None,
+    jobs: int | None,
+    timeout: float | None,
+    as_lines: bool,
+    resume: str | None,
     output: tuple[str, ...],
     quiet: bool,
     color: str,
@@ -186,27 +225,99 @@ def command(
 
     Exit code 0: all is as it must be; 1: something is not; 2: something could not be checked.
     """
-    *_, wanted = ("text", *(name for name in output if name not in CONTAINERS))
+    shown = [name for name in output if name not in CONTAINERS]
+    *_, wanted = ("text", *shown)
+    if as_lines and shown:
+        raise click.UsageError(f"--json-lines and --format {wanted}: give one of them")
     policy["require_format"] = (*require_format, *(name for name in output if name in CONTAINERS))
     for name in ("require_format", "allow_dtype", "location", "ignore_checksums"):
         policy[name] = policy[name] or None  # not given: what is configured stands
+    policy["model_args"] = ui.key_values("--model-arg", model_args) or None
+    policy["input_shapes"] = [ui.input_shape(shape) for shape in shapes] or None
     ending.keep_stdout()
-    with ui.json_errors(wanted == "json"):
-        report = api.check(
-            paths,
+    view = ui.View(ui.styler(color), quiet=quiet)
+    with ui.json_errors(wanted == "json"), ExitStack() as stack:
+        given = ui.with_listed(paths, files_from)
+        stack.enter_context(session_of(storage_options, given))
+        run = Run(
+            local(given),
+            is_listed=files_from is not None,
             manifest=manifest,
             config=config if config is not None else find_config(os.curdir),
-            model_args=ui.key_values("--model-arg", model_args) or None,
-            input_shapes=[ui.input_shape(shape) for shape in shapes] or None,
             tag=tag,
             skip_others=skip_others,
-            **policy,
+            part=part,
+            workers=Workers(jobs=jobs, seconds=timeout),
+            resume=resume,
+            is_resumable=as_lines,
+            typed={name: value for name, value in policy.items() if value is not None},
+            verify=api.verify,
         )
+        if as_lines:
+            return echo_lines(run.head, run.results(), run.end)
+        if wanted == "text":
+            return _echo_text(run, view)
+        report = run.report([*run.results()])
+    return show(report, wanted, view)
+
+
+def show(report: CheckReport, wanted: str, view: ui.View) -> int:
+    """A report on stdout, in one of the outputs; its exit code."""
     code = ending.verdict(report.exit_code)
     seconds = {result.path: result.seconds for result in report.results}
-    document, view = report.to_dict(), ui.View(ui.styler(color), quiet=quiet, started=report.started, seconds=seconds)
+    document, view = report.to_dict(), view._replace(started=report.started, seconds=seconds)
     if wanted in ("text", "json"):
         ui.show(document, wanted, RENDERERS, view)
     else:  # programs that read these expect UTF-8
         ending.write("".join(f"{line}\n" for line in RENDERERS[wanted](document, view)).encode("utf-8"))
     return code
+
+
+def _echo_text(run: Run, view: ui.View) -> int:
+    """What `text` makes of the document, each file's lines as its result comes; the exit code.
+
+    A reader that goes away does not end the check: what it comes to is the exit code.
+    """
+    tally = Tally()
+    gone: ending.OutputLostError | None = None
+    for result in run.results():
+        tally.add(result)
+        findings = [finding.to_dict() for finding in result.findings]
+        try:
+            for line in () if gone else _lines(result.to_dict(), findings, view):
+                ui.echo(line)
+        except ending.OutputLostError as error:
+            if not error.is_reader_gone:
+                raise
+            gone = error
+    end = run.end(tally)
+    code = ending.verdict(end["exit_code"])
+    if gone is not None:
+        raise gone
+    for line in _last_lines(end["passed_over"], end["verdict"], code, view):
+        ui.echo(line)
+    return code
+
+
+def echo_lines(head: CheckHead, results: Iterable[FileResult], end: Callable[[Tally], CheckEnd]) -> int:
+    """A run on stdout as JSON Lines, each result as it comes; the exit code."""
+    tally = Tally()
+    if _is_begun():  # its last line may have been cut short
+        ending.write("\n")
+    ending.write(text_of(head))
+    for result in results:
+        tally.add(result)
+        ending.write(text_of(line_of(result)))
+    last = end(tally)
+    code = ending.verdict(last["exit_code"])
+    ending.write(text_of(last))
+    return code
+
+
+def _is_begun() -> bool:
+    """Whether stdout is a file that holds something already."""
+    try:
+        status = os.fstat(ending.stdout().fileno())
+    except (OSError, ValueError):
+        return False
+    return stat.S_ISREG(status.st_mode) and status.st_size > 0

@@ -50,6 +50,11 @@ def _line(document: ConvertDocument) -> str:
         return f"{head}{plan['nbytes']:,} bytes"
     shards = f" in {count_of(len(plan['shards']), 'shard')}" if plan["shards"] else ""
     checked = "compared byte for byte" if document["checked"] else "not checked"
+    if "part" in document:
+        part = document["part"]
+        own = f"{human_size(part['nbytes'])} in {count_of(len(part['shards']), 'shard')} of {len(plan['shards'])}"
+        state = "was there already" if part["kept"] else checked
+        return f"{printable(document['destination'])}: part {part['part']} of {part['of']}: {own}, {state}"
     return f"{head}{human_size(plan['nbytes'])}{shards}, {checked}"
 
 
@@ -172,6 +177,8 @@ _rename_file = click.option(
         "ckptkit convert resume.pth weights.safetensors --weights-only --dtype bfloat16 --keep-dtype '*norm*'",
         "ckptkit convert ddp.pth clean.pth --strip-module --map-location cpu",
         "ckptkit convert big.pth out/model.safetensors --max-shard-size 5GB",
+        "ckptkit convert run/step-9 out/model.safetensors --max-shard-size 5GB --part 3/8",
+        "ckptkit convert run/step-9 out/model.safetensors --max-shard-size 5GB --finish",
         "ckptkit convert model.safetensors run/step-0 --to dcp --ranks 8",
         "ckptkit convert runs/ converted/ --to safetensors --weights-only",
         "ckptkit convert old.pth new.pth --rename '^features\\.=>backbone.' --exclude 'head.*' --leave-out optimizer",
@@ -213,6 +220,9 @@ def command(
     --force or not. What is no checkpoint is passed over and counted, and a file that cannot be converted stops no
     other.
 
+    Shards can be written by several processes, on one machine or on many: --jobs N, or --part I/N in each of N and
+    then --finish, all with the same SRC, DST and options. Until then no reader sees any of it.
+
     Exit code 0: all is converted; 2: something could not be.
     """
     with ui.json_errors(output == "json"), progress_line(progress, quiet=quiet) as moved:
@@ -229,7 +239,8 @@ def command(
         of_folder = cast("ConvertFolderDocument", document)
         code, found = _verdict(of_folder), findings_of(of_folder)
     else:
-        written = f"{printable(document['destination'])} was written" if document["written"] else ""
+        part = f"part {document['part']['part']} of " if "part" in document else ""
+        written = f"{part}{printable(document['destination'])} was written" if document["written"] else ""
         code, found = ending.verdict(0, written), document["findings"]
     view = ui.View(ui.styler(color), quiet=quiet)
     ui.show(document, output, RENDERERS, view)

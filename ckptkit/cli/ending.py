@@ -54,6 +54,11 @@ class OutputLostError(Exception):
         super().__init__(os.strerror(number or errno.EIO))
         self.errno = number
 
+    @property
+    def is_reader_gone(self) -> bool:
+        """Whether the reader had enough, as `head` does."""
+        return self.errno == errno.EPIPE
+
 
 class SignalledError(BaseException):
     """The process was asked to end: Ctrl-C, ``kill``, ``timeout``, a terminal that was closed."""
@@ -219,7 +224,7 @@ def signals_heard() -> Iterator[None]:
 def exit_code(error: BaseException) -> int:
     """What the process exits with where its work ended in an interrupt or in output that was lost; says so."""
     if isinstance(error, OutputLostError):
-        if error.errno == errno.EPIPE:  # the reader had enough, as `head` does
+        if error.is_reader_gone:
             return 2 if _ending.verdict is None else _ending.verdict
         state = "full" if error.errno in _FULL else "closed" if error.errno == errno.EBADF else f"failing ({error})"
         say(f"ckptkit: error: standard output is {state}" + (f"; {_ending.done}" if _ending.done else ""))

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
-from ckptkit import api
+from ckptkit import api, places
 from ckptkit.cli import ending, inspect_text
 from ckptkit.cli import options as ui
-from ckptkit.errors import CkptkitError
+from ckptkit.errors import CkptkitError, FileAccessError
 from ckptkit.inspection import describe_error, json_chunks, plain_document, survey
+from ckptkit.options.storage import local, session_of
 from ckptkit.report import SCHEMA_VERSION, Severity, at_least, printable
 
 if TYPE_CHECKING:
+    from ckptkit.fleet import Outcome
     from ckptkit.inspection import Survey
     from ckptkit.inspection.document import InspectDocument, InspectedFile, UnreadFile
 
@@ -36,7 +37,7 @@ RENDERERS: dict[str, ui.Renderer] = {"text": inspect_text.text, "markdown": ui.l
         "ckptkit inspect archive.zip/a/model.pth",
     ),
 )
-@ui.path_argument("paths", nargs=-1, required=True)
+@ui.path_argument("paths", nargs=-1)
 @click.option("--depth", type=click.IntRange(1), help="Levels of the module tree; default: as many as are readable.")
 @click.option("--flat", is_flag=True, help="One line a tensor, fields separated by tabs, for grep and cut.")
 @click.option("--filter", "filters", multiple=True, metavar="GLOB", help="Only tensors whose name matches; repeatable.")
@@ -52,7 +53,10 @@ RENDERERS: dict[str, ui.Renderer] = {"text": inspect_text.text, "markdown": ui.l
     show_default=True,
     help="Exit 1 from this severity on.",
 )
+@ui.files_from_option
+@ui.jobs_option
 @ui.ignore_checksums
+@ui.storage_option
 @ui.common_options(RENDERERS)
 def command(
     paths: tuple[str, ...],
@@ -64,7 +68,10 @@ def command(
     tag: str | None,
     tp_rules: str | None,
     stats: bool,
+    files_from: str | None,
+    jobs: int | None,
     ignore_checksums: bool,
+    storage_options: dict[str, Any],
     fail_on: str,
     output: str,
     quiet: bool,
@@ -78,18 +85,31 @@ def command(
     checkpoint, and one that names its last step stands for that. FILE/MEMBER or FILE!MEMBER is a file in a zip or tar
     archive, - is standard input, and what is compressed by gzip, xz, bzip2 or zstd is read through.
     """
+    if not paths and files_from is None:
+        raise click.MissingParameter(param=_paths_of(click.get_current_context()))
+    given = ui.with_listed(paths, files_from)
+    if not given:
+        raise FileAccessError(f"{files_from}: lists no files to inspect", path=files_from)
+    click.get_current_context().with_resource(session_of(storage_options, *given))
+    given = local(given)
     opening: dict[str, Any] = {"section": section, "ignore_checksums": ignore_checksums}
-    of_folders = {"tag": tag, "tp_rules": tp_rules}
+    of_folders = {**opening, "tag": tag, "tp_rules": tp_rules}
     passed_over: Counter[str] = Counter()
-    files = [each for path in paths for each in _expanded(path, tag or tp_rules, passed_over)]
+    files = [each for path in given for each in _expanded(path, tag or tp_rules, passed_over)]
+    named = set(given)
+    view = ui.View(ui.styler(color), ui.terminal_width(), quiet, depth, sort)
+    shown = "flat" if flat and output != "json" else output
+    is_shared = len(files) > 1 and _are_shared(len(files), jobs)
+    as_typed = _Asked("", None, opening, filters, sort, stats, shown, view.style is click.style, *view[1:4])
     seen: list[_Seen] = []
 
     def documents() -> Iterator[Survey | UnreadFile]:
         """Each file's document; before the last is shown, the verdict is known."""
+        tasks = []
         for found, error in files:
-            is_given = found in paths and (len(paths) == 1 or os.path.isdir(found))
-            asked = {**opening, **of_folders} if is_given else opening
-            document = _survey(found, asked, filters, sort, stats) if error is None else describe_error(found, error)
+            is_given = found in named and (len(given) == 1 or places.isdir(found))
+            tasks.append(as_typed._replace(path=found, error=error, opening=of_folders if is_given else opening))
+        for document in _shared(tasks, jobs) if is_shared else map(_surveyed, tasks):
             seen.append(_told(document))
             if filters and not quiet and document["error"] is None and not document["tensors"]:
                 ending.say(f"ckptkit: {printable(document['path'])}: no tensor matches --filter")
@@ -100,20 +120,99 @@ def command(
     if output == "json":
         _echo_documents(documents(), passed_over)
         return _exit_code(seen, fail_on)
-    view = ui.View(ui.styler(color), ui.terminal_width(), quiet, depth, sort)
+    render = _as_shown if is_shared else inspect_text.flat if flat else RENDERERS[output]
     if flat:
         for document in documents():
             if document["error"] is None:
-                for line in inspect_text.flat(document, view):
+                for line in render(document, view):
                     ui.echo(line)
         if passed_over and not quiet:
             from ckptkit.formats.folder import passed_over_text
 
             ending.say(passed_over_text(passed_over))
         return _exit_code(seen, fail_on)
-    for line in lines(documents(), passed_over, RENDERERS[output], view):
+    for line in lines(documents(), passed_over, render, view):
         ui.echo(line)
     return _exit_code(seen, fail_on)
+
+
+def _paths_of(context: click.Context) -> click.Parameter:
+    return next(parameter for parameter in context.command.params if parameter.name == "paths")
+
+
+class _Asked(NamedTuple):
+    """One file, and how it is to be shown, as plain data.
+
+    Attributes:
+        path: the file.
+        error: why it cannot be read, where that is known.
+        opening: how it is opened.
+        output: ``"json"``, ``"flat"`` or a renderer's name.
+        is_colored, width, quiet, depth: as of a `View`.
+    """
+
+    path: str
+    error: CkptkitError | None
+    opening: dict[str, Any]
+    filters: tuple[str, ...]
+    sort: str
+    stats: bool
+    output: str
+    is_colored: bool
+    width: int | None
+    quiet: bool
+    depth: int | None
+
+
+def _surveyed(asked: _Asked) -> Survey | UnreadFile:
+    try:
+        if asked.error is not None:
+            raise asked.error
+        with api.open(asked.path, **asked.opening) as file:
+            return survey(file.checkpoint, filters=asked.filters, sort=asked.sort, stats=asked.stats)
+    except CkptkitError as error:
+        return describe_error(asked.path, error)
+
+
+def _are_shared(count: int, jobs: int | None) -> bool:
+    from ckptkit.transfer.many import Workers  # a file alone is shown sooner without
+
+    return Workers(jobs=jobs).are_others(count)
+
+
+def _shared(tasks: Sequence[_Asked], jobs: int | None) -> Iterator[Any]:
+    """The documents of files as other processes show them: with ``lines``, and of the tensors whether there are any."""
+    from ckptkit.transfer.many import Workers, side_by_side
+
+    return side_by_side(tasks, _shown, workers=Workers(jobs=jobs), nbytes=lambda _: 0, lost=_lost)
+
+
+def _shown(asked: _Asked, threads: int = 1) -> dict[str, Any]:
+    return _with_lines(_surveyed(asked), asked)
+
+
+def _lost(asked: _Asked, outcome: Outcome[Any]) -> dict[str, Any]:
+    error = outcome.error or FileAccessError(f"{asked.path}: {outcome.text}", path=asked.path)
+    return _with_lines(describe_error(asked.path, error), asked)
+
+
+def _with_lines(document: Survey | UnreadFile, asked: _Asked) -> dict[str, Any]:
+    view = ui.View(
+        ui.styler("always" if asked.is_colored else "never"), asked.width, asked.quiet, asked.depth, asked.sort
+    )
+    lines: Iterable[str] = ()
+    if asked.output == "json":
+        lines = ["".join(json_chunks(document))]
+    elif document["error"] is None:
+        lines = (inspect_text.flat if asked.output == "flat" else RENDERERS[asked.output])(document, view)
+    findings = [{"severity": finding["severity"]} for finding in document["findings"]]
+    told = {"path": document["path"], "error": document["error"], "findings": findings}
+    return {**told, "tensors": [True] * bool(document["tensors"]), "lines": [*lines]}
+
+
+def _as_shown(document: Any, view: ui.View) -> Iterator[str]:
+    """The renderer of what `_shared` gives."""
+    yield from document["lines"]
 
 
 def lines(
@@ -135,19 +234,9 @@ def lines(
         yield passed_over_text(passed_over)
 
 
-def _survey(
-    path: str, opening: dict[str, Any], filters: tuple[str, ...], sort: str, stats: bool
-) -> Survey | UnreadFile:
-    try:
-        with api.open(path, **opening) as file:
-            return survey(file.checkpoint, filters=filters, sort=sort, stats=stats)
-    except CkptkitError as error:
-        return describe_error(path, error)
-
-
 def _expanded(path: str, asked: str | None, passed_over: Counter[str]) -> Iterator[tuple[str, CkptkitError | None]]:
     """The path itself, or the checkpoints below a folder; and what cannot be read, with the reason."""
-    if not os.path.isdir(path):
+    if not places.isdir(path):
         yield path, None
         return
     from ckptkit.formats.distributed.around import sharded_in
@@ -172,10 +261,17 @@ def _expanded(path: str, asked: str | None, passed_over: Counter[str]) -> Iterat
         yield path, nothing
 
 
-def _echo_documents(documents: Iterator[Survey | UnreadFile], passed_over: Mapping[str, int]) -> None:
+def _echo_documents(documents: Iterator[Any], passed_over: Mapping[str, int]) -> None:
     """Write the JSON document while its files are read: what is written of one need not be kept for the next."""
     if ending.stdout().isatty():
-        plain = [each if each["error"] is not None else plain_document(each) for each in documents]
+        plain: Any = [
+            json.loads(each["lines"][0])
+            if "lines" in each
+            else each
+            if each["error"] is not None
+            else plain_document(each)
+            for each in documents
+        ]
         whole: InspectDocument = {
             "schema_version": SCHEMA_VERSION,
             "passed_over": dict(passed_over),
@@ -187,7 +283,7 @@ def _echo_documents(documents: Iterator[Survey | UnreadFile], passed_over: Mappi
     write(f'{{"schema_version": {SCHEMA_VERSION}, "passed_over": {json.dumps(passed_over)}, "files": [')
     for number, document in enumerate(documents):
         write(", " * (number > 0))
-        for chunk in json_chunks(document):
+        for chunk in _as_shown(document, ui.View()) if "lines" in document else json_chunks(document):
             write(chunk)
     write("]}\n")
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
 from ckptkit import api
 from ckptkit.cli import ending
 from ckptkit.cli import options as ui
+from ckptkit.errors import FileAccessError
 from ckptkit.formats.folder import passed_over_text
 from ckptkit.released.manifest_file import manifest_text
 from ckptkit.report import count_of, human_size, printable
@@ -113,7 +114,10 @@ RENDERERS: dict[str, ui.Renderer] = {"text": text, "markdown": ui.later("markdow
 @ui.tp_rules_option
 @ui.allow_part_option
 @click.option("--force", is_flag=True, help="Replace an existing manifest as a whole.")
+@ui.files_from_option
+@ui.jobs_option
 @ui.ignore_checksums
+@ui.storage_option
 @ui.common_options(RENDERERS)
 def command(
     paths: tuple[str, ...],
@@ -125,7 +129,10 @@ def command(
     tp_rules: str | None,
     allow_part: bool,
     force: bool,
+    files_from: str | None,
+    jobs: int | None,
     ignore_checksums: bool,
+    storage_options: dict[str, Any],
     output: str,
     quiet: bool,
     color: str,
@@ -136,13 +143,16 @@ def command(
     content digest of a file is the same for the same tensors in any container. Nothing is executed. In a folder that
     is named, ckptkit check lets no other checkpoint lie; files that are named stand for themselves.
     """
-    if not paths and not update:
+    if not paths and not update and files_from is None:
         raise click.UsageError("Missing argument 'PATH...'; only --update does without")
     if update and destination is None:
         raise click.UsageError("--update needs the manifest: -o FILE")
     with ui.json_errors(output == "json"):
+        listed = ui.with_listed(paths, files_from)
+        if files_from is not None and not listed:
+            raise FileAccessError(f"{files_from}: lists no files to record", path=files_from)
         manifest = api.manifest(
-            paths,
+            listed,
             destination,
             digests=digests,
             golden=_golden(goldens),
@@ -152,6 +162,8 @@ def command(
             tp_rules=tp_rules,
             allow_part=allow_part,
             ignore_checksums=ignore_checksums,
+            storage_options=storage_options,
+            jobs=jobs,
         )
     code = ending.verdict(0, f"{printable(destination)} was written" if destination is not None else "")
     ui.show(document_of(manifest), output, RENDERERS, ui.View(ui.styler(color), quiet=quiet, written=destination))

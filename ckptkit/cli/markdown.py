@@ -116,6 +116,8 @@ def convert(document: ConvertDocument | ConvertFolderDocument, view: View) -> It
         "the plan" if not document["written"] else "written, " + ("compared" if document["checked"] else "unchecked")
     )
     size = f"{count_of(plan['tensors'], 'tensor')}, {human_size(plan['nbytes'])}"
+    if "part" in document:
+        state = f"part {document['part']['part']} of {document['part']['of']} {state}"
     yield f"## {code(document['destination'])}: {state}"
     yield ""
     yield f"From {code(document['source'])}: {plan['format']}, {size}."

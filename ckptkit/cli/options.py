@@ -21,6 +21,7 @@ import click
 from ckptkit.arguments import Option, Options, device_problem, tolerance
 from ckptkit.cli import ending
 from ckptkit.errors import CkptkitError
+from ckptkit.options.storage import local, storage_options, typed_options
 from ckptkit.report import SCHEMA_VERSION, FindingDocument, printable
 
 __all__ = [
@@ -34,9 +35,11 @@ __all__ = [
     "common_options",
     "echo",
     "echo_json",
+    "files_from_option",
     "finding_lines",
     "ignore_checksums",
     "input_shape",
+    "jobs_option",
     "json_errors",
     "key_values",
     "keywords_of",
@@ -46,12 +49,14 @@ __all__ = [
     "path_argument",
     "printable",
     "show",
+    "storage_option",
     "styler",
     "tag_option",
     "terminal_width",
     "tp_rules_option",
     "width_of",
     "with_examples",
+    "with_listed",
     "wrapped",
 ]
 
@@ -172,7 +177,8 @@ def options_of(
         for name, option in reversed(declared.declared.items()):
             if behind is not None and name in behind:
                 function = behind[name](function)
-            function = _click_option(option, further.get(name, {}))(function)
+            if option.line:  # what Python alone takes has none
+                function = _click_option(option, further.get(name, {}))(function)
         return function
 
     return made
@@ -224,6 +230,14 @@ def checked_devices(_: click.Context, parameter: click.Parameter, value: str | t
     return value
 
 
+def _storage_options(_: click.Context, __: click.Parameter, value: tuple[str, ...]) -> dict[str, Any]:
+    """`ckptkit.options.storage` says what they mean."""
+    try:
+        return typed_options(value)
+    except CkptkitError as error:
+        raise click.UsageError(str(error)) from None
+
+
 _CLICK: dict[str, dict[str, Any]] = {
     "flag": {"is_flag": True},
     "switch": {"default": None},
@@ -232,6 +246,7 @@ _CLICK: dict[str, dict[str, Any]] = {
     "device": {"callback": checked_devices},
     "texts": {"multiple": True},
     "pairs": {"multiple": True},
+    "storage": {"multiple": True, "callback": _storage_options},
     "shapes": {"multiple": True},
 }
 """What click is told of each kind of option."""
@@ -253,8 +268,43 @@ tp_rules_option = click.option("--tp-rules", metavar="FILE", help="Rules that jo
 """The same."""
 
 
+storage_option = _click_option(storage_options, {})
+"""For whatever else reads checkpoints."""
+
+
 tag_option = click.option("--tag", metavar="NAME", help="Which of several steps in a training folder.")
 """For whatever else reads folders."""
+
+
+jobs_option = click.option(
+    "--jobs",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Processes that share very many files; default: one for each core.",
+)
+"""For what deals with each file by itself."""
+
+
+files_from_option = click.option(
+    "--files-from", metavar="FILE", help="A list of more paths, one a line or each before a NUL; - is standard input."
+)
+"""The same."""
+
+
+def with_listed(paths: Sequence[str], files_from: str | None) -> list[str]:
+    """The paths that were typed, and those of the list.
+
+    Raises:
+        click.UsageError: both the list and a file would come from standard input.
+        CkptkitError: the list cannot be read.
+    """
+    if files_from is None:
+        return [*paths]
+    from ckptkit.fleet.shares import STDIN, paths_from  # every command starts faster without
+
+    if files_from == STDIN and STDIN in paths:
+        raise click.UsageError("--files-from - and the path -: standard input is one of them")
+    return [*paths, *paths_from(files_from)]
 
 
 def with_examples(*examples: str) -> str:
@@ -263,7 +313,8 @@ def with_examples(*examples: str) -> str:
 
 
 def path_argument(name: str, **options: Any) -> Callable[[F], F]:
-    """A file name that is left to the command to open, so that every refusal reads alike."""
+    """A file name or URL that is left to the command to open, so that every refusal reads alike."""
+    options["callback"] = lambda _, __, value: local(value)
     return click.argument(name, type=click.Path(path_type=str, readable=False), **options)
 
 

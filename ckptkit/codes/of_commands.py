@@ -302,6 +302,48 @@ CHECKS: dict[str, Explanation] = {
         "A folder holds no checkpoint files, or the manifest names none. Nothing checked is never a success.",
         "Correct the path.",
     ),
+    "worker-died": Explanation(
+        "the process that checked the file ended",
+        "The file was tried twice, the second time alone, and the process was killed or crashed both times, as a rule "
+        "for want of memory. The other files were checked; nothing is known of this one, so the exit code is 2.",
+        "Check the file alone, with more memory: ckptkit check FILE --jobs 1",
+    ),
+    "timed-out": Explanation(
+        "checking the file took longer than --timeout allows",
+        "It lies on a disk or a server that does not answer, or it is large and is read as a whole. The other files "
+        "were checked; nothing is known of this one, so the exit code is 2.",
+        "Check the file alone, with a longer --timeout; --resume FILE keeps the results of the others.",
+    ),
+    "worker-version": Explanation(
+        "a worker has another version of ckptkit",
+        "With executor= the work is done where the executor's workers are. What another version finds is not what this "
+        "one would find, so it is not taken.",
+        "Install the same version of ckptkit for all workers.",
+    ),
+    "worker-failed": Explanation(
+        "a worker could not check the file",
+        "An error that is none of the file's: too little memory, an executor that was shut down, or a bug in ckptkit. "
+        "The message says which. Nothing is known of the file, so the exit code is 2.",
+        "Check the file alone: ckptkit check FILE --jobs 1 --debug",
+    ),
+    "results-incomplete": Explanation(
+        "a run did not come to its end",
+        "Its JSON Lines have no last line, or fewer results than that says: the run was ended, or the file was cut. "
+        "What it has not told of may be anything, so the whole is not green.",
+        "Run it again with --resume FILE, which looks only at what is not in it yet.",
+    ),
+    "part-missing": Explanation(
+        "no run has told of a part of the files",
+        "The runs are parts of a job array (--part I/N), and not all of the N are there. Files in the others may be "
+        "anything, so the whole is not green.",
+        "Run the missing parts, and report on all files together: ckptkit report FILES",
+    ),
+    "results-differ": Explanation(
+        "runs by different versions of ckptkit, or against different policies or manifests",
+        "What one of them lets pass the other might not. One verdict on both would say of some files what nobody has "
+        "checked.",
+        "Run those that differ again, with the same ckptkit and the same options; or report on each alone.",
+    ),
     "whole-checked": Explanation(
         "a shard was named, and the checkpoint that it is a part of was checked",
         "A shard holds some of the tensors. Where the index that names it lies beside it, rules and manifest are held "

@@ -37,14 +37,17 @@ from ckptkit.plan import Checksum, Digest, LiteralBytes, Plan, Step
 from ckptkit.report import Finding, Report, parse_size
 from ckptkit.rewrite.beside import KeepBeside, restored
 from ckptkit.transfer.names import is_temporary_name
+from ckptkit.transfer.passing import is_far, passed_of
 from ckptkit.transfer.steps import Tally
 from ckptkit.transfer.writing import folder_made, write_atomically
 
 if TYPE_CHECKING:
-    from ckptkit.documents import ChangesDocument, ConvertDetails, ConvertDocument
+    from ckptkit.conversion.parts import PartTask, WrittenPart
+    from ckptkit.documents import ConvertDetails, ConvertDocument
     from ckptkit.options import ConvertOptions
+    from ckptkit.transfer.part_records import PartRecord
 
-__all__ = ["Job", "Outcome", "Tokens", "convert_file", "run", "with_digests", "with_receipt"]
+__all__ = ["Job", "Outcome", "Tokens", "convert_file", "run", "with_digests", "with_receipt", "write_part"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +83,8 @@ class Job:
             file: the source its bytes lie in.
             destination: the output.
             options: the container, the size of shards, and whether the metadata tell how it was made: with the
-                SHA-256 of the source where the output is written and checked.
+                SHA-256 of the source where the output is written and checked, and nearly all of a source that is far is
+                read for it.
 
         Raises:
             RewriteError: the container cannot hold the checkpoint.
@@ -92,34 +96,51 @@ class Job:
         tokens = Tokens()
         if options.receipt:
             hashed = options.check and not options.dry_run
+            if hashed and is_far(file):  # what the plan does not move would be fetched for its hash alone
+                from ckptkit.transfer.far import is_nearly_whole
+
+                _, plan = formats.plan(checkpoint, destination, to=options.to, shard_nbytes=size, ranks=options.ranks)
+                hashed = is_nearly_whole(plan, formats.hashed_parts(file).values() or [file])
             checkpoint = with_receipt(checkpoint, file, __version__, tokens if hashed else None)
         path, plan = formats.plan(checkpoint, destination, to=options.to, shard_nbytes=size, ranks=options.ranks)
         plan = with_digests(plan, tokens) if tokens.files else plan
         return cls(checkpoint=checkpoint, source=file, asked=os.fsdecode(destination), path=path, plan=plan)
 
     def carry_out(self, options: ConvertOptions) -> Tally:
-        """Write it; see `ckptkit.transfer.writing.write_atomically`."""
+        """Write it in this process; see `ckptkit.transfer.writing.write_atomically`."""
         compare = None
+        passed = None
         if options.check:
             from ckptkit.compare import check_output  # moving bytes alone starts faster without
 
-            def compare(path: str, compared: Callable[[int], object]) -> object:
-                return check_output(self.checkpoint, path, compared)
+            passed = passed_of(self.checkpoint, self.source)
 
-        if not options.force and self.plan.in_folder is None and os.path.lexists(self.asked):
-            raise DestinationExistsError(f"{self.asked}: exists already; --force overwrites it", path=self.asked)
-        if formats.is_part(self.source, self.path):
-            told = "is a file of the checkpoint that is read, and that needs all of its files; name another"
-            raise DestinationExistsError(f"{self.path}: {told}", path=self.path)
+            def compare(path: str, compared: Callable[[int], object]) -> object:
+                return check_output(self.checkpoint, path, compared, passed)
+
+        self.require_place(options)
         return write_atomically(
             self.path,
             self.plan,
             force=options.force,
             check=compare,
-            replaces=self._stale() if self.plan.index is not None else (),
+            replaces=self.stale,
             source=self.source,
+            passed=passed,
             progress=options.progress,
         )
+
+    def require_place(self, options: ConvertOptions) -> None:
+        """See that the output may be where it is asked for.
+
+        Raises:
+            DestinationExistsError: something is there that it may not replace.
+        """
+        if not options.force and self.plan.in_folder is None and os.path.lexists(self.asked):
+            raise DestinationExistsError(f"{self.asked}: exists already; --force overwrites it", path=self.asked)
+        if formats.is_part(self.source, self.path):
+            told = "is a file of the checkpoint that is read, and that needs all of its files; name another"
+            raise DestinationExistsError(f"{self.path}: {told}", path=self.path)
 
     def findings(self) -> Iterator[Finding]:
         """What the output is that was not asked for: one file, where shards and an index were."""
@@ -130,8 +151,11 @@ class Job:
                 message=f"all of it fits into one file: {self.path}, and no index is written",
             )
 
-    def _stale(self) -> tuple[str, ...]:
+    @property
+    def stale(self) -> tuple[str, ...]:
         """What an earlier output left beside this one: the shards of its index, the one file if it was asked for."""
+        if self.plan.index is None:
+            return ()
         from ckptkit.formats.sharded import shard_names
 
         name = os.path.basename(self.path).removesuffix(".index.json")
@@ -154,6 +178,7 @@ class Outcome:
         job: what was planned, and written unless that was not wanted.
         conversion: what was changed; ``None``: nothing was to be.
         findings: what is to be told.
+        part: which part of the output was written, where that is not all.
     """
 
     section: str | None
@@ -161,11 +186,12 @@ class Outcome:
     job: Job
     conversion: Conversion | None
     findings: tuple[Finding, ...]
+    part: WrittenPart | None = None
 
     def report(self) -> Report[ConvertDocument]:
         """What `ckptkit.convert` gives."""
         plan, written = self.job.plan, not self.options.dry_run
-        changes = cast("ChangesDocument", {}) if self.conversion is None else self.conversion.details(plan)
+        changes = cast("ConvertDetails", {} if self.conversion is None else self.conversion.details(plan))
         details: ConvertDetails = {
             "source": self.job.source.path,
             "destination": self.job.path,
@@ -175,6 +201,8 @@ class Outcome:
             "plan": plan.to_dict(),
             **changes,
         }
+        if self.part is not None:
+            details["part"] = self.part.to_dict()
         return Report(findings=self.findings, details=details)
 
 
@@ -186,6 +214,8 @@ def run(
     options: ConvertOptions,
     *,
     rewrite: bool = True,
+    given: str | None = None,
+    task: PartTask | None = None,
 ) -> Outcome:
     """Convert an open checkpoint, from its options to the output.
 
@@ -195,13 +225,15 @@ def run(
         destination: the output.
         options: what is asked for; ``like`` is a `ckptkit.Like` by now.
         rewrite: whether the checkpoint is to be changed as the options say; else it is written as it stands.
+        given: path by which others open the source, too.
+        task: what a worker was told, that writes a part.
 
     Raises:
         As `ckptkit.convert`.
     """
     if options.like is None:
         require_whole(checkpoint, allow_part=options.allow_part)
-    is_held = options.check and not (options.ignore_checksums or options.dry_run)
+    is_held = _is_held(options, task)
     is_folder = formats.format_named(checkpoint.origin.format).is_folder
     if is_folder:  # of which planning reads pickles
         formats.require_sound(file, checkpoint, held=is_held)
@@ -232,14 +264,16 @@ def run(
             restored=is_restored,
         )
     job = Job.of(source if conversion is None else conversion.result, file, destination, options)
+    _require_shards(options, job.plan)
     findings: list[Finding] = []
+    part = None
     if conversion is not None:
         findings += job.findings()
         findings += conversion.findings(job.plan, None if options.dry_run else job.path)
     if not options.dry_run:
         if not is_folder:
             formats.require_sound(file, checkpoint, held=is_held)
-        tally = job.carry_out(options)
+        tally, part = _carried_out(job, options, given, task)
         findings += () if conversion is None else conversion.losses(tally)
     return Outcome(
         section=source.origin.state_path,
@@ -247,7 +281,57 @@ def run(
         job=job,
         conversion=conversion,
         findings=tuple(findings),
+        part=part,
     )
+
+
+def _is_held(options: ConvertOptions, task: PartTask | None) -> bool:
+    """Whether what the source recorded of its bytes is held against them: of several parts the first does it."""
+    share = options.part if task is None else task.share
+    is_wanted = options.check and not (options.ignore_checksums or options.dry_run or options.finish)
+    return is_wanted and (share is None or share.index == 1)
+
+
+def _require_shards(options: ConvertOptions, plan: Plan) -> None:
+    if options.part is not None or options.finish or options.files_from is not None:
+        from ckptkit.conversion.parts import require_shards
+
+        require_shards(options, plan)
+
+
+def _carried_out(
+    job: Job, options: ConvertOptions, given: str | None, task: PartTask | None
+) -> tuple[Tally, WrittenPart | None]:
+    """Write the output, or a part of it, or make one of the parts; what casts lost in it, and the part."""
+    is_alone = task is None and options.part is None and not options.finish
+    if is_alone and (job.plan.index is None or (options.executor is None and (options.jobs or 1) == 1)):
+        return job.carry_out(options), None
+    from ckptkit.conversion import parts
+
+    job.require_place(options)
+    if options.finish:
+        return parts.finish(job, options, given), None
+    share = options.part if task is None else task.share
+    if share is None:
+        return parts.over_workers(job, options, given, write_part), None
+    part = parts.write_part(job, options, share, task)
+    return part.tally, part
+
+
+def write_part(task: PartTask) -> PartRecord:
+    """Write one part of an output, as a worker: the source is opened anew, by its path.
+
+    Raises:
+        As `ckptkit.convert`.
+    """
+    options = task.options
+    checkpoint, file = _opened(task.path(task.source), options)
+    try:
+        part = run(checkpoint, file, task.path(task.destination), options, task=task).part
+    finally:
+        file.close()
+    assert part is not None  # noqa: S101 - a share was asked for
+    return part.record
 
 
 def _section_meant(checkpoint: Checkpoint, file: Source, options: ConvertOptions) -> Checkpoint:
@@ -327,15 +411,19 @@ def convert_file(source: str, destination: str, options: ConvertOptions) -> Repo
     Raises:
         As `ckptkit.convert`.
     """
-    checkpoint, file = formats.read(
+    checkpoint, file = _opened(source, options)
+    try:
+        with folder_made("" if options.dry_run else os.path.dirname(destination), flush=options.check):
+            return run(checkpoint, file, destination, options).report()
+    finally:
+        file.close()
+
+
+def _opened(source: str, options: ConvertOptions) -> tuple[Checkpoint, Source]:
+    return formats.read(
         source,
         section=options.section,
         tag=options.tag,
         tp_rules=options.tp_rules,
         ignore_checksums=options.ignore_checksums,
     )
-    try:
-        with folder_made("" if options.dry_run else os.path.dirname(destination), flush=options.check):
-            return run(checkpoint, file, destination, options).report()
-    finally:
-        file.close()

@@ -1,25 +1,31 @@
 """Folder to folder: each checkpoint below one is converted to the same place below another.
 
 What lies in the source folder is listed first (`ckptkit.formats.folder`), so that no output is taken for a source, and
-all names are settled (`ckptkit.conversion.outputs`).  Then one file is converted after the other, each with the
-guarantees of a conversion of its own; one that cannot be is told, and the others go on.
+all names are settled (`ckptkit.conversion.outputs`).  Then one file is converted after the other, or several by workers
+side by side, each with the guarantees of a conversion of its own; one that cannot be is told, and the others go on.
+
+Many small files are shared among processes unasked: reading what is in them and planning is done under the interpreter
+lock.  Large ones are moved by the threads of one process as fast, one after the other.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-from ckptkit import formats, rewrite
+from ckptkit import formats, places, rewrite
 from ckptkit.conversion.options import renamers_of
 from ckptkit.conversion.outputs import Item, ending_of, require_fitting, require_names
-from ckptkit.errors import CkptkitError
+from ckptkit.errors import CkptkitError, FileAccessError, RewriteError
+from ckptkit.fleet.shares import paths_from
 from ckptkit.report import Finding, Report, parse_size, without_endings
-from ckptkit.transfer.names import is_temporary_name, names_flushed_together
+from ckptkit.transfer.names import is_temporary_name, names_flushed_together, remove_stale
+from ckptkit.transfer.workers import MANY_NBYTES
 
 if TYPE_CHECKING:
     from ckptkit.conversion.document import ConvertedFile, ConvertFolderDetails, UnconvertedFile
@@ -31,6 +37,9 @@ if TYPE_CHECKING:
     """Converts one file."""
 
 __all__ = ["convert_folder", "outcome"]
+
+_MANY = 250
+"""Files from which processes are worth starting unasked."""
 
 
 def convert_folder(source: str, destination: str, options: ConvertOptions, convert: Convert) -> Report[Any]:
@@ -53,15 +62,18 @@ def convert_folder(source: str, destination: str, options: ConvertOptions, conve
     started = time.monotonic()
     ending = ending_of(destination, options)
     _require_options(options, destination)
-    survey = _surveyed(source, destination)
+    survey = _surveyed(source, destination, options.files_from)
     items, refused = list(_items(survey, source, destination, ending)), dict(survey.unreadable)
-    require_names(items, destination, options)
+    own = items
+    if options.part is not None:
+        own = [item for item in items if options.part.holds(os.path.relpath(item.source, source))]
+        refused = {path: error for path, error in refused.items() if options.part.holds(os.path.relpath(path, source))}
+    require_names(items, destination, options, own)
     files = [_unconverted(path, None, error, 0, 0.0) for path, error in refused.items()]
-    sizes = [item.nbytes for item in items]
-    progress = _Progress(options.progress, sum(sizes))
-    with names_flushed_together():
-        for item, nbytes in zip(items, sizes, strict=True):
-            file = outcome(convert, item.source, item.destination, nbytes, progress.within(options, nbytes))
+    tasks = [_Task(item.source, item.destination, item.nbytes) for item in own]
+    progress = _Progress(options.progress, sum(task.nbytes for task in tasks))
+    with names_flushed_together(), contextlib.closing(_outcomes(tasks, convert, options, progress)) as outcomes:
+        for file in outcomes:
             files.append(_sharing(file, files[-1] if files else file))
     passed = dict(survey.passed) | {path: "other name" for each in survey.checkpoints for path in each.others}
     details: ConvertFolderDetails = {
@@ -79,6 +91,68 @@ def convert_folder(source: str, destination: str, options: ConvertOptions, conve
         if file["error"] is not None
     )
     return Report(findings=tuple(failures), details=details)
+
+
+class _Task(NamedTuple):
+    """A file to convert, its output, and its size in bytes."""
+
+    source: str
+    destination: str
+    nbytes: int
+
+
+def _outcomes(
+    tasks: list[_Task], convert: Convert, options: ConvertOptions, progress: _Progress
+) -> Generator[ConvertedFile | UnconvertedFile, None, None]:
+    """What comes of each file, in their order."""
+    plain = options.but(progress=None, jobs=None, executor=None, part=None, files_from=None, storage_options=None)
+    if not _are_others(tasks, options, plain):
+        for task in tasks:
+            yield outcome(convert, *task, progress.within(plain, task.nbytes))
+        return
+    from ckptkit.fleet import each
+    from ckptkit.remote import carried
+
+    work = carried(partial(_converted, convert, plain, os.getcwd()))
+    for task, done in each(tasks, work, jobs=options.jobs, executor=options.executor):
+        told = progress.within(plain, task.nbytes).progress
+        if told is not None:
+            told(1, 1)
+        if done.problem is None:
+            yield done.result()
+            continue
+        if done.problem == "died":
+            remove_stale(os.path.dirname(task.destination) or os.curdir)
+        yield _unconverted(task.source, task.destination, done.error or CkptkitError(done.text), task.nbytes, 0.0)
+
+
+def _are_others(tasks: list[_Task], options: ConvertOptions, plain: ConvertOptions) -> bool:
+    """Whether others than this process are to convert the files, who are told the plain options.
+
+    Raises:
+        RewriteError: they are asked to, and an option cannot be sent to them.
+    """
+    from ckptkit.conversion.parts import require_portable
+
+    if options.executor is not None or options.jobs is not None:
+        is_asked = options.executor is not None or (options.jobs or 1) > 1
+        if is_asked:
+            require_portable(plain)
+        return is_asked and bool(tasks)
+    if len(tasks) < _MANY or sum(task.nbytes for task in tasks) >= len(tasks) * MANY_NBYTES:
+        return False
+    try:
+        require_portable(plain)
+    except RewriteError:
+        return False
+    return True
+
+
+def _converted(convert: Convert, options: ConvertOptions, folder: str, task: _Task) -> ConvertedFile | UnconvertedFile:
+    """What comes of one file, as a worker: paths are relative to ``folder``, where that is not its own."""
+    above = "" if os.getcwd() == folder else folder
+    source, destination = (path if "://" in path else os.path.join(above, path) for path in task[:2])
+    return outcome(convert, source, destination, task.nbytes, options)
 
 
 def outcome(
@@ -156,6 +230,8 @@ def _require_options(options: ConvertOptions, destination: str) -> None:
     Raises:
         RewriteError: an option's value makes no sense.
     """
+    if options.finish:
+        raise RewriteError("--finish makes one checkpoint of parts; each file of a folder is whole by itself")
     renamers_of(options)
     require_fitting(options, formats.target(destination, options.to)[1])
     if options.dtype is not None:
@@ -166,17 +242,32 @@ def _require_options(options: ConvertOptions, destination: str) -> None:
         parse_size(options.max_shard_size)
 
 
-def _surveyed(source: str, destination: str) -> FolderSurvey:
+def _surveyed(source: str, destination: str, files_from: str | None) -> FolderSurvey:
     """What lies in the source folder; the destination folder is passed over where it is inside.
 
+    Args:
+        source: the folder.
+        destination: that of the outputs.
+        files_from: a list of the files in it that are meant; ``None``: all.
+
     Raises:
-        FileAccessError: there is no checkpoint.
+        FileAccessError: there is no checkpoint, or the list cannot be read.
+        RewriteError: it lists what does not lie in the folder.
     """
     from ckptkit.formats.folder import Surveyor
 
     surveyor = Surveyor(is_unfinished=is_temporary_name)
-    if os.path.isdir(destination) and not os.path.samefile(source, destination):
+    if os.path.isdir(destination) and places.identity(source) != places.identity(destination):
         surveyor.skip(destination, "output folder")
+    if files_from is not None:
+        for path in paths_from(files_from):
+            if os.path.relpath(path, source).split(os.sep)[0] == os.pardir:
+                raise RewriteError(f"--files-from {files_from}: {path} does not lie below {source}", path=path)
+            surveyor.named(path)
+        survey = surveyor.result()
+        if not survey.checkpoints:
+            raise FileAccessError(f"{files_from}: lists no file to convert", path=files_from)
+        return survey
     if (nothing := surveyor.folder(source)) is not None:
         raise nothing
     return surveyor.result()
@@ -189,15 +280,15 @@ def _items(survey: FolderSurvey, source: str, destination: str, ending: str) -> 
     from ckptkit.formats.unpacked import is_unpacked
 
     for path in (each.path for each in survey.checkpoints):
-        folder, name = os.path.split(path)
+        folder, name = places.split(path)
         shards = sorted(shard_names(path)) if name.endswith(".json") else ()
-        files = [path, *(os.path.join(folder, *shard.split("/")) for shard in shards)]
+        files = [path, *(places.below(folder, shard) for shard in shards)]
         if is_unpacked(folder) and name == "data.pkl":  # the folder is the checkpoint
             path, (folder, name) = folder, os.path.split(folder)
             files = [os.path.join(inside, each) for inside, _, names in os.walk(path) for each in names]
-        elif os.path.isdir(path):
+        elif places.isdir(path):
             found = sharded_at(path)
-            files = [os.path.join(path, *each.split("/")) for each in (found.own if found is not None else ())]
-        beside = os.path.relpath(folder, source)
-        within = destination if beside == os.curdir else os.path.join(destination, beside)
+            files = [places.below(path, each) for each in (found.own if found is not None else ())]
+        beside = places.relative(folder, source)
+        within = destination if beside == os.curdir else places.below(destination, beside)
         yield Item(path, os.path.join(within, without_endings(name) + ending), tuple(files))

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, NamedTuple, TypeGuard
 
-from ckptkit import formats
+from ckptkit import formats, places
 from ckptkit.errors import DestinationExistsError, FileAccessError, RewriteError
 from ckptkit.formats.unpacked import is_unpacked
 from ckptkit.report import count_of, listed, without_endings
@@ -46,7 +46,9 @@ def is_folder_of_files(
     source: object, destination: str | os.PathLike[str], options: ConvertOptions
 ) -> TypeGuard[str | os.PathLike[str]]:
     """Whether every checkpoint below a folder is meant, and another folder for them."""
-    if not isinstance(source, (str, os.PathLike)) or not os.path.isdir(source) or is_unpacked(os.fsdecode(source)):
+    if not isinstance(source, (str, os.PathLike)) or is_unpacked(os.fsdecode(source)):
+        return False
+    if not places.isdir(os.fsdecode(source)):
         return False
     path = os.fsdecode(destination)
     if options.tag is not None or options.tp_rules is not None:
@@ -59,11 +61,12 @@ def is_folder_of_files(
 
 
 def require_file_name(destination: str | os.PathLike[str]) -> None:
-    """Refuse what means standard output.
+    """Refuse what means standard output, and URLs.
 
     Raises:
-        FileAccessError: it does.
+        FileAccessError: it is one.
     """
+    places.require_local(os.fsdecode(destination))
     if os.fsdecode(destination) == "-":
         raise FileAccessError(
             "-: nothing is written to standard output: an output is compared with its source before it gets its name; "
@@ -74,7 +77,7 @@ def require_file_name(destination: str | os.PathLike[str]) -> None:
 
 def named_after(path: str, options: ConvertOptions) -> str:
     """What an output in a folder is named after: the source, or the step that was chosen in a folder."""
-    return os.path.join(path, options.tag) if options.tag is not None and os.path.isdir(path) else path
+    return places.below(path, options.tag) if options.tag is not None and places.isdir(path) else path
 
 
 @contextmanager
@@ -102,8 +105,8 @@ def destination_of(
         yield destination
         return
     ending = ending_of(folder, options)
-    name = os.path.basename(os.path.abspath(path))
-    if not os.path.lexists(path):  # in an archive, or nowhere
+    name = places.own_name(path)
+    if not places.is_url(path) and not os.path.lexists(path):  # in an archive, or nowhere
         name = "" if path == "-" or path.startswith("<") else re.split("[/!]", path)[-1]
     if not name:
         raise RewriteError(f"{folder}: is a folder, and the source has no name to give to a file in it; name a file")
@@ -115,7 +118,7 @@ def told(
     error: FileAccessError, source: object, destination: str | os.PathLike[str], options: ConvertOptions
 ) -> FileAccessError:
     """The error for what cannot be opened; of a folder that was to become one file, with what converts its files."""
-    if not isinstance(source, (str, os.PathLike)) or not os.path.isdir(source) or options.tag is not None:
+    if options.tag is not None or not isinstance(source, (str, os.PathLike)) or not places.isdir(os.fsdecode(source)):
         return error
     source = os.fsdecode(source)
     if error.path is not None and os.path.normpath(error.path) != os.path.normpath(source):  # a file of the one in it
@@ -190,12 +193,20 @@ class Item(NamedTuple):
         sizes = 0
         for path in self.files:
             with suppress(OSError):
-                sizes += os.stat(path).st_size
+                sizes += places.size(path)
         return sizes
 
 
-def require_names(items: Sequence[Item], destination: str, options: ConvertOptions) -> None:
+def require_names(
+    items: Sequence[Item], destination: str, options: ConvertOptions, own: Sequence[Item] | None = None
+) -> None:
     """See that each output has a name of its own, which nothing has that it may not replace.
+
+    Args:
+        items: all of the folder's.
+        destination: the folder for the outputs.
+        options: what is asked for.
+        own: those that are written; ``None``: all.  What others write may be there by now.
 
     Raises:
         RewriteError: two sources would get one name, or replace another; all of them are named.
@@ -218,7 +229,8 @@ def require_names(items: Sequence[Item], destination: str, options: ConvertOptio
     if clashes:
         told = f"{count_of(len(clashes), 'output')} would be written from several files; nothing was written:"
         raise RewriteError("\n  ".join([told, *clashes]), path=destination, names=names)
-    taken = list(_taken(items, is_sharded))
+    own = items if own is None else own
+    taken = list(_taken(own, is_sharded))
     if formats.makes_folder(options.to):
         full = [path for path in taken if not is_empty_folder(path)]
         if full:
@@ -229,7 +241,7 @@ def require_names(items: Sequence[Item], destination: str, options: ConvertOptio
             raise exists(taken[0])
         told = f"{count_of(len(taken), 'output')} exist already; --force overwrites them; nothing was written:"
         raise DestinationExistsError("\n  ".join([told, *taken]), path=destination)
-    replaced = list(_replaced(items)) if taken else ()
+    replaced = list(_replaced(items, own)) if taken else ()
     if replaced:
         told = f"{count_of(len(replaced), 'output')} cannot have the name; nothing was written:"
         raise RewriteError("\n  ".join([told, *replaced]), path=destination)
@@ -318,14 +330,14 @@ def _taken(items: Sequence[Item], is_sharded: bool) -> Iterator[str]:
         yield from shards.get(path, ())
 
 
-def _replaced(items: Sequence[Item]) -> Iterator[str]:
+def _replaced(items: Sequence[Item], own: Sequence[Item]) -> Iterator[str]:
     """Outputs that would replace a folder, or what another file is read from."""
     owners: dict[tuple[int, int], Item] = {}
     for item in items:
         for path in item.files:
             with suppress(OSError):
                 owners.setdefault(_identity(path), item)
-    for item in items:
+    for item in own:
         if os.path.isdir(item.destination):
             yield f"{item.destination}: is a folder"
         elif os.path.lexists(item.destination):

@@ -92,7 +92,7 @@ def differ(
     given = [*["--strict"] * strict, *["--allow-part"] * allow_part]
     if tolerance is not None:
         given += ["--atol", f"{tolerance.atol}", "--rtol", f"{tolerance.rtol}"]
-    work = PairReader(progress)
+    work = PairReader(progress, tolerance)
     with work.checksums.held(lambda: {**storage_names(a), **storage_names(b)}):
         comparison = _Comparison(ours, theirs, work, tolerance)
         sections: tuple[SectionRow, ...] = ()

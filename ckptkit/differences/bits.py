@@ -12,12 +12,13 @@ from dataclasses import replace
 
 from ckptkit.bytesource import ByteRange
 from ckptkit.checkpoint import TensorEntry
+from ckptkit.computed import Held
 from ckptkit.errors import CorruptError
 from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.transfer.checksums import Checksums, first_difference
 from ckptkit.transfer.values import Ahead, same_values, stream
 
-__all__ = ["PIECE_NBYTES", "chunks_side_by_side", "pieces", "same_piece", "unexpanded"]
+__all__ = ["PIECE_NBYTES", "chunks_side_by_side", "held", "pieces", "same_piece", "unexpanded"]
 
 PIECE_NBYTES = 16 << 20
 """Bytes of a tensor that one thread compares before it looks for other work: of few large tensors every core
@@ -89,6 +90,19 @@ def same_piece(a: TensorEntry, b: TensorEntry, checksums: Checksums, ahead: tupl
             checksums.note(run, crc)
         return is_same
     return same_values(a, b)
+
+
+def held(entry: TensorEntry) -> TensorEntry:
+    """The same tensor with its bytes in memory."""
+    start, end = entry.span()
+    storage = entry.storage
+    data = storage.source.part(start, end - start).read()
+    place = Held(data, storage.source.file.path).whole
+    return replace(
+        entry,
+        storage=replace(storage, source=place, nbytes=len(data), crc32=None, original=None),
+        storage_offset=entry.storage_offset - start // entry.itemsize,
+    )
 
 
 def _lying(entry: TensorEntry) -> ByteRange:

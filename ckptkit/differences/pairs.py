@@ -15,7 +15,9 @@ The figures of many pairs of tensors, in pieces and on every core; only then is 
 The reading: which pairs of tensors hold the same bits, and by how much the others differ; on every core.
 
 A pair is compared once however many names it has.  Bits come first, up to the first piece that differs; values are
-computed only of what was found to differ, which is when numpy is imported.
+computed only of what was found to differ, which is when numpy is imported.  Of files that are far each piece is held in
+memory until both are done, so that it is fetched once; what was equal before the first piece that differs is fetched
+again, for the figures of the whole.
 """
 
 from __future__ import annotations
@@ -29,13 +31,13 @@ from operator import add
 from typing import TYPE_CHECKING, Any, Literal
 
 from ckptkit.checkpoint import TensorEntry
-from ckptkit.differences.bits import PIECE_NBYTES, pieces, same_piece, unexpanded
+from ckptkit.differences.bits import PIECE_NBYTES, held, pieces, same_piece, unexpanded
 from ckptkit.differences.figures import MEASURED, Sums, Tolerance, is_measurable, measure_pair
 from ckptkit.digests import tensor_digest
 from ckptkit.errors import DTypeError
 from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.transfer.checksums import Checksums
-from ckptkit.transfer.values import SMALL_NBYTES, Ahead
+from ckptkit.transfer.values import SMALL_NBYTES, Ahead, will_read
 from ckptkit.transfer.workers import Progress, in_parallel
 
 if TYPE_CHECKING:
@@ -45,6 +47,9 @@ __all__ = ["NO_FIGURES", "Pair", "PairReader", "Renamed", "all_sums", "find_rena
 
 _ENDS = (4, 3, 2, 1, 0)
 """Last segments of names that are looked at where contents do not decide, most first."""
+
+_HELD_NBYTES = 64 << 20
+"""Bytes of a piece that is held in memory; only one that is not contiguous can have more."""
 
 _TOGETHER = 4096
 """Small tensors that one thread compares before it looks for other work."""
@@ -141,6 +146,7 @@ def _digests(entries: list[TensorEntry], checksums: Checksums) -> dict[tuple[obj
         except DTypeError:
             found[view] = None
 
+    will_read(by_view.values(), checksums.along_file)
     in_parallel(
         [partial(add, view, entry) for view, entry in by_view.items()],
         nbytes=sum(entry.nbytes for entry in by_view.values()),
@@ -181,6 +187,7 @@ def all_sums(
     copies: dict[Pair, int] = {}
     failed: set[Pair] = set()
     tasks: list[Callable[[], object]] = []
+    wanted: list[TensorEntry] = []
     nbytes = 0
 
     def measured(key: Pair, number: int, a: TensorEntry, b: TensorEntry) -> None:
@@ -203,10 +210,14 @@ def all_sums(
             failed.add(key)
             continue
         left, right, copies[key] = reduced
-        nbytes += left.nbytes + right.nbytes
         for number, (part, other) in enumerate(pieces(left, right, MEASURED)):
-            found[key].append(Sums())
-            tasks.append(partial(measured, key, number, part, other))
+            known = work.measured.get((*part.view, *other.view)) if work.measured else None
+            found[key].append(Sums() if known is None else known)
+            if known is None:
+                nbytes += part.nbytes + other.nbytes
+                wanted += part, other
+                tasks.append(partial(measured, key, number, part, other))
+    will_read(wanted, work.checksums.along_file)
     work.expect(nbytes)
     in_parallel(tasks, nbytes=nbytes)
     return {key: None if key in failed else reduce(add, sums, Sums()).times(copies[key]) for key, sums in found.items()}
@@ -224,13 +235,17 @@ class PairReader:
 
     Args:
         progress: called with the bytes gone through so far, and those to go through in all.
+        tolerance: by which what differs is measured.
 
     Attributes:
         checksums: those recorded for the storages of every tensor that is read.
+        measured: what is known of pieces by their views, because they were in memory.
     """
 
-    def __init__(self, progress: Progress | None = None) -> None:
+    def __init__(self, progress: Progress | None = None, tolerance: Tolerance | None = None) -> None:
         self._progress = progress
+        self._tolerance = tolerance or Tolerance()
+        self.measured: dict[Pair, Sums] = {}
         self._done = self._total = 0
         self._lock = threading.Lock()
         self.checksums = Checksums()
@@ -266,7 +281,8 @@ class PairReader:
         waiting, self._waiting = self._waiting, []
         nbytes = 2 * sum([each for _, _, _, each in waiting])
         self._total += nbytes
-        in_parallel(self._comparisons(waiting), nbytes=nbytes)
+        far = will_read((entry for _, a, b, _ in waiting for entry in (a, b)), self.checksums.along_file)
+        in_parallel(self._held_comparisons(waiting) if far else self._comparisons(waiting), nbytes=nbytes)
 
     def _comparisons(self, waiting: _Waiting) -> Iterator[Callable[[], object]]:
         small: _Waiting = []
@@ -281,6 +297,24 @@ class PairReader:
             for left, right in pieces(a, b, max(PIECE_NBYTES // a.itemsize, 1)):
                 yield partial(self._compare, key, left, right)
         yield partial(self._compare_small, small)
+
+    def _held_comparisons(self, waiting: _Waiting) -> Iterator[Callable[[], object]]:
+        """In the order in which they were told, and each piece as it is measured."""
+        for key, a, b, _ in waiting:
+            for left, right in pieces(a, b, MEASURED):
+                spans = [end - start for start, end in (left.span(), right.span())]
+                yield partial(self._compare_held if max(spans) <= _HELD_NBYTES else self._compare, key, left, right)
+
+    def _compare_held(self, key: Pair, a: TensorEntry, b: TensorEntry) -> None:
+        """Compare two pieces once they are in memory, and measure them where their tensors differ."""
+        left, right = held(a), held(b)
+        self._compare(key, left, right)
+        if self._same[key] is False and a.shape == b.shape and is_measurable(a.dtype):
+            views: Pair = (*a.view, *b.view)
+            try:
+                self.measured[views] = measure_pair(left, right, self._tolerance, lambda _: None)
+            except DTypeError:
+                self._same[key] = None
 
     def _compare_small(self, small: _Waiting) -> None:
         ahead = Ahead(), Ahead()

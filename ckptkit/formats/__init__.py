@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from ckptkit import places
 from ckptkit.bytesource import Readable, Source, SourceFile
 from ckptkit.checkpoint import GRAVITY, Checkpoint, GlobalUse, Part, Storage, TensorEntry
 from ckptkit.errors import FileAccessError, FormatError, MissingFileError, RewriteError, SectionError
@@ -100,22 +101,23 @@ def read(
         SectionError: the section is not there.
         MissingDependencyError: it is compressed, and what decompresses it is not installed.
     """
-    file = source_of(source, tag, tp_rules)
-    try:
-        probe = _entered(file, limits)
-    except BaseException:
-        file.close()
-        raise
-    try:
-        return _checkpoint(probe, section, ignore_checksums=ignore_checksums), probe.file
-    except FormatError:
-        with contextlib.closing(probe.file):
-            if probe.file.left <= _MOST_LEFT:  # which may tell more
-                probe.file.settle()
-        raise
-    except BaseException:
-        probe.file.close()
-        raise
+    with places.asked_once(source):
+        file = source_of(source, tag, tp_rules)
+        try:
+            probe = _entered(file, limits)
+        except BaseException:
+            file.close()
+            raise
+        try:
+            return _checkpoint(probe, section, ignore_checksums=ignore_checksums), probe.file
+        except FormatError:
+            with contextlib.closing(probe.file):
+                if probe.file.left <= _MOST_LEFT:  # which may tell more
+                    probe.file.settle()
+            raise
+        except BaseException:
+            probe.file.close()
+            raise
 
 
 def reread(file: Source, *, section: str | None = None, ignore_checksums: bool = False) -> Checkpoint:
@@ -237,10 +239,11 @@ def source_of(path: Readable, tag: str | None = None, tp_rules: str | os.PathLik
         FileAccessError: it cannot be opened; of a folder the message says what to give instead.
         FormatError: an archive in which it lies is damaged, or a folder is.
     """
-    if tag is not None and (not isinstance(path, (str, os.PathLike)) or os.path.isfile(path) or path == STDIN):
-        what = os.fsdecode(path) if isinstance(path, (str, os.PathLike)) else "what was given"
+    given = os.fsdecode(path) if isinstance(path, (str, os.PathLike)) else None
+    if tag is not None and (given is None or places.isfile(given) or given == STDIN):
+        what = "what was given" if given is None else given
         raise FileAccessError(f"{what}: --tag {tag} chooses one of several steps in a folder, and this is a file")
-    if tp_rules is not None and not (isinstance(path, (str, os.PathLike)) and os.path.isdir(path)):
+    if tp_rules is not None and not (given is not None and places.isdir(given)):
         raise FileAccessError(
             f"{path!s:.200}: --tp-rules joins the files of several ranks in a folder, and this is a file"
         )
@@ -255,28 +258,27 @@ def source_of(path: Readable, tag: str | None = None, tp_rules: str | os.PathLik
         from ckptkit.formats.sources import standard_input
 
         return standard_input()
-    if "://" in name:
-        from ckptkit.remote import is_url, source_at
-
-        if is_url(name):
-            try:
-                return source_at(name)
-            except MissingFileError:
-                from ckptkit.formats.inside import member_at
-
-                inner = member_at(name, DEFAULT_LIMITS)
-                if inner is None:
-                    raise
-                return inner
     if (unpacked := unpacked_source(name)) is not None:
         return unpacked
-    if os.path.isdir(path):
+    if places.isdir(name):
         from ckptkit.formats.distributed import folder_source
         from ckptkit.formats.distributed.around import describe_folder
 
         if (together := folder_source(name, tag, tp_rules)) is not None:
             return together
         raise FileAccessError(f"{name}: {describe_folder(name)}", path=name)
+    if places.is_url(name):
+        from ckptkit.formats.distributed import unlisted_source
+
+        try:
+            return unlisted_source(name) or places.opened(name)
+        except MissingFileError:
+            from ckptkit.formats.inside import member_at
+
+            inner = member_at(name, DEFAULT_LIMITS)
+            if inner is None:
+                raise
+            return inner
     try:
         return SourceFile(path)
     except FileAccessError:
@@ -400,8 +402,10 @@ def target(
 
     Raises:
         RewriteError: no container is meant by it.
+        FileAccessError: it is a URL.
     """
     path = os.fsdecode(destination)
+    places.require_local(path)
     default = None
     if makes_folder(to):
         return path, format_for(path, to), None

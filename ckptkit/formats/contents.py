@@ -22,7 +22,8 @@ import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
-from ckptkit.bytesource import ByteRange, Source, SourceFile
+from ckptkit import places
+from ckptkit.bytesource import ByteRange, Source
 from ckptkit.checkpoint import GlobalUse
 from ckptkit.computed import Held
 from ckptkit.errors import CkptkitError, FileAccessError, FormatError, LimitError
@@ -401,7 +402,7 @@ def look_inside(path: str | Source, limits: Limits = DEFAULT_LIMITS) -> Inside:
     Raises:
         FileAccessError: it cannot be opened or read.
     """
-    file = path if isinstance(path, Source) else SourceFile(path)
+    file = path if isinstance(path, Source) else places.opened(path)
     contents = ContentSearch(limits)
     try:
         contents.look("", file.whole)

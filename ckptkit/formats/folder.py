@@ -23,7 +23,8 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from ckptkit.bytesource import SourceFile
+from ckptkit import places
+from ckptkit.bytesource import Source
 from ckptkit.errors import CkptkitError, FileAccessError, FormatError, MissingFileError
 from ckptkit.formats.containers import FORMATS, INDEX_SUFFIXES, PACKED, SHARED_SUFFIXES, SUFFIXES, holds_files
 from ckptkit.formats.format import Format, Probe
@@ -122,7 +123,7 @@ def indexes_by_shard(folder: str) -> dict[str, str]:
     """The paths of a folder's indexes, by the names of those of their shards that lie in it."""
     from ckptkit.formats.sharded import shard_names
 
-    indexes = [os.path.join(folder, name) for name in reversed(indexes_in(folder))]
+    indexes = [places.below(folder, name) for name in reversed(indexes_in(folder))]
     return {shard: index for index in indexes for shard in shard_names(index) if "/" not in shard}
 
 
@@ -180,10 +181,10 @@ class Surveyor:
             key: file.paths if file.is_named else sorted(file.paths, key=_rank) for key, file in self._found.items()
         }
         for key, paths in ranked.items():
-            folder = os.path.dirname(paths[0])
+            folder = places.split(paths[0])[0]
             if self._found[key].is_index or paths[0].endswith(".index.json"):
                 for shard in shard_names(paths[0]):
-                    part = _identity(os.path.join(folder, *shard.split("/")))
+                    part = places.identity(places.below(folder, shard))
                     parts.update({part} - {key})
         return FolderSurvey(
             checkpoints=tuple(
@@ -196,7 +197,8 @@ class Surveyor:
 
     def named(self, path: str) -> None:
         """A file that is to be opened as a checkpoint, whether it is there and one, or not; its name stays."""
-        key: object = _identity(path) or path
+        key = places.identity(path)
+        key = path if key is None else key
         known = self._found.get(key)
         if known is None or (known.is_named and path not in known.paths):
             self._found[path if known else key] = _File([path], is_named=True)
@@ -205,11 +207,11 @@ class Surveyor:
 
     def know(self, path: str) -> None:
         """A file that is neither a checkpoint nor passed over: the manifest."""
-        self._met[_identity(path)] = path
+        self._met[places.identity(path)] = path
 
     def skip(self, folder: str, kind: str) -> None:
         """A folder that is passed over as one of a kind, whatever it holds."""
-        self._skipped[_identity(folder)] = kind
+        self._skipped[places.identity(folder)] = kind
 
     def candidate(self, path: str) -> bool:
         """A file that is a checkpoint or is passed over.
@@ -217,7 +219,7 @@ class Surveyor:
         Returns:
             Whether it is a checkpoint, is called one, or cannot be read.
         """
-        is_file = os.path.isfile(path) or not os.path.lexists(path)
+        is_file = places.isfile(path) or not places.exists(path)
         return self._file(path) if is_file else self._not_a_file(path)
 
     def folder(self, folder: str) -> FileAccessError | None:
@@ -227,18 +229,25 @@ class Surveyor:
             What is to be said where there is no checkpoint, and nothing that could be one.
         """
         before, passed = len(self._unreadable), Counter(self._passed.values())
+        with places.opened_ahead(folder, _may_be_one):
+            met = self._walk(folder)
+        if met or len(self._unreadable) > before:
+            return None
+        return nothing_in(folder, Counter(self._passed.values()) - passed)
+
+    def _walk(self, folder: str) -> bool:
         met = False
         # A link to a folder that holds this one leads out of it, and back in.
         above: set[object] = {
-            _identity(folder + os.sep + os.sep.join([os.pardir] * level)) for level in range(1, _DEEPEST)
+            places.identity(folder + os.sep + os.sep.join([os.pardir] * level)) for level in range(1, _DEEPEST)
         }
         above.discard(None)
-        seen: set[tuple[int, int] | None] = set()
+        seen: set[object] = set()
         below, linked = [folder], list[str]()
         while below or linked:
             path = below.pop() if below else linked.pop(0)
             try:
-                key = _identity(path)
+                key = places.identity(path)
                 if key is not None and key in seen:
                     continue
                 seen.add(key)
@@ -248,12 +257,10 @@ class Surveyor:
                 if is_unpacked(path):
                     met |= self._file(os.path.join(path, "data.pkl"))
                     continue
-                with os.scandir(path) as listing:
+                with places.scandir(path) as listing:
                     entries = sorted(listing, key=lambda entry: entry.name)
             except OSError as error:
-                self._unreadable[path] = FileAccessError(
-                    f"{path}: the folder cannot be read: {error.strerror}", path=path
-                )
+                self._unreadable[path] = places.unreadable_folder(path, error)
                 continue
             met |= self._is_one(path, key, [entry.name for entry in entries])
             folders = []
@@ -270,14 +277,12 @@ class Surveyor:
                     self._passed[entry.path] = UNFINISHED
                 elif not entry.is_symlink():
                     folders.append(entry.path)
-                elif _identity(entry.path) in above:
+                elif places.identity(entry.path) in above:
                     self._passed[entry.path] = "link to a folder above"
                 else:
                     linked.append(entry.path)
             below += reversed(folders)
-        if met or len(self._unreadable) > before:
-            return None
-        return nothing_in(folder, Counter(self._passed.values()) - passed)
+        return met
 
     def _is_one(self, folder: str, key: object, names: list[str]) -> bool:
         """Whether a folder is one checkpoint, which is then among those found."""
@@ -293,20 +298,20 @@ class Surveyor:
             return False
         known = self._found.setdefault(key, _File([folder]))
         known.paths += [folder] * (folder not in known.paths)
-        own = [os.path.join(folder, *name.split("/")) for name in found.own]
+        own = [places.below(folder, name) for name in found.own]
         self._own.update(own)
-        self._inside.update(map(os.path.dirname, own))
+        self._inside.update(places.split(path)[0] for path in own)
         return True
 
     def _file(self, path: str) -> bool:
-        name = os.path.basename(path)
+        name = places.split(path)[1]
         try:
-            file = SourceFile(path)
+            file = places.opened(path)
         except FileAccessError as error:
             if not (isinstance(error, MissingFileError) and self._is_unfinished(name)):  # it has its own name by now
                 self._unreadable[path] = error
             return True
-        key = file.identity[:2]
+        key = places.identity_of(file, path)
         try:
             known = self._found.get(key)
             if known is not None:
@@ -320,7 +325,7 @@ class Surveyor:
             self._unreadable[path] = error
             return True
         finally:
-            file.close()
+            places.put_back(file, path)
         if before is not None:  # by a name that says less
             self._passed.pop(before, None)
         if kind is not None:
@@ -328,7 +333,7 @@ class Surveyor:
             self._passed[path] = kind
         return kind is None
 
-    def _kind(self, file: SourceFile, path: str, name: str) -> str | None:
+    def _kind(self, file: Source, path: str, name: str) -> str | None:
         """What a file is; ``None``: a checkpoint, which is then among those found."""
         probe = Probe(file, self._limits)
         claims: list[Format] = []
@@ -352,7 +357,7 @@ class Surveyor:
                     kind = self._others[path] = "zip archive"
         if kind is None:
             is_index = any(container.shards for container in claims)
-            self._found[file.identity[:2]] = _File([path], is_index)
+            self._found[places.identity_of(file, path)] = _File([path], is_index)
         return kind
 
     def _other_kind(self, probe: Probe, path: str, name: str) -> str | None:
@@ -419,12 +424,10 @@ def _is(asked: Callable[[], bool]) -> bool:
         return False
 
 
-def _identity(path: str) -> tuple[int, int] | None:
-    try:
-        status = os.stat(path)
-    except (OSError, ValueError):
-        return None
-    return status.st_dev, status.st_ino
+def _may_be_one(folder: str, names: list[str]) -> bool:
+    from ckptkit.formats.distributed.around import may_be_sharded
+
+    return may_be_sharded(names)
 
 
 def _rank(path: str) -> int:

@@ -20,6 +20,7 @@ import re
 from dataclasses import replace
 from typing import Literal, NamedTuple
 
+from ckptkit import places
 from ckptkit.bytesource import Source
 from ckptkit.checkpoint import Part
 from ckptkit.errors import CkptkitError, FileAccessError, PartError
@@ -125,16 +126,16 @@ def part_error(file: Source) -> PartError:
 
 def _shard(file: Source) -> Part | None:
     """As one of the shards of an index, or by a shard's customary name."""
-    folder, name = os.path.split(name_of(file))
+    folder, name = _place(file)
     customary = re.fullmatch(CUSTOMARY, name)
     count = int(customary[3]) if customary is not None else 0
     layout, lacks = "a sharded checkpoint", "the other tensors lie in the other shards"
     usual = (f"{customary[1]}{customary[4]}.index.json",) if count > 1 and customary is not None else ()
-    for index in usual if file.folder is None else indexes_in(folder):
+    for index in indexes_in(folder) if _is_listed(file) else usual:
         shards = _shards_of(file, index)
         if name in shards and (len(shards) > 1 or count > 1):
             piece = f"shard {int(customary[2])} of {count}" if customary is not None else f"one of {len(shards)} shards"
-            whole = os.path.join(folder, index)
+            whole = places.shown(places.below(folder, index))
             return Part(layout=layout, piece=piece, lacks=lacks, instead=whole, opens=True)
     if customary is None or count < 2:
         return None
@@ -152,7 +153,13 @@ def _shards_of(file: Source, name: str) -> frozenset[str]:
     """The shards that an index beside a file names, which is read once while it stays as it is."""
     from ckptkit.formats.sharded import shard_names
 
-    if file.folder is None:
+    if file.is_far and _is_listed(file):
+        index = places.below(str(file.folder), name)
+        noted: dict[str, frozenset[str]] = places.notes()
+        if index not in noted:
+            noted[index] = shard_names(index)
+        return noted[index]
+    if file.folder is None or file.is_far:
         try:
             return shard_names(file.sibling(name))
         except FileAccessError:
@@ -182,13 +189,13 @@ def _by_name(file: Source) -> Part | None:
         known = number is not None and count > max(1, int(number) - (rule.word == "shard"))  # shards count from 1
         piece = "" if number is None else f"{rule.word} {int(number)}" + (f" of {count}" if known else "")
         return Part(layout=rule.layout, piece=piece, lacks=rule.lacks)
-    parent, above = os.path.basename(folder), os.path.dirname(folder)
+    above, parent = places.split(folder)
     ranks = re.fullmatch(_MEGATRON, parent, re.ASCII)
     beside = len(_folders_alike(file)) if ranks is not None else 0
     if ranks is not None and (beside > 1 or any(int(number or 0) for number in ranks.groups())):
         piece = f"{parent}, one of {beside} folders," if beside > 1 else parent
         return Part(layout="a Megatron checkpoint", piece=piece, lacks=_SLICES)
-    if os.path.basename(above) == "zero" and re.fullmatch(_UNIVERSAL, name):
+    if places.split(above)[1] == "zero" and re.fullmatch(_UNIVERSAL, name):
         return Part(layout="a DeepSpeed universal checkpoint", lacks=f"it holds one tensor, of {parent!r:.80}")
     if name in ("common.pt", "meta.pt") and _is_dcp(file):
         return Part(layout=_DCP, lacks="the tensors lie in the .distcp files")
@@ -198,9 +205,20 @@ def _by_name(file: Source) -> Part | None:
 # What lies beside it, where that can be looked at.
 
 
+def _is_listed(file: Source) -> bool:
+    """Whether it is known what lies beside a file, or costs no more than to look at one name."""
+    return file.folder is not None and places.is_known(file.folder)
+
+
+def _place(file: Source) -> tuple[str, str]:
+    """The folder a file lies in, as it is reached from here, and its name."""
+    folder, name = places.split(name_of(file))
+    return (file.folder, name) if file.is_far and file.folder is not None else (folder, name)
+
+
 def _split(file: Source) -> tuple[str, str]:
     """The folder a file lies in, by its whole path, and its name."""
-    return os.path.split(name_of(file) if file.folder is None else os.path.abspath(name_of(file)))
+    return _place(file) if file.folder is None or file.is_far else os.path.split(os.path.abspath(name_of(file)))
 
 
 def _names(file: Source, folder: str) -> list[str]:
@@ -210,17 +228,17 @@ def _names(file: Source, folder: str) -> list[str]:
 
 def _is_dcp(file: Source) -> bool:
     """Whether the folder is one of torch.distributed.checkpoint."""
-    return file.folder is not None and os.path.exists(os.path.join(file.folder, ".metadata"))
+    return file.folder is not None and places.exists(places.below(file.folder, ".metadata"))
 
 
 def _placed(part: Part, file: Source) -> Part:
     """The part with the folder of the files that belong together, or with what was made of them."""
     if part.instead is not None or file.folder is None:
         return part
-    folder, name = os.path.split(name_of(file))
+    folder, name = _place(file)
     above = _above(folder)
-    if os.path.basename(folder) == "sharded" and (indexes := indexes_in(above)):  # of consolidate_safetensors_files
-        return replace(part, instead=os.path.join(above, indexes[0]), opens=True)
+    if places.split(folder)[1] == "sharded" and (indexes := indexes_in(above)):  # of consolidate_safetensors_files
+        return replace(part, instead=places.shown(places.below(above, indexes[0])), opens=True)
     found = None
     if len(_alike(file)) > 1 or _is_dcp(file):
         found = folder or os.curdir
@@ -230,12 +248,16 @@ def _placed(part: Part, file: Source) -> Part:
         found = _above(above)
     elif name.endswith("_states.pt") and sum(each.endswith("_states.pt") for each in names_in(folder)) > 1:
         found = folder or os.curdir
-    return replace(part, instead=found, opens=found is not None and _opens(found))
+    if found is None:
+        return part
+    return replace(part, instead=places.shown(found), opens=_opens(found))
 
 
 def _above(folder: str) -> str:
     """The folder that one lies in, as it is reached from here."""
-    above, own = os.path.split(folder)
+    above, own = places.split(folder)
+    if places.is_url(folder):
+        return above
     return above or os.curdir if own not in ("", os.curdir, os.pardir) else os.path.join(folder, os.pardir)
 
 
@@ -251,7 +273,7 @@ def _opens(folder: str) -> bool:
 
 def _alike(file: Source) -> list[str]:
     """Names in a file's folder that differ from its own in a rank's (shard's, layer's) number alone, and its own."""
-    folder, name = os.path.split(name_of(file))
+    folder, name = _place(file)
     pattern = re.escape(re.sub(_NUMBERED, "\\1\0", name)).replace("\0", "[0-9]+")
     return [each for each in _names(file, folder) if re.fullmatch(pattern, each)]
 
@@ -267,17 +289,17 @@ def _ranks_beside(names: list[str], found: re.Match[str]) -> int:
 def _folders_alike(file: Source) -> list[str]:
     """Folders beside a file's own that differ from it in ranks' numbers alone and have such a file, and its own."""
     folder, name = _split(file)
-    above, own = os.path.split(folder)
+    above, own = places.split(folder)
     if re.fullmatch(_MEGATRON, own, re.ASCII) is None:
         return []
     names = [each for each in _names(file, above) if re.fullmatch(_MEGATRON, each, re.ASCII)]
-    return [each for each in names if os.path.exists(os.path.join(above, each, name))]
+    return [each for each in names if places.exists(places.below(above, f"{each}/{name}"))]
 
 
 def names_in(folder: str) -> list[str]:
     """The names in a folder, sorted, or as many as are looked at; none where it cannot be listed."""
     try:
-        with os.scandir(folder or os.curdir) as listing:
+        with places.scandir(folder) as listing:
             return sorted(entry.name for entry, _ in zip(listing, range(_MOST_LISTED), strict=False))
     except OSError:
         return []

@@ -33,7 +33,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from operator import itemgetter
 
-from ckptkit.bytesource import Source, SourceFile
+from ckptkit import places
+from ckptkit.bytesource import Source
 from ckptkit.checkpoint import GlobalUse
 from ckptkit.errors import CorruptError, FileAccessError, FormatError, LimitError, MissingFileError
 from ckptkit.formats.containers import CONTAINERS, format_named, identify, index_of
@@ -161,7 +162,7 @@ def _parse(raw: bytes, limits: Limits) -> tuple[dict[str, str], dict[str, object
 def shard_names(index: str | os.PathLike[str] | Source, limits: Limits = DEFAULT_LIMITS) -> frozenset[str]:
     """The shards an index names; none where it cannot be read as one.  What was opened is closed."""
     try:
-        file = index if isinstance(index, Source) else SourceFile(index)
+        file = index if isinstance(index, Source) else places.opened(os.fsdecode(index))
     except FileAccessError:
         return frozenset()
     try:
@@ -169,7 +170,10 @@ def shard_names(index: str | os.PathLike[str] | Source, limits: Limits = DEFAULT
     except (FormatError, FileAccessError):
         return frozenset()
     finally:
-        file.close()
+        if isinstance(index, Source):
+            file.close()
+        else:
+            places.put_back(file, os.fsdecode(index))
 
 
 # The shards.

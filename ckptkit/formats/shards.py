@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
+from ckptkit import places
 from ckptkit.bytesource import Source
 from ckptkit.checkpoint import GlobalUse, Storage, TensorEntry, shared_storages
 from ckptkit.dtypes import DTYPES
@@ -61,10 +62,10 @@ def name_of(file: Source) -> str:
 
 def may_tell_a_part(file: Source) -> bool:
     """Whether a file's name, or an index beside it, is worth a look: most files are whole, and opened at once."""
-    folder, name = os.path.split(name_of(file))
+    folder, name = places.split(name_of(file))
     if any(word in name for word in _WORDS) or "_rank_" in folder or "zero" in folder or name == "fp32.pt":
         return True
-    return file.folder is not None and bool(indexes_in(file.folder))
+    return file.folder is not None and places.is_known(file.folder) and bool(indexes_in(file.folder))
 
 
 _listed: dict[str, tuple[int, tuple[str, ...]]] = {}
@@ -79,15 +80,20 @@ def indexes_in(folder: str) -> tuple[str, ...]:
     Args:
         folder: its path; ``""`` is the working directory.
     """
-    where = os.path.abspath(folder)
     try:
+        if places.is_url(folder):
+            return _indexes(places.listdir(folder))
+        where = os.path.abspath(folder)
         changed = os.stat(where).st_mtime_ns
         if where not in _listed or _listed[where][0] != changed:
-            names = tuple(sorted(name for name in os.listdir(where) if name.endswith(".json") and ".index." in name))
-            _listed[where] = (changed if time.time_ns() - changed > _SETTLED_NS else -1), names
+            _listed[where] = (changed if time.time_ns() - changed > _SETTLED_NS else -1), _indexes(os.listdir(where))
         return _listed[where][1]
     except OSError:
         return ()
+
+
+def _indexes(names: Iterable[str]) -> tuple[str, ...]:
+    return tuple(sorted(name for name in names if name.endswith(".json") and ".index." in name))
 
 
 def unnamed_shards(names: Iterable[str]) -> list[str]:

@@ -21,6 +21,7 @@ from ckptkit.bytesource import Source, read_at
 from ckptkit.errors import AmbiguousError, CorruptError, FileAccessError, LimitError
 from ckptkit.formats.zip_records import Records
 from ckptkit.limits import DEFAULT_LIMITS
+from ckptkit.places import is_url
 
 __all__ = ["UnpackedSource", "is_unpacked", "packing_of", "unpacked_source"]
 
@@ -34,12 +35,16 @@ _Stamp = tuple[int, int, int, int]
 
 def is_unpacked(folder: str) -> bool:
     """Whether a folder is what is left of an archive of torch's, with its pickle and what every writer leaves."""
+    if is_url(folder):
+        return False
     beside = any(os.path.isfile(os.path.join(folder, name)) for name in ("version", "byteorder", ".data/version"))
     return beside and os.path.isfile(os.path.join(folder, _PICKLE)) and os.path.isdir(os.path.join(folder, "data"))
 
 
 def packing_of(folder: str) -> str | None:
     """What a folder is that holds the records of one of torch's archives; ``None``: it does not."""
+    if is_url(folder):
+        return None
 
     def holds(*names: str) -> bool:
         return any(os.path.lexists(os.path.join(folder, name)) for name in names)
@@ -62,6 +67,8 @@ def unpacked_source(path: str) -> UnpackedSource | None:
         AmbiguousError: a link leads out of it.
         LimitError: it has more files than any archive.
     """
+    if is_url(path):
+        return None
     folder = path
     if os.path.basename(path) == _PICKLE:
         folder = os.path.dirname(path) or os.curdir

@@ -11,10 +11,10 @@ it of a document that was written.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, cast
 
+from ckptkit import places
 from ckptkit.architectures import Architecture, identify
 from ckptkit.checkpoint import Checkpoint, GlobalUse, Part, Section, Spread, Storage
 from ckptkit.diagnose import diagnose, everything_in, hostile_finding
@@ -176,7 +176,7 @@ def _architecture(found: Architecture) -> ArchitectureDocument:
 def describe_error(path: str, error: CkptkitError) -> UnreadFile:
     """The element of ``files`` for a file that could not be read."""
     message = error.message if isinstance(error, FormatError) else str(error)
-    if isinstance(error, FormatError) and error.where and os.path.isdir(path):  # in which of its files
+    if isinstance(error, FormatError) and error.where and places.isdir(path):  # in which of its files
         message = f"{error.where}: {message}"
     names = _globals(merge_uses(error.globals), error.where or "") if isinstance(error, FormatError) else []
     dangerous = [name["name"] for name in names if name["verdict"] == "dangerous"]
@@ -286,9 +286,11 @@ def _with_stats(checkpoint: Checkpoint, rows: Sequence[TensorRow]) -> tuple[list
     from ckptkit.computed import files_of
     from ckptkit.stats import NO_STATS, tensor_stats
     from ckptkit.transfer.checksums import Checksums, damage_text
+    from ckptkit.transfer.values import will_read
 
     checksums = Checksums()
     checksums.want(row.entry.storage for row in rows if row.entry is not None)
+    will_read(row.entry for row in rows if row.entry is not None)
     known: dict[tuple[object, ...], StatsDocument] = {}
     nothing = cast("StatsDocument", NO_STATS)
     result = []

@@ -7,8 +7,11 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypedDict
 
 if TYPE_CHECKING:
+    from concurrent.futures import Executor
+
     import torch
 
+    from ckptkit.fleet.shares import Share
     from ckptkit.rewrite.rename import Renaming
     from ckptkit.rewrite.storages import LocationMap, TiedPolicy
     from ckptkit.transfer.workers import Progress
@@ -24,6 +27,7 @@ class _ReadKeywords(TypedDict, total=False):
     tp_rules: str | os.PathLike[str] | None
     allow_part: bool
     ignore_checksums: bool
+    storage_options: Mapping[str, Any] | None
 
 
 class _RewriteKeywords(_ReadKeywords, total=False):
@@ -61,6 +65,11 @@ class ConvertKeywords(_RewriteKeywords, total=False):
     receipt: bool
     dry_run: bool
     force: bool
+    part: str | Share | None
+    finish: bool
+    jobs: int | None
+    executor: Executor | None
+    files_from: str | os.PathLike[str] | None
     check: bool
     progress: Progress | None
 

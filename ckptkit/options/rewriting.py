@@ -6,9 +6,13 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ckptkit.arguments import Option, Options, count, dtype, flag, pairs, path, several, text, texts
-from ckptkit.errors import RewriteError
+from ckptkit.errors import RewriteError, VerifyError
+from ckptkit.options import storage
 
 if TYPE_CHECKING:
+    from concurrent.futures import Executor
+
+    from ckptkit.fleet.shares import Share
     from ckptkit.rewrite.like import Like
     from ckptkit.rewrite.rename import Renaming
     from ckptkit.rewrite.storages import LocationMap, TiedPolicy
@@ -36,6 +40,17 @@ def section_option(verb: str, told: str = "where the file holds several") -> Opt
 def tag_option(which: str) -> Option[str | None]:
     """The step that is meant, of a training folder; ``which`` is what that is of."""
     return text("NAME", "Which of several steps in a training folder.", f"which of several steps, where {which}")
+
+
+def _share(given: Any) -> Share:
+    from ckptkit.fleet.shares import Share
+
+    if isinstance(given, Share):
+        return given
+    try:
+        return Share.of(given)
+    except VerifyError as error:
+        raise RewriteError(f"--{error}") from None
 
 
 class ConvertOptions(Options):
@@ -169,6 +184,40 @@ class ConvertOptions(Options):
     )
     dry_run = flag("Show the plan; write nothing.", "make the plan, write nothing")
     force = flag("Overwrite DST if it exists.", "whether an existing destination may be replaced")
+    part: Option[Share | None] = Option(
+        "text",
+        None,
+        "Write one of N parts of the shards, as one of N processes; --finish ends it. Of a folder: of its files.",
+        'one of N parts of the shards, as ``"2/8"``: for N processes, on one machine or on many over one file system, '
+        "each of which writes its own; what they wrote becomes a checkpoint with ``finish``.  Of a folder to a folder: "
+        "a share of the files, by their paths",
+        "I/N",
+        taken=_share,
+    )
+    finish = flag(
+        "Make one checkpoint of what --part wrote, with the same SRC, DST and options.",
+        "make one checkpoint of the parts that ``part`` wrote, with the same source, destination and options",
+    )
+    jobs = count(
+        "--jobs",
+        "Share shards, or the files of a folder, among N processes.",
+        "how many processes share the shards, or the files of a folder; one file is written by one.  The threads of "
+        "one copy as fast as a disk takes it: more help with casts, with disks that take more from several, and with "
+        "many small files",
+    )
+    executor: Option[Executor | None] = Option(
+        "text",
+        None,
+        "",
+        "any ``concurrent.futures.Executor`` that does the same in place of processes of our own, also of machines "
+        "that have the same files under the same paths; it gets importable functions and plain data",
+    )
+    files_from = path(
+        "FILE",
+        "Of a folder: only the files listed in FILE, one path a line; - for stdin.",
+        "of a folder to a folder: a file that lists those of its files to convert, one path a line or before each NUL; "
+        '``"-"``: standard input',
+    )
     check = flag(
         "Only move bytes: no checksums, no comparison, no waiting for the disk.",
         "whether to compare the output with the source before it gets its name; see `CheckpointFile.save`",
@@ -179,6 +228,7 @@ class ConvertOptions(Options):
         "Accept bytes that recorded checksums show to be others.",
         "whether to insist on a file whose recorded checksums are not those of its bytes; see `open`",
     )
+    storage_options = storage.storage_options
 
     def _check(self) -> None:
         metadata: Mapping[Any, Any] = self.metadata
@@ -198,6 +248,13 @@ class ConvertOptions(Options):
             raise RewriteError(told)
         if self.all_tensors and self.keep_beside:
             raise RewriteError("--keep-beside is about what stands beside the weights; with --all-tensors nothing does")
+        if self.finish and (self.part is not None or self.dry_run):
+            other = "--dry-run" if self.part is None else f"--part {self.part}"
+            raise RewriteError(f"--finish ends what the parts wrote; leave out {other}")
+        if self.executor is not None and self.jobs is not None:
+            raise RewriteError("jobs and executor both say who works; give one of them")
+        if self.executor is not None and not callable(getattr(self.executor, "submit", None)):
+            raise RewriteError(f"executor is {type(self.executor).__name__}; expected a concurrent.futures.Executor")
         if self.like is not None:
             vars(self)["weights_only"] = True
 
@@ -241,6 +298,7 @@ class LoadOptions(Options):
     )
     allow_part = allow_part_option("the file")
     ignore_checksums = ConvertOptions.ignore_checksums
+    storage_options = storage.storage_options
 
     def __init__(self, **given: Any) -> None:
         device = given.pop("device", None)
@@ -254,7 +312,8 @@ class LoadOptions(Options):
     def conversion(self) -> ConvertOptions | None:
         """What is to be done to the weights, as `ckptkit.convert` is told; ``None``: nothing."""
         shared = {name for name, option in self.declared.items() if ConvertOptions.declared.get(name) is option}
-        given = {name: vars(self)[name] for name in shared - {"section", "tag", "tp_rules", "ignore_checksums"}}
+        of_reading = {"section", "tag", "tp_rules", "ignore_checksums", "storage_options"}
+        given = {name: vars(self)[name] for name in shared - of_reading}
         if all(value == self.declared[name].default for name, value in given.items()):
             return None
         return ConvertOptions(weights_only=True, section=self.section, **given)

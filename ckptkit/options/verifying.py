@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
+from ckptkit import places
 from ckptkit.arguments import Option, Options, dtype, flag, pairs, path, shapes, text, texts, within
 from ckptkit.errors import VerifyError
 from ckptkit.options.rewriting import ConvertOptions, allow_part_option, progress_option, section_option, tag_option
+
+if TYPE_CHECKING:
+    from ckptkit.bytesource import Readable
 
 __all__ = ["DiffOptions", "VerifyOptions"]
 
@@ -95,6 +101,7 @@ class VerifyOptions(Options):
         "what it imports.  A hostile file is refused",
     )
     ignore_checksums = ConvertOptions.ignore_checksums
+    storage_options = ConvertOptions.storage_options
 
     def _check(self) -> None:
         if self.input is not None and self.input_shapes:
@@ -147,3 +154,11 @@ class DiffOptions(Options):
     )
     progress = progress_option("called with the bytes gone through so far, and those to go through in all")
     ignore_checksums = ConvertOptions.ignore_checksums
+    storage_options = ConvertOptions.storage_options
+
+    def steps(self, a: Readable, b: Readable) -> Iterator[tuple[str | None, str | None]]:
+        """The step that is meant of each, and its rules: of one tag, or one file of rules, for both in each folder."""
+        folders = [isinstance(path, (str, os.PathLike)) and places.isdir(os.fsdecode(path)) for path in (a, b)]
+        for is_folder, own in zip(folders, (self.tag_a, self.tag_b), strict=True):
+            is_meant = is_folder or not any(folders)
+            yield own or (self.tag if is_meant else None), self.tp_rules if is_meant else None

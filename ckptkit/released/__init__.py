@@ -2,8 +2,9 @@
 
 A check goes one way: paths stand for files (`selection`), each file is opened and read once (`examine`, `reading`), and
 held against its record in the manifest (`manifest_file`, `manifest_rules`) and against its policy (`policy`,
-`policy_rules`, as `config` has it); what came of them all is a report (`results`).
-`check` is that way from its beginning to its end.  `manifest_maker` goes it too, as far as the record.
+`policy_rules`, as `config` has it), which `file_check` does, here or in other processes; what came of them all is a
+report (`results`).  `Run` is that way from its beginning to its end.  `manifest_maker` goes it too, as far as the
+record.  What came of each file can be kept (`lines`), taken over by another run, and put together (`merging`).
 
 A file whose bytes are the manifest's needs no more than its hash.  Of one whose are not, the tensors are digested, so
 that it can be told whether the same weights were written differently or the weights are others: a file of
@@ -13,107 +14,50 @@ another size in the same pass, one of the same size in a second.
 from __future__ import annotations
 
 import os
-import time
+import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from datetime import datetime, timezone
 from functools import partial
-from typing import Any
+from heapq import merge
+from itertools import islice
+from typing import TYPE_CHECKING, Any
 
-from ckptkit.architectures import Architecture
-from ckptkit.checkpoint import GlobalUse
-from ckptkit.errors import CkptkitError, FormatError, VerifyError
-from ckptkit.extras import require_torch
-from ckptkit.formats import collector_paused, source_of
+from ckptkit import places
+from ckptkit.errors import CkptkitError, VerifyError
+from ckptkit.extras import __version__, require_torch
+from ckptkit.fleet.shares import Share
 from ckptkit.formats.folder import PICKLE
-from ckptkit.normalize.parts import CODE
-from ckptkit.pickling.trust import merge_uses
+from ckptkit.released.bases import based
 from ckptkit.released.config import Config, read_config
-from ckptkit.released.examine import examine_file
+from ckptkit.released.file_check import Task, held, held_from, stamp_of, with_model
+from ckptkit.released.lines import Earlier, digest_of, digest_of_policy, end_of
 from ckptkit.released.manifest_file import FileRecord, Manifest, paths_of, read_manifest
-from ckptkit.released.manifest_rules import (
-    compare,
-    golden_findings,
-    incomplete_finding,
-    is_same_file,
-    model_findings,
-)
 from ckptkit.released.policy import Policy
-from ckptkit.released.policy_rules import pickle_violations, rules_of, violations
 from ckptkit.released.results import (
-    CheckFinding,
     CheckReport,
     FileResult,
-    damage_finding,
-    extra_finding,
-    malformed_finding,
+    Tally,
+    lost_result,
     missing_result,
     nothing_selected,
-    unlike_finding,
     unreadable_finding,
-    whole_finding,
 )
-from ckptkit.released.selection import Selected, Selection, name_of, select, size_of
-from ckptkit.report import Report
-from ckptkit.transfer.workers import each_file
+from ckptkit.released.selection import Selected, Selection, name_of, select
+from ckptkit.report import SCHEMA_VERSION, Report
+from ckptkit.transfer.many import Workers, side_by_side
 
-__all__ = ["check"]
+if TYPE_CHECKING:
+    from ckptkit.fleet import Outcome
+    from ckptkit.released.document import CheckEnd, CheckHead
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Task:
-    """One file, and what it is held against.
-
-    Attributes:
-        path: the file.
-        policy: what every file is held to.
-        record: what the manifest says of it; ``None``: nothing.
-        folder: of the manifest, where there is one.
-        is_extra: whether the manifest should name it, and does not.
-        other: the kind of a file that is not a checkpoint, and is looked at for its pickles.
-        shards: those that were named, for which it stands.
-    """
-
-    path: str
-    policy: Policy
-    record: FileRecord | None = None
-    folder: str = ""
-    is_extra: bool = False
-    other: str | None = None
-    shards: tuple[str, ...] = ()
-
-    @property
-    def nbytes(self) -> int:
-        """Its size, as far as it is known before it is opened."""
-        if self.record is not None and self.record.shards:
-            return self.record.size
-        return size_of(self.path)
-
-    @property
-    def is_missing(self) -> bool:
-        """Whether the manifest names it, and it is not there."""
-        return self.record is not None and not os.path.lexists(self.path)
-
-    @property
-    def golden(self) -> str | None:
-        """The file of its recorded outputs."""
-        if self.record is None or self.record.golden is None:
-            return None
-        return os.path.join(self.folder, *self.record.golden.path.split("/"))
+__all__ = ["Run", "check"]
 
 
-def check(
-    paths: Sequence[str],
-    *,
-    manifest: str | None,
-    config: str | None,
-    tag: str | None = None,
-    skip_others: bool,
-    typed: Mapping[str, Any],
-    verify: Callable[..., Report],
-) -> CheckReport:
-    """Hold files against a manifest and policies; see `ckptkit.check`.
+class Run:
+    """A check of which is known what it looks at; its results come one by one, in the order of paths.
 
     Args:
         paths: files and folders; none: those of the configuration, or all of the manifest's, and what else lies in the
@@ -122,45 +66,176 @@ def check(
         config: path of the configuration; ``None``: there is none.
         tag: which of several steps in the folders is meant.
         skip_others: whether files that are named and no checkpoint are passed over.
+        is_listed: whether the paths are all that is meant, even where there is none.
+        part: the share of the files to look at: ``"2/8"``.
+        workers: who looks at them.
+        resume: a file of JSON Lines whose results are taken over where they still hold.
+        is_resumable: whether results are to say what they depend on, so that another run can take them over.
         typed: fields of a `Policy` that go before the configured ones.
         verify: what holds a file against a model; `ckptkit.verify`.
+
+    Attributes:
+        head: what the run is, as the first line of JSON Lines has it.
 
     Raises:
         As `ckptkit.check`.
     """
-    Policy(**typed)
-    configured = replace(Config() if config is None else read_config(config), typed=typed)
-    manifest = configured.manifest if manifest is None else manifest
-    paths = paths or configured.paths
-    if not paths and manifest is None:
-        raise VerifyError("nothing to check: name files or folders, or a manifest with --manifest FILE")
-    # Paths are told as the manifest's own was given, not from the root of the disk.
-    released = None if manifest is None else replace(read_manifest(manifest), folder=os.path.dirname(manifest))
-    if configured.needs_model:
-        require_torch()
-    started = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%S")
 
-    selection = _selected(paths, released, configured, manifest, tag, skip_others)
-    tasks = _tasks(selection, paths, released, configured)
-    results = _told_unopened(selection, tasks, released)
-    tasks = [task for task in tasks if not task.is_missing]
-    found = each_file([task.nbytes for task in tasks], lambda number, threads: _held(tasks[number], threads))
-    opened = [(task.other, _with_model(*each, task, verify)) for task, each in zip(tasks, found, strict=True)]
-    results += [result for other, result in opened if other is None or result.findings]
-    pickles = [(other, result.path) for other, result in opened if other is not None and result.findings]
-    passed_over = Counter(selection.passed_over)
-    passed_over.subtract(other for other, _ in pickles)
-    if paths:  # of the manifest's own folders it is told what is missing
-        results += _told_empty(selection, [path for _, path in pickles])
-    if not results and not skip_others:
-        results = [nothing_selected("" if released is None else released.folder, "no file to check was found")]
-    report = CheckReport.of(
-        tuple(sorted(results, key=lambda result: result.path)),
-        started=started,
-        passed_over=+passed_over,
-        may_be_empty=skip_others and not selection.empty,
-    )
-    return replace(report, details={**report.details, "manifest": manifest, "config": configured.path})
+    def __init__(
+        self,
+        paths: Sequence[str],
+        *,
+        manifest: str | None,
+        config: str | None,
+        tag: str | None = None,
+        skip_others: bool,
+        is_listed: bool = False,
+        part: str | None = None,
+        workers: Workers = Workers(),  # noqa: B008 - frozen
+        resume: str | None = None,
+        is_resumable: bool = False,
+        typed: Mapping[str, Any],
+        verify: Callable[..., Report],
+    ) -> None:
+        Policy(**typed)
+        self._share = None if part is None else Share.of(part)
+        self._config = replace(Config() if config is None else read_config(config), typed=typed)
+        self._manifest = manifest = self._config.manifest if manifest is None else manifest
+        paths = paths if is_listed else paths or self._config.paths
+        if not paths and manifest is None and not is_listed:
+            raise VerifyError("nothing to check: name files or folders, or a manifest with --manifest FILE")
+        self._released = None if manifest is None else based(read_manifest(manifest), manifest, paths)
+        if self._config.needs_model:
+            require_torch()
+        self._started = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%S")
+        self._workers, self._verify = workers, verify
+        self._earlier = None if resume is None else Earlier(resume)
+        self._may_skip = skip_others
+        with self._asked_once():
+            selection = _selected(paths, self._released, self._config, manifest, tag, skip_others, is_listed)
+            tasks = _tasks(selection, paths if paths or is_listed else None, self._released, self._config)
+            self._divide(selection, tasks, [*paths], is_resumable or self._earlier is not None)
+
+    def _asked_once(self) -> AbstractContextManager[object]:
+        return places.asked_once(None if self._released is None else self._released.folder)
+
+    def _divide(self, selection: Selection, tasks: list[Task], paths: list[str], is_kept: bool) -> None:
+        """Keep of what was selected what is in the share, by what becomes of it."""
+        is_meant = (lambda path: True) if self._share is None else self._share.holds
+        told = _told_unopened(selection, tasks, self._released)
+        # Of the manifest's own folders it is told what is missing.
+        empty = selection.empty if paths else ()
+        self._is_nothing = not (told or empty or any(task.other is None for task in tasks))
+        self._may_be_empty = self._may_skip and not selection.empty
+        self._told = [result for result in told if is_meant(result.path)]
+        self._empty = [each for each in empty if is_meant(each[0])]
+        self._passed = Counter(kind for path, kind in selection.passed.items() if is_meant(_tidy(path)))
+        tasks = [task for task in tasks if not task.is_missing and is_meant(task.path)]
+        tasks = _depending(tasks) if is_kept else tasks
+        self._others = [task for task in tasks if task.other is not None]
+        self._tasks = sorted((task for task in tasks if task.other is None), key=lambda task: task.path)
+
+    @property
+    def part(self) -> str | None:
+        """The share of the files that it looks at."""
+        return None if self._share is None else str(self._share)
+
+    @property
+    def head(self) -> CheckHead:
+        """What the run is."""
+        config, released = self._config, self._released
+        said = [config.settings, [[each.files, each.settings] for each in config.overrides], config.typed]
+        policies = [{}, *(override.settings for override in config.overrides)]
+        digests = [digest_of_policy(Policy(**{**config.settings, **each, **config.typed})) for each in policies]
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "ckptkit": __version__,
+            "policy": digest_of(said, digests, None if released is None else released.to_dict()),
+            "run": (None if self._earlier is None else self._earlier.run) or uuid.uuid4().hex,
+            "resumed": 0 if self._earlier is None else self._earlier.resumed,
+            "part": self.part,
+            "manifest": self._manifest,
+            "config": config.path,
+            "started": self._started,
+        }
+
+    def results(self) -> Iterator[FileResult]:
+        """The result of each file, as it comes; asked for once."""
+        with self._asked_once():
+            yield from self._results()
+
+    def _results(self) -> Iterator[FileResult]:
+        tasks, kept = self._others + self._tasks, list[str]()
+        if self._earlier is not None:
+            looked_at = [(task, is_kept and task.other is None) for task, is_kept in self._earlier.kept(tasks)]
+            kept = [task.path for task, is_kept in looked_at if is_kept]
+            tasks = [task for task, is_kept in looked_at if not is_kept]
+        work = held if self._workers.executor is None else partial(held_from, os.getcwd())
+        found = zip(tasks, side_by_side(tasks, work, workers=self._workers, nbytes=_nbytes, lost=_lost), strict=True)
+        opened = ((task, with_model(*each, task, self._verify)) for task, each in found)
+        others = [(task, result) for task, result in islice(opened, len(self._others)) if result.findings]
+        self._passed.subtract(Counter(task.other for task, _ in others if task.other is not None))
+        told = [*self._told, *(result for _, result in others)]
+        told += _told_empty(self._empty, [result.path for _, result in others])
+        taken = () if self._earlier is None else self._earlier.results(kept)
+        if self._is_nothing and not self._may_skip and not told:
+            where = "" if self._released is None else self._released.folder
+            told = [nothing_selected(where, "no file to check was found")]
+        told.sort(key=lambda result: result.path)
+        yield from merge(told, (result for _, result in opened), taken, key=lambda result: result.path)
+
+    @property
+    def passed_over(self) -> dict[str, int]:
+        """How many files of each kind were met that are not checkpoints; known once all results have come."""
+        return dict(+self._passed)
+
+    def end(self, tally: Tally) -> CheckEnd:
+        """What all results came to, as the last line of JSON Lines has it."""
+        return end_of(tally, self.passed_over, may_be_empty=self._may_be_empty, part=self.part)
+
+    def report(self, results: Iterable[FileResult]) -> CheckReport:
+        """The report on its results."""
+        report = CheckReport.of(
+            tuple(results),
+            started=self._started,
+            passed_over=self.passed_over,
+            may_be_empty=self._may_be_empty or (self._share is not None and not self._is_nothing),
+            **({} if self.part is None else {"part": self.part}),
+        )
+        details = {**report.details, "manifest": self._manifest, "config": self._config.path}
+        return replace(report, details=details)
+
+
+def check(paths: Sequence[str], **asked: Any) -> CheckReport:
+    """Hold files against a manifest and policies; arguments as of `Run`, what it does as of `ckptkit.check`."""
+    run = Run(paths, **asked)
+    results = tuple(run.results())
+    return run.report(results)
+
+
+def _nbytes(task: Task) -> int:
+    return task.nbytes
+
+
+def _lost(task: Task, outcome: Outcome[Any]) -> tuple[FileResult, None]:
+    return lost_result(task.path, outcome.problem or "failed", outcome.text), None
+
+
+def _depending(tasks: Iterable[Task]) -> list[Task]:
+    """The tasks with digests of all that their results depend on beside the file."""
+    policies: dict[int, str] = {}
+    digests: dict[tuple[object, ...], str] = {}
+    made = []
+    for task in tasks:
+        if id(task.policy) not in policies:
+            policies[id(task.policy)] = digest_of_policy(task.policy)
+        record = None if task.record is None else digest_of(task.record.to_dict())
+        golden = None if task.golden is None else stamp_of(task.golden)
+        key = (policies[id(task.policy)], record, golden, task.is_extra, task.other, task.shards)
+        if key not in digests:
+            digests[key] = digest_of(__version__, *key)
+        made.append(replace(task, against=digests[key]))
+    return made
 
 
 def _selected(
@@ -170,10 +245,15 @@ def _selected(
     manifest_path: str | None,
     tag: str | None,
     skip_others: bool,
+    is_listed: bool,
 ) -> Selection:
     """What the paths stand for; without any, the folders that the manifest was made of."""
     folder = "" if manifest is None else manifest.folder or "."
-    given = paths or ([] if manifest is None else [os.path.join(folder, name) for name in manifest.folders])
+    given = (
+        paths
+        if is_listed
+        else paths or ([] if manifest is None else [places.below(folder, name) for name in manifest.folders])
+    )
     if not given:
         return Selection(checkpoints=())
     return select(
@@ -189,7 +269,7 @@ def _selected(
     )
 
 
-def _told_unopened(selection: Selection, tasks: Sequence[_Task], manifest: Manifest | None) -> list[FileResult]:
+def _told_unopened(selection: Selection, tasks: Sequence[Task], manifest: Manifest | None) -> list[FileResult]:
     """What is said of files and folders of which nothing can be looked at."""
     told = {task.path for task in tasks}
     unreadable = [(_tidy(path), error) for path, error in selection.unreadable]
@@ -203,15 +283,15 @@ def _told_unopened(selection: Selection, tasks: Sequence[_Task], manifest: Manif
     return [*results, *(missing_result(task.path) for task in tasks if task.is_missing)]
 
 
-def _told_empty(selection: Selection, pickles: Sequence[str]) -> Iterator[FileResult]:
+def _told_empty(empty: Iterable[tuple[str, CkptkitError]], pickles: Sequence[str]) -> Iterator[FileResult]:
     """What is said of folders without a checkpoint, and without a file that is told of for its pickles."""
-    for path, error in selection.empty:
-        if all(name_of(pickle, path).startswith("../") for pickle in pickles):
+    for path, error in empty:
+        if all(name_of(pickle, path).startswith("../") or name_of(pickle, path) == pickle for pickle in pickles):
             yield nothing_selected(path, str(error))
 
 
-def _tasks(selection: Selection, paths: Sequence[str], manifest: Manifest | None, config: Config) -> list[_Task]:
-    """What is to be looked at."""
+def _tasks(selection: Selection, paths: Sequence[str] | None, manifest: Manifest | None, config: Config) -> list[Task]:
+    """What is to be looked at; without paths, all that the manifest names."""
     others = _other_tasks(selection, config)
     if manifest is None:
         return [*(_task(each, config, selection) for each in selection.checkpoints), *others]
@@ -219,7 +299,8 @@ def _tasks(selection: Selection, paths: Sequence[str], manifest: Manifest | None
     records = {record.path: record for record in manifest.files}
     owners = {shard: record for record in manifest.files for shard in _shards(record)}
     goldens = {record.golden.path for record in manifest.files if record.golden is not None}
-    wanted = {name: record for name, record in records.items() if not paths or _is_meant(record, paths, folder)}
+    is_meant = None if paths is None else _are_meant(paths, folder)
+    wanted = {name: record for name, record in records.items() if is_meant is None or is_meant(name)}
     tasks = []
     for each in selection.checkpoints:
         named = next((name for name in each.names if name in records or name in owners), None)
@@ -227,37 +308,42 @@ def _tasks(selection: Selection, paths: Sequence[str], manifest: Manifest | None
             record = records.get(named) or owners[named]
             wanted[record.path] = record
         elif not any(name in goldens for name in each.names):
-            tasks.append(_task(each, config, selection, is_extra=os.path.lexists(each.path)))
-        elif paths and each.name not in wanted:  # named, and a checkpoint like any other
+            tasks.append(_task(each, config, selection, is_extra=places.exists(each.path)))
+        elif paths is not None and each.name not in wanted:  # named, and a checkpoint like any other
             tasks.append(_task(each, config, selection))
     recorded = [_recorded_task(record, manifest, config, selection) for record in wanted.values()]
     return [*recorded, *tasks, *others]
 
 
-def _other_tasks(selection: Selection, config: Config) -> list[_Task]:
+def _other_tasks(selection: Selection, config: Config) -> list[Task]:
     """Files that are not checkpoints, and may hold pickles that count."""
     tasks = [
-        _Task(path=_tidy(path), policy=config.policy_for(path), other=kind) for path, kind in selection.others.items()
+        Task(path=_tidy(path), policy=config.policy_for(path), other=kind) for path, kind in selection.others.items()
     ]
     return [task for task in tasks if task.policy.every_pickle or task.other == PICKLE]
 
 
-def _task(selected: Selected, config: Config, selection: Selection, *, is_extra: bool = False) -> _Task:
+def _task(selected: Selected, config: Config, selection: Selection, *, is_extra: bool = False) -> Task:
     path = _tidy(selected.path)
-    return _Task(
+    return Task(
         path=path, policy=config.policy_for(path), is_extra=is_extra, shards=selection.shards.get(selected.path, ())
     )
 
 
-def _recorded_task(record: FileRecord, manifest: Manifest, config: Config, selection: Selection) -> _Task:
-    path = os.path.join(manifest.folder, *record.path.split("/"))
+def _recorded_task(record: FileRecord, manifest: Manifest, config: Config, selection: Selection) -> Task:
+    path = places.below(manifest.folder, record.path)
     shards = next((named for index, named in selection.shards.items() if _tidy(index) == path), ())
-    return _Task(path=path, policy=config.policy_for(path), record=record, folder=manifest.folder, shards=shards)
+    folder = manifest.folder if manifest.beside is None else manifest.beside
+    return Task(path=path, policy=config.policy_for(path), record=record, folder=folder, shards=shards)
 
 
 def _tidy(path: str) -> str:
-    """A path without steps that lead nowhere; ``..`` stays, for it may lead out of a link."""
+    """A path without steps that lead nowhere; ``..`` stays, for it may lead out of a link.  A URL is as it is."""
+    if places.is_url(path):
+        return path
     steps = path.split(os.sep)
+    if "." not in steps:  # the same text, which takes no room of its own
+        return path
     return os.sep.join(step for step in steps if step != "." or len(steps) == 1)
 
 
@@ -265,114 +351,19 @@ def _shards(record: FileRecord) -> Iterator[str]:
     yield from paths_of([replace(record, golden=None)]) - {record.path}
 
 
-def _is_meant(record: FileRecord, paths: Sequence[str], folder: str) -> bool:
-    """Whether one of the paths is the file, or a folder above it."""
-    for path in paths:
-        name = name_of(path, folder)
-        if name in (".", record.path) or record.path.startswith(f"{name}/") or _is_above(name):
-            return True
-    return False
+def _are_meant(paths: Sequence[str], folder: str) -> Callable[[str], bool]:
+    """Whether, of a file with a name relative to the folder, one of the paths is it, or is a folder above it."""
+    names = {name_of(path, folder) for path in paths}
+    if "." in names or any(map(_is_above, names)):
+        return lambda name: True
+
+    def is_meant(name: str) -> bool:
+        steps = name.split("/")
+        return any("/".join(steps[:count]) in names for count in range(1, len(steps) + 1))
+
+    return is_meant
 
 
 def _is_above(name: str) -> bool:
     """Whether a name is that of a folder above the one it is relative to."""
     return set(name.split("/")) == {".."}
-
-
-@collector_paused()  # what is read is gone at the end, without it
-def _held(task: _Task, threads: int) -> tuple[FileResult, Architecture | None]:
-    """What of a file is not as manifest and policy want it; and the model it is of, where nothing else says which."""
-    if task.other is not None:
-        return _other_result(task), None
-    begun = time.perf_counter()
-    path, policy, record = task.path, task.policy, task.record
-    recorded = ("manifest",) if record is not None or task.is_extra else ()
-    findings = [extra_finding(path)] * task.is_extra + [whole_finding(path, task.shards)] * bool(task.shards)
-    examined, architecture = None, None
-    try:
-        look = partial(
-            examine_file,
-            path,
-            tp_rules=policy.tp_rules if os.path.isdir(path) else None,
-            ignore_checksums=policy.ignore_checksums,
-            whole=record is not None and record.whole_digest is not None,
-            threads=threads,
-        )
-        # Where the manifest's hash is the file's, nothing more is needed.
-        may_be_same = record is not None and (bool(record.shards) or task.nbytes == record.size)
-        examined = digested = look(
-            hash_file=record is not None,
-            digest=record is not None and not may_be_same,
-            values=policy.no_nan,
-            checksums=not may_be_same,
-        )
-        if policy.forward and policy.fits is None and task.golden is None:
-            architecture = examined.architecture
-        if record is not None:
-            if may_be_same and not is_same_file(examined, record):
-                digested = look(hash_file=False, digest=True, values=False)
-            findings += compare(examined, digested, record)
-            findings += golden_findings(path, record, task.folder)
-        if digested.damage is not None:
-            findings.append(damage_finding(path, digested.damage))
-        if digested.unlike is not None:
-            findings.append(unlike_finding(path, digested.unlike))
-        findings += [malformed_finding(path, told) for told in examined.malformed]
-        findings += violations(examined, policy)
-    except CkptkitError as error:
-        findings.append(unreadable_finding(path, error, policy.allow_part))
-        findings += incomplete_finding(path, record)
-        if policy.every_pickle and isinstance(error, FormatError):
-            findings += _pickles(task, error.globals)
-    result = FileResult(
-        path=path,
-        size=None if examined is None else examined.size,
-        sha256=None if examined is None else examined.sha256,
-        rules=("readable", *recorded, *rules_of(policy)),
-        findings=tuple(findings),
-        seconds=time.perf_counter() - begun,
-    )
-    return result, architecture
-
-
-def _other_result(task: _Task) -> FileResult:
-    """A file that is not a checkpoint, held against what is said of pickles."""
-    begun = time.perf_counter()
-    findings = tuple(_pickles(task))
-    return FileResult(
-        path=task.path,
-        size=size_of(task.path),
-        rules=(*(("no-pickle",) if task.policy.no_pickle else ()), "max-trust"),
-        findings=findings,
-        seconds=time.perf_counter() - begun,
-    )
-
-
-def _pickles(task: _Task, uses: Sequence[GlobalUse] = ()) -> Iterator[CheckFinding]:
-    """What the policy forbids of the pickles in a file that cannot be opened as a checkpoint."""
-    from ckptkit.formats.contents import look_inside
-
-    try:
-        inside = look_inside(source_of(task.path))
-    except CkptkitError as error:
-        yield unreadable_finding(task.path, error, task.policy.allow_part)
-    else:
-        found = replace(inside, globals=merge_uses(uses, inside.globals))
-        yield from pickle_violations(task.path, found, task.policy)
-
-
-def _with_model(
-    result: FileResult, architecture: Architecture | None, task: _Task, verify: Callable[..., Report]
-) -> FileResult:
-    """The result with what the verifier says, if a model is needed; of a file that could not be read no more."""
-    policy = task.policy
-    if not policy.needs_model:
-        return result
-    begun = time.perf_counter()
-    rules = [name for name, wanted in (("fits", policy.fits), ("forward", policy.forward)) if wanted]
-    findings = result.findings
-    unfit = any(finding.rule == "readable" or finding.code == CODE for finding in findings)
-    if task.other is None and result.size is not None and (not unfit or policy.allow_part):
-        findings = (*findings, *model_findings(task.path, policy, task.golden, architecture, verify))
-    seconds = result.seconds + time.perf_counter() - begun
-    return replace(result, rules=(*result.rules, *rules), findings=findings, seconds=seconds)

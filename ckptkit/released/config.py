@@ -28,6 +28,7 @@ from fnmatch import fnmatchcase
 from importlib import import_module
 from typing import Any
 
+from ckptkit import places
 from ckptkit.errors import FileAccessError, FormatError, LimitError, MissingFileError, VerifyError
 from ckptkit.released.policy import POLICY_KEYS, Policy, close_match
 
@@ -78,6 +79,8 @@ class Config:
     settings: Mapping[str, Any] = field(default_factory=dict)
     overrides: tuple[Override, ...] = ()
     typed: Mapping[str, Any] = field(default_factory=dict)
+    _policies: dict[tuple[int, ...], Policy] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """Those made so far, by the overrides that they have."""
 
     @property
     def needs_model(self) -> bool:
@@ -99,22 +102,23 @@ class Config:
         Args:
             path: the file, from the working directory.
         """
-        return Policy(**{**self.settings, **self._overriding(path), **self.typed})
+        overrides = self._overriding(path)
+        if overrides not in self._policies:
+            found = {key: value for i in overrides for key, value in self.overrides[i].settings.items()}
+            self._policies[overrides] = Policy(**{**self.settings, **found, **self.typed})
+        return self._policies[overrides]
 
-    def _overriding(self, path: str) -> dict[str, Any]:
+    def _overriding(self, path: str) -> tuple[int, ...]:
+        """Which of the overrides are for a file."""
         if not self.overrides or self.path is None:
-            return {}
+            return ()
         folder = os.path.dirname(os.path.abspath(self.path))
         try:
             relative = os.path.relpath(os.path.abspath(path), folder)
         except ValueError:  # another drive
             relative = os.path.abspath(path)
-        name = relative.replace(os.sep, "/")
-        found: dict[str, Any] = {}
-        for override in self.overrides:
-            if override.matches(name):
-                found.update(override.settings)
-        return found
+        name = places.shown(path) if places.is_url(path) else relative.replace(os.sep, "/")
+        return tuple(i for i, override in enumerate(self.overrides) if override.matches(name))
 
 
 def find_config(folder: str) -> str | None:

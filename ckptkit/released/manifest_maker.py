@@ -7,10 +7,11 @@ records them (each opened and read once), and `write` writes them down.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import replace
-from typing import Any, TypeVar
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
+from ckptkit import places
 from ckptkit.architectures import Architecture
 from ckptkit.errors import (
     CkptkitError,
@@ -22,6 +23,7 @@ from ckptkit.errors import (
 )
 from ckptkit.formats import STDIN, collector_paused, source_of
 from ckptkit.plan import LiteralBytes, Plan
+from ckptkit.released.bases import common_folder, require_one_place
 from ckptkit.released.examine import Examined, examine_file
 from ckptkit.released.manifest_file import (
     Changes,
@@ -37,18 +39,20 @@ from ckptkit.released.manifest_rules import is_same_file
 from ckptkit.released.reading import file_sha256
 from ckptkit.released.selection import Selected, name_of, select, size_of, step_of
 from ckptkit.report import count_of
-from ckptkit.transfer.workers import each_file
+from ckptkit.transfer.many import Workers, side_by_side
 from ckptkit.transfer.writing import write_atomically
 
-__all__ = ["make", "make_at", "write"]
+if TYPE_CHECKING:
+    from ckptkit.fleet import Outcome
 
-T = TypeVar("T")
+__all__ = ["make", "make_at", "write"]
 
 
 def make(
     selected: Sequence[Selected],
     *,
     folder: str,
+    beside: str | None = None,
     folders: Sequence[str] = (),
     digests: Digests | None = None,
     golden: Mapping[str, str] | None = None,
@@ -56,12 +60,14 @@ def make(
     previous: Manifest | None = None,
     tp_rules: str | None = None,
     ignore_checksums: bool = False,
+    workers: Workers = Workers(),  # noqa: B008 - frozen
 ) -> Manifest:
     """The manifest of these checkpoints.
 
     Args:
         selected: the checkpoints; named relative to the folder.
-        folder: where the manifest will be.
+        folder: that paths are relative to: where the manifest will be, or the URL that its files lie below.
+        beside: where it will be then, for golden files.
         folders: in which no other checkpoint may lie; named relative to it.  The previous manifest's stay.
         digests: whether each tensor is listed; ``None``: as the previous manifest has it, and if it has none, yes.
         golden: golden files by the name of the checkpoint they belong to; named relative to the folder.
@@ -70,6 +76,7 @@ def make(
             that are not selected do too, as long as they exist.
         tp_rules: file of rules by which slices of tensor-parallel ranks are joined.
         ignore_checksums: whether files may be recorded that their own checksums show to be damaged.
+        workers: who reads very many files.
 
     Raises:
         FileAccessError: a file is not below the folder, or cannot be read.
@@ -81,7 +88,11 @@ def make(
     goldens |= {record.golden.path for record in old.values() if record.golden is not None}
     wanted = {each.name: each.path for each in selected if each.name not in goldens}
     _require_recordable(wanted, golden, folder)
-    kept = _unchanged({name: path for name, path in wanted.items() if name in old}, old, digests, allow_part, tp_rules)
+    if workers.executor is not None:  # its workers may be in other folders
+        wanted = {name: path if places.is_url(path) else os.path.abspath(path) for name, path in wanted.items()}
+        tp_rules = None if tp_rules is None else os.path.abspath(tp_rules)
+    known = {name: path for name, path in wanted.items() if name in old}
+    kept = _unchanged(known, old, digests, workers, allow_part=allow_part, tp_rules=tp_rules)
     renewed = _renewed(
         {name: path for name, path in wanted.items() if name not in kept},
         {
@@ -89,6 +100,7 @@ def make(
             for name in wanted
             if (digests == "tensor" if digests else name not in old or old[name].tensors is not None)
         },
+        workers,
         allow_part=allow_part,
         tp_rules=tp_rules,
         ignore_checksums=ignore_checksums,
@@ -97,10 +109,11 @@ def make(
     for name, record in records.items():
         before = old[name].golden if name in old else None
         named = golden.get(name, before.path if before is not None else None)
-        records[name] = replace(record, golden=None if named is None else _golden(named, folder))
+        records[name] = replace(record, golden=None if named is None else _golden(named, beside or folder))
     files = tuple(records[name] for name in sorted(records))
     claimed = _outermost({*folders, *(() if previous is None else previous.folders)})
-    return Manifest(files=files, folder=folder, folders=claimed, changes=_changes(old, records))
+    origin = places.shown(folder) if places.is_url(folder) else None
+    return Manifest(files=files, folder=folder, folders=claimed, changes=_changes(old, records), origin=origin)
 
 
 def _require_recordable(wanted: Collection[str], golden: Collection[str], folder: str) -> None:
@@ -115,31 +128,71 @@ def _require_recordable(wanted: Collection[str], golden: Collection[str], folder
             )
 
 
-def _renewed(wanted: Mapping[str, str], listed: Collection[str], **reading: bool | str | None) -> dict[str, FileRecord]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Task:
+    """One file: its name in the manifest, its path, how it is read, and what is made of it.
+
+    Attributes:
+        is_listed: whether its tensors are listed.
+        before: its record so far, of which is asked whether it still holds; ``None``: it is recorded anew.
+    """
+
+    name: str
+    path: str
+    reading: Mapping[str, bool | str | None]
+    is_listed: bool = True
+    before: FileRecord | None = None
+
+
+@collector_paused()  # what is read is gone at the end, without it
+def _recorded(task: _Task, threads: int = 1) -> FileRecord | CkptkitError | None:
+    """The record of a file as it is now; of one that has a record, that, where it still holds."""
+    if task.before is not None:
+        same = _looked_at(
+            task.path, hash_file=True, digest=False, values=False, checksums=False, threads=threads, **task.reading
+        )
+        return task.before if not isinstance(same, CkptkitError) and is_same_file(same, task.before) else None
+    found = _looked_at(
+        task.path, hash_file=True, digest=True, values=False, whole=True, threads=threads, **task.reading
+    )
+    if isinstance(found, CkptkitError):
+        return found
+    wrong = found.damage or found.unlike
+    if wrong is not None:
+        return CorruptError(wrong, path=found.path)
+    try:
+        return _record(task.name, found, task.is_listed)
+    except UnsupportedError as error:
+        return error
+
+
+def _lost(task: _Task, outcome: Outcome[Any]) -> CkptkitError:
+    return FileAccessError(f"{task.path}: {outcome.text}", path=task.path)
+
+
+def _size(task: _Task) -> int:
+    return size_of(task.path)
+
+
+def _renewed(
+    wanted: Mapping[str, str], listed: Collection[str], workers: Workers, **reading: bool | str | None
+) -> dict[str, FileRecord]:
     """The records of files as they are now.
 
     Args:
         wanted: paths by name.
         listed: the names of those whose tensors are listed.
+        workers: who reads them.
         **reading: ``allow_part``, ``tp_rules`` and ``ignore_checksums``, as of `make`.
     """
-
-    def record(name: str, path: str, threads: int) -> FileRecord | CkptkitError:
-        found = _looked_at(path, hash_file=True, digest=True, values=False, whole=True, threads=threads, **reading)
-        if isinstance(found, CkptkitError):
-            return found
-        wrong = found.damage or found.unlike
-        if wrong is not None:
-            return CorruptError(wrong, path=found.path)
-        return _record(name, found, name in listed)
-
-    made = _of_each(wanted, record)
-    errors = [result for result in made.values() if isinstance(result, CkptkitError)]
+    tasks = [_Task(name=name, path=path, reading=reading, is_listed=name in listed) for name, path in wanted.items()]
+    made = list(side_by_side(tasks, _recorded, workers=workers, nbytes=_size, lost=_lost))
+    errors = [result for result in made if isinstance(result, CkptkitError)]
     if len(errors) == 1:
         raise errors[0]
     if errors:
         raise FileAccessError("\n  ".join([f"{count_of(len(errors), 'file')} cannot be recorded:", *map(str, errors)]))
-    return {name: result for name, result in made.items() if isinstance(result, FileRecord)}
+    return {result.path: result for result in made if isinstance(result, FileRecord)}
 
 
 def _looked_at(path: str, **asked: Any) -> Examined | CkptkitError:
@@ -147,17 +200,6 @@ def _looked_at(path: str, **asked: Any) -> Examined | CkptkitError:
         return examine_file(path, **asked)
     except CkptkitError as error:
         return error
-
-
-def _of_each(paths: Mapping[str, str], make: Callable[[str, str, int], T]) -> dict[str, T]:
-    """What is made of each file, several at a time: called with its name, its path and how many threads it may use."""
-    names = list(paths)
-
-    @collector_paused()  # what is read is gone at the end, without it
-    def work(number: int, threads: int) -> T:
-        return make(names[number], paths[names[number]], threads)
-
-    return dict(zip(names, each_file([size_of(path) for path in paths.values()], work), strict=True))
 
 
 def _outermost(folders: Collection[str]) -> tuple[str, ...]:
@@ -183,39 +225,31 @@ def _unchanged(
     wanted: Mapping[str, str],
     old: Mapping[str, FileRecord],
     digests: Digests | None,
-    allow_part: bool,
-    tp_rules: str | None,
+    workers: Workers,
+    **reading: bool | str | None,
 ) -> dict[str, FileRecord]:
     """The records of files that are what they were, by their sizes and hashes."""
-
-    def same(name: str, path: str, threads: int) -> FileRecord | None:
-        before = old[name]
-        found = _looked_at(
-            path, hash_file=True, digest=False, values=False, checksums=False, allow_part=allow_part,
-            tp_rules=tp_rules, threads=threads,
-        )  # fmt: skip
-        is_same = not isinstance(found, CkptkitError) and is_same_file(found, before)
-        if not is_same or (digests == "tensor" and before.tensors is None):
-            return None
-        return replace(before, tensors=None) if digests == "total" else before
-
-    sized = {name: path for name, path in wanted.items() if _may_be_unchanged(name, path, old[name])}
-    return {name: record for name, record in _of_each(sized, same).items() if record is not None}
+    tasks = [
+        _Task(name=name, path=path, reading=reading, before=old[name])
+        for name, path in wanted.items()
+        if _may_be_unchanged(name, path, old[name]) and not (digests == "tensor" and old[name].tensors is None)
+    ]
+    made = list(side_by_side(tasks, _recorded, workers=workers, nbytes=_size, lost=_lost))
+    kept = [record for record in made if isinstance(record, FileRecord)]
+    return {each.path: replace(each, tensors=None) if digests == "total" else each for each in kept}
 
 
 def _may_be_unchanged(name: str, path: str, record: FileRecord) -> bool:
     """Whether it is worth hashing: of another size it is another file."""
     try:
-        return bool(record.shards) or os.stat(path).st_size == record.size
+        return bool(record.shards) or places.size(path) == record.size
     except OSError:
         return True  # examining it will say what is wrong
 
 
 def _unselected(old: Mapping[str, FileRecord], wanted: Mapping[str, str], folder: str) -> dict[str, FileRecord]:
     return {
-        name: record
-        for name, record in old.items()
-        if name not in wanted and os.path.lexists(os.path.join(folder, *name.split("/")))
+        name: record for name, record in old.items() if name not in wanted and places.exists(places.below(folder, name))
     }
 
 
@@ -305,15 +339,17 @@ def make_at(
     update: bool,
     force: bool,
     ignore_checksums: bool = False,
+    workers: Workers = Workers(),  # noqa: B008 - frozen
 ) -> Manifest:
     """As `ckptkit.manifest`."""
     if digests not in (None, "total", "tensor"):
         raise RewriteError(f"digests is {digests!r:.40}; expected 'total' or 'tensor'")
     if update and destination is None:
         raise FileAccessError("there is no manifest to update; name it with -o")
+    if destination is not None:
+        places.require_local(destination)
     for path in paths:
         _require_file(path)
-    folder = _folder_of(paths) if destination is None else os.path.dirname(os.path.abspath(destination))
     there = destination is not None and os.path.lexists(destination)
     if destination is not None and there and not (update or force):
         raise DestinationExistsError(
@@ -321,29 +357,33 @@ def make_at(
             path=destination,
         )
     previous = read_manifest(destination) if destination is not None and there and update else None
-    tag = tag if paths else None  # what it was made of is each a step by itself
-    paths = paths or (_paths_of(previous, folder) if update else ())
-    if tp_rules is None:
-        paths = [step_of(path, tag) if os.path.isdir(path) else path for path in paths]
-    selection = select(paths, relative_to=folder, manifest=destination, are_whole=tp_rules is not None)
-    selection.require_all()
-    selected = selection.checkpoints
-    manifest = make(
-        selected,
-        folder=folder,
-        folders=[_claimed(name_of(path, folder)) for path in paths if os.path.isdir(path)],
-        digests=digests,
-        golden=_goldens(golden, selected, folder),
-        allow_part=allow_part,
-        previous=previous,
-        tp_rules=tp_rules,
-        ignore_checksums=ignore_checksums,
-    )
-    if destination is not None and (
-        previous is None or (previous.files, previous.folders) != (manifest.files, manifest.folders)
-    ):
-        write(manifest, destination, force=there)
-    return replace(manifest, passed_over=selection.passed_over)
+    folder, beside = _folders_for(paths, destination, previous)
+    with places.asked_once(folder):
+        tag = tag if paths else None  # what it was made of is each a step by itself
+        paths = paths or (_paths_of(previous, folder) if update else ())
+        if tp_rules is None:
+            paths = [step_of(path, tag) if places.isdir(path) else path for path in paths]
+        selection = select(paths, relative_to=folder, manifest=destination, are_whole=tp_rules is not None)
+        selection.require_all()
+        selected = selection.checkpoints
+        manifest = make(
+            selected,
+            folder=folder,
+            beside=beside,
+            folders=[_claimed(name_of(path, folder)) for path in paths if places.isdir(path)],
+            digests=digests,
+            golden=_goldens(golden, selected, folder, beside),
+            allow_part=allow_part,
+            previous=previous,
+            tp_rules=tp_rules,
+            ignore_checksums=ignore_checksums,
+            workers=workers,
+        )
+        if destination is not None and (
+            previous is None or (previous.files, previous.folders) != (manifest.files, manifest.folders)
+        ):
+            write(manifest, destination, force=there)
+        return replace(manifest, passed_over=selection.passed_over)
 
 
 def _require_file(path: str) -> None:
@@ -355,7 +395,7 @@ def _require_file(path: str) -> None:
     if path == STDIN:
         told = f"{path}: a manifest records files by their paths, and standard input has none"
         raise FileAccessError(told, path=path)
-    if not os.path.lexists(path):
+    if not places.exists(path):
         source_of(path).close()  # it says so where the file is missing
         told = f"{path}: a manifest records files; record the archive, or unpack it"
         raise FileAccessError(told, path=path)
@@ -366,8 +406,8 @@ def _paths_of(previous: Manifest | None, folder: str) -> list[str]:
     if previous is None:
         return [folder]
     names = [*previous.folders, *(record.path for record in previous.files)]
-    paths = [os.path.join(folder, *name.split("/")) for name in names]
-    return [path for path in paths if os.path.lexists(path)]
+    paths = [places.below(folder, name) for name in names]
+    return [path for path in paths if places.exists(path)]
 
 
 def _claimed(name: str) -> str:
@@ -375,33 +415,24 @@ def _claimed(name: str) -> str:
     return "." if name.split("/")[0] == ".." else name
 
 
-def _folder_of(paths: Sequence[str]) -> str:
-    """The working directory; where files lie elsewhere, the folder they have in common."""
-    folder = os.getcwd()
-    if not any(name_of(path, folder).startswith("../") or _is_one(path, folder) for path in paths):
-        return folder
-    try:
-        return os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
-    except ValueError:  # several drives
-        return folder
+def _folders_for(paths: Sequence[str], destination: str | None, previous: Manifest | None) -> tuple[str, str]:
+    """The folder that paths are relative to, and the one that the manifest lies in: of local files the same."""
+    beside = None if destination is None else os.path.dirname(os.path.abspath(destination))
+    is_far = require_one_place(paths)
+    if previous is not None and previous.origin is not None and (is_far or not paths):
+        folder = previous.origin
+    else:
+        folder = common_folder(paths) if is_far or beside is None else beside
+    return folder, beside or (os.getcwd() if places.is_url(folder) else folder)
 
 
-def _is_one(path: str, folder: str) -> bool:
-    """Whether a folder is itself the checkpoint that is to be recorded: it is recorded beside it."""
-    if name_of(path, folder) != "." or not os.path.isdir(path):
-        return False
-    from ckptkit.formats.distributed.around import sharded_at
-
-    return sharded_at(path) is not None
-
-
-def _goldens(golden: Golden, selected: Sequence[Selected], folder: str) -> dict[str, str]:
-    """Golden files by the names of their checkpoints, both relative to the manifest's folder."""
+def _goldens(golden: Golden, selected: Sequence[Selected], folder: str, beside: str) -> dict[str, str]:
+    """Golden files, relative to the manifest's folder, by the names of their checkpoints."""
     if golden is None:
         return {}
     if isinstance(golden, Mapping):
-        return {name_of(path, folder): name_of(os.fsdecode(file), folder) for path, file in golden.items()}
-    name = name_of(os.fsdecode(golden), folder)
+        return {name_of(os.fsdecode(path), folder): name_of(os.fsdecode(file), beside) for path, file in golden.items()}
+    name = name_of(os.fsdecode(golden), beside)
     checkpoints = [each.name for each in selected if each.name != name]
     if len(checkpoints) != 1:
         raise FileAccessError(

@@ -38,7 +38,7 @@ from ckptkit.pickling.inert import Object, children, tensors_in, walk
 from ckptkit.pickling.layouts import call_of
 from ckptkit.stats import NonFinite, count_all
 from ckptkit.transfer.checksums import Checksums, Damage
-from ckptkit.transfer.values import stream
+from ckptkit.transfer.values import stream, will_read
 from ckptkit.transfer.workers import MANY_NBYTES, Background, in_parallel
 
 __all__ = ["OtherValue", "Reading", "Values", "file_sha256", "is_opaque", "other_values_in", "read_through"]
@@ -181,6 +181,7 @@ def read_through(
         if file is not files[0]:  # of many files systems allow some to be open at once
             file.release()
     unreadable = {id(damage.storage) for damage in reading.damages if not isinstance(damage.storage.source, ByteRange)}
+    will_read(values.entry for values in apart)
     for values in apart:
         values.is_lost = id(values.entry.storage) in unreadable
         for chunk in () if values.is_lost else stream(values.entry):
@@ -315,6 +316,8 @@ class _Distributor:
 
 def _read_spans(file: Source, hasher: Any, distributor: _Distributor) -> None:
     buffer = memoryview(bytearray(min(_PIECE_NBYTES, max(file.size, 1))))
+    if file.is_far:
+        file.will_read([*_pieces(file, hasher is not None, distributor.spans)])
     for start, nbytes in _pieces(file, hasher is not None, distributor.spans):
         piece = buffer[:nbytes]
         file.read_into(start, piece)
@@ -335,6 +338,8 @@ def _sweep_with_helper(file: Source, hasher: Any, distributor: _Distributor) -> 
             hasher.update(item[1])
             free.put(item[0])
 
+    if file.is_far:
+        file.will_read([(0, file.size)])
     helper = Background(hash_pieces, threading.Event())
     try:
         for start, nbytes in _pieces(file, True, distributor.spans):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -18,9 +18,11 @@ __all__ = [
     "CheckFinding",
     "CheckReport",
     "FileResult",
+    "Tally",
     "damage_finding",
     "extra_finding",
     "hostile_finding",
+    "lost_result",
     "malformed_finding",
     "missing_result",
     "nothing_selected",
@@ -29,7 +31,13 @@ __all__ = [
     "whole_finding",
 ]
 
-NOT_CHECKED = frozenset(("file-unreadable", "nothing-selected", "check-not-run", "not-looked-into"))
+NOT_CHECKED = frozenset(
+    (
+        *("file-unreadable", "nothing-selected", "check-not-run", "not-looked-into"),
+        *("worker-died", "timed-out", "worker-version", "worker-failed"),
+        *("results-incomplete", "part-missing", "results-differ"),
+    )
+)
 """Codes of what could not be held against anything: neither a pass nor a mismatch."""
 
 
@@ -84,6 +92,8 @@ class FileResult:
         rules: those applied, in order.
         findings: what they found.
         seconds: how long it took.
+        stamp: of the file when it was looked at; ``None``: nobody asked, or it cannot be told.
+        against: a digest of all else that the result depends on.
     """
 
     path: str
@@ -92,6 +102,8 @@ class FileResult:
     rules: tuple[str, ...]
     findings: tuple[CheckFinding, ...] = ()
     seconds: float = 0.0
+    stamp: str | None = None
+    against: str | None = None
 
     @property
     def is_checked(self) -> bool:
@@ -102,6 +114,23 @@ class FileResult:
     def ok(self) -> bool:
         """Whether it is as all rules want it."""
         return not any(finding.severity == "error" for finding in self.findings)
+
+    @classmethod
+    def from_dict(cls, file: CheckedFile, findings: Sequence[CheckFindingDocument], **others: Any) -> FileResult:
+        """The result that a document tells, with what was found about the file.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is not one.
+        """
+        found = tuple(CheckFinding(**finding) for finding in findings)
+        if any(finding.severity not in ("info", "warning", "error") for finding in found):
+            raise ValueError("a finding has no severity")
+        size, sha256, rules = file["size"], file["sha256"], tuple(map(str, file["rules"]))
+        result = cls(path=file["path"], size=size, sha256=sha256, rules=rules, findings=found, **others)
+        path: Any = result.path
+        if not isinstance(path, str) or (file["ok"], file["checked"]) != (result.ok, result.is_checked):
+            raise ValueError("does not agree with itself")
+        return result
 
     def to_dict(self) -> CheckedFile:
         """The result as an element of the document's ``files``."""
@@ -227,6 +256,27 @@ def _broken(code: str, path: str, expected: str, found: str, message: str) -> Ch
     )
 
 
+_LOST = {
+    "died": ("worker-died", "a process that lives until it has checked the file", "it ended"),
+    "timed-out": ("timed-out", "a result within the time that a file may take", "none yet"),
+    "version": ("worker-version", "the version of ckptkit that asks", "another"),
+    "failed": ("worker-failed", "a result", "an error"),
+}
+"""What is said of each way in which others than this process do not come to a result."""
+
+
+def lost_result(path: str, problem: str, told: str) -> FileResult:
+    """The result of a file that others than this process could not check.
+
+    Args:
+        path: the file.
+        problem: ``"died"``, ``"timed-out"``, ``"version"`` or ``"failed"``.
+        told: what is known of it.
+    """
+    code, expected, found = _LOST[problem]
+    return FileResult(path=path, rules=("readable",), findings=(_broken(code, path, expected, found, told),))
+
+
 def unlike_finding(path: str, unlike: str) -> CheckFinding:
     """Files of a folder that do not hold the same values where they must."""
     return _broken("copies-differ", path, "copies that are equal", "others", unlike)
@@ -300,30 +350,87 @@ def nothing_selected(path: str, message: str) -> FileResult:
     return FileResult(path=path or ".", rules=("selection",), findings=(finding,))
 
 
+class Tally:
+    """What results come to, counted while they come.
+
+    Attributes:
+        files: how many there are.
+        checked: how many of them every rule could be applied to.
+        failed: how many have something that is not as it must be.
+        unchecked: how many others could not be checked.
+        is_complete: whether nothing is known that could not be checked.
+    """
+
+    def __init__(self) -> None:
+        self.files = self.checked = self.failed = self.unchecked = 0
+        self.is_complete = True
+
+    def add(self, result: FileResult) -> None:
+        """Count a file's result."""
+        self.files += 1
+        self.checked += result.is_checked
+        self.note(
+            {finding.is_unchecked for finding in result.findings if finding.severity == "error"},
+            any(finding.is_unchecked for finding in result.findings),
+        )
+
+    def note(self, errors: Container[bool], unchecked: bool) -> None:
+        """Count what was found about a file: whether any error is, or is not, that it could not be checked."""
+        self.failed += False in errors
+        self.unchecked += True in errors and False not in errors
+        self.is_complete &= not unchecked
+
+    @property
+    def ok(self) -> bool:
+        """Whether no file has an error."""
+        return not self.failed and not self.unchecked
+
+    def exit_code(self, ok: bool) -> Literal[0, 1, 2]:
+        """As of diff(1); ``ok``: whether all is well, as the report says it."""
+        if not self.is_complete:
+            return 2
+        return 0 if ok else 1 if self.files else 2
+
+    def verdict(self, ok: bool, part: str | None = None) -> str:
+        """The outcome in a sentence; ``part``: the share of the files that this is."""
+        if not self.files:
+            nothing = "no checkpoint is among the files" if part is None else f"no file falls to part {part}"
+            return nothing if ok else "nothing was checked"
+        files = f"{self.files:,} file" + "s" * (self.files != 1)
+        if self.ok:
+            return f"{files} passed"
+        passed = self.files - self.failed - self.unchecked
+        counts = [
+            (self.failed, "failed"),
+            (self.unchecked, "could not be checked"),
+            (passed * bool(self.unchecked), "passed"),
+        ]
+        (first, what), *others = [(number, what) for number, what in counts if number]
+        return ", ".join([f"{first:,} of {files} {what}", *(f"{number:,} {what}" for number, what in others)])
+
+
+def _tally_of(document: CheckDocument) -> Tally:
+    """What a document's findings come to."""
+    errors: dict[str, set[bool]] = {}
+    unchecked = False
+    for finding in document["findings"]:
+        is_unchecked = finding["code"] in NOT_CHECKED
+        unchecked |= is_unchecked
+        if finding["severity"] == "error":
+            errors.setdefault(finding["path"], set()).add(is_unchecked)
+    tally = Tally()
+    tally.files = len(document["files"])
+    tally.is_complete = not unchecked
+    for kinds in errors.values():
+        tally.note(kinds, False)
+    return tally
+
+
 def exit_code_of(document: CheckDocument) -> Literal[0, 1, 2]:
     """As of diff(1): 0 all is as it must be, 1 something is not, 2 something could not be checked."""
-    if any(finding["code"] in NOT_CHECKED for finding in document["findings"]):
-        return 2
-    if document["ok"]:
-        return 0
-    return 1 if document["files"] else 2
+    return _tally_of(document).exit_code(document["ok"])
 
 
 def verdict_of(document: CheckDocument) -> str:
     """The outcome in a sentence."""
-    count = len(document["files"])
-    if not count:
-        return "no checkpoint is among the files" if document["ok"] else "nothing was checked"
-    files = f"{count:,} file" + "s" * (count != 1)
-    errors: dict[str, set[bool]] = {}
-    for finding in document["findings"]:
-        if finding["severity"] == "error":
-            errors.setdefault(finding["path"], set()).add(finding["code"] in NOT_CHECKED)
-    failed = sum(False in kinds for kinds in errors.values())
-    unchecked = len(errors) - failed
-    passed = count - failed - unchecked
-    if not errors:
-        return f"{files} passed"
-    counts = [(failed, "failed"), (unchecked, "could not be checked"), (passed * bool(unchecked), "passed")]
-    (first, what), *others = [(number, what) for number, what in counts if number]
-    return ", ".join([f"{first:,} of {files} {what}", *(f"{number:,} {what}" for number, what in others)])
+    return _tally_of(document).verdict(document["ok"], document.get("part"))

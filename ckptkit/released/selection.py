@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 
+from ckptkit import places
 from ckptkit.errors import CkptkitError, FileAccessError
 from ckptkit.formats import STDIN
 from ckptkit.formats.folder import Surveyor, indexes_by_shard
@@ -36,7 +38,7 @@ class Selection:
 
     Attributes:
         checkpoints: each once, sorted by name.
-        passed_over: how many files of each kind were met that are not checkpoints.
+        passed: the files that were met and are not checkpoints, with their kinds.
         others: those among them that may hold pickles, with their kinds.
         unreadable: files and folders of which nothing is known, and why.
         empty: folders without a checkpoint, and what is to be said of each.
@@ -44,11 +46,16 @@ class Selection:
     """
 
     checkpoints: tuple[Selected, ...]
-    passed_over: Mapping[str, int] = field(default_factory=dict)
+    passed: Mapping[str, str] = field(default_factory=dict)
     others: Mapping[str, str] = field(default_factory=dict)
     unreadable: tuple[tuple[str, CkptkitError], ...] = ()
     empty: tuple[tuple[str, CkptkitError], ...] = ()
     shards: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    @property
+    def passed_over(self) -> dict[str, int]:
+        """How many files of each kind are not checkpoints."""
+        return dict(Counter(self.passed.values()))
 
     def require_all(self) -> None:
         """Raise where not everything that was meant is known.
@@ -106,25 +113,25 @@ def select(
     if manifest is not None:
         surveyor.know(manifest)
     for path in given:
-        if os.path.isdir(path) and are_whole:
+        if places.isdir(path) and are_whole:
             surveyor.named(path)
             continue
-        if os.path.isdir(path):
+        if places.isdir(path):
             try:
                 step = step_of(path, tag)
             except CkptkitError as error:
                 empty.append((path, error))
                 continue
-            if not os.path.isdir(step):
+            if not places.isdir(step):
                 surveyor.named(step)
             elif (nothing := surveyor.folder(step)) is not None:
                 empty.append((path, nothing))
             continue
         index = None
         if whole and name_of(path, relative_to) not in known:
-            folder, name = os.path.split(path)
+            folder, name = places.split(path)
             if folder not in indexes:
-                indexes[folder] = indexes_by_shard(folder)
+                indexes[folder] = indexes_by_shard(folder) if places.is_known(folder) or "-of-" in name else {}
             index = indexes[folder].get(name)
         if index is not None:
             shards.setdefault(index, []).append(path)
@@ -134,13 +141,14 @@ def select(
         else:
             surveyor.named(path)
     found = surveyor.result()
+    del surveyor  # of very many files it is large
     checkpoints: dict[str, Selected] = {}
     for each in found.checkpoints:
-        names = [name_of(path, relative_to) for path in (each.path, *each.others)]
+        names = [path if (name := name_of(path, relative_to)) == path else name for path in (each.path, *each.others)]
         checkpoints.setdefault(names[0], Selected(path=each.path, name=names[0], names=tuple(names)))
     return Selection(
         checkpoints=tuple(checkpoints[name] for name in sorted(checkpoints)),
-        passed_over=found.passed_over,
+        passed=found.passed,
         others=found.others,
         unreadable=found.unreadable,
         empty=tuple(empty),
@@ -162,18 +170,16 @@ def step_of(path: str, tag: str | None = None) -> str:
 
 def name_of(path: str, folder: str) -> str:
     """A file's name relative to a folder, with ``/``; links are not followed."""
-    absolute = os.path.abspath(path)
-    try:
-        return os.path.relpath(absolute, folder or ".").replace(os.sep, "/")
-    except ValueError:  # another drive
-        return absolute.replace(os.sep, "/")
+    return places.relative(path, folder)
 
 
 def size_of(path: str) -> int:
     """Bytes of a file, or of those in a folder; 0 for what cannot be asked, which opening it will tell."""
     try:
+        if places.is_url(path) and places.isdir(path):
+            return sum(places.size(places.below(path, name)) for name in places.listed_below(path) or ())
         if os.path.isdir(path):
             return sum(size_of(os.path.join(inside, name)) for inside, _, names in os.walk(path) for name in names)
-        return os.stat(path).st_size
+        return places.size(path)
     except (OSError, ValueError):
         return 0

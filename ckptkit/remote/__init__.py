@@ -2,24 +2,36 @@
 
 `store` says what a server is asked for, and there is one module for each kind of server: `http` (http and https), `hub`
 (hf://) and `objects` (all that fsspec knows: s3, gs, az and others).  `source` makes a `ckptkit.bytesource.Source` of a
-file there, which is all that the rest of ckptkit sees of it.
+file there, which is all that the rest of ckptkit sees of it; what lies below a URL, `ckptkit.places` says.
 """
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from functools import partial
+from typing import Any, Protocol, TypeVar
 
+from ckptkit.bytesource import Source, SourceFile
 from ckptkit.errors import FileAccessError
 from ckptkit.remote.source import RemoteSource
 from ckptkit.remote.store import Store
 
-__all__ = ["RemoteSource", "Session", "Store", "is_url", "session", "source_at", "store_of"]
+__all__ = [
+    "RemoteSource", "Session", "Store", "carried", "current_session", "is_url", "local_path", "opened_at", "revealed",
+    "session", "source_at", "store_of",
+]  # fmt: skip
 
-_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+T = TypeVar("T")
+R = TypeVar("R")
+
+_URL = re.compile(r"(?:[A-Za-z][A-Za-z0-9+.-]*::)*([A-Za-z][A-Za-z0-9+.-]*)://")
+_ROOT = re.compile(r"[^/]*//[^/?#]*")
+"""Scheme, and who is asked."""
+
 _SHORTEST = 2
 """Letters of a scheme: one is a drive."""
 
@@ -28,6 +40,29 @@ def is_url(path: str) -> bool:
     """Whether a path is a URL: ``https://``, ``s3://`` and the like."""
     found = _URL.match(path) if "://" in path else None
     return found is not None and len(found[1]) >= _SHORTEST
+
+
+def local_path(url: str) -> str:
+    """The path of a file of this machine (``file:///tmp/a``, ``local://``; RFC 8089); of anything else itself."""
+    found = _URL.match(url)
+    if found is None or found[0].lower() not in ("file://", "local://"):
+        return url
+    path = url[found.end() :].removeprefix("localhost")
+    if os.name == "nt" and path[2:3] in (":", "|"):
+        path = path[1:]
+    if "%" in path and not os.path.lexists(path):
+        from urllib.parse import unquote
+
+        return unquote(path)
+    return path
+
+
+class _Ahead(Protocol):
+    def take(self, url: str) -> RemoteSource | None: ...
+
+
+_MOST_KEPT = 128
+"""Files that were opened to see what they are, and stay open for whoever reads them: some 64 KiB of memory each."""
 
 
 class Session:
@@ -39,16 +74,72 @@ class Session:
     Attributes:
         options: as above.
         stores: those that were asked, by scheme.
-        listings: what they said of folders.
+        listings: what they said of folders, by URL (`ckptkit.places.far.Tree`).
+        opened: files that were opened to see what they are, by URL.
+        ahead: what opens files before they are asked for.
+        failed: why a file could not be opened, or a folder listed, by URL, a folder's with a slash at its end.
+        notes: what others found out of URLs, by URL.
+        hidden: the credentials in URLs: each URL, and who it asks, by how it is shown.
+        process: whose connections they are.
     """
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         self.options = dict(options)
         self.stores: dict[str, Store] = {}
         self.listings: dict[str, Any] = {}
+        self.opened: dict[str, RemoteSource] = {}
+        self.ahead: _Ahead | None = None
+        self.failed: dict[str, FileAccessError] = {}
+        self.notes: dict[str, Any] = {}
+        self.hidden: dict[str, str] = {}
+        self.process = os.getpid()
+
+    def shown(self, url: str) -> str:
+        """A URL as it is called from here on, in paths and in what is said of them: without what gives access to it.
+
+        Raises:
+            FileAccessError: others are known for whom it asks.
+        """
+        from ckptkit.remote.retries import masked
+
+        told = masked(url)
+        if told == url:
+            return url
+        self.hidden[told] = url
+        whom, who = (each.group(0) if (each := _ROOT.match(path)) else "" for path in (told, url))
+        if whom != who and self.hidden.setdefault(whom, who) != who:
+            raise FileAccessError(f"{told}: is given with two passwords; ask for one after the other", path=told)
+        return told
+
+    def keep(self, url: str, file: RemoteSource) -> None:
+        """Keep a file open for whoever opens it next."""
+        if len(self.opened) >= _MOST_KEPT or self.opened.setdefault(url, file) is not file:
+            file.close()
+
+    def taken(self, url: str) -> RemoteSource | None:
+        """A file that is open already, and is the caller's from now on; ``None``: it is none.
+
+        Raises:
+            FileAccessError: it was asked for, and cannot be opened.
+        """
+        kept = self.opened.pop(url, None)
+        return kept if kept is not None or self.ahead is None else self.ahead.take(url)
+
+    def close(self) -> None:
+        """Close what nobody took, and forget what was told; connections stay."""
+        while self.opened:
+            self.opened.popitem()[1].close()
+        for told in (self.listings, self.failed, self.notes, self.hidden):
+            told.clear()
 
 
 _current: ContextVar[Session | None] = ContextVar("ckptkit_remote_session", default=None)
+
+
+def current_session() -> Session | None:
+    """The session that this is within; ``None``: it is within none, or in one that another process began."""
+    known = _current.get()
+    return known if known is not None and known.process == os.getpid() else None
 
 
 @contextmanager
@@ -57,16 +148,58 @@ def session(options: Mapping[str, Any] | None = None) -> Iterator[Session]:
 
     Threads that are to take part run in a copy of the context (``contextvars.copy_context``).
     """
-    known = _current.get()
+    known = current_session()
     if known is not None and not options:
         yield known
         return
     made = Session(options or {})
+    with _within(made):
+        yield made
+
+
+@contextmanager
+def _within(made: Session) -> Iterator[None]:
     token = _current.set(made)
     try:
-        yield made
+        yield
     finally:
         _current.reset(token)
+        made.close()
+
+
+_kept: dict[str, Session] = {}
+"""That of this process's tasks: each would connect anew."""
+
+
+def carried(work: Callable[[T], R]) -> Callable[[T], R]:
+    """The work with the options of the session that this is within, for a process that is within none."""
+    known = current_session()
+    return work if known is None else partial(_carried, known.options, known.hidden, work)
+
+
+def _carried(options: Mapping[str, Any], hidden: Mapping[str, str], work: Callable[[T], R], task: T) -> R:
+    kept = _kept.get("")
+    if kept is None or kept.process != os.getpid() or kept.options != options:
+        kept = _kept[""] = Session(options)
+    kept.hidden.update(hidden)
+    with _within(kept):
+        return work(task)
+
+
+def revealed(url: str) -> str:
+    """A URL as it was given: with the credentials that are hidden in what it is called (`Session.shown`)."""
+    current = current_session()
+    if current is None or not current.hidden:
+        return url
+    if url in current.hidden:
+        return current.hidden[url]
+    root = _ROOT.match(url)
+    return url if root is None else current.hidden.get(root[0], root[0]) + url[root.end() :]
+
+
+def opened_at(url: str) -> RemoteSource:
+    """A file that is asked for anew; as `source_at`."""
+    return RemoteSource(store_of(url), revealed(url))
 
 
 def store_of(url: str) -> Store:
@@ -78,7 +211,12 @@ def store_of(url: str) -> Store:
     """
     found = _URL.match(url)
     if found is None:
-        raise FileAccessError(f"{url!r:.200} is no URL")
+        raise FileAccessError(f"{url!r:.200} is not a URL")
+    if "::" in found[0]:
+        raise FileAccessError(
+            f"{found[0]}: URLs in a row are not read; name the file itself, and what is in a zip or tar archive as "
+            "FILE/MEMBER"
+        )
     scheme = found[1].lower()
     with session() as current:
         store = current.stores.get(scheme)
@@ -92,10 +230,16 @@ def _made(scheme: str, current: Session) -> Store:
         from ckptkit.remote.http import HttpStore
 
         return HttpStore()
-    raise FileAccessError(f"{scheme}:// cannot be read")
+    if scheme == "hf":
+        from ckptkit.remote.hub import HubStore
+
+        return HubStore()
+    from ckptkit.remote.objects import ObjectStore
+
+    return ObjectStore(scheme, current.options)
 
 
-def source_at(url: str) -> RemoteSource:
+def source_at(url: str) -> Source:
     """What holds the bytes of the file at a URL.
 
     Raises:
@@ -103,4 +247,12 @@ def source_at(url: str) -> RemoteSource:
         FileAccessError: it cannot be read.
         MissingDependencyError: what reads it is not installed.
     """
-    return RemoteSource(store_of(url), url)
+    if (path := local_path(url)) != url:
+        return SourceFile(path)
+    current = current_session()
+    if current is not None:
+        if (failed := current.failed.get(url)) is not None:
+            raise failed
+        if (kept := current.taken(url)) is not None:
+            return kept
+    return opened_at(url)

@@ -1,53 +1,418 @@
-"""Files behind http and https, read with range requests (RFC 9110, section 14)."""
+"""Files behind http and https, read with range requests (RFC 9110, section 14).
+
+What a file is costs one request: a range from its first byte, whose answer has the size (``Content-Range``), what tells
+one state of the file from another (``ETag``, else ``Last-Modified``; section 8.8) and the first bytes.  Each later
+answer must be of that state and that size, and hold the very range that was asked for.  Where the answer was redirected
+to is asked from then on, and the first URL again once that place refuses: signed URLs expire.  A server that answers a
+range with the whole file has no ranges: its answer is read once, in order, and kept as a temporary file.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
-import urllib.error
-import urllib.request
-from http.client import HTTPResponse
-from typing import cast
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from email.message import Message
+from http import HTTPStatus
+from typing import NamedTuple
+from urllib.parse import quote, urljoin, urlsplit, urlunsplit
 
+from ckptkit.bytesource import SourceFile
 from ckptkit.errors import CorruptError, FileAccessError, MissingFileError
+from ckptkit.remote.connections import Answer, Target, ask
+from ckptkit.remote.retries import Passing, is_passing, masked, retried, told_to_wait
 from ckptkit.remote.store import FarFile, Store
+from ckptkit.report import human_size
 
-__all__ = ["HttpStore"]
+__all__ = ["Described", "HttpStore", "Place", "joined"]
 
-_NOT_FOUND = (404, 410)
-_UNSATISFIABLE = 416
+_REDIRECTS = (301, 302, 303, 307, 308)
+_MOST_REDIRECTS = 10
+_GONE = (404, 410)
+_RANGE, _UNSATISFIABLE = 206, 416
+
+_COPIED_NBYTES = 2 << 30
+"""The longest file that is read as a whole since its server gives no ranges."""
+
+_PIECE_NBYTES = 1 << 20
+
+
+class _Final(NamedTuple):
+    """Where a file's bytes are given out, and what tells one state of them from another there."""
+
+    url: str
+    stamp: str | None
+
+
+@dataclass(slots=True)
+class Place:
+    """Where a file is asked for.
+
+    Attributes:
+        asked: the URL, without credentials.
+        shown: what messages call the file.
+        authorization: what the server of ``asked`` is told, and no other.
+        final: where its bytes were found; ``None``: not asked yet, or not there any more.
+        copy: the file itself, where its server gives no ranges.
+        commit: the hub's, which it is of.
+    """
+
+    asked: str = field(repr=False)
+    shown: str
+    authorization: str | None = field(default=None, repr=False)
+    final: _Final | None = field(default=None, repr=False)
+    copy: SourceFile | None = None
+    commit: str | None = None
+
+
+class Described(NamedTuple):
+    """An answer, and what it says of the file.
+
+    Attributes:
+        answer: whose body was not read yet.
+        url: who gave it, after all redirects.
+        size: of the file, in bytes; ``None``: it is not told.
+        stamp: what tells this state of the file from another, as ``url`` says.
+        linked: the same as said by who redirected to there: the hub's ``X-Linked-ETag``, a hash of the file.
+        commit: the hub's, which the file is of.
+        via: what was known of where the bytes are, if that was asked at once.
+    """
+
+    answer: Answer
+    url: str
+    size: int | None
+    stamp: str | None
+    linked: str | None
+    commit: str | None
+    via: _Final | None = None
 
 
 class HttpStore(Store):
-    """A web server that gives ranges."""
+    """A web server."""
 
-    def _ask(self, url: str, first: int, last: int) -> HTTPResponse:
-        request = urllib.request.Request(url, headers={"Range": f"bytes={first}-{last}", "Accept-Encoding": "identity"})  # noqa: S310
-        try:
-            return cast("HTTPResponse", urllib.request.urlopen(request, timeout=30))  # noqa: S310
-        except urllib.error.HTTPError as error:
-            if error.code in _NOT_FOUND:
-                raise MissingFileError(f"{url}: no such file", path=url) from None
-            raise FileAccessError(f"{url}: the server answers {error.code}", path=url) from error
-        except OSError as error:
-            raise FileAccessError(f"{url}: cannot be read: {error}", path=url) from error
+    has_listings = False
+
+    def place_of(self, url: str) -> Place:
+        """Where the file of a URL is asked for.
+
+        Raises:
+            FileAccessError: it is no URL.
+        """
+        shown = masked(url)
+        authorization = Target.of(url, shown).authorization
+        parts = urlsplit(url.strip())
+        netloc = parts.netloc.rpartition("@")[2]
+        return Place(urlunsplit((parts.scheme, netloc, parts.path, parts.query, "")), shown, authorization)
 
     def open(self, url: str, nbytes: int) -> FarFile:
-        """As `Store.open`."""
-        with self._ask(url, 0, nbytes - 1) as answer:
-            found = re.fullmatch(r"bytes \d+-\d+/(\d+)", answer.headers.get("Content-Range", ""))
-            if found is None:
-                raise FileAccessError(f"{url}: the server gives no ranges", path=url)
-            stamp = answer.headers.get("ETag") or answer.headers.get("Last-Modified")
-            return FarFile(url=url, shown=url, size=int(found[1]), stamp=stamp, head=answer.read())
+        """As `Store.open`, in one request."""
+        place = self.place_of(url)
+        return self.opened(url, place, nbytes)
+
+    def opened(self, url: str, place: Place, nbytes: int) -> FarFile:
+        """What the file at a place is, whose URL is ``url``; the rest as of `open`."""
+        return retried(place.shown, lambda: self._opened(url, place, nbytes))
+
+    def _opened(self, url: str, place: Place, nbytes: int) -> FarFile:
+        with self._asked(place, 0, nbytes - 1) as told:
+            stamp = told.linked or told.stamp
+            place.final = _Final(told.url, told.stamp)
+            place.commit = told.commit
+            known = FarFile(url=url, shown=place.shown, size=0, stamp=stamp, place=place)
+            if told.answer.status == _UNSATISFIABLE:
+                if told.size:  # S3 does not say how large an empty object is
+                    raise FileAccessError(
+                        f"{place.shown}: the server refuses to give its first bytes", path=place.shown
+                    )
+                return known
+            if told.answer.status != _RANGE:
+                place.copy = _copied(told.answer, place.shown)
+                size = place.copy.size
+                return replace(known, size=size, head=place.copy.read(0, min(nbytes, size)))
+            size = _total(told, place.shown)
+            head, why = _body(told.answer, 0, min(nbytes, size), place.shown)
+            if why is not None:
+                raise Passing(why)
+            return replace(known, size=size, head=head)
 
     def read(self, file: FarFile, offset: int, nbytes: int) -> bytes:
-        """As `Store.read`."""
-        with self._ask(file.url, offset, offset + nbytes - 1) as answer:
-            stamp = answer.headers.get("ETag") or answer.headers.get("Last-Modified")
-            if stamp != file.stamp:
-                raise CorruptError("the file was changed while it was being read", path=file.shown)
-            return answer.read()
+        """As `Store.read`; what broke off is gone on with where it was."""
+        place: Place = file.place
+        if place.copy is not None:
+            return place.copy.read(offset, nbytes)
+        parts: list[bytes] = []
+        came = 0
+
+        def rest() -> None:
+            nonlocal came
+            while came < nbytes:
+                data, why = self._part(file, place, offset + came, nbytes - came)
+                parts.append(data)
+                came += len(data)
+                if why is not None:
+                    raise Passing(why, came=len(data))
+
+        retried(place.shown, rest)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def _part(self, file: FarFile, place: Place, offset: int, nbytes: int) -> tuple[bytes, str | None]:
+        """The first of these bytes, and why there are no more if that is not all."""
+        with self._asked(place, offset, offset + nbytes - 1) as told:
+            if told.answer.status not in (_RANGE, _UNSATISFIABLE):
+                raise Passing("the server answers with the whole file where a range was asked for")
+            is_refused = told.answer.status == _UNSATISFIABLE
+            if told.size != file.size and (is_refused or told.size is not None):
+                raise _changed(place)
+            if is_refused:
+                raise FileAccessError(
+                    f"{place.shown}: the server refuses to give bytes {offset:,} on", path=place.shown
+                )
+            if told.via is not None:
+                is_same = told.stamp == told.via.stamp
+            else:
+                is_same = (told.linked or told.stamp) == file.stamp
+                place.final = _Final(told.url, told.stamp)
+            if not is_same:
+                raise _changed(place)
+            return _body(told.answer, offset, nbytes, place.shown)
 
     def stamp(self, file: FarFile) -> str | None:
-        """As `Store.stamp`."""
-        return self.open(file.url, 1).stamp
+        """As `Store.stamp`, of what its URL leads to by now."""
+        place: Place = file.place
+        if place.copy is not None:
+            return file.stamp  # all of it was read at once
+
+        def now() -> str | None:
+            with self._asked(replace(place, final=None), 0, 0) as told:
+                stamp = told.linked or told.stamp
+                is_same_size = told.size is None or told.size == file.size
+                return stamp if is_same_size else f"{stamp or ''} of {told.size} bytes"
+
+        return retried(place.shown, now)
+
+    def listing(self, url: str) -> Mapping[str, int]:
+        """There is none.
+
+        Raises:
+            FileAccessError: always.
+        """
+        shown = masked(url)
+        raise FileAccessError(
+            f"{shown}: a web server does not list its files; name a file, or give the folder as s3://, gs://, az:// or hf://",
+            path=shown,
+        )
+
+    def beside(self, url: str, name: str) -> str:
+        """As `Store.beside`; with the same query, which may be what opens the folder."""
+        parts = urlsplit(url)
+        path = f"{parts.path.rpartition('/')[0]}/{quote(name)}"
+        return urlunsplit((parts.scheme, parts.netloc, path, parts.query, ""))
+
+    def document(self, place: Place, most: int) -> tuple[bytes, Message]:
+        """All that is at a place, and the headers of the answer.
+
+        Args:
+            place: where.
+            most: bytes that it may have.
+
+        Raises:
+            FileAccessError: it could not be read, or has more.
+        """
+
+        def whole() -> tuple[bytes, Message]:
+            told = self._reached(place, None)
+            try:
+                data = told.answer.take(most + 1)
+                if told.answer.is_cut:
+                    raise Passing(f"the connection broke off {told.answer.why}after {len(data):,} bytes")
+                if len(data) > most:
+                    raise FileAccessError(
+                        f"{place.shown}: the server answers with more than {most:,} bytes", path=place.shown
+                    )
+                return data, told.answer.headers
+            finally:
+                told.answer.release()
+
+        return retried(place.shown, whole)
+
+    # One answer.
+
+    @contextlib.contextmanager
+    def _asked(self, place: Place, first: int, last: int) -> Iterator[Described]:
+        """What is answered when these bytes are asked for, which is one of 200, 206 and 416.
+
+        Raises:
+            Passing: it may be another the next time.
+            FileAccessError: it is none of these.
+        """
+        told = self._reached(place, f"bytes={first}-{last}")
+        try:
+            answer = told.answer
+            encoding = answer.headers.get("Content-Encoding", "").strip() or answer.headers.get("Transfer-Encoding", "")
+            if encoding.lower() not in ("", "identity", "chunked"):
+                raise FileAccessError(
+                    f"{place.shown}: the server sends it compressed ({encoding!r:.20}), so that parts of it cannot be "
+                    "read: download it and give the file",
+                    path=place.shown,
+                )
+            if answer.headers.get_content_maintype() == "multipart" and answer.status == _RANGE:
+                raise FileAccessError(f"{place.shown}: the server answers in several parts", path=place.shown)
+            yield told
+        finally:
+            told.answer.release()
+
+    def _reached(self, place: Place, wanted: str | None) -> Described:
+        """The answer to a request for a range, or for all, after redirects."""
+        known = place.final
+        if known is not None and known.url != place.asked:
+            told = self._hop(place, known.url, wanted)
+            if told.answer.status in (200, _RANGE, _UNSATISFIABLE):
+                return told._replace(via=known)
+            told.answer.discard()
+            if is_passing(told.answer.status):
+                raise self._passing(told.answer)
+            place.final = None  # it expired
+        url, linked, commit = place.asked, None, None
+        for _ in range(_MOST_REDIRECTS + 1):
+            told = self._hop(place, url, wanted)
+            linked, commit = linked or told.linked, commit or told.commit
+            if told.answer.status not in _REDIRECTS:
+                break
+            told.answer.discard()
+            url = joined(url, told.answer.headers.get("Location", ""))
+        else:
+            raise FileAccessError(f"{place.shown}: is redirected more than {_MOST_REDIRECTS} times", path=place.shown)
+        status = told.answer.status
+        if status in (200, _RANGE, _UNSATISFIABLE):
+            return told._replace(linked=linked, commit=commit)
+        told.answer.discard()
+        if is_passing(status):
+            raise self._passing(told.answer)
+        raise self.refusal(place, status, told.answer.headers)
+
+    def _hop(self, place: Place, url: str, wanted: str | None) -> Described:
+        """One request and its answer."""
+        target, asked = Target.of(url, place.shown), Target.of(place.asked, place.shown)
+        headers = {"Range": wanted} if wanted else {}
+        if place.authorization is not None and target.may_have_what_is_for(asked):
+            headers["Authorization"] = place.authorization
+        answer = ask(target, headers, place.shown)
+        found = re.fullmatch(r"bytes (?:\d+-\d+|\*)/(\d+)", answer.headers.get("Content-Range", "").strip())
+        stamp = answer.headers.get("ETag") or answer.headers.get("Last-Modified")
+        size = int(found[1]) if found and len(found[1]) < 19 else None
+        linked, commit = answer.headers.get("X-Linked-ETag"), answer.headers.get("X-Repo-Commit")
+        return Described(answer, url, size, stamp, linked, commit)
+
+    def _passing(self, answer: Answer) -> Passing:
+        return Passing(f"the server answers {_named(answer.status)}", after=told_to_wait(answer.headers))
+
+    def refusal(self, place: Place, status: int, headers: Message) -> Exception:
+        """What to raise where an answer with this status and headers will be the same the next time."""
+        shown = place.shown
+        if status in _GONE:
+            return MissingFileError(f"{shown}: no such file", path=shown)
+        told = f"{shown}: the server answers {_named(status)}"
+        if status == 401:
+            wrong = "the user name or password is wrong" if place.authorization else "it wants to know who asks"
+            told += f": {wrong}; give https://USER:PASSWORD@HOST/PATH, or hf://user/repo/file and HF_TOKEN for the hub"
+        elif status == 403:
+            told += ": it may not be read this way; a signed URL may have expired, or it wants https://USER:PASSWORD@HOST/PATH"
+        elif status == 407:
+            told += ": set HTTP_PROXY=http://USER:PASSWORD@HOST:PORT, or NO_PROXY"
+        return FileAccessError(told, path=shown)
+
+
+def joined(url: str, header: str) -> str:
+    """Where a header leads that a URL was answered with; "": to no URL.  Beyond ASCII it is read as UTF-8."""
+    with contextlib.suppress(UnicodeError):
+        header = header.encode("latin-1").decode()
+    try:
+        return urljoin(url, header)
+    except ValueError:
+        return ""
+
+
+def _named(status: int) -> str:
+    try:
+        return f"{status} {HTTPStatus(status).phrase}"
+    except ValueError:
+        return str(status)
+
+
+def _changed(place: Place) -> CorruptError:
+    return CorruptError("the file was changed while it was being read", path=place.shown)
+
+
+def _total(told: Described, shown: str) -> int:
+    if told.size is None:
+        if "Content-Range" not in told.answer.headers:
+            raise Passing("the server answers with a range and does not say which")
+        raise FileAccessError(f"{shown}: the server does not say how large the file is: download it", path=shown)
+    return told.size
+
+
+def _body(answer: Answer, offset: int, nbytes: int, shown: str) -> tuple[bytes, str | None]:
+    """The bytes of an answer to a range, and why it is not all of it, if it broke off.
+
+    Raises:
+        FileAccessError: it is another range.
+    """
+    told = answer.headers.get("Content-Range", "").strip()
+    found = re.fullmatch(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18}|\*)", told)
+    first, last = (int(found[1]), int(found[2])) if found else (-1, -1)
+    if first != offset or not offset <= last < offset + nbytes:
+        raise FileAccessError(
+            f"{shown}: bytes {offset:,} to {offset + nbytes - 1:,} were asked for, "
+            f"and the server answers with {told[:60]!r}",
+            path=shown,
+        )
+    count = last - first + 1
+    if answer.length not in (None, count):
+        raise FileAccessError(f"{shown}: the server announces {answer.length:,} bytes for {count:,}", path=shown)
+    data = answer.take(count)
+    if len(data) < count:
+        return data, f"the connection broke off {answer.why}after {len(data):,} of {count:,} bytes"
+    if answer.has_more():
+        raise Passing("the server sends more bytes than it announced")
+    return data, None if count == nbytes else f"the server gives {count:,} bytes where {nbytes:,} were asked for"
+
+
+def _copied(answer: Answer, shown: str) -> SourceFile:
+    """The whole file, read in order into a temporary one without a name.
+
+    Raises:
+        Passing: it broke off.
+        FileAccessError: it is too large.
+    """
+    import tempfile
+
+    told = None if answer.chunked else answer.length
+    nbytes = 0
+    try:
+        with tempfile.TemporaryFile(buffering=0) as made:
+            while told is None or nbytes < told:
+                if max(told or 0, nbytes) > _COPIED_NBYTES:
+                    size = human_size(told) if told is not None else f"more than {human_size(nbytes)}"
+                    raise FileAccessError(
+                        f"{shown}: the server does not give parts of files, and this one has {size}: "
+                        "download it (curl -O) and give the file",
+                        path=shown,
+                    )
+                data = answer.take(_PIECE_NBYTES)
+                if answer.is_cut:
+                    raise Passing(
+                        f"the connection broke off {answer.why}after {nbytes + len(data):,} bytes of the file"
+                    )
+                if not data:
+                    break
+                made.write(data)
+                nbytes += len(data)
+            if answer.has_more():
+                raise Passing("the server sends more bytes than it announced")
+            return SourceFile.of_descriptor(os.dup(made.fileno()), shown)
+    except FileAccessError:
+        raise
+    except OSError as error:
+        raise FileAccessError(f"{shown}: no room for a copy of it: {error.strerror}", path=shown) from error

@@ -23,6 +23,7 @@ from operator import itemgetter
 
 from ckptkit.bytesource import GAP_NBYTES, Source
 from ckptkit.errors import CkptkitError, FileAccessError
+from ckptkit.remote.ahead import Passing, ReadAhead
 from ckptkit.remote.store import FarFile, Store
 
 __all__ = ["RemoteSource"]
@@ -35,6 +36,9 @@ _HEADER_NBYTES = 256 << 10
 
 _LEAST_NBYTES, _MOST_NBYTES = 32 << 10, 4 << 20
 """Bytes that are read where fewer are asked for, and the most that they become while reads follow one another."""
+
+_AT_ONCE_NBYTES = 8 << 20
+"""Of a long range that nobody told of before it was read."""
 
 _LONG_TAIL_NBYTES = 512 << 10
 """Of a file that begins with a longer pickle than fits into the first bytes."""
@@ -77,7 +81,9 @@ class RemoteSource(Source):
         FileAccessError: it cannot be read.
     """
 
-    __slots__ = ("_end", "_kept", "_later", "_length", "_opened", "_spans", "_starts", "_within", "far", "store")
+    __slots__ = (
+        "_ahead", "_end", "_kept", "_later", "_length", "_opened", "_spans", "_starts", "_within", "far", "store",
+    )  # fmt: skip
 
     is_far = True
 
@@ -88,6 +94,7 @@ class RemoteSource(Source):
         self._kept = self._end = self._length = 0
         self._later: list[_Left] = []
         self._opened: dict[str, RemoteSource | CkptkitError] = {}
+        self._ahead: ReadAhead | None = None
         far = store.open(url, _HEAD_NBYTES)
         super().__init__(far.shown, far.size, far.stamp)
         self.store = store
@@ -130,6 +137,9 @@ class RemoteSource(Source):
             return self._spans[start][offset - start : offset - start + nbytes]
 
     def _some(self, offset: int, nbytes: int) -> bytes:
+        brought = None if self._ahead is None else self._brought(self._ahead, offset, nbytes)
+        if brought is not None:
+            return bytes(brought)
         known = self._known(offset, nbytes)
         if known:
             return known
@@ -259,6 +269,7 @@ class RemoteSource(Source):
         """As `Source.settle`."""
         super().settle(areas)
         if areas is None:
+            self.will_read(())
             with self._within:
                 left, self._later = self._later, []
         else:
@@ -287,6 +298,11 @@ class RemoteSource(Source):
     def stamp(self) -> object:
         """As `Source.stamp`."""
         return self.store.stamp(self.far)
+
+    @property
+    def folder(self) -> str | None:
+        """As `Source.folder`: a URL, where the server lists what lies below it."""
+        return self.path.rpartition("/")[0] if self.store.has_listings else None
 
     # What lies beside it.
 
@@ -327,12 +343,66 @@ class RemoteSource(Source):
     def _beside(self, name: str) -> RemoteSource:
         return RemoteSource(self.store, self.store.beside(self.far.url, name))
 
-    def will_read(self, areas: Sequence[tuple[int, int]]) -> None:
+    # What is fetched ahead.
+
+    def will_read(self, areas: Sequence[tuple[int, int]], passing: Passing | None = None) -> None:
         """As `Source.will_read`."""
+        unknown = areas if passing is not None else [part for area in areas for part in self._unknown(*area)]
+        ahead = ReadAhead(partial(self.store.read, self.far), unknown, passing) if unknown else None
+        with self._within:
+            before, self._ahead = self._ahead, ahead
+        if before is not None:
+            before.close()
+
+    def _unknown(self, offset: int, nbytes: int) -> Iterator[tuple[int, int]]:
+        """The parts of a range that are not kept."""
+        end = offset + nbytes
+        while offset < end:
+            known = len(self._known(offset, end - offset))
+            with self._within:
+                at = bisect_right(self._starts, offset)
+                following = self._starts[at : at + 1]
+            follows = min([end, *following])
+            if not known:
+                yield offset, follows - offset
+            offset = offset + known if known else follows
+
+    def _brought(self, ahead: ReadAhead, offset: int, nbytes: int) -> memoryview | None:
+        """What was fetched ahead of these bytes; where a block comes, what was left until then is looked at."""
+        found = ahead.find(offset, nbytes)
+        if found is None:
+            return None
+        data, block, start = found
+        if block is not None:
+            self.came(start, block)
+        return data
+
+    def views(self, offset: int, nbytes: int) -> Iterator[bytes | memoryview]:
+        """As `Source.views`."""
+        if offset < 0 or nbytes < 0 or offset + nbytes > self.size or self._closed:
+            self.read(offset, nbytes)  # raises
+        while nbytes:
+            part: bytes | memoryview | None = None
+            if self._ahead is not None:
+                part = self._brought(self._ahead, offset, nbytes)
+            if part is None:
+                part = self.read(offset, min(nbytes, _AT_ONCE_NBYTES))
+            yield part
+            offset, nbytes = offset + len(part), nbytes - len(part)
+
+    def read_into(self, offset: int, buffer: bytearray | memoryview) -> None:
+        """As `Source.read_into`; what was fetched is copied once."""
+        view, at = memoryview(buffer), 0
+        for part in self.views(offset, len(view)):
+            view[at : at + len(part)] = part
+            at += len(part)
 
     def release(self) -> None:
         """As `Source.release`: what is kept is given up."""
         with self._within:
+            if self._ahead is not None:
+                self._ahead.close()
+                self._ahead = None
             self._spans.clear()
             self._starts.clear()
             self._kept = 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 __all__ = ["FarFile", "Store"]
@@ -22,16 +22,19 @@ class FarFile:
         place: what the store itself needs to read on: where it was redirected to, a version.
     """
 
-    url: str
+    url: str = field(repr=False)
     shown: str
     size: int
     stamp: str | None = None
-    head: bytes = b""
-    place: Any = None
+    head: bytes = field(default=b"", repr=False)
+    place: Any = field(default=None, repr=False)
 
 
 class Store:
     """A kind of server.  What fails for the moment is tried again in here; errors name the file as it may be shown."""
+
+    has_listings = True
+    """Whether it says what lies below a URL."""
 
     def open(self, url: str, nbytes: int) -> FarFile:
         """What a file is; with up to ``nbytes`` of its first bytes where they take no request of their own.

@@ -31,8 +31,10 @@ from ckptkit.pickling.inert import (
     InertSet,
     Object,
     attributes,
+    holds,
     mapping_items,
     named_items,
+    tensors_in,
 )
 from ckptkit.pickling.layouts import (
     Jagged,
@@ -116,6 +118,7 @@ def state_dict_of(
     loader = Loader(map_location, alignment=1 if mapped else None, checksums=sums if checksums else None)
     builder = _Builder(loader, map_location)
     foreign: dict[str, str] = {}
+    loader.expect(lambda: tensors_in([*state_dict.extra.values(), *state_dict.values()]))
     with collector_paused(), sums.held(lambda: storage_names(state_dict.everything)):
         others: dict[str, object] = {}
         for name, value in state_dict.extra.items():  # before the others are read: one that cannot be made ends it
@@ -174,6 +177,7 @@ def tree_of(
     with collector_paused(), sums.held(lambda: storage_names(checkpoint)):
         if section:
             root = _part(root, weights, section, checkpoint)
+        loader.expect(lambda: tensors_in((root, weights if holds(root, STATE_DICT) else None)))
         try:
             made = builder(root)
         except (_ForeignError, CorruptError, DTypeError, RecursionError) as error:

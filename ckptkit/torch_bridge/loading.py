@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import mmap
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
@@ -28,6 +28,7 @@ from ckptkit.report import listed
 from ckptkit.torch_bridge.devices import STAGED, Places, Staging, TorchLocation, allocated
 from ckptkit.transfer.checksums import SUMMED_NBYTES, Checksums
 from ckptkit.transfer.memory import memory_at
+from ckptkit.transfer.values import will_read
 from ckptkit.transfer.workers import buffer, in_parallel
 
 require_torch()
@@ -126,6 +127,7 @@ def tensors(
     require_dtypes(state_dict)
     sums = Checksums()
     loader = Loader(map_location, alignment=ALIGNMENT if mapped else None, checksums=sums if checksums else None)
+    loader.expect(state_dict.values)
     with sums.held(lambda: storage_names(state_dict.everything)):
         loaded = {name: loader.tensor(entry) for name, entry in state_dict.items()}
         loader.finish()
@@ -160,6 +162,22 @@ class Loader:
         self._tasks: list[Callable[[], object]] = []
         self._nbytes = 0
         self._is_patient = True
+
+    def expect(self, nodes: Callable[[], Iterable[TensorEntry | Storage]]) -> None:
+        """These, in about this order, are what will be asked for: sources that are far are told."""
+
+        def storages() -> Iterator[Storage]:
+            for node in nodes():
+                storage = node.storage if isinstance(node, TensorEntry) else node
+                if self._places.asks or self._places.location(storage) != "meta":
+                    yield storage
+
+        def along(file: Source) -> Callable[[int, memoryview], object]:
+            checksums = self._checksums or Checksums()
+            checksums.want(storages())
+            return checksums.along_file(file)
+
+        will_read(storages(), None if self._checksums is None else along)
 
     def tensor(self, entry: TensorEntry) -> torch.Tensor:
         """The entry's tensor; for one entry always the same object, as a pickle's memo gives it."""

@@ -15,17 +15,19 @@ from __future__ import annotations
 import sys
 import threading
 import zlib
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache, partial
 from itertools import chain, groupby, islice
 from typing import Any, NamedTuple
 
-from ckptkit.bytesource import ByteRange
+from ckptkit.bytesource import ByteRange, Source
 from ckptkit.checkpoint import Storage, TensorEntry
 from ckptkit.computed import ByteSource, ConvertedRange, DeflatedRange, Inflation, is_made, read_into
 from ckptkit.errors import CorruptError
 from ckptkit.report import count_of
+from ckptkit.transfer.values import will_read
 from ckptkit.transfer.workers import buffer, in_parallel
 
 __all__ = [
@@ -120,11 +122,15 @@ class Passing:
 
 
 class Checksums:
-    """The recorded checksums of some storages; may be used by several threads at once."""
+    """The recorded checksums of some storages; may be used by several threads at once.
 
-    def __init__(self) -> None:
+    Args:
+        known: whose sums are known here too.
+    """
+
+    def __init__(self, known: Checksums | None = None) -> None:
         self._wanted: dict[tuple[int, int, int], Storage] = {}
-        self._known: dict[tuple[int, int], tuple[int, int]] = {}
+        self._known: dict[tuple[int, int], tuple[int, int]] = {} if known is None else known._known
         """By file (its ``id``) and first byte: how many bytes were summed, and their CRC-32."""
 
     def want(self, storages: Iterable[Storage]) -> None:
@@ -142,6 +148,24 @@ class Checksums:
     def passing(self, run: ByteRange) -> Passing:
         """What takes the bytes of a range as they pass by."""
         return Passing(self._known, (id(run.file), run.offset))
+
+    def along_file(self, file: Source) -> Callable[[int, memoryview], None]:
+        """What sums the bytes of a file as they pass by in runs, in any order and from several threads.
+
+        It is called with where in the file a run begins, and its bytes.
+        """
+        runs = [storage.source for storage in self.wanted if isinstance(storage.source, ByteRange)]
+        lying = sorted((run for run in runs if run.file is file), key=lambda run: run.offset)
+        starts = [run.offset for run in lying]
+
+        def take(start: int, data: memoryview) -> None:
+            end = start + len(data)
+            for run in lying[max(bisect_right(starts, start) - 1, 0) : bisect_left(starts, end)]:
+                low, high = max(run.offset, start), min(run.offset + run.nbytes, end)
+                if low < high:
+                    self.note(run.part(low - run.offset, high - low), crc32(data[low - start : high - start]))
+
+        return take
 
     def note(self, run: ByteRange, crc: int) -> None:
         """The bytes of a range have this CRC-32."""
@@ -191,6 +215,7 @@ class Checksums:
         for _, of_file in groupby(small, key=lambda run: id(run.file)):
             while some := list(islice(of_file, _MANY)):
                 tasks.append(partial(self._read_small, some))
+        will_read(runs)
         in_parallel(tasks, nbytes=nbytes)
         for storage, run in unread:
             self._is_known(storage, run, broken)

@@ -30,7 +30,7 @@ from ckptkit.transfer.names import (
 )
 from ckptkit.transfer.workers import uninterrupted
 
-__all__ = ["OutputFolder", "created_folder", "folder_made", "is_empty_folder", "not_empty"]
+__all__ = ["OutputFolder", "created_folder", "folder_made", "is_empty_folder", "not_empty", "temporary_folder"]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -123,15 +123,7 @@ def created_folder(path: str, shown: str) -> OutputFolder:
             if os.path.ismount(path) or os.path.samefile(path, os.curdir):
                 why = "a file system begins here" if os.path.ismount(path) else "it is the working directory"
                 raise FileAccessError(f"{shown}: cannot be replaced, {why}; name a new folder in it", path=shown)
-        while True:
-            output = OutputFolder(path=path, shown=shown, temporary=beside(path, this_host()))
-            os.mkdir(output.temporary, 0o777 if old is None else 0o700)
-            try:
-                if _is_locked(output):
-                    break
-            except OSError:
-                output.close()
-                raise
+        output = _made(path, shown, 0o777 if old is None else 0o700)
         if old is not None and output.fd >= 0:
             permit(output.fd, old, 0o7777)
     except FileNotFoundError as error:
@@ -141,6 +133,56 @@ def created_folder(path: str, shown: str) -> OutputFolder:
             raise
         raise FileAccessError(f"{shown}: cannot be written: {error.strerror}", path=shown) from error
     return output
+
+
+def temporary_folder(path: str, shown: str) -> OutputFolder:
+    """An empty folder beside a path, locked where that can be, for what is to be there; it never gets the name itself.
+
+    The lock is one that others can share who give names in the folder (`ckptkit.transfer.names.publish`).
+
+    Args:
+        path: what is to be there.
+        shown: the name that messages use.
+
+    Raises:
+        FileAccessError: it cannot be made.
+    """
+    try:
+        while True:
+            output = _made(path, shown, 0o700 if os.path.lexists(path) else 0o777)
+            if _shares_lock(output):
+                return output
+            output.close()
+    except FileNotFoundError as error:
+        raise no_folder(shown) from error
+    except OSError as error:
+        raise FileAccessError(f"{shown}: cannot be written: {error.strerror}", path=shown) from error
+
+
+def _shares_lock(output: OutputFolder) -> bool:
+    """Let others share the lock; whether it is still there, since for a moment it has none."""
+    if output.fd >= 0 and fcntl is not None:
+        try:
+            fcntl.flock(output.fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError:  # there are no locks here
+            return True
+        return has_name(os.fstat(output.fd), output.temporary)
+    return True
+
+
+def _made(path: str, shown: str, mode: int) -> OutputFolder:
+    """A new folder under a temporary name."""
+    while True:
+        output = OutputFolder(path=path, shown=shown, temporary=beside(path, this_host()))
+        os.mkdir(output.temporary, mode)
+        try:
+            if _is_locked(output):
+                return output
+        except OSError:
+            output.close()
+            raise
 
 
 def _is_locked(output: OutputFolder) -> bool:

@@ -141,8 +141,9 @@ def _require_unchanged(source: ByteSource) -> None:
 def _read_into(memory: memoryview, run: ByteRange, sums: Checksums) -> None:
     """Read a range, summed on the way where a checksum is to be held."""
     passing = sums.passing(run) if sums.wanted else None
-    for start in range(0, run.nbytes, _READ_NBYTES):
-        piece = memory[start : start + _READ_NBYTES]
+    step = SUMMED_NBYTES if run.file.is_far else _READ_NBYTES
+    for start in range(0, run.nbytes, step):
+        piece = memory[start : start + step]
         run.file.read_into(run.offset + start, piece)
         if passing is not None:
             passing.update(piece)

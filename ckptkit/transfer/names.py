@@ -318,7 +318,7 @@ def replacing(action: Callable[[], None], path: str, source: Source | None) -> N
         action()
     except PermissionError:
         opened = () if source is None else (source, *source.parts.values())
-        ours = [each.path for each in opened if each.folder is not None]
+        ours = [each.path for each in opened if each.folder is not None and not each.is_far]
         if source is None or not any(os.path.exists(path) and os.path.samefile(each, path) for each in ours):
             raise
         source.close()

@@ -29,8 +29,9 @@ from ckptkit.bytesource import CHUNK_NBYTES, ByteRange, Source, byte_range, read
 from ckptkit.computed import Buffer, ConvertedRange, DenseRange, DTypeConversion, files_of, piece_nbytes, read_into
 from ckptkit.errors import CorruptError, FileAccessError
 from ckptkit.plan import Cast, Checksum, Copy, Digest, Gather, LiteralBytes, Plan, Step
+from ckptkit.transfer.passing import CONVERTED_NBYTES, DigestsInPassing
 from ckptkit.transfer.values import SMALL_NBYTES, Ahead, stream
-from ckptkit.transfer.workers import Background, buffer, in_parallel
+from ckptkit.transfer.workers import buffer, in_parallel
 
 if TYPE_CHECKING:
     from ckptkit.casting import Losses
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 __all__ = [
     "UNAVAILABLE",
     "Copier",
-    "DigestsInPassing",
+    "Small",
     "Tally",
     "digested",
     "execute",
@@ -174,9 +175,6 @@ _CACHED_NBYTES = 1 << 20
 _FEW = 16
 """Checksums of bytes that begin in one such piece of a file, and are computed and filled in one by one."""
 
-_CONVERTED_NBYTES = 256 << 10
-"""Bytes that conversion makes at a time: with what they are made from they fit there too."""
-
 Progress = Callable[[int], object]
 """Called with the number of bytes that were just dealt with; from several threads."""
 
@@ -193,59 +191,16 @@ class Tally:
         from ckptkit.casting import Caster
 
         if isinstance(conversion.function, Caster):
-            losses = conversion.function.losses(before, after)
-            with self._lock:
-                known = self._found.get(id(conversion))
-                self._found[id(conversion)] = (conversion, losses if known is None else known[1] + losses)
+            self.put(conversion, conversion.function.losses(before, after))
+
+    def put(self, conversion: DTypeConversion, losses: Losses) -> None:
+        """Count what a conversion lost."""
+        with self._lock:
+            known = self._found.get(id(conversion))
+            self._found[id(conversion)] = (conversion, losses if known is None else known[1] + losses)
 
     def __iter__(self) -> Iterator[tuple[DTypeConversion, Losses]]:
         return iter(self._found.values())
-
-
-class DigestsInPassing:
-    """The SHA-256 of source files, computed side by side with everything else.
-
-    Args:
-        files: what to hash, one after the other.
-        stop: set when they are no longer wanted.
-    """
-
-    def __init__(self, files: Iterable[Source], stop: threading.Event) -> None:
-        self._files = {id(file): file for file in files}
-        self._found: dict[int, bytes] = {}
-        self._stop = stop
-        # That it failed stops nothing else: it is raised where a digest is asked for.
-        self._thread = Background(self._hash, threading.Event()) if self._files else None
-
-    def _hash(self) -> None:
-        import hashlib
-
-        buffer = bytearray(_CACHED_NBYTES)
-        for key, file in self._files.items():
-            digest = hashlib.sha256()
-            for start in range(0, file.size, len(buffer)):
-                if self._stop.is_set():
-                    return
-                part = memoryview(buffer)[: min(len(buffer), file.size - start)]
-                file.read_into(start, part)
-                digest.update(part)
-            self._found[key] = digest.hexdigest().encode()
-
-    def of(self, file: Source) -> bytes:
-        """The digest in hexadecimal, once it is there.
-
-        Raises:
-            FileAccessError: the file could not be read.
-            CorruptError: it became shorter meanwhile.
-        """
-        if self._thread is not None:
-            self._thread.wait()
-        return self._found[id(file)]
-
-    def join(self) -> None:
-        """Wait until the thread has ended."""
-        if self._thread is not None:
-            self._thread.join()
 
 
 def execute(plan: Plan, fd: int, progress: Progress | None = None) -> Tally:
@@ -312,7 +267,7 @@ def reserve(fd: int, nbytes: int) -> None:
     os.ftruncate(fd, nbytes)
 
 
-class _Small:
+class Small:
     """Small pieces of the output that follow one another, written by one call.
 
     Args:
@@ -376,7 +331,7 @@ def move(plan: Plan, fd: int, tally: Tally, progress: Progress | None = None) ->
     """
     moved = progress or (lambda _: None)
     casts = [step for step in plan.steps if isinstance(step, Cast)]
-    small = _Small(fd, moved)
+    small = Small(fd, moved)
     with closing(Copier(fd, moved)) as copier:
         for step in _joined(plan.steps):
             if isinstance(step, Copy):
@@ -395,7 +350,7 @@ def move(plan: Plan, fd: int, tally: Tally, progress: Progress | None = None) ->
 
     def pieces() -> Iterator[Callable[[], None]]:
         for step in casts:
-            size = piece_nbytes(step.source, _CONVERTED_NBYTES)
+            size = piece_nbytes(step.source, CONVERTED_NBYTES)
             for start in range(0, step.nbytes, size):
                 part = step.source.part(start, min(size, step.nbytes - start))
                 yield lambda part=part, target=step.target + start: convert(part, target)  # type: ignore[misc]

@@ -12,20 +12,24 @@ The rules are those of ``torch/csrc`` and ATen (``_validate_sparse_coo_tensor_ar
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
 from ckptkit.bytesource import CHUNK_NBYTES, GAP_NBYTES, ByteRange, Source
 from ckptkit.casting import numpy_dtype
 from ckptkit.checkpoint import Storage, TensorEntry
-from ckptkit.computed import ConvertedRange, DTypeConversion
+from ckptkit.computed import ByteSource, ConvertedRange, DeflatedRange, DTypeConversion
 from ckptkit.dtypes import DTYPES, DType
 from ckptkit.errors import CorruptError, DTypeError
 from ckptkit.pickling import arrays
 from ckptkit.pickling.layouts import Jagged, Layout, Nested, Sparse, compressed_counts
 
-__all__ = ["SMALL_NBYTES", "Ahead", "array_from", "check_indices", "same_values", "stream", "unconverted", "values_of"]
+__all__ = [
+    "SMALL_NBYTES", "Ahead", "array_from", "check_indices", "lying_in", "same_values", "stream", "unconverted",
+    "values_of", "will_read",
+]  # fmt: skip
 
 SMALL_NBYTES = 16 << 10
 """Bytes below which a tensor is sooner read along with its neighbours than by a call of its own."""
@@ -67,6 +71,46 @@ class Ahead:
             self._data = file.read(offset, max(nbytes, min(self._most, file.size - offset)))
             self._file, self._start, at = file, offset, 0
         return self._data[at : at + nbytes]
+
+
+def lying_in(value: TensorEntry | Storage | ByteSource) -> Iterator[ByteRange]:
+    """The ranges of files that values are read from; what says where pieces lie is read for it."""
+    source = value.storage.source if isinstance(value, TensorEntry) else value
+    source = source.source if isinstance(source, Storage) else source
+    if isinstance(value, TensorEntry):
+        start, end = value.span()
+        source = source if end - start == source.nbytes else source.part(start, end - start)
+    if isinstance(source, ConvertedRange):
+        yield from lying_in(source.original)
+    elif isinstance(source, DeflatedRange):
+        yield source.whole.deflated
+    elif isinstance(source, ByteRange):
+        yield source
+    else:
+        for part in source.whole.parts:
+            yield from lying_in(part) if isinstance(part, Storage) else ()
+
+
+Along = Callable[[Source], Callable[[int, memoryview], object]]
+"""Gives what is to see the bytes of a file as they come (`Checksums.along_file`)."""
+
+
+def will_read(values: Iterable[TensorEntry | Storage | ByteSource], along: Along | None = None) -> bool:
+    """Tell sources that are far what is about to be read of them, in about this order; see `Source.will_read`.
+
+    Returns:
+        Whether one is far.
+    """
+    if "ckptkit.remote.source" not in sys.modules:  # no source is far, and to look at each value takes time
+        return False
+    areas: dict[int, tuple[Source, list[tuple[int, int]]]] = {}
+    for value in values:
+        for run in lying_in(value):
+            if run.file.is_far:
+                areas.setdefault(id(run.file), (run.file, []))[1].append((run.offset, run.nbytes))
+    for file, wanted in areas.values():
+        file.will_read(wanted, None if along is None else along(file))
+    return bool(areas)
 
 
 def stream(

@@ -7,6 +7,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from contextvars import copy_context
 from functools import partial
 from typing import TypeVar
 
@@ -128,7 +129,7 @@ def buffer(name: str, nbytes: int) -> memoryview:
 
 
 class Background(threading.Thread):
-    """A thread whose failure is raised where it is waited for.
+    """A thread whose failure is raised where it is waited for; what holds where it is started holds in it.
 
     Args:
         work: what it does.
@@ -137,6 +138,7 @@ class Background(threading.Thread):
 
     def __init__(self, work: Callable[[], None], stop: threading.Event) -> None:
         super().__init__(daemon=True)
+        self._context = copy_context()  # the storage options of a command are in it
         self._work = work
         self._stop_all = stop
         self._failure: BaseException | None = None
@@ -144,7 +146,7 @@ class Background(threading.Thread):
 
     def run(self) -> None:
         try:
-            self._work()
+            self._context.run(self._work)
         except BaseException as error:
             self._failure = error
             self._stop_all.set()

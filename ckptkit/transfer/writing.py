@@ -13,12 +13,13 @@ import os
 import stat
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 
 from ckptkit.bytesource import Source
 from ckptkit.errors import FileAccessError
-from ckptkit.plan import Digest, IndexFile, Plan
+from ckptkit.places import require_local
+from ckptkit.plan import Digest, Plan
 from ckptkit.transfer.folders import OutputFolder, created_folder, folder_made
 from ckptkit.transfer.names import (
     Output,
@@ -29,8 +30,8 @@ from ckptkit.transfer.names import (
     remove_stale,
     replacing,
 )
+from ckptkit.transfer.passing import DigestsInPassing, Passed, is_far
 from ckptkit.transfer.steps import (
-    DigestsInPassing,
     Tally,
     digested,
     fill_file,
@@ -40,7 +41,12 @@ from ckptkit.transfer.steps import (
 )
 from ckptkit.transfer.workers import Progress, Stopped, in_parallel, uninterrupted
 
-__all__ = ["folder_made", "write_atomically"]
+__all__ = [
+    "Check", "folder_made", "index_bytes", "places", "remove_stale_shards", "status_of", "write_atomically",
+]  # fmt: skip
+
+Check = Callable[[str, Callable[[int], object]], object]
+"""Called with a path that opens what was written, and a function to be called with the bytes as they are compared."""
 
 _SWEEPING_SECONDS = 60.0
 """Pause between two looks for what killed runs left in a folder, which may hold ten thousand files."""
@@ -57,9 +63,11 @@ def write_atomically(
     plan: Plan,
     *,
     force: bool,
-    check: Callable[[str, Callable[[int], object]], object] | None,
+    check: Check | None,
     replaces: tuple[str, ...] = (),
     source: Source | None = None,
+    passed: Passed | None = None,
+    digests: DigestsInPassing | None = None,
     progress: Progress | None = None,
 ) -> Tally:
     """Write the plan's file, and its shards beside it, so that nothing is ever half-written.
@@ -75,6 +83,8 @@ def write_atomically(
         replaces: names of files beside the destination that the new ones make stale; removed at the end.
         source: the open file that the plan reads; where the system replaces no file that is open, and this is one to
             be replaced, it is closed once all of it is read.
+        passed: gets the digests of what passes by, where the source is far.
+        digests: of source files that the caller wants, beside those that the plan has; none: the plan's.
         progress: called as bytes are written, and again as they are compared.
 
     Returns:
@@ -82,17 +92,18 @@ def write_atomically(
 
     Raises:
         DestinationExistsError: it exists and ``force`` is false; checked again at the very end.
-        FileAccessError: it cannot be written; nothing is left behind.
+        FileAccessError: it cannot be written, or is a URL; nothing is left behind.
         CorruptError: a source changed while it was read.
     """
     shown = os.fsdecode(destination)
-    wanted = _places(plan, shown, force=force)
+    require_local(shown)
+    wanted = places(plan, shown, force=force)
     path = wanted[-1][1]
     folder = os.path.dirname(path)
     tally, stop = Tally(), threading.Event()
     files: list[Output] = []
     whole: OutputFolder | None = None
-    digests = None
+    own = None
     try:
         _remove_stale_now_and_then(folder)
         with uninterrupted():  # no file without a record of it
@@ -103,29 +114,17 @@ def write_atomically(
             reserve(file.fd, file.plan.nbytes)
         counted = _Counter(progress, plan.total_nbytes * (1 if check is None else 2), stop)
         with uninterrupted():
-            digests = DigestsInPassing(digested(plan), stop)
-        with _flushing([file.fd for file in files] if check is not None else []) as written:
-            # A file system lets one thread write to a file at a time; several files go side by side.
-            data = [file for file in files if file.plan.index is None]
-            moves = (partial(move, file.plan, file.fd, tally, counted) for file in data)
-            in_parallel(moves, nbytes=plan.total_nbytes if plan.shards else 0, stop=stop)
-            for file in data:
-                fill_file(file.plan, file.fd, checksums=check is not None)
-            if plan.index is not None:
-                overwrite(files[-1].fd, plan.index.to_bytes(_temporary_names(files, plan)))
-            if check is not None:
-                check(files[-1].temporary if whole is None else whole.temporary, counted)
-            for file in data:
-                fill_file(file.plan, file.fd, digests, checksums=False)
-            index = b"" if plan.index is None else _index(files, plan, plan.index, digests)
-            written()
+            if digests is None:
+                digests = own = DigestsInPassing(digested(plan), stop)
+        opened = files[-1].temporary if whole is None else whole.temporary
+        index = _filled(files, plan, opened, check, tally, counted, digests, source, passed, stop)
         require_unchanged(plan)
         counted.finish()
         if whole is not None:
             whole.publish(files, flush=check is not None)
         else:
             publish(files, index, force=force, flush=check is not None, source=source)
-            _remove_stale_shards(folder, replaces, source)
+            remove_stale_shards(folder, replaces, source)
     except OSError as error:
         if isinstance(error, FileAccessError):
             raise
@@ -137,12 +136,49 @@ def write_atomically(
                 stack.callback(whole.close)
             for file in files:
                 stack.callback(file.close)
-            if digests is not None:
-                digests.join()
+            if own is not None:
+                own.join()
     return tally
 
 
-def _places(plan: Plan, shown: str, *, force: bool) -> list[tuple[Plan, str, str]]:
+def _filled(
+    files: list[Output],
+    plan: Plan,
+    opened: str,
+    check: Check | None,
+    tally: Tally,
+    counted: _Counter,
+    digests: DigestsInPassing,
+    source: Source | None,
+    passed: Passed | None,
+    stop: threading.Event,
+) -> bytes:
+    """Write and compare what `write_atomically` is to publish, ``opened`` being what opens it; gives the index."""
+    with _flushing([file.fd for file in files] if check is not None else []) as written:
+        # A file system lets one thread write to a file at a time; several files go side by side.
+        data = [file for file in files if file.plan.index is None]
+        outputs = [(file.plan, file.fd) for file in data]
+        if source is not None and is_far(source):
+            from ckptkit.transfer.far import move_far
+
+            move_far(outputs, tally, counted, digests, passed, stop)
+        else:
+            moves = (partial(move, *output, tally, counted) for output in outputs)
+            in_parallel(moves, nbytes=plan.total_nbytes if plan.shards else 0, stop=stop)
+        for file in data:
+            fill_file(file.plan, file.fd, checksums=check is not None)
+        if plan.index is not None:
+            overwrite(files[-1].fd, plan.index.to_bytes(_temporary_names(files, plan)))
+        if check is not None:
+            check(opened, counted)
+        for file in data:
+            fill_file(file.plan, file.fd, digests, checksums=False)
+        index = b"" if plan.index is None else _index(files, plan, digests)
+        written()
+    return index
+
+
+def places(plan: Plan, shown: str, *, force: bool) -> list[tuple[Plan, str, str]]:
     """Each file's plan, its path, and the name that messages use; what is asked for is the last, of a folder the one.
 
     Raises:
@@ -167,11 +203,11 @@ def _places(plan: Plan, shown: str, *, force: bool) -> list[tuple[Plan, str, str
 
 
 def _created(wanted: list[tuple[Plan, str, str]], folder: str, replaces: tuple[str, ...]) -> Iterator[Output]:
-    """The files of `_places` in which something is written; a new one of a checkpoint that few may read is for them."""
-    old = [_status(path) for path in (wanted[-1][1], *(os.path.join(folder, name) for name in replaces))]
+    """The files of `places` in which something is written; a new one of a checkpoint that few may read is for them."""
+    old = [status_of(path) for path in (wanted[-1][1], *(os.path.join(folder, name) for name in replaces))]
     like = next(filter(None, old), None)
     for plan, path, name in wanted:
-        yield created(plan, path, name, _status(path) or like)
+        yield created(plan, path, name, status_of(path) or like)
 
 
 def _remove_stale_now_and_then(folder: str) -> None:
@@ -181,13 +217,14 @@ def _remove_stale_now_and_then(folder: str) -> None:
         remove_stale(folder)
 
 
-def _remove_stale_shards(folder: str, names: tuple[str, ...], source: Source | None) -> None:
+def remove_stale_shards(folder: str, names: tuple[str, ...], source: Source | None) -> None:
+    """Remove files that new ones made stale; ``source`` as of `ckptkit.transfer.names.replacing`."""
     for path in (os.path.join(folder, name) for name in names):
         with contextlib.suppress(OSError):
             replacing(partial(os.unlink, path), path, source)
 
 
-def _status(path: str) -> os.stat_result | None:
+def status_of(path: str) -> os.stat_result | None:
     """That of a file that is there."""
     try:
         status = os.stat(path)
@@ -200,16 +237,27 @@ def _temporary_names(files: list[Output], plan: Plan) -> dict[str, str]:
     return {name: os.path.basename(file.temporary) for name, file in zip(plan.shards, files, strict=False)}
 
 
-def _index(files: list[Output], plan: Plan, index: IndexFile, digests: DigestsInPassing) -> bytes:
+def _index(files: list[Output], plan: Plan, digests: DigestsInPassing) -> bytes:
     """The index as it will be, with digests where they belong; in the one that is there they are filled in."""
-    temporary, final = index.to_bytes(_temporary_names(files, plan)), bytearray(index.to_bytes())
+    overwrite(files[-1].fd, index_bytes(plan, digests, _temporary_names(files, plan)))
+    return index_bytes(plan, digests)
+
+
+def index_bytes(plan: Plan, digests: DigestsInPassing, names: Mapping[str, str] | None = None) -> bytes:
+    """What an index says, with digests where they belong.
+
+    Args:
+        plan: of the index.
+        digests: of the sources.
+        names: what shards are called; ``None``: as they will be.
+    """
+    if plan.index is None:
+        return b""
+    final, data = plan.index.to_bytes(), plan.index.to_bytes(names)
     for step in plan.steps:
         if isinstance(step, Digest):
-            digest = digests.of(step.file)
-            temporary = temporary.replace(bytes(final[step.target : step.target + step.nbytes]), digest)
-            final[step.target : step.target + step.nbytes] = digest
-    overwrite(files[-1].fd, temporary)
-    return bytes(final)
+            data = data.replace(final[step.target : step.target + step.nbytes], digests.of(step.file))
+    return data
 
 
 class _Counter:

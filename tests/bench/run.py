@@ -4,8 +4,8 @@
         [--converter safetensors/bindings/python/convert.py] [--picklescan PATH]
 
 Makes checkpoints, removes them at the end, and measures what `opening`, `writing`, `identify`, `verifying`,
-`checking`, `differing`, `loading` and `sharded` describe, as `measure` does it.  No test asserts a time.  Linux and
-macOS only.
+`checking`, `differing`, `loading`, `sharded` and `fleet` describe, as `measure` does it.  No test asserts a time.
+Linux and macOS only.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 
 import checking
 import differing
+import fleet
 import identify
 import loading
 import opening
@@ -34,7 +35,7 @@ COUNTS = (25_000, 50_000, 100_000)
 def main(arguments: list[str]) -> None:
     """Make the files, measure, print, remove the files."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parts = ["opening", "writing", "identify", "verifying", "checking", "differing", "loading", "sharded"]
+    parts = ["opening", "writing", "identify", "verifying", "checking", "differing", "loading", "sharded", "fleet"]
     parser.add_argument("--only", choices=parts, help="one part (default: all)")
     parser.add_argument("--size-gib", type=float, default=1.0, help="size of each checkpoint (default: 1)")
     parser.add_argument("--dir", type=Path, help="folder to work in; needs five times the size (default: temporary)")
@@ -52,7 +53,7 @@ def main(arguments: list[str]) -> None:
         state, resume = folder / "state_dict.pth", folder / "resume.pth"
         print("making the checkpoints ...", end="", file=sys.stderr, flush=True)
         groups, torch_version = {}, identify.make(folder)
-        if options.only not in ("identify", "verifying", "checking", "differing", "loading", "sharded"):
+        if options.only not in ("identify", "verifying", "checking", "differing", "loading", "sharded", "fleet"):
             needed = 5.2 * options.size_gib
             if shutil.disk_usage(folder).free < needed * (1 << 30):
                 raise SystemExit(f"{folder}: {needed:.1f} GiB are needed; choose another folder with --dir")
@@ -76,6 +77,8 @@ def main(arguments: list[str]) -> None:
             groups.update(loading.groups(loading.make(nbytes, folder)))
         if options.only in (None, "sharded"):
             groups.update(sharded.groups(sharded.make(nbytes, folder)))
+        if options.only in (None, "fleet"):
+            groups.update(fleet.groups(fleet.make(folder), options.picklescan))
         print(f"\r{'':100}\r", end="", file=sys.stderr, flush=True)
         for what, fact in facts(folder, torch_version).items():
             print(f"- {what}: {fact}" if options.markdown else f"{what}: {fact}")

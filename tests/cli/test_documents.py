@@ -23,7 +23,14 @@ from ckptkit.cli.inspect import lines as inspect_lines
 from ckptkit.cli.options import View, columns
 from ckptkit.conversion.document import ConvertFolderDocument
 from ckptkit.differences.difference import DiffDocument
-from ckptkit.documents import CheckDocument, ConvertDocument, ExplainDocument, ManifestDocument, VerifyDocument
+from ckptkit.documents import (
+    CheckDocument,
+    ConvertDocument,
+    ExplainDocument,
+    ManifestDocument,
+    ReportDocument,
+    VerifyDocument,
+)
 from ckptkit.inspection.document import InspectDocument
 
 DOCUMENTS: dict[str, Any] = {
@@ -33,6 +40,7 @@ DOCUMENTS: dict[str, Any] = {
     "explain": ExplainDocument,
     "inspect": InspectDocument,
     "manifest": ManifestDocument,
+    "report": ReportDocument,
     "verify": VerifyDocument,
 }
 
@@ -66,10 +74,13 @@ CASES = [
     "check . --no-pickle --max-size 600",
     "check ddp.pth -q",
     "check . --manifest lock.json --no-nan",
+    "check . --part 1/2",
     "manifest ddp.pth half.safetensors resume.pth strided.pth",
     "manifest ddp.pth half.safetensors -o new.json",
     "manifest --update -o lock.json",
     "manifest -q ddp.pth -o quiet.json",
+    "report runs/a.jsonl runs/b.json",
+    "report runs/part.jsonl -q",
     "explain",
     "explain damaged",
     "verify ddp.pth --strip-module --model net.py:build --input-shape 2,3",
@@ -108,6 +119,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     command("manifest", "ddp.pth gone.pth -o lock.json --digests total", made)
     (made / "gone.pth").unlink()
     (made / "out" / "folder").mkdir(parents=True)
+    (made / "runs").mkdir()
+    for file, asked in (("a.jsonl", "--json-lines"), ("b.json", "--json"), ("part.jsonl", "--part 1/3 --json-lines")):
+        (made / "runs" / file).write_text(command("check", f"ddp.pth broken.pth {asked}", made))
     return made
 
 

@@ -19,6 +19,7 @@ from ckptkit import remote
 from ckptkit.errors import CorruptError, FileAccessError, MissingFileError
 from ckptkit.formats import containers, zip_archive, zip_records
 from ckptkit.remote import source
+from ckptkit.remote.retries import masked
 from ckptkit.remote.store import FarFile, Store
 
 __all__ = ["Asked", "FarStore", "below", "little_by_little", "serving"]
@@ -47,14 +48,14 @@ class FarStore(Store):
         lists: whether it says what lies in a folder; http does not.
 
     Attributes:
-        files, heads, lists: as above.
+        files, heads: as above.
         asked: the requests, in order.
         failing: URLs that cannot be read, with what is said then.
     """
 
     def __init__(self, files: Mapping[str, bytes], *, heads: bool = True, lists: bool = True) -> None:
         self.files = dict(files)
-        self.heads, self.lists = heads, lists
+        self.heads, self.has_listings = heads, lists
         self.asked: list[Asked] = []
         self.failing: dict[str, str] = {}
         self._within = threading.Lock()
@@ -65,9 +66,9 @@ class FarStore(Store):
 
     def _data(self, url: str) -> bytes:
         if url in self.failing:
-            raise FileAccessError(f"{url}: {self.failing[url]}", path=url)
+            raise FileAccessError(f"{masked(url)}: {self.failing[url]}", path=masked(url))
         if url not in self.files:
-            raise MissingFileError(f"{url}: no such file", path=url)
+            raise MissingFileError(f"{masked(url)}: no such file", path=masked(url))
         return self.files[url]
 
     def open(self, url: str, nbytes: int) -> FarFile:
@@ -75,7 +76,7 @@ class FarStore(Store):
         head = self.files.get(url, b"")[:nbytes] if self.heads else b""
         self._note("open", url, 0, len(head))
         data = self._data(url)
-        return FarFile(url=url, shown=url, size=len(data), stamp=_stamp(data), head=head)
+        return FarFile(url=url, shown=masked(url), size=len(data), stamp=_stamp(data), head=head)
 
     def read(self, file: FarFile, offset: int, nbytes: int) -> bytes:
         """As `Store.read`."""
@@ -94,7 +95,7 @@ class FarStore(Store):
 
     def listing(self, url: str) -> Mapping[str, int]:
         """As `Store.listing`."""
-        if not self.lists:
+        if not self.has_listings:
             raise FileAccessError(f"{url}: this server lists no files", path=url)
         self._note("listing", url)
         root = url.rstrip("/") + "/"
@@ -135,11 +136,11 @@ def little_by_little() -> Iterator[None]:
 def serving(
     files: Mapping[str, bytes], *, heads: bool = True, lists: bool = True, scheme: str = "far"
 ) -> Iterator[FarStore]:
-    """A store that has the URLs of a scheme while this lasts, in every thread and session."""
+    """A store that has the URLs of a scheme while this lasts; each command asks it in a session of its own."""
     store, others = FarStore(files, heads=heads, lists=lists), remote._made
 
     def made(asked: str, current: remote.Session) -> Store:
         return store if asked == scheme else others(asked, current)
 
-    with mock.patch.object(remote, "_made", made), remote.session():
+    with mock.patch.object(remote, "_made", made):
         yield store

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import filecmp
 import io
+import os
 import pickle
 import tarfile
 import zipfile
@@ -68,6 +70,13 @@ def extents(path: Path) -> dict[str, tuple[int, int]]:
     """Where each tensor's storage begins in a file, and its bytes."""
     with opened(path) as checkpoint:
         return {name: (e.storage.source.offset, e.storage.nbytes) for name, e in checkpoint.state_dict.items()}
+
+
+def same_files(a: Path | str, b: Path | str) -> bool:
+    """Whether two folders have the same files, to the byte, and nothing else, hidden or not."""
+    names = sorted(os.listdir(a))
+    equal = filecmp.cmpfiles(a, b, names, shallow=False)[0]
+    return bool(names) and names == sorted(os.listdir(b)) == sorted(equal)
 
 
 def flipped(path: Path, at: int) -> None:

@@ -26,6 +26,7 @@ from ckptkit.errors import CorruptError
 from ckptkit.plan import Cast, Checksum, Copy, Digest, Gather, LiteralBytes
 from ckptkit.rewrite import CastDtype
 from ckptkit.transfer import steps, values, workers
+from ckptkit.transfer.passing import DigestsInPassing
 from ckptkit.transfer.steps import Copier
 
 Entry = Callable[[torch.Tensor], TensorEntry]
@@ -88,7 +89,7 @@ def all_of(conversion: DTypeConversion) -> ConvertedRange:
 def test_casts_in_pieces_are_one_cast(
     source: SourceFile, out: Path, monkeypatch: pytest.MonkeyPatch, before: str, after: str, piece: int, threads: bool
 ) -> None:
-    monkeypatch.setattr(steps, "_CONVERTED_NBYTES", piece)
+    monkeypatch.setattr(steps, "CONVERTED_NBYTES", piece)
     monkeypatch.setattr(workers, "MANY_NBYTES", 0 if threads else 1 << 60)
     first = conversion(ByteRange(source, 16, 4000 if piece == 8 else 80_000), before, after)
     second = conversion(ByteRange(source, 100_000, 808), before, after)
@@ -177,7 +178,7 @@ def test_a_hashed_file_that_changes_meanwhile(source: SourceFile, out: Path, cha
 def test_a_digest_that_is_no_longer_wanted(source: SourceFile) -> None:
     stop = threading.Event()
     stop.set()
-    digests = steps.DigestsInPassing([source], stop)
+    digests = DigestsInPassing([source], stop)
     digests.join()
     assert digests._found == {}
 
@@ -197,7 +198,7 @@ def test_what_depends_on_digests_is_left_for_later(source: SourceFile, out: Path
             steps.fill_file(plan, fd, checksums=wanted)
             first = over_copy if wanted else bytes(4)
             assert out.read_bytes() == first + bytes(4) + DATA[:1000] + bytes(64)
-            steps.fill_file(plan, fd, steps.DigestsInPassing([source], threading.Event()), checksums=False)
+            steps.fill_file(plan, fd, DigestsInPassing([source], threading.Event()), checksums=False)
             assert out.read_bytes() == first + over_literal + DATA[:1000] + hexadecimal(DATA)
         finally:
             os.close(fd)

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import os
 
-from ckptkit.bytesource import Source, SourceFile
+from ckptkit import places
+from ckptkit.bytesource import Source
 from ckptkit.errors import FileAccessError
 from ckptkit.formats.distributed.around import Found, found_in
 from ckptkit.formats.distributed.folder import FolderSource, listing
-from ckptkit.formats.distributed.layouts import LAYOUTS
+from ckptkit.formats.distributed.layouts import LAYOUTS, is_metadata
+from ckptkit.formats.format import HEAD_NBYTES
 from ckptkit.formats.unpacked import unpacked_source
 
-__all__ = ["folder_source"]
+__all__ = ["folder_source", "unlisted_source"]
 
 
 def folder_source(path: str, tag: str | None = None, tp_rules: str | os.PathLike[str] | None = None) -> Source | None:
@@ -31,7 +33,7 @@ def folder_source(path: str, tag: str | None = None, tp_rules: str | os.PathLike
         FileAccessError: it cannot be listed; there are several checkpoints in it, or no such step.
         CorruptError: it points to a step that is not there, or outside of it.
     """
-    if not os.path.isdir(path):
+    if not places.isdir(path):
         return None
     if tp_rules is not None:
         return _by_rules(path, tag, os.fsdecode(tp_rules))
@@ -39,8 +41,24 @@ def folder_source(path: str, tag: str | None = None, tp_rules: str | os.PathLike
     if found is None:
         return None
     if found.layout is None:
-        return unpacked_source(found.root) or SourceFile(found.root)
+        return unpacked_source(found.root) or places.opened(found.root)
     return _source(path, found, found.layout, tag)
+
+
+def unlisted_source(url: str) -> Source | None:
+    """What stands for the folder of a ``.metadata`` whose server lists no files: the others are those that it names.
+
+    Args:
+        url: of a file; ``None`` is what it stands for where it is none.
+    """
+    folder, name = places.split(url)
+    if name != ".metadata" or places.are_listed(url):
+        return None
+    try:
+        is_one = is_metadata(places.head(url, HEAD_NBYTES))
+    except OSError:  # told when it is opened
+        return None
+    return FolderSource(url, folder, "dcp", (name,)) if is_one else None
 
 
 def _source(path: str, found: Found, layout: str, tag: str | None) -> FolderSource:

@@ -22,10 +22,10 @@ import contextlib
 import os
 import re
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import NamedTuple
 
-from ckptkit.bytesource import SourceFile
+from ckptkit import places
 from ckptkit.errors import CkptkitError, CorruptError, FileAccessError, MissingFileError
 from ckptkit.formats.containers import FORMATS, SHARED_SUFFIXES, SUFFIXES
 from ckptkit.formats.distributed.folder import listing
@@ -36,7 +36,7 @@ from ckptkit.formats.unpacked import is_unpacked, packing_of
 from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.report import Finding, count_of, listed
 
-__all__ = ["POINTERS", "Found", "describe_folder", "found_in", "pointed", "sharded_at", "sharded_in"]
+__all__ = ["POINTERS", "Found", "describe_folder", "found_in", "may_be_sharded", "pointed", "sharded_at", "sharded_in"]
 
 POINTERS = ("latest", "latest_checkpointed_iteration.txt", "latest_universal")
 """Files that name the last step: DeepSpeed's, Megatron's, and DeepSpeed's of universal checkpoints."""
@@ -132,10 +132,10 @@ def sharded_at(folder: str, inside: Sequence[str] | None = None) -> Found | None
     """
     if inside is None:
         try:
-            inside = os.listdir(folder or os.curdir)
+            inside = places.listdir(folder)
         except OSError as error:
-            raise FileAccessError(f"{folder}: the folder cannot be read: {error.strerror}", path=folder) from error
-    if not any(map(_NAMED.fullmatch, inside)):
+            raise places.unreadable_folder(folder, error) from error
+    if not may_be_sharded(inside):
         return None
     names = listing(folder)
     for layout in LAYOUTS:
@@ -144,6 +144,11 @@ def sharded_at(folder: str, inside: Sequence[str] | None = None) -> Found | None
             is_lightning = layout.format == "dcp" and "meta.pt" in names
             return Found(folder, layout.format, names, own, ("meta.pt",) if is_lightning else ())
     return _accelerate(folder, names) or _shards(folder, names)
+
+
+def may_be_sharded(inside: Sequence[str]) -> bool:
+    """Whether a folder with these names in it may be a sharded checkpoint."""
+    return any(map(_NAMED.fullmatch, inside))
 
 
 def _own(layout: str, names: Sequence[str]) -> tuple[str, ...]:
@@ -200,14 +205,15 @@ def pointed(folder: str) -> tuple[str, str] | None:
         CorruptError: it names no folder that is there, or one that lies outside.
     """
     for pointer in POINTERS:
-        path = os.path.join(folder, pointer)
-        if os.path.isdir(path):  # a link to the step
+        path = places.below(folder, pointer)
+        if places.isdir(path):  # a link to the step
             return pointer, pointer
-        if not os.path.isfile(path):
+        if not places.isfile(path):
             continue
         try:
-            with open(path, "rb") as file:  # noqa: PTH123 - a few characters
-                text = file.read(_MOST_POINTER).decode().strip()
+            text = places.head(path, _MOST_POINTER).decode().strip()
+        except FileAccessError:
+            raise
         except OSError as error:
             raise FileAccessError(f"{path}: cannot be read: {error.strerror}", path=path) from error
         except UnicodeDecodeError:
@@ -218,7 +224,7 @@ def pointed(folder: str) -> tuple[str, str] | None:
             problem = "does not hold the name of a folder"
         elif not is_shard_name(name):
             problem = f"names {text!r:.80}, which leads out of the folder"
-        elif not os.path.isdir(os.path.join(folder, *name.split("/"))):
+        elif not places.isdir(places.below(folder, name)):
             problem = f"names {name!r:.80}, and no such folder is there"
         if problem:
             there = [each for each, _ in _steps(folder)]
@@ -235,7 +241,7 @@ def _is_number(text: str) -> bool:
 def _numbered(folder: str, number: int) -> str:
     """The folder of a step: as Megatron calls it, where it is there, or else the one whose name ends so (verl's)."""
     name = f"iter_{number:07d}"
-    if os.path.isdir(os.path.join(folder, name)):
+    if places.isdir(places.below(folder, name)):
         return name
     alike = [each for each in _folders(folder) if re.fullmatch(rf".*[^0-9]0*{number}", each)]
     return alike[0] if len(alike) == 1 else name
@@ -245,7 +251,7 @@ def _steps(folder: str) -> Iterator[tuple[str, Found | None]]:
     """The folders in one that stand for a checkpoint, with what it is; ``None``: for several, or for a damaged one."""
     for name in _folders(folder):
         try:
-            found = _standing(os.path.join(folder, name), is_inner=True)
+            found = _standing(places.below(folder, name), is_inner=True)
         except (CorruptError, FileAccessError):
             yield name, None
         else:
@@ -255,17 +261,16 @@ def _steps(folder: str) -> Iterator[tuple[str, Found | None]]:
 
 def _folders(folder: str) -> list[str]:
     """The folders in one, in the order of their numbers; links too, but those to a folder that is there itself."""
-    own: dict[tuple[int, int], str] = {}
+    own: dict[Hashable, str] = {}
     try:
-        with os.scandir(folder or os.curdir) as entries:
+        with places.scandir(folder) as entries:
             for entry in entries:
                 if not entry.name.startswith(".") and entry.is_dir() and len(own) < _MOST_FOLDERS:
-                    status = entry.stat()
-                    key = (status.st_dev, status.st_ino)
+                    key = places.identity(entry.path)
                     if key not in own or not entry.is_symlink():
                         own[key] = entry.name
     except OSError as error:
-        raise FileAccessError(f"{folder}: the folder cannot be read: {error.strerror}", path=folder) from error
+        raise places.unreadable_folder(folder, error) from error
     return sorted(own.values(), key=_natural)
 
 
@@ -302,7 +307,7 @@ def sharded_in(path: str, tag: str | None = None, depth: int = 0) -> Found | Non
     if last is None:
         return None
     _require_end(path, depth)
-    step = os.path.join(path, *last[1].split("/"))
+    step = places.below(path, last[1])
     found = sharded_in(step, depth=depth + 1)
     if found is None:  # as verl's, whose step holds one with other files beside
         with contextlib.suppress(CorruptError, FileAccessError):
@@ -327,24 +332,24 @@ def found_in(path: str, tag: str | None = None) -> Found | None:
 def _tagged(path: str, tag: str) -> Found:
     own = sharded_at(path)
     per_rank = own is not None and (own.layout == "fsdp" or (own.layout == "dcp" and ".metadata" not in own.names))
-    if own is not None and (per_rank or os.path.basename(os.path.abspath(path)) == tag):
+    if own is not None and (per_rank or places.own_name(path) == tag):
         return own._replace(tag=tag)
     if not is_shard_name(tag):
         raise FileAccessError(f"{path}: the tag {tag!r:.80} is not the name of a folder in it", path=path)
-    chosen = os.path.join(path, *tag.split("/"))
-    if not os.path.lexists(chosen) and _is_number(tag):  # by the number alone
-        chosen = os.path.join(path, _numbered(path, int(tag)))
-    if os.path.isfile(chosen):
+    chosen = places.below(path, tag)
+    if not places.exists(chosen) and _is_number(tag):  # by the number alone
+        chosen = places.below(path, _numbered(path, int(tag)))
+    if places.isfile(chosen):
         return Found(chosen, tag=tag)
-    if not os.path.isdir(chosen):
+    if not places.isdir(chosen):
         there = [name for name, _ in _choices(path)] if own is None else []
         told = "; it is one checkpoint itself: leave out --tag" if own is not None else ""
         told = f"; there are: {listed(there, _LISTED)}" if there else told
         raise MissingFileError(f"{path}: no step {tag!r:.80} is in this folder{told}", path=path, names=there)
-    found = _standing(chosen, way=f"{os.path.relpath(chosen, path)}/".replace(os.sep, "/"))
+    found = _standing(chosen, way=f"{places.relative(chosen, path)}/")
     if found is None:
         raise FileAccessError(f"{chosen}: {describe_folder(chosen)}", path=chosen)
-    return found._replace(tag=os.path.basename(chosen) if found.tag is None else found.tag)
+    return found._replace(tag=places.split(chosen)[1] if found.tag is None else found.tag)
 
 
 def _standing(path: str, depth: int = 0, *, way: str = "", is_inner: bool = False) -> Found | None:
@@ -364,11 +369,11 @@ def _standing(path: str, depth: int = 0, *, way: str = "", is_inner: bool = Fals
     last = pointed(path)
     if last is not None:
         _require_end(path, depth)
-        step = os.path.join(path, *last[1].split("/"))
+        step = places.below(path, last[1])
         found = _standing(step, depth + 1, way=f"{way}{last[1]}/", is_inner=is_inner)
         if found is None:
             told = f"names {last[1]!r:.80}, which {describe_folder(step)}"
-            raise CorruptError(told, path=os.path.join(path, last[0]))
+            raise CorruptError(told, path=places.below(path, last[0]))
         return _chosen(path, last, found)
     if packing_of(path) is not None:
         return None
@@ -379,7 +384,7 @@ def _standing(path: str, depth: int = 0, *, way: str = "", is_inner: bool = Fals
     if not others and found is not None:
         return found
     if not others:
-        return _standing(os.path.join(path, name), depth + 1, way=f"{way}{name}/")
+        return _standing(places.below(path, name), depth + 1, way=f"{way}{name}/")
     there = [name for name, _ in choices]
     raise FileAccessError(
         f"{path}: {count_of(len(there), 'checkpoint')} are in this folder: {listed(there, _LISTED)}; "
@@ -407,7 +412,7 @@ def _chosen(path: str, last: tuple[str, str], found: Found) -> Found:
 
 def _may_be_a_step(folder: str, name: str) -> bool:
     try:
-        return sharded_at(os.path.join(folder, name)) is not None
+        return sharded_at(places.below(folder, name)) is not None
     except FileAccessError:
         return True
 
@@ -421,12 +426,12 @@ def _choices(path: str, *, is_inner: bool = False) -> Iterator[tuple[str, Found 
     from ckptkit.formats.sharded import shard_names
 
     indexes = indexes_in(path)
-    named = {shard for index in indexes for shard in shard_names(os.path.join(path, index))}
+    named = {shard for index in indexes for shard in shard_names(places.below(path, index))}
     try:
-        with os.scandir(path or os.curdir) as entries:
+        with places.scandir(path) as entries:
             names = sorted(entry.name for entry in entries if entry.is_file())
     except OSError as error:
-        raise FileAccessError(f"{path}: the folder cannot be read: {error.strerror}", path=path) from error
+        raise places.unreadable_folder(path, error) from error
     weights = [name for name in names if re.fullmatch(WEIGHTS, name, re.ASCII) and name not in named]
     files = [*indexes, *weights]
     stems = {} if indexes else _stems(names)
@@ -439,9 +444,9 @@ def _choices(path: str, *, is_inner: bool = False) -> Iterator[tuple[str, Found 
     steps = [] if is_inner else list(_steps(path))
     if not files:
         names = _not_beside(names) if steps or is_inner else names
-        files = [name for name in names[:_MOST_FILES] if _is_checkpoint(os.path.join(path, name))]
+        files = [name for name in names[:_MOST_FILES] if _is_checkpoint(places.below(path, name))]
     left_out = indexes if _holds_originals(steps) else ()
-    yield from ((name, Found(os.path.join(path, name))) for name in files if name not in left_out)
+    yield from ((name, Found(places.below(path, name))) for name in files if name not in left_out)
     yield from steps
 
 
@@ -459,7 +464,7 @@ def _is_checkpoint(path: str) -> bool:
     if os.path.splitext(path)[1].lower() in SUFFIXES - SHARED_SUFFIXES:
         return True
     try:
-        file = SourceFile(path)
+        file = places.opened(path)
     except FileAccessError:
         return False
     try:
@@ -473,11 +478,11 @@ def _is_checkpoint(path: str) -> bool:
 
 def describe_folder(path: str) -> str:
     """What a folder is that was given, and in which there is no checkpoint."""
-    names = sorted(os.listdir(path or os.curdir))
+    names = sorted(places.listdir(path))
     if packing := packing_of(path):
         return f"is {packing}"
     for name in names[:_MOST_LOOKED_AT]:  # unzip makes a folder around it
-        if packing := packing_of(os.path.join(path, name)):
+        if packing := packing_of(places.below(path, name)):
             return f"holds {name}, {packing}"
     try:
         pointed(path)

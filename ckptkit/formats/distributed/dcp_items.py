@@ -9,10 +9,10 @@ same (`_Mold`).
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property
-from itertools import chain
+from itertools import chain, groupby
 from math import prod
 from threading import Lock
 from typing import NamedTuple
@@ -85,18 +85,30 @@ class ItemReader:
     def judge(self) -> tuple[GlobalUse, ...]:
         """As `ckptkit.checkpoint.Unread.judge`: file by file, in the order in which they lie there."""
         items, before = self._items, ""
-        for want in sorted(self._wanted(), key=lambda want: (items.paths[want.row], items.starts[want.row])):
-            path = items.paths[want.row]
-            if before and path != before:
+        wanted = sorted(self._wanted(), key=lambda want: (items.paths[want.row], items.starts[want.row]))
+        for path, of_file in groupby(wanted, lambda want: items.paths[want.row]):
+            if before:
                 self._files[before].release()
-            before = path
-            entry = self.tensor(want.row, want.name)
-            if entry.shape != want.sizes or entry.dtype != want.dtype:
-                raise CorruptError(
-                    f"tensor {want.name!r:.200}: its piece in {path} at {[*want.offsets]} is {entry.dtype} "
-                    f"{[*entry.shape]}, not {want.dtype} {[*want.sizes]}"
-                )
+            before, here = path, [*of_file]
+            if self._files[path].is_far:
+                self._look_ahead(path, [want.row for want in here])
+            for want in here:
+                entry = self.tensor(want.row, want.name)
+                if entry.shape != want.sizes or entry.dtype != want.dtype:
+                    raise CorruptError(
+                        f"tensor {want.name!r:.200}: its piece in {path} at {[*want.offsets]} is {entry.dtype} "
+                        f"{[*entry.shape]}, not {want.dtype} {[*want.sizes]}"
+                    )
         return merge_uses(replace(use, count=use.count * count) for uses, count in self._seen.items() for use in uses)
+
+    def _look_ahead(self, path: str, rows: Sequence[int]) -> None:
+        """Read the ends of a file's items together: the file keeps them."""
+        ends: list[tuple[int, int]] = []
+        for area in map(self._lying, rows):
+            ends.append((area.offset, min(area.nbytes, _HEAD_NBYTES)))
+            ends.append((area.offset + max(area.nbytes - _TAIL_NBYTES, 0), min(area.nbytes, _TAIL_NBYTES)))
+        for _ in self._files[path].ranges(ends):
+            pass
 
     def tensor(self, row: int, name: str) -> TensorEntry:
         """The tensor that an item is.
@@ -193,7 +205,8 @@ class ItemReader:
             return area
         if through != _ZSTD:
             raise UnsupportedError(f"it went through {listed(map(repr, through))}; stream.zstd/1 is read")
-        from ckptkit.formats.sources import Inner, compression_of
+        from ckptkit.formats.compression import compression_of
+        from ckptkit.formats.sources import Inner
 
         compression = compression_of(area.read(0, min(area.nbytes, 16)))
         if compression is None or compression.name != "zstd":

@@ -10,11 +10,12 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-from ckptkit.bytesource import Source, SourceFile
-from ckptkit.errors import CorruptError, FileAccessError, FormatError, LimitError
+from ckptkit import places
+from ckptkit.bytesource import Source
+from ckptkit.errors import CorruptError, FormatError, LimitError
 from ckptkit.formats.containers import CONTAINERS, identify
 from ckptkit.formats.format import Probe
 from ckptkit.formats.shards import is_shard_name, prefixed
@@ -69,7 +70,10 @@ class FolderSource(Source):
         rules: the file that they were read from.
     """
 
-    __slots__ = ("asked", "findings", "layout", "members", "names", "own", "root", "rules", "tag", "tp_rules")
+    __slots__ = (
+        "_is_listed", "_opens", "asked", "findings", "is_far", "layout", "members", "names", "own", "root", "rules",
+        "tag", "tp_rules",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -84,7 +88,8 @@ class FolderSource(Source):
         asked: str | None = None,
         findings: tuple[Finding, ...] = (),
     ) -> None:
-        super().__init__(path, 0)
+        super().__init__(places.shown(path), 0)
+        self._opens, self.is_far, self._is_listed = places.opener(root), places.is_url(root), places.are_listed(root)
         self.root = root
         self.layout = layout
         self.names = names
@@ -114,13 +119,15 @@ class FolderSource(Source):
             if not is_shard_name(name):
                 raise CorruptError(f"{name!r:.200} is not a path inside the folder", path=self.path)
             known = self.parts[name] = self.sibling(name)
+            if not self._is_listed and name not in self.own:  # what nobody lists is what is named
+                self.names = self.own = (*self.own, name)
             if len(self.parts) % _OPENED == 0:
                 _let_open(2 * (len(self.parts) + _OPENED))  # each may have a temporary file, too
         return known
 
     def sibling(self, name: str) -> Source:
         """As `Source.sibling`, of a name in the folder."""
-        return SourceFile(os.path.join(self.root, *name.split("/")))
+        return self._opens(name)
 
     def whole_parts(self) -> dict[str, Source]:
         """All the files that belong to the checkpoint, by name; those that nobody has read yet too.
@@ -140,7 +147,7 @@ class FolderSource(Source):
         for name in self.own:
             if name not in sizes:
                 try:
-                    sizes[name] = os.stat(os.path.join(self.root, *name.split("/"))).st_size
+                    sizes[name] = places.size(places.below(self.root, name))
                 except OSError:  # who needs it says that it is missing
                     continue
         return sum(sizes.values())
@@ -160,13 +167,18 @@ def listing(folder: str) -> tuple[str, ...]:
     """
     try:
         found = []
-        for name in _files(folder, "", 0):
+        known = places.listed_below(folder)
+        for name in _files(folder, "", 0) if known is None else _shallow(known):
             found.append(name)
             if len(found) > DEFAULT_LIMITS.entries:
                 raise LimitError("files in a folder", limit=DEFAULT_LIMITS.entries, actual=len(found))
     except OSError as error:
-        raise FileAccessError(f"{folder}: the folder cannot be read: {error.strerror}", path=folder) from error
+        raise places.unreadable_folder(folder, error) from error
     return tuple(sorted(found))
+
+
+def _shallow(names: Iterable[str]) -> Iterator[str]:
+    return (name for name in names if name.count("/") <= _DEEPEST)
 
 
 def _files(folder: str, inside: str, depth: int) -> Iterator[str]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from ckptkit import places
 from ckptkit.formats.format import HEAD_NBYTES
 
 __all__ = ["LAYOUTS", "LLAMA", "MEGATRON", "RANKED", "SHARDED", "Layout", "is_llama", "is_metadata"]
@@ -65,8 +65,7 @@ def _dcp(folder: str, names: tuple[str, ...]) -> bool:
 def _is_metadata(folder: str) -> bool:
     """Whether the ``.metadata`` of a folder without items is that of torch.distributed.checkpoint."""
     try:
-        with open(os.path.join(folder, ".metadata"), "rb") as file:  # noqa: PTH123 - its first bytes
-            return is_metadata(file.read(HEAD_NBYTES))
+        return is_metadata(places.head(places.below(folder, ".metadata"), HEAD_NBYTES))
     except OSError:
         return False
 
@@ -87,8 +86,7 @@ def _names_backend(folder: str, names: tuple[str, ...]) -> bool:
     if "metadata.json" not in names:
         return False
     try:
-        with open(os.path.join(folder, "metadata.json"), "rb") as file:  # noqa: PTH123 - its first bytes
-            return b'"sharded_backend"' in file.read(HEAD_NBYTES)
+        return b'"sharded_backend"' in places.head(places.below(folder, "metadata.json"), HEAD_NBYTES)
     except OSError:
         return False
 
@@ -111,14 +109,13 @@ def _fsdp(folder: str, names: tuple[str, ...]) -> bool:
         ranks.setdefault((match["stem"] or "", match["end"]), set()).add(int(match["rank"]))
     if any(len(numbers) > 1 and numbers == {*range(len(numbers))} for numbers in ranks.values()):
         return True
-    return any(_is_spread(os.path.join(folder, match[0])) for match in found[:_LOOKED_AT])
+    return any(_is_spread(places.below(folder, match[0])) for match in found[:_LOOKED_AT])
 
 
 def _is_spread(path: str) -> bool:
     """Whether a file names classes, or parameters, of tensors that are spread over processes: near its beginning."""
     try:
-        with open(path, "rb") as file:  # noqa: PTH123 - a few bytes
-            data = file.read(_PICKLE_NBYTES)
+        data = places.head(path, _PICKLE_NBYTES)
     except OSError:
         return False
     return any(mark in data for mark in _SPREAD)

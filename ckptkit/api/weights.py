@@ -1,36 +1,27 @@
-"""Each command's Python twin.
-
-    with ckptkit.open("model.pth") as ckpt:
-        clean = ckpt.rewrite(ckptkit.StripModule(), ckptkit.MapLocation("cpu"))
-        clean.save("model.safetensors")
-
-    state = ckptkit.load_state_dict("anything.pth", map_location="cpu")
-    ckptkit.save(state, "out.safetensors")
-    ckptkit.convert("ddp.pth", "clean.safetensors", strip_module=True)
-    ckptkit.verify("clean.safetensors", model="torchvision:resnet18").raise_if_failed()
-
-Nothing here imports torch but `load`, `load_state_dict` and `verify`.
-
-Every function may be called from several threads at once.  None of them is a coroutine, and reading and writing leave
-the interpreter lock: ``await asyncio.to_thread(ckptkit.load_state_dict, path)`` keeps an event loop responsive.
-"""
+"""What is done with one checkpoint, or with two: inspect, load, convert, diff, verify."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from ckptkit.arguments import documented, several, unexpected
+from ckptkit.arguments import documented, several
 from ckptkit.bytesource import Readable
-from ckptkit.checkpoint_file import CheckpointFile, PathLike, Rewriter, open, save  # noqa: A004 - the name users expect
+from ckptkit.checkpoint_file import (
+    CheckpointFile,
+    PathLike,
+    open,  # noqa: A004 - the name users expect
+    weights_of,
+)
 from ckptkit.errors import CorruptError, FileAccessError, RewriteError
 from ckptkit.formats import require_sound
 from ckptkit.normalize.parts import require_whole
 from ckptkit.normalize.selection import require_state_dict
 from ckptkit.options import ConvertOptions, DiffOptions, LoadOptions, VerifyOptions
+from ckptkit.options.storage import in_session
 from ckptkit.report import Report
 
 if TYPE_CHECKING:
@@ -42,17 +33,12 @@ if TYPE_CHECKING:
     from ckptkit.documents import ConvertDocument, VerifyDocument
     from ckptkit.inspection.document import InspectedFile
     from ckptkit.options import ConvertKeywords, DiffKeywords, LoadKeywords, VerifyKeywords
-    from ckptkit.released.manifest_file import Manifest
-    from ckptkit.released.policy import PolicyKeywords
-    from ckptkit.released.results import CheckReport
     from ckptkit.rewrite import Like
 
-__all__ = [
-    "CheckpointFile", "Rewriter",
-    "check", "convert", "diff", "inspect", "load", "load_state_dict", "manifest", "open", "save", "verify",
-]  # fmt: skip
+__all__ = ["convert", "diff", "inspect", "load", "load_state_dict", "verify"]
 
 
+@in_session
 def inspect(
     path: Readable,
     *,
@@ -63,6 +49,7 @@ def inspect(
     sort: str = "file",
     stats: bool = False,
     ignore_checksums: bool = False,
+    storage_options: Mapping[str, Any] | None = None,
 ) -> InspectedFile:
     """What is in a file: one element of the ``files`` of ``ckptkit inspect --json``.
 
@@ -75,6 +62,7 @@ def inspect(
         sort: ``"file"``, ``"name"`` or ``"size"``.
         stats: whether to read the data and add statistics of each tensor listed; a damaged one is a finding.
         ignore_checksums: whether to insist on a file whose recorded checksums are not those of its bytes; see `open`.
+        storage_options: what the file systems of URLs are made with; see `open`.
 
     Raises:
         As `open`.
@@ -87,6 +75,7 @@ def inspect(
         return describe(file.checkpoint, filters=several(filters), sort=sort, stats=stats)
 
 
+@in_session
 @documented(LoadOptions)
 def load_state_dict(f: Readable, **options: Unpack[LoadKeywords]) -> OrderedDict[str, Any]:
     """The weights, from any container, without executing the file: every value of the state_dict.
@@ -135,6 +124,7 @@ def load_state_dict(f: Readable, **options: Unpack[LoadKeywords]) -> OrderedDict
         return file.load(map_location=asked.map_location, mapped=asked.mapped, allow_part=True)
 
 
+@in_session
 def load(
     f: Readable,
     *,
@@ -145,6 +135,7 @@ def load(
     mapped: bool | None = None,
     allow_part: bool = False,
     ignore_checksums: bool = False,
+    storage_options: Mapping[str, Any] | None = None,
 ) -> Any:
     """All that a file holds, as ``torch.load`` gives it, without executing the file.
 
@@ -163,6 +154,7 @@ def load(
         mapped: whether tensors on the CPU lie in a mapping of the file; see `load_state_dict`.
         allow_part: whether the file may be a part of a checkpoint that lies in several.
         ignore_checksums: whether to insist on a file whose recorded checksums are not those of its bytes; see `open`.
+        storage_options: what the file systems of URLs are made with; see `open`.
 
     Returns:
         What was saved; of a program and of a safetensors file a dict of its tensors.
@@ -194,6 +186,7 @@ def load(
         )
 
 
+@in_session
 @documented(ConvertOptions)
 def convert(source: Readable, destination: PathLike, **options: Unpack[ConvertKeywords]) -> Report[ConvertDocument]:
     """Rewrite a checkpoint into another file, or each one below a folder into another folder.
@@ -234,7 +227,8 @@ def convert(source: Readable, destination: PathLike, **options: Unpack[ConvertKe
     except FileAccessError as error:
         raise outputs.told(error, source, destination, asked) from error.__cause__
     with opened as file, outputs.destination_of(outputs.named_after(file.path, asked), destination, asked) as path:
-        return run(file.checkpoint, file._file, path, asked).report()
+        given = os.fsdecode(source) if isinstance(source, (str, os.PathLike)) else None
+        return run(file.checkpoint, file._file, path, asked, given=given).report()
 
 
 def _reading(asked: ConvertOptions | LoadOptions | VerifyOptions) -> dict[str, Any]:
@@ -262,6 +256,7 @@ def _like(like: Any, args: Mapping[str, Any]) -> Like:
     return like_checkpoint(path)
 
 
+@in_session
 @documented(DiffOptions)
 def diff(a: Readable, b: Readable, **options: Unpack[DiffKeywords]) -> Difference:
     """What changed from one checkpoint to another, whatever their containers.
@@ -287,7 +282,7 @@ def diff(a: Readable, b: Readable, **options: Unpack[DiffKeywords]) -> Differenc
     chosen = asked.section_a or asked.section, asked.section_b or asked.section
     reading = partial(open, ignore_checksums=asked.ignore_checksums)
     tolerance = None if asked.atol is None and asked.rtol is None else Tolerance(asked.atol or 0.0, asked.rtol or 0.0)
-    (tag_a, rules_a), (tag_b, rules_b) = _steps(a, b, asked)
+    (tag_a, rules_a), (tag_b, rules_b) = asked.steps(a, b)
     with (
         reading(a, section=chosen[0], tag=tag_a, tp_rules=rules_a) as ours,
         reading(b, section=chosen[1], tag=tag_b, tp_rules=rules_b) as theirs,
@@ -310,69 +305,7 @@ def diff(a: Readable, b: Readable, **options: Unpack[DiffKeywords]) -> Differenc
         return difference
 
 
-def _steps(a: Readable, b: Readable, asked: DiffOptions) -> Iterator[tuple[str | None, str | None]]:
-    """The step that is meant of each, and its rules: of one tag, or one file of rules, for both in each folder."""
-    folders = [isinstance(path, (str, os.PathLike)) and os.path.isdir(path) for path in (a, b)]
-    for is_folder, own in zip(folders, (asked.tag_a, asked.tag_b), strict=True):
-        is_meant = is_folder or not any(folders)
-        yield own or (asked.tag if is_meant else None), asked.tp_rules if is_meant else None
-
-
-def manifest(
-    paths: PathLike | Sequence[PathLike] = (),
-    destination: PathLike | None = None,
-    *,
-    digests: Literal["total", "tensor"] | None = None,
-    golden: Mapping[str, PathLike] | PathLike | None = None,
-    tag: str | None = None,
-    tp_rules: PathLike | None = None,
-    allow_part: bool = False,
-    update: bool = False,
-    force: bool = False,
-    ignore_checksums: bool = False,
-) -> Manifest:
-    """Record what released files are: sizes, hashes, and digests of their tensors that no container changes.
-
-    Args:
-        paths: files, and folders that are searched for checkpoints, one or several; with ``update`` none means what
-            the manifest was made of.  In the folders `check` lets no other checkpoint lie.
-        destination: the manifest to write; paths in it are relative to its folder.  ``None``: nothing is written,
-            and they are relative to the working directory, or where files lie elsewhere to the folder above them.
-        digests: ``"tensor"`` lists each tensor, ``"total"`` folds them; default: as the manifest has it, a new one
-            lists them.
-        golden: a file that `verify` wrote with ``write_golden``, for the one checkpoint there is; or such files by
-            the paths of theirs.
-        tag: which of several steps, where ``paths`` are training folders; see `open`.
-        tp_rules: file of rules by which slices of tensor-parallel ranks are joined; see `open`.
-        allow_part: whether a file may be a part of a checkpoint that lies in several.
-        update: whether to keep what an existing manifest says of files that are unchanged, and of those not named.
-        force: whether to replace an existing manifest as a whole.
-        ignore_checksums: whether to insist on a file whose recorded checksums are not those of its bytes; see `open`.
-
-    Returns:
-        The manifest; its ``changes`` say what was added, changed, removed and kept.
-
-    Raises:
-        DestinationExistsError: it exists, and neither ``update`` nor ``force`` is given.
-        FileAccessError: a file cannot be read, is not below the manifest's folder, or there is none.
-        FormatError: a file is not a checkpoint, or the manifest to update is none.
-    """
-    from ckptkit.released.manifest_maker import make_at
-
-    return make_at(
-        [os.fsdecode(path) for path in several(paths)],
-        None if destination is None else os.fsdecode(destination),
-        digests,
-        golden,
-        tag=tag,
-        tp_rules=None if tp_rules is None else os.fsdecode(tp_rules),
-        allow_part=allow_part,
-        update=update,
-        force=force,
-        ignore_checksums=ignore_checksums,
-    )
-
-
+@in_session
 @documented(VerifyOptions)
 def verify(path: Readable, **options: Unpack[VerifyKeywords]) -> Report[VerifyDocument]:
     """Load into a reference model, strictly, and examine what it computes.
@@ -393,7 +326,7 @@ def verify(path: Readable, **options: Unpack[VerifyKeywords]) -> Report[VerifyDo
     asked = VerifyOptions(**options)
     section = asked.section
     with contextlib.ExitStack() as stack:
-        weights = partial(_weights, allow_part=asked.allow_part, ignore_checksums=asked.ignore_checksums)
+        weights = partial(weights_of, allow_part=asked.allow_part, ignore_checksums=asked.ignore_checksums)
         file = stack.enter_context(weights(path, "to verify", section=section, tag=asked.tag, tp_rules=asked.tp_rules))
         other = None
         if asked.against is not None:
@@ -407,88 +340,3 @@ def verify(path: Readable, **options: Unpack[VerifyKeywords]) -> Report[VerifyDo
         subject = file.rewrite(StripModule()) if asked.strip_module else file
         against = None if other is None else other.checkpoint
         return run(subject.checkpoint, asked, file=file._file, against=against)
-
-
-@contextlib.contextmanager
-def _weights(
-    path: Readable,
-    purpose: str,
-    *,
-    section: str | None,
-    tag: str | None = None,
-    tp_rules: PathLike | None = None,
-    allow_part: bool,
-    ignore_checksums: bool,
-) -> Iterator[CheckpointFile]:
-    """A file that is whole and whose weights are known; `purpose` is what for, as errors say it."""
-    with open(path, section=section, tag=tag, tp_rules=tp_rules, ignore_checksums=ignore_checksums) as file:
-        require_whole(file.checkpoint, allow_part=allow_part)
-        require_state_dict(file.checkpoint, purpose)
-        require_sound(file._file, file.checkpoint, held=not ignore_checksums)
-        yield file
-
-
-def check(
-    paths: PathLike | Sequence[PathLike] = (),
-    *,
-    manifest: PathLike | None = None,
-    config: PathLike | None = None,
-    tag: str | None = None,
-    skip_others: bool = False,
-    **policy: Unpack[PolicyKeywords],
-) -> CheckReport:
-    """Hold files against a manifest and a policy.
-
-    Whatever is asked for, each file must be readable and may not be hostile, nor a part of a checkpoint.
-
-    Args:
-        paths: files and folders, one or several; none: those that the configuration names, or all of the manifest's
-            and whatever else lies in the folders it was made of.  An index stands for its shards, and a shard for
-            all of them where its index lies beside it.
-        manifest: what the files must be, as `ckptkit.manifest` wrote it; none: the configuration's.
-        config: a ``ckptkit.toml`` or ``pyproject.toml``; none is looked for.  What is given here wins over it.
-        tag: which of several steps, where ``paths`` are training folders; see `open`.
-        no_pickle: whether a file may hold no pickle at all.
-        max_trust: the most a loader may have to be trusted with: ``"safe"`` or ``"needs_trust"``.
-        require_format: the containers that files may be.
-        max_size: bytes of a file, as a number or as ``"2GB"``.
-        allow_dtype: the dtypes that tensors may have.
-        no_nan: whether no tensor may hold NaN and no parameter Inf; reads the data.
-        no_optimizer: whether an optimizer's state may not be in the file.
-        no_prefix: whether names may not carry a wrapper's prefix.
-        location: the device tags that storages may have.
-        allow_part: whether a file may be a part of a checkpoint that lies in several; else it is an error.
-        fits: the reference model that the weights must load into; see `verify`.  Needs torch.
-        forward: whether to run the verifier's forward pass too, of the model of ``fits``, of the manifest's golden
-            or of the architecture that was identified.  Needs torch.
-        model_args: keyword arguments of the reference's factory.
-        input_shapes: of the forward pass; default from the reference where it is known.
-        skip_others: whether files that are named and no checkpoint are passed over, as those in folders are; that
-            none is left is well.
-        ignore_checksums: whether to insist on a file whose recorded checksums are not those of its bytes; see `open`.
-
-    Returns:
-        A report whose findings name path, rule, expected and found, and whose ``passed_over`` counts by kind the
-        files that are not checkpoints.  What could not be read or checked is in it
-        too: ``exit_code`` is that of ``ckptkit check``.
-
-    Raises:
-        VerifyError: a policy has a value that it cannot have, or there is nothing to check.
-        FormatError, FileAccessError: manifest or configuration cannot be read.
-        MissingDependencyError: a model is needed, and torch or the reference's package is not installed.
-    """
-    from ckptkit.released import check as run
-    from ckptkit.released.policy import POLICY_FIELDS
-
-    for name in policy:
-        if name not in POLICY_FIELDS:
-            raise unexpected("check", name, (*POLICY_FIELDS, "manifest", "config", "tag", "skip_others"))
-    return run(
-        [os.fsdecode(path) for path in several(paths)],
-        tag=tag,
-        skip_others=skip_others,
-        manifest=None if manifest is None else os.fsdecode(manifest),
-        config=None if config is None else os.fsdecode(config),
-        typed={name: value for name, value in policy.items() if value is not None},
-        verify=verify,
-    )

@@ -1,0 +1,353 @@
+"""One conversion, shared among processes: a part alone (``part``), the end of it (``finish``), or all of it from here.
+
+What there is to share are the shards of an output (`ckptkit.transfer.parts`).  Each process reads the source and plans
+by itself; what travels is the paths, the options and which part is meant.  Processes of one machine help where there is
+something to compute, as with casts, or where a disk takes more from several; what is only copied is moved by the
+threads of one as fast.  Several machines, with one file system, help wherever each has a way of its own to the disks.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from ckptkit import formats
+from ckptkit.bytesource import Source
+from ckptkit.checkpoint import STATE_DICT, Checkpoint, StateDict
+from ckptkit.errors import CorruptError, RewriteError
+from ckptkit.fleet.shares import Share
+from ckptkit.normalize.selection import KEY
+from ckptkit.places import shown
+from ckptkit.plan import Plan
+from ckptkit.remote import carried
+from ckptkit.report import count_of, human_size
+from ckptkit.transfer.folders import temporary_folder
+from ckptkit.transfer.part_records import shares_of, tally_of
+from ckptkit.transfer.parts import Parts
+from ckptkit.transfer.passing import passed_of
+from ckptkit.transfer.steps import Tally
+from ckptkit.transfer.writing import places
+
+if TYPE_CHECKING:
+    from ckptkit.documents import PartDocument
+    from ckptkit.options import ConvertOptions
+    from ckptkit.transfer.part_records import PartRecord, PlanIdentity
+
+__all__ = ["PartTask", "WrittenPart", "finish", "over_workers", "require_shards", "words_of", "write_part"]
+
+_LISTED = 100
+"""Parts that are missing of which a message has the commands."""
+
+_MOST_PARTS = 64
+"""Parts of an output that somebody else's executor is given, where there are so many shards: each plans once more."""
+
+
+class _Job(Protocol):
+    """`ckptkit.conversion.Job`."""
+
+    @property
+    def checkpoint(self) -> Checkpoint: ...
+    @property
+    def source(self) -> Source: ...
+    @property
+    def asked(self) -> str: ...
+    @property
+    def path(self) -> str: ...
+    @property
+    def plan(self) -> Plan: ...
+    @property
+    def stale(self) -> tuple[str, ...]: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PartTask:
+    """A part that a worker is to write: plain data.
+
+    Attributes:
+        source, destination: as they were given.
+        options: of the conversion.
+        share: which part.
+        staging: the folder to put it into.
+        identity: of the plan it is a part of.
+        folder: the working directory that paths are relative to.
+    """
+
+    source: str
+    destination: str
+    options: ConvertOptions
+    share: Share
+    staging: str
+    identity: PlanIdentity
+    folder: str
+
+    def path(self, given: str) -> str:
+        """A path as the worker opens it: as it was given, where it is relative to the same folder."""
+        is_same = "://" in given or os.path.isabs(given) or os.getcwd() == self.folder
+        return given if is_same else os.path.join(self.folder, given)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WrittenPart:
+    """A part that is there.
+
+    Attributes:
+        record: of it.
+        tally: what casts lost in it.
+        kept: whether it was there already, and whole.
+    """
+
+    record: PartRecord
+    tally: Tally
+    kept: bool
+
+    def to_dict(self) -> PartDocument:
+        """What a report says of it."""
+        shards = self.record["shards"]
+        nbytes = sum(shard["nbytes"] for shard in shards.values())
+        of = self.record["of"]
+        return {"part": self.record["part"], "of": of, "shards": [*shards], "nbytes": nbytes, "kept": self.kept}
+
+
+def require_shards(options: ConvertOptions, plan: Plan) -> None:
+    """See that there are shards to share where parts are asked for.
+
+    Raises:
+        RewriteError: there are not.
+    """
+    if options.files_from is not None:
+        raise RewriteError(f"--files-from {options.files_from} lists files of a folder; one checkpoint is converted")
+    if options.part is None and not options.finish:
+        return
+    asked = "--finish" if options.part is None else f"--part {options.part}"
+    if plan.in_folder is not None:
+        raise RewriteError(
+            f"{asked}: shards are shared, and a {plan.format} folder is written by one process; leave it out"
+        )
+    if plan.index is None:
+        told = f"all of it fits into one file of {human_size(plan.nbytes)}, and there is nothing to share"
+        raise RewriteError(f"{asked}: {told}; leave it out, or give a smaller --max-shard-size")
+    if options.part is not None and (options.executor is not None or options.jobs is not None):
+        raise RewriteError(f"{asked}: a part is written by one process; leave out --jobs, or give it alone")
+
+
+def _parts(job: _Job, options: ConvertOptions, staging: str | None = None) -> Parts:
+    files = formats.hashed_parts(job.source) or {os.path.basename(job.source.path): job.source}
+    return Parts(job.path, job.plan, files=files, options=_as_text(options), staging=staging)
+
+
+def write_part(job: _Job, options: ConvertOptions, share: Share, task: PartTask | None) -> WrittenPart:
+    """Write one part of the shards, compared with the source where that is asked for.
+
+    Args:
+        job: all of the output.
+        options: what is asked for.
+        share: which part.
+        task: what a worker was told; ``None``: the part is for ``finish``.
+
+    Raises:
+        As `Parts.write`; RewriteError: the plan is not the one that the task is about.
+    """
+    parts = _parts(job, options, None if task is None else task.staging)
+    if task is not None:
+        parts.require_agreed(task.identity)
+
+    own = _restricted(job, share)
+    passed = passed_of(own, job.source) if options.check else None
+
+    def compare(path: str, compared: Callable[[int], object]) -> object:
+        from ckptkit.compare import check_output
+
+        return check_output(own, path, compared, passed)
+
+    record, tally = parts.write(
+        share,
+        force=options.force,
+        check=compare if options.check else None,
+        hashed=options.check and task is None,
+        source=job.source,
+        passed=passed,
+        progress=options.progress,
+    )
+    return WrittenPart(record=record, tally=tally or tally_of(job.plan, [record]), kept=tally is None)
+
+
+def _restricted(job: _Job, share: Share) -> Checkpoint:
+    """The checkpoint with the tensors of one part alone."""
+    shards = set(shares_of(job.plan, share.count)[share.index - 1])
+    holder: Mapping[str, str] = {} if job.plan.index is None else job.plan.index.weight_map
+    names = {name for name, shard in holder.items() if shard in shards}
+    names |= {alias for alias, kept in job.plan.aliases.items() if kept in names}
+    everything = job.checkpoint.state_dict.everything
+    state_dict = StateDict({name: value for name, value in everything.items() if name in names})
+    return job.checkpoint.replace(state_dict=state_dict, rest=STATE_DICT)
+
+
+def finish(job: _Job, options: ConvertOptions, given: str | None) -> Tally:
+    """Make one checkpoint of the parts that are there.
+
+    Args:
+        job: all of the output.
+        options: what is asked for.
+        given: path of the source, for the commands in messages.
+
+    Returns:
+        What casts lost in all parts.
+
+    Raises:
+        RewriteError: parts are not there or not whole, or are another conversion's; nothing is removed.
+        DestinationExistsError, FileAccessError: as `Parts.finish`.
+    """
+    parts = _parts(job, options)
+    count, missing = parts.missing(hashed=options.check)
+    if not count:
+        places(job.plan, job.path, force=options.force)
+    if missing or not count:
+        raise RewriteError(_told_missing(job, options, given, count, missing), path=job.path)
+    return _finished(job, options, parts)
+
+
+def _finished(job: _Job, options: ConvertOptions, parts: Parts) -> Tally:
+    def opened(path: str) -> object:
+        from ckptkit.compare import check_output
+
+        metadata = {key: value for key, value in job.checkpoint.metadata.items() if key != KEY}  # digests are in it
+        return check_output(job.checkpoint.replace(metadata=metadata), path, values=False)
+
+    return parts.finish(force=options.force, flush=options.check, opened=opened, replaces=job.stale, source=job.source)
+
+
+def _told_missing(job: _Job, options: ConvertOptions, given: str | None, count: int, missing: Mapping[int, str]) -> str:
+    """What is missing, and the command that writes each."""
+    source = job.source.path if given is None else shown(given)
+    command = shlex.join(["ckptkit", "convert", source, job.asked, *words_of(options.but(finish=False))])
+    if not count:
+        return f"{job.path}: no part of it is there; write each of N parts, from 1/N to N/N: {command} --part 1/N"
+    lines = [f"part {number} {what}: {command} --part {number}/{count}" for number, what in missing.items()]
+    more = [f"and {len(lines) - _LISTED:,} more"] if len(lines) > _LISTED else []
+    told = f"{len(missing)} of {count_of(count, 'part')} {'is' if len(missing) == 1 else 'are'} missing or not whole"
+    return "\n  ".join(
+        [f"{job.path}: {told}; nothing was changed; write them, and then again --finish:", *lines[:_LISTED], *more]
+    )
+
+
+# From here.
+
+
+def over_workers(
+    job: _Job, options: ConvertOptions, given: str | None, work: Callable[[PartTask], PartRecord]
+) -> Tally:
+    """Have an output written by workers, a part each, and finish it: all of it is there in the end, or nothing.
+
+    Args:
+        job: all of the output.
+        options: what is asked for; ``jobs`` or ``executor`` says who works.
+        given: path of the source; ``None``: it has none.
+        work: writes a part.
+
+    Returns:
+        What casts lost in all parts.
+
+    Raises:
+        RewriteError: the source or an option cannot travel.
+        CkptkitError: what a worker raised, or why one could not do its part; nothing stays behind.
+    """
+    from ckptkit.fleet import each
+
+    if given is None or given == formats.STDIN:
+        raise RewriteError("workers open the source themselves, by its path; what was given has none: leave out --jobs")
+    plain = options.but(progress=None, jobs=None, executor=None, storage_options=None)
+    require_portable(plain)
+    places(job.plan, job.path, force=options.force)
+    folder, name = os.path.split(job.path)
+    staging = temporary_folder(os.path.join(os.path.realpath(folder), name), job.path)
+    parts = None
+    try:
+        parts = _parts(job, plain, staging.temporary)
+        count = min(len(job.plan.shards), options.jobs or _MOST_PARTS)
+        tasks = [
+            PartTask(
+                source=given,
+                destination=job.asked,
+                options=plain,
+                share=Share(number, count),
+                staging=staging.temporary,
+                identity=parts.identity,
+                folder=os.getcwd(),
+            )
+            for number in range(1, count + 1)
+        ]
+        done = 0
+        for _, outcome in each(tasks, carried(work), jobs=options.jobs, executor=options.executor):
+            record = outcome.result()
+            done += sum(shard["nbytes"] for shard in record["shards"].values())
+            if options.progress is not None:
+                options.progress(done, job.plan.total_nbytes)
+        _, missing = parts.missing(hashed=False)
+        if missing:
+            number, what = next(iter(missing.items()))
+            raise CorruptError(f"part {number}, which a worker has written, {what}; nothing was written", path=job.path)
+        return _finished(job, options, parts)
+    finally:
+        if parts is not None and parts.is_named():  # by an index that could not be replaced by the last one
+            staging.is_ours = False
+        staging.close()
+
+
+def require_portable(options: ConvertOptions) -> None:
+    """See that options can be sent to other processes.
+
+    Raises:
+        RewriteError: one cannot.
+    """
+    for name, option in options.declared.items():
+        try:
+            pickle.dumps(getattr(options, name))
+        except Exception as error:
+            told = f"{option.typed} {getattr(options, name)!r:.80} cannot be sent to other processes ({error!s:.200})"
+            raise RewriteError(f"{told}; give a function of a module, or leave out jobs and executor") from None
+
+
+# Options as text.
+
+_UNSAID = frozenset({"executor", "progress", "storage_options"})
+"""Options that are not typed, and those that may be secrets."""
+
+_OWN = frozenset({*_UNSAID, "part", "finish", "jobs", "files_from", "dry_run", "force"})
+"""Those that do not change what is written, too."""
+
+
+def _as_text(options: ConvertOptions) -> dict[str, str]:
+    """The options that change the output, as they are typed."""
+    texts: dict[str, str] = {}
+    for name, option in options.declared.items():
+        words = [] if name in _OWN else list(_words(option, getattr(options, name)))
+        if words:
+            texts[option.typed] = shlex.join(words[1:]) or "given"
+    return texts
+
+
+def words_of(options: ConvertOptions) -> list[str]:
+    """All that was given, as it is typed."""
+    named = (name for name in options.declared if name not in _UNSAID)
+    return [word for name in named for word in _words(options.declared[name], getattr(options, name))]
+
+
+def _words(option: Any, value: Any) -> Iterator[str]:
+    if value == option.default or value is None:
+        return
+    if callable(value) and hasattr(value, "__qualname__"):
+        yield from (option.typed, f"{getattr(value, '__module__', '')}.{value.__qualname__}")
+    elif isinstance(value, Mapping):
+        joined = "=>" if option.name == "rename" else "="
+        yield from (word for key, each in value.items() for word in (option.typed, f"{key}{joined}{each}"))
+    elif isinstance(value, Sequence) and not isinstance(value, str):
+        texts = (each if isinstance(each, str) else "=>".join(map(str, each)) for each in value)
+        yield from (word for text in texts for word in (option.typed, text))
+    elif hasattr(value, "label"):
+        yield from (option.typed, value.label)
+    else:
+        yield from option.words(value)

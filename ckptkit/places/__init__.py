@@ -1,0 +1,338 @@
+"""Paths of any street: what lies at one and below it is asked of the system, or, of a URL, of the server that has it.
+
+Walks of folders, and whoever asks what a path is, go through here and not through `os`.  A path is text; between the
+segments of a URL there are slashes on every system.  A server is asked once for all that lies below a URL, in one
+listing for a whole command (`ckptkit.places.far`); one that gives none (http) has files and no folders.  Of a
+local path everything is what `os` says, links included.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+from ckptkit.bytesource import Source, SourceFile
+from ckptkit.errors import FileAccessError
+
+if TYPE_CHECKING:
+    from ckptkit.places.far import FarEntry
+
+__all__ = [
+    "are_listed",
+    "asked_once",
+    "below",
+    "exists",
+    "head",
+    "identity",
+    "identity_of",
+    "is_known",
+    "is_url",
+    "isdir",
+    "isfile",
+    "listdir",
+    "listed_below",
+    "notes",
+    "opened",
+    "opened_ahead",
+    "opener",
+    "own_name",
+    "put_back",
+    "relative",
+    "require_local",
+    "scandir",
+    "shown",
+    "size",
+    "split",
+    "unreadable_folder",
+]
+
+
+def is_url(path: str | bytes) -> bool:
+    """Whether a path is a URL; one of bytes is none."""
+    if isinstance(path, bytes) or "://" not in path:
+        return False
+    from ckptkit.remote import is_url as is_one
+
+    return is_one(path)
+
+
+def asked_once(*paths: object) -> AbstractContextManager[object]:
+    """Within it no server is asked twice what lies at a URL, or below it; nothing where none of the paths is one."""
+    if not any(isinstance(path, (str, os.PathLike)) and is_url(os.fspath(path)) for path in paths):
+        return nullcontext()
+    from ckptkit.remote import session
+
+    return session()
+
+
+def notes() -> dict[str, Any]:
+    """What was found out of URLs, by URL: for whoever asks again; forgotten at the end of the command."""
+    from ckptkit.remote import current_session
+
+    current = current_session()
+    return {} if current is None else current.notes
+
+
+# The text of paths.
+
+_QUERY = re.compile(r"\?(?:\*\*\*|[\w.~%-]+=).*\Z", re.DOTALL)
+
+
+def _plain(url: str) -> str:
+    """A URL without what is asked for behind the path; an object's name may have such marks, too."""
+    return _QUERY.sub("", url) if "?" in url else url
+
+
+def below(folder: str, name: str) -> str:
+    """The path of what is called so below a folder: ``name`` is relative to it, with slashes between its segments."""
+    if is_url(folder):
+        return folder if name in ("", os.curdir) else f"{folder.rstrip('/')}/{name}"
+    return os.path.join(folder, *name.split("/"))
+
+
+def split(path: str) -> tuple[str, str]:
+    """As `os.path.split`: the folder, and the name in it; above the first segment of a URL there is nothing."""
+    if not is_url(path):
+        return os.path.split(path)
+    folder, _, name = _plain(path).rpartition("/")
+    return (path, "") if folder.endswith((":", ":/")) else (folder, name)
+
+
+def own_name(path: str) -> str:
+    """The last segment of a path, by the folder that it leads to; a URL's without what is asked for behind it.
+
+    A ``.metadata`` at a URL stands for the folder that it lies in.
+    """
+    if not is_url(path):
+        return os.path.basename(os.path.abspath(path))
+    return split(_plain(path).rstrip("/").removesuffix("/.metadata"))[1]
+
+
+def relative(path: str, folder: str) -> str:
+    """A path as seen from a folder, with slashes; links are not followed.  Of two that nothing connects: the path."""
+    if is_url(path) or is_url(folder):
+        whole, root = _plain(path).rstrip("/"), folder.rstrip("/")
+        if whole == root:
+            return "."
+        if root.startswith(f"{whole}/"):
+            return "/".join([os.pardir] * (root.count("/") - whole.count("/")))
+        return whole[len(root) + 1 :] if root and whole.startswith(f"{root}/") else path
+    absolute = os.path.abspath(path)
+    try:
+        return os.path.relpath(absolute, folder or ".").replace(os.sep, "/")
+    except ValueError:  # another drive
+        return absolute.replace(os.sep, "/")
+
+
+def shown(path: str) -> str:
+    """A path as messages and documents have it: a URL without what gives access to it."""
+    if not is_url(path):
+        return path
+    from ckptkit.remote.retries import masked
+
+    return masked(path)
+
+
+def require_local(destination: str) -> None:
+    """Refuse a URL for an output.
+
+    Raises:
+        FileAccessError: it is one.
+    """
+    if is_url(destination):
+        told = f"{shown(destination)}: nothing is written to a URL; write a file here, and upload it"
+        raise FileAccessError(told, path=shown(destination))
+
+
+# What lies there.
+
+
+def isdir(path: str) -> bool:
+    """Whether a path is that of a folder: at a URL, whether files lie below it."""
+    if not is_url(path):
+        return os.path.isdir(path)
+    from ckptkit.places import far
+
+    return far.is_folder(path)
+
+
+def isfile(path: str) -> bool:
+    """Whether a path is that of a file."""
+    if not is_url(path):
+        return os.path.isfile(path)
+    from ckptkit.places import far
+
+    return far.is_file(path)
+
+
+def are_listed(path: str) -> bool:
+    """Whether it can be found out what lies beside a file."""
+    if not is_url(path):
+        return True
+    from ckptkit.remote import store_of
+
+    return store_of(path).has_listings
+
+
+def is_known(folder: str) -> bool:
+    """Whether what lies in a folder can be said without a request."""
+    if not is_url(folder):
+        return True
+    from ckptkit.places import far
+
+    return far.is_known(folder)
+
+
+def exists(path: str) -> bool:
+    """Whether anything has a path: a link that leads nowhere, too."""
+    return isdir(path) or isfile(path) if is_url(path) else os.path.lexists(path)
+
+
+def identity(path: str) -> Hashable | None:
+    """What two paths have in common that lead to one file or folder; ``None``: there is none."""
+    if is_url(path):
+        from ckptkit.places import far
+
+        return far.identity(path)
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    return status.st_dev, status.st_ino
+
+
+def identity_of(file: Source, path: str) -> Hashable:
+    """The `identity` of the path that a file was opened by."""
+    return file.identity[:2] if isinstance(file, SourceFile) else identity(path)
+
+
+def size(path: str) -> int:
+    """Bytes of a file.
+
+    Raises:
+        OSError: it is not there, or cannot be asked.
+    """
+    if not is_url(path):
+        return os.stat(path).st_size
+    from ckptkit.places import far
+
+    return far.size(path)
+
+
+def scandir(folder: str) -> AbstractContextManager[Iterable[os.DirEntry[str] | FarEntry]]:
+    """As `os.scandir`; ``""`` is the working directory.
+
+    Raises:
+        OSError: it cannot be listed.
+    """
+    if not is_url(folder):
+        return os.scandir(folder or os.curdir)
+    from ckptkit.places import far
+
+    return nullcontext(far.entries(folder))
+
+
+def listdir(folder: str) -> list[str]:
+    """The names in a folder; ``""`` is the working directory.
+
+    Raises:
+        OSError: it cannot be listed.
+    """
+    if not is_url(folder):
+        return os.listdir(folder or os.curdir)
+    from ckptkit.places import far
+
+    return [entry.name for entry in far.entries(folder)]
+
+
+def listed_below(folder: str) -> Sequence[str] | None:
+    """The files below a folder by their paths from there, where one listing tells them; ``None``: walk through it.
+
+    Raises:
+        OSError: it cannot be listed.
+    """
+    if not is_url(folder):
+        return None
+    from ckptkit.places import far
+
+    return far.names_below(folder)
+
+
+def unreadable_folder(folder: str, error: OSError) -> FileAccessError:
+    """The error for a folder that cannot be listed."""
+    if isinstance(error, FileAccessError):
+        return error
+    return FileAccessError(f"{folder}: the folder cannot be read: {error.strerror}", path=folder)
+
+
+# What is in it.
+
+
+def opened(path: str) -> Source:
+    """What holds the bytes of the file at a path.
+
+    Raises:
+        MissingFileError: there is none.
+        FileAccessError: it cannot be opened.
+    """
+    if not is_url(path):
+        return SourceFile(path)
+    from ckptkit.places import far
+
+    return far.opened(path)
+
+
+def put_back(file: Source, path: str) -> None:
+    """Close a file that was looked at; one that is far stays open for whoever opens it next."""
+    if not is_url(path):
+        file.close()
+        return
+    from ckptkit.places import far
+
+    far.put_back(file, path)
+
+
+def head(path: str, nbytes: int) -> bytes:
+    """The first bytes of a file, or all there are.
+
+    Raises:
+        OSError: it is not there, or cannot be read.
+    """
+    if not is_url(path):
+        with open(path, "rb") as file:  # noqa: PTH123 - a few bytes
+            return file.read(nbytes)
+    from ckptkit.places import far
+
+    return far.head(path, nbytes)
+
+
+def opener(folder: str) -> Callable[[str], Source]:
+    """What opens the files below a folder, by their paths from there with slashes, now and later.
+
+    A file of a server's listing is asked for when it is first read.
+    """
+    if not is_url(folder):
+        return lambda name: SourceFile(below(folder, name))
+    from ckptkit.places import far
+
+    return far.opener(folder)
+
+
+@contextmanager
+def opened_ahead(folder: str, leave_out: Callable[[str, list[str]], bool]) -> Iterator[None]:
+    """While it lasts, the files below a folder are opened several at a time before they are asked for, if it is far.
+
+    Args:
+        folder: that is walked through, in the order of names, files before folders.
+        leave_out: called with a folder's path and the names in it: whether its files are opened one by one.
+    """
+    if not is_url(folder):
+        yield
+        return
+    from ckptkit.places import far
+
+    with far.opened_ahead(folder, leave_out):
+        yield

@@ -1,0 +1,290 @@
+"""One file of a check: what it is held against, what that finds, and what it was when it was looked at.
+
+`held` is called where the file is looked at, in this process or in another: what goes there (a `Task`) and what comes
+back (a `FileResult`, and the model it is of) is plain data.  What needs a model is done by `with_model`, in the process
+that has it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from ckptkit import places
+from ckptkit.architectures import Architecture
+from ckptkit.checkpoint import GlobalUse
+from ckptkit.errors import CkptkitError, FormatError
+from ckptkit.formats import STDIN, collector_paused, source_of
+from ckptkit.formats.containers import SUFFIXES
+from ckptkit.formats.unpacked import is_unpacked
+from ckptkit.normalize.parts import CODE
+from ckptkit.pickling.trust import merge_uses
+from ckptkit.released.examine import Examined, examine_file
+from ckptkit.released.manifest_file import FileRecord
+from ckptkit.released.manifest_rules import (
+    compare,
+    golden_findings,
+    incomplete_finding,
+    is_same_file,
+    model_findings,
+)
+from ckptkit.released.policy import Policy
+from ckptkit.released.policy_rules import pickle_violations, rules_of, violations
+from ckptkit.released.results import (
+    CheckFinding,
+    FileResult,
+    damage_finding,
+    extra_finding,
+    malformed_finding,
+    unlike_finding,
+    unreadable_finding,
+    whole_finding,
+)
+from ckptkit.released.selection import size_of
+from ckptkit.report import Report, split_member
+
+__all__ = ["Task", "held", "held_from", "stamp_of", "with_model"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """One file, and what it is held against.
+
+    Attributes:
+        path: the file.
+        policy: what every file is held to.
+        record: what the manifest says of it; ``None``: nothing.
+        folder: of the manifest, where there is one.
+        is_extra: whether the manifest should name it, and does not.
+        other: the kind of a file that is not a checkpoint, and is looked at for its pickles.
+        shards: those that were named, for which it stands.
+        against: a digest of all that the result depends on beside the file; ``None``: nobody will ask whether the
+            result still holds.
+    """
+
+    path: str
+    policy: Policy
+    record: FileRecord | None = None
+    folder: str = ""
+    is_extra: bool = False
+    other: str | None = None
+    shards: tuple[str, ...] = ()
+    against: str | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Its size, as far as it is known before it is opened."""
+        if self.record is not None and self.record.shards:
+            return self.record.size
+        return size_of(self.path)
+
+    @property
+    def is_missing(self) -> bool:
+        """Whether the manifest names it, and it is not there."""
+        return self.record is not None and not places.exists(self.path)
+
+    @property
+    def golden(self) -> str | None:
+        """The file of its recorded outputs."""
+        if self.record is None or self.record.golden is None:
+            return None
+        return places.below(self.folder, self.record.golden.path)
+
+
+@collector_paused()  # what is read is gone at the end, without it
+def held(task: Task, threads: int = 1) -> tuple[FileResult, Architecture | None]:
+    """What of a file is not as manifest and policy want it; and the model it is of, where nothing else says which."""
+    if task.other is not None:
+        return _other_result(task), None
+    begun = time.perf_counter()
+    stamp = None if task.against is None else stamp_of(task.path)
+    path, policy, record = task.path, task.policy, task.record
+    recorded = ("manifest",) if record is not None or task.is_extra else ()
+    findings = [extra_finding(path)] * task.is_extra + [whole_finding(path, task.shards)] * bool(task.shards)
+    examined, architecture = None, None
+    try:
+        examined, told = _looked_into(task, threads)
+        if policy.forward and policy.fits is None and task.golden is None:
+            architecture = examined.architecture
+        findings += told
+    except CkptkitError as error:
+        # What the disk or a server said may be otherwise soon.
+        stamp = stamp if isinstance(error, FormatError) else None
+        findings.append(unreadable_finding(path, error, policy.allow_part))
+        findings += incomplete_finding(path, record)
+        if policy.every_pickle and isinstance(error, FormatError):
+            findings += _pickles(task, error.globals)
+    result = FileResult(
+        path=path,
+        size=None if examined is None else examined.size,
+        sha256=None if examined is None else examined.sha256,
+        rules=("readable", *recorded, *rules_of(policy)),
+        findings=tuple(findings),
+        seconds=time.perf_counter() - begun,
+        stamp=stamp,
+        against=task.against,
+    )
+    return result, architecture
+
+
+def _looked_into(task: Task, threads: int) -> tuple[Examined, list[CheckFinding]]:
+    """What is in a file, and what of it is not as manifest and policy want it."""
+    path, policy, record = task.path, task.policy, task.record
+    findings: list[CheckFinding] = []
+    look = partial(
+        examine_file,
+        path,
+        tp_rules=policy.tp_rules if places.isdir(path) else None,
+        ignore_checksums=policy.ignore_checksums,
+        whole=record is not None and record.whole_digest is not None,
+        threads=threads,
+    )
+    # Where the manifest's hash is the file's, nothing more is needed.
+    may_be_same = record is not None and (bool(record.shards) or task.nbytes == record.size)
+    # What is far is read once, for all that may be needed.
+    at_once = not may_be_same or "://" in path
+    examined = digested = look(
+        hash_file=record is not None,
+        digest=record is not None and at_once,
+        values=policy.no_nan,
+        checksums=at_once,
+    )
+    is_same = record is not None and may_be_same and is_same_file(examined, record)
+    if record is not None:
+        if not at_once and not is_same:
+            digested = look(hash_file=False, digest=True, values=False)
+        findings += compare(examined, digested, record)
+        findings += golden_findings(path, record, task.folder)
+    if digested.damage is not None and not is_same:
+        findings.append(damage_finding(path, digested.damage))
+    if digested.unlike is not None and not is_same:
+        findings.append(unlike_finding(path, digested.unlike))
+    findings += [malformed_finding(path, told) for told in examined.malformed]
+    findings += violations(examined, policy)
+    return examined, findings
+
+
+def held_from(folder: str, task: Task, threads: int = 1) -> tuple[FileResult, Architecture | None]:
+    """As `held`, of a task whose paths are relative to a folder that need not be the working directory here."""
+    if os.getcwd() == folder:
+        return held(task, threads)
+    rules = task.policy.tp_rules
+    policy = task.policy if rules is None else replace(task.policy, tp_rules=os.path.join(folder, rules))
+    path = task.path if places.is_url(task.path) else os.path.join(folder, task.path)
+    there = replace(task, path=path, folder=os.path.join(folder, task.folder), policy=policy)
+    result, architecture = held(there, threads)
+    findings = tuple(
+        replace(
+            finding,
+            path=task.path,
+            message=_without(folder, finding.message),
+            fix=_without(folder, finding.fix),
+            expected=_without(folder, finding.expected),
+            found=_without(folder, finding.found),
+        )
+        for finding in result.findings
+    )
+    return replace(result, path=task.path, findings=findings), architecture
+
+
+def _without(folder: str, value: Any) -> Any:
+    """What a finding tells, with paths in a folder told from there."""
+    if isinstance(value, str):
+        return value.replace(os.path.join(folder, ""), "")
+    return [_without(folder, each) for each in value] if isinstance(value, list) else value
+
+
+def stamp_of(path: str) -> str | None:
+    """What differs once a checkpoint was written to; ``None``: nobody can say.
+
+    It is made of the sizes and modification times of its files: of a folder all in it, of an index its shards too.  Of
+    what is not a file on the disk it is what the source says of itself, such as an ETag.
+    """
+    try:
+        if path == STDIN:
+            return None
+        member = split_member(path)
+        if member is None and not os.path.lexists(path):
+            source = source_of(path)
+            try:
+                return repr(source.stamp())
+            finally:
+                source.close()
+        files = [path if member is None else member[0]]
+        if member is None:
+            files += _files_beside(path)
+        facts = [(name.removeprefix(os.path.dirname(path)), *_facts(os.stat(name))) for name in files]
+    except (OSError, ValueError):
+        return None
+    if len(facts) == 1:
+        return f"{facts[0][1]}/{facts[0][2]}"
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def _facts(status: os.stat_result) -> tuple[int, int]:
+    return status.st_size, status.st_mtime_ns
+
+
+def _files_beside(path: str) -> list[str]:
+    """The other files of a checkpoint: those in the folder that it is, or of the index that it is; sorted."""
+    folder, name = os.path.split(path)
+    if os.path.isdir(path) or (name == "data.pkl" and is_unpacked(folder or os.curdir)):
+        above = path if os.path.isdir(path) else folder
+        return sorted(os.path.join(inside, name) for inside, _, names in os.walk(above) for name in names)
+    if os.path.splitext(name)[1].lower() in SUFFIXES:
+        return []
+    from ckptkit.formats.sharded import shard_names
+
+    return sorted(os.path.join(folder, *shard.split("/")) for shard in shard_names(path))
+
+
+def _other_result(task: Task) -> FileResult:
+    """A file that is not a checkpoint, held against what is said of pickles."""
+    begun = time.perf_counter()
+    stamp = None if task.against is None else stamp_of(task.path)
+    findings = tuple(_pickles(task))
+    return FileResult(
+        path=task.path,
+        size=size_of(task.path),
+        rules=(*(("no-pickle",) if task.policy.no_pickle else ()), "max-trust"),
+        findings=findings,
+        seconds=time.perf_counter() - begun,
+        stamp=stamp,
+        against=task.against,
+    )
+
+
+def _pickles(task: Task, uses: Sequence[GlobalUse] = ()) -> Iterator[CheckFinding]:
+    """What the policy forbids of the pickles in a file that cannot be opened as a checkpoint."""
+    from ckptkit.formats.contents import look_inside
+
+    try:
+        inside = look_inside(source_of(task.path))
+    except CkptkitError as error:
+        yield unreadable_finding(task.path, error, task.policy.allow_part)
+    else:
+        found = replace(inside, globals=merge_uses(uses, inside.globals))
+        yield from pickle_violations(task.path, found, task.policy)
+
+
+def with_model(
+    result: FileResult, architecture: Architecture | None, task: Task, verify: Callable[..., Report]
+) -> FileResult:
+    """The result with what the verifier says, if a model is needed; of a file that could not be read no more."""
+    policy = task.policy
+    if not policy.needs_model:
+        return result
+    begun = time.perf_counter()
+    rules = [name for name, wanted in (("fits", policy.fits), ("forward", policy.forward)) if wanted]
+    findings = result.findings
+    unfit = any(finding.rule == "readable" or finding.code == CODE for finding in findings)
+    if task.other is None and result.size is not None and (not unfit or policy.allow_part):
+        findings = (*findings, *model_findings(task.path, policy, task.golden, architecture, verify))
+    seconds = result.seconds + time.perf_counter() - begun
+    return replace(result, rules=(*result.rules, *rules), findings=findings, seconds=seconds)

@@ -1,0 +1,281 @@
+"""Reading ahead: what is about to be read of a file on another machine is fetched in blocks, several at a time.
+
+Whoever reads values says which (`ckptkit.bytesource.Source.will_read`), in about the order in which they are read.
+Ranges that nearly follow one another are made blocks of 8 to 32 MiB, each byte in one; those of which a whole file
+consists are smaller where the file is.  Some threads fetch the blocks that come next, as far as there is room; a reader
+who comes before them fetches the block itself, so that nobody ever waits for room.  A block is let go of once the
+readers are some way past it.  What is asked for then is read as if it had not been told.
+
+The memory is shared by all files that are read ahead: `MOST_NBYTES`, and the blocks that readers fetch themselves.
+"""
+
+from __future__ import annotations
+
+import threading
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+from typing import ClassVar
+
+__all__ = ["GAP_NBYTES", "MOST_NBYTES", "Passing", "ReadAhead"]
+
+GAP_NBYTES = 1 << 20
+"""Bytes between two ranges that are fetched along: a trip takes as long."""
+
+_LEAST_BLOCK, _LARGE_BLOCK = 8 << 20, 16 << 20
+"""Bytes of a block, of files up to some 100 MiB and of larger ones; what is left over is shared out among them."""
+
+MOST_NBYTES = 128 << 20
+"""Bytes of blocks that are held or under way, of all files, so that more may be fetched ahead."""
+
+_AHEAD_NBYTES, _KEPT_NBYTES = 80 << 20, 48 << 20
+"""Bytes beyond where a file is read that are fetched, and bytes before it that are kept for readers a little behind."""
+
+_FETCHERS = 4
+"""Blocks of a file that are fetched at a time."""
+
+Passing = Callable[[int, memoryview], object]
+"""Called with where a block begins and its bytes, once each, as they come; from several threads, in about their order.
+"""
+
+
+class _Block:
+    """A run of the file that is fetched at once.
+
+    Attributes:
+        start, end: its first byte, and the byte after the last.
+        turn: its number in the order in which they are read.
+        before: bytes of the blocks before it.
+        state: ``"waiting"``, ``"coming"``, ``"here"``, ``"gone"`` or ``"failed"``.
+        data: its bytes, while they are here.
+        problem: why they could not be fetched.
+        is_new: whether no reader has had of it yet.
+    """
+
+    __slots__ = ("before", "data", "end", "is_new", "problem", "start", "state", "turn")
+
+    def __init__(self, start: int, end: int) -> None:
+        self.start, self.end = start, end
+        self.turn = self.before = 0
+        self.state = "waiting"
+        self.data = memoryview(b"")
+        self.problem: Exception | None = None
+        self.is_new = True
+
+
+_changed = threading.Condition()
+"""Held while any block changes its state; told when one has."""
+
+
+class _Room:
+    """The memory that all share: bytes that are held or under way, bytes that readers had so far, and who reads."""
+
+    nbytes = 0
+    had = 0
+    readers: ClassVar[list[ReadAhead]] = []
+
+
+class ReadAhead:
+    """The ranges of one file that are about to be read.  It knows nothing of the source, and ends with `close`.
+
+    Args:
+        read: gives exactly so many bytes from a position; called from several threads.
+        areas: the ranges, offset and size in bytes, in about the order in which they are read.
+        passing: what is to see each block as it comes.
+    """
+
+    def __init__(
+        self, read: Callable[[int, int], bytes], areas: Sequence[tuple[int, int]], passing: Passing | None = None
+    ) -> None:
+        self._read = read
+        self._passing = passing
+        self._blocks = list(_blocks(areas))
+        before = 0
+        for turn, block in enumerate(self._blocks):
+            block.turn, block.before = turn, before
+            before += block.end - block.start
+        self._lying = sorted(self._blocks, key=lambda block: block.start)
+        self._starts = [block.start for block in self._lying]
+        self._at = -1
+        """The last turn that was read."""
+        self._had = 0
+        """What all readers had had when one was here last."""
+        self._next = 0
+        self._here: list[_Block] = []
+        self._threads: list[threading.Thread] | None = None
+        self._is_closed = False
+
+    def find(self, offset: int, nbytes: int) -> tuple[memoryview, memoryview | None, int] | None:
+        """What a block brings of these bytes, from the first on; ``None``: none does, or it was let go of.
+
+        Returns:
+            The bytes; the whole block where nobody has had of it before, else ``None``; and where it begins.
+
+        Raises:
+            FileAccessError, CorruptError: as the block could not be fetched.
+        """
+        at = bisect_right(self._starts, offset) - 1
+        if at < 0 or offset >= self._lying[at].end:
+            return None
+        block = self._lying[at]
+        with _changed:
+            while block.state == "coming" and not self._is_closed:
+                _changed.wait(0.2)  # an interrupt is heard meanwhile
+            if self._is_closed or block.state == "gone":
+                return None
+            is_ours = block.state == "waiting"
+            if is_ours:
+                self._begin(block)
+            self._advance(block.turn)
+            _Room.had += nbytes
+            self._had = _Room.had
+        if is_ours:
+            self._bring(block)
+        with _changed:
+            if block.problem is not None:
+                raise block.problem
+            data, is_new, block.is_new = block.data, block.is_new, False
+        if not data:
+            return None
+        start = offset - block.start
+        return data[start : start + nbytes], data if is_new else None, block.start
+
+    def _begin(self, block: _Block) -> None:
+        block.state = "coming"
+        _Room.nbytes += block.end - block.start
+
+    def _advance(self, turn: int) -> None:
+        """A reader is at this block: what lies well before it is let go of, and what follows is fetched."""
+        if turn <= self._at:
+            return
+        self._at = turn
+        self._next = max(self._next, turn + 1)
+        reached = self._blocks[turn].before
+        for block in [each for each in self._here if reached - each.before - (each.end - each.start) > _KEPT_NBYTES]:
+            self._drop(block)
+        if self._threads is None:
+            self._threads = []
+            _Room.readers.append(self)
+            for _ in range(min(_FETCHERS, len(self._blocks) - 1)):
+                thread = threading.Thread(target=self._fetch, name="ckptkit-ahead", daemon=True)
+                self._threads.append(thread)
+                thread.start()
+        _changed.notify_all()
+
+    def _drop(self, block: _Block) -> None:
+        self._here.remove(block)
+        block.state = "gone"
+        block.data = memoryview(b"")
+        _Room.nbytes -= block.end - block.start
+
+    def _bring(self, block: _Block) -> None:
+        """Fetch a block that was begun."""
+        data, problem, state = memoryview(b""), None, "gone"
+        try:
+            data = memoryview(self._read(block.start, block.end - block.start))
+            if self._passing is not None and not self._is_closed:
+                self._passing(block.start, data)
+            state = "here"
+        except Exception as error:
+            problem, state = error, "failed"
+        finally:
+            with _changed:
+                if self._is_closed and state == "here":
+                    state = "gone"
+                block.state, block.problem = state, problem
+                if state == "here":
+                    block.data = data
+                    self._here.append(block)
+                else:
+                    _Room.nbytes -= block.end - block.start
+                _changed.notify_all()
+
+    def _fetch(self) -> None:
+        """Fetch what comes next, until nothing does."""
+        while True:
+            with _changed:
+                block = self._following()
+                while block is not None and not self._is_closed and not self._has_room(block):
+                    _changed.wait()
+                    block = self._following()
+                if block is None or self._is_closed:
+                    return
+                self._begin(block)
+            self._bring(block)
+
+    def _following(self) -> _Block | None:
+        """The first block beyond where the file is read that nobody has begun."""
+        while self._next < len(self._blocks):
+            block = self._blocks[self._next]
+            if block.state == "waiting":
+                return block
+            self._next += 1
+        return None
+
+    def _has_room(self, block: _Block) -> bool:
+        nbytes = block.end - block.start
+        beyond = block.before + nbytes - self._blocks[self._at].before
+        if beyond > _AHEAD_NBYTES:
+            return False
+        for other in _Room.readers if _Room.nbytes + nbytes > MOST_NBYTES else ():
+            if _Room.had - other._had > _KEPT_NBYTES:  # whoever read there has gone elsewhere
+                for read in [each for each in other._here if each.turn <= other._at]:
+                    other._drop(read)
+        return _Room.nbytes + nbytes <= MOST_NBYTES
+
+    def close(self) -> None:
+        """Let go of all; what is under way is not waited for, and nothing further is begun."""
+        with _changed:
+            self._is_closed = True
+            if self in _Room.readers:
+                _Room.readers.remove(self)
+            for block in [*self._here]:
+                self._drop(block)
+            _changed.notify_all()
+
+
+def _blocks(areas: Sequence[tuple[int, int]]) -> Iterator[_Block]:
+    """The blocks of some ranges, in their order; no two have a byte in common."""
+    total = sum(nbytes for _, nbytes in areas)
+    size = min(max(total // 16, _LEAST_BLOCK), _LARGE_BLOCK)
+    made: list[_Block] = []
+    for start, end in _disordered(_runs(areas), size):
+        count = max(1, (end - start) // size)
+        cuts = [start + (end - start) * number // count for number in range(count + 1)]
+        made += [_Block(a, b) for a, b in pairwise(cuts)]
+    reached = 0
+    for block in sorted(made, key=lambda block: block.start):  # what several asked for is brought once
+        block.start = max(block.start, reached)
+        reached = max(block.end, reached)
+    return (block for block in made if block.start < block.end)
+
+
+def _runs(areas: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """First byte and the byte after the last of ranges that nearly follow one another, put together."""
+    start = end = 0
+    for offset, nbytes in areas:
+        if start < end and start <= offset <= end + GAP_NBYTES:
+            end = max(end, offset + nbytes)
+        elif nbytes:
+            if start < end:
+                yield start, end
+            start, end = offset, offset + nbytes
+    if start < end:
+        yield start, end
+
+
+def _disordered(runs: Iterator[tuple[int, int]], size: int) -> Iterator[tuple[int, int]]:
+    """The same, but that of short runs as many as make a block are put in the order in which they lie."""
+    short: list[tuple[int, int]] = []
+    total = 0
+    for start, end in runs:
+        if end - start < size:
+            short.append((start, end))
+            total += end - start
+            if total < size:
+                continue
+        yield from _runs([(a, b - a) for a, b in sorted(short)])
+        short, total = [], 0
+        if end - start >= size:
+            yield start, end
+    yield from _runs([(a, b - a) for a, b in sorted(short)])

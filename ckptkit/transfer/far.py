@@ -1,0 +1,188 @@
+"""Moves the bytes of sources that are far: in the order in which they lie there, whatever the order of the output.
+
+A file on this machine is read by position, and where the next bytes lie costs nothing.  Of one that is far each byte is
+fetched once, in long runs and ahead of whoever moves it (`ckptkit.bytesource.Source.will_read`), in bounded memory: so
+the steps of all files of an output are carried out in the order of the source.  What was written is kept as digests
+(`ckptkit.transfer.passing.Passed`), which the output is held against; values that are converted are converted a second
+time before that, of the same bytes, and must be the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from operator import itemgetter
+
+from ckptkit.bytesource import ByteRange, Source, write_at
+from ckptkit.computed import ByteSource, ConvertedRange, DenseRange, is_made, read_into
+from ckptkit.errors import CorruptError
+from ckptkit.plan import Cast, Copy, Gather, LiteralBytes, Plan
+from ckptkit.transfer.passing import DigestsInPassing, Passed, pieces_of
+from ckptkit.transfer.steps import Progress, Small, Tally
+from ckptkit.transfer.values import SMALL_NBYTES, lying_in, stream
+from ckptkit.transfer.workers import buffer, in_parallel
+
+__all__ = ["is_nearly_whole", "move_far"]
+
+_TOGETHER_NBYTES = 4 << 20
+"""Bytes of small pieces that one thread moves before it looks for other work."""
+
+_SPARE = 8
+"""A file is read as a whole where what is not moved of it is at most this part of it: its hash is worth that."""
+
+_Moving = Copy | Cast | Gather
+_Placed = tuple[int, int, int, _Moving]
+"""Where it lies: number of the file and position; the output's descriptor; the step."""
+
+
+def is_nearly_whole(plan: Plan, files: Iterable[Source]) -> bool:
+    """Whether a plan moves nearly all bytes of some files, so that the rest may be fetched to hash them."""
+    runs = {(id(run.file), run.offset): run.nbytes for step in _moving(plan) for run in _lying(step)}
+    size = sum(file.size for file in files)
+    return size - sum(runs.values()) <= size // _SPARE
+
+
+def _moving(plan: Plan) -> Iterator[_Moving]:
+    return (step for step in plan.all_steps() if isinstance(step, (Copy, Cast, Gather)))
+
+
+def _lying(step: _Moving) -> Iterator[ByteRange]:
+    return lying_in(step.entry if isinstance(step, Gather) else step.source)
+
+
+def move_far(
+    outputs: Sequence[tuple[Plan, int]],
+    tally: Tally,
+    moved: Progress,
+    digests: DigestsInPassing,
+    passed: Passed | None,
+    stop: threading.Event,
+) -> None:
+    """Carry out the steps that bring bytes, of all files of an output; as `ckptkit.transfer.steps.move`.
+
+    Args:
+        outputs: the plan of each file, and its descriptor.
+        tally: counts what conversions lose.
+        moved: called with the number of bytes as they are written.
+        digests: of source files, which are fetched as a whole for it.
+        passed: gets the digests of what is written; ``None``: it is not compared.
+        stop: set when a thread fails.
+
+    Raises:
+        As `ckptkit.transfer.steps.execute`.
+    """
+    files: dict[int, Source] = {}
+    areas: dict[int, list[tuple[int, int]]] = {}
+    placed: list[_Placed] = []
+    for plan, fd in outputs:
+        literals = Small(fd, moved)
+        for step in plan.steps:
+            if isinstance(step, LiteralBytes):
+                literals.add(step.data, step.target)
+            elif isinstance(step, (Copy, Cast, Gather)):
+                runs = [*_lying(step)]
+                for run in runs:
+                    files.setdefault(id(run.file), run.file)
+                    areas.setdefault(id(run.file), []).append((run.offset, run.nbytes))
+                first = runs[0] if runs else None
+                at = (-1, 0) if first is None else (list(files).index(id(first.file)), first.offset)
+                placed.append((*at, fd, step))
+        literals.flush()
+    for key, file in files.items():
+        if file.is_far:
+            takers: list[Callable[[int, memoryview], object]] = []
+            if passed is not None:
+                takers.append(passed.sums.along_file(file))
+                held = (storage.source for storage in passed.sums.wanted)  # more than views of it that are moved
+                areas[key] += [(run.offset, run.nbytes) for each in held for run in lying_in(each) if run.file is file]
+            takers += [digests.in_order[key]] if key in digests.in_order else []
+            wanted = [(0, file.size)] if key in digests.in_order else sorted(areas[key])
+            file.will_read(wanted, partial(_taken, takers) if takers else None)
+    placed.sort(key=itemgetter(0, 1))
+    mover = _Mover(tally, moved, passed)
+    in_parallel(mover.tasks(placed), nbytes=sum(step.nbytes for *_, step in placed), stop=stop)
+
+
+def _taken(takers: Sequence[Callable[[int, memoryview], object]], start: int, data: memoryview) -> None:
+    for take in takers:
+        take(start, data)
+
+
+class _Mover:
+    """Carries out steps, piece by piece."""
+
+    def __init__(self, tally: Tally, moved: Progress, passed: Passed | None) -> None:
+        self._tally = tally
+        self._moved = moved
+        self._passed = passed
+
+    def tasks(self, placed: Iterable[_Placed]) -> Iterator[Callable[[], object]]:
+        """The steps in their order, in portions for one thread each."""
+        small: list[tuple[int, Copy]] = []
+        nbytes = 0
+        for _, _, fd, step in placed:
+            if isinstance(step, Copy) and step.nbytes < SMALL_NBYTES:
+                small.append((fd, step))
+                nbytes += step.nbytes
+            if nbytes >= _TOGETHER_NBYTES or (small and step.nbytes >= SMALL_NBYTES):
+                yield partial(self._copy_small, small)
+                small, nbytes = [], 0
+            if isinstance(step, Gather):
+                yield partial(self._gather, fd, step)
+            elif step.nbytes >= SMALL_NBYTES or isinstance(step, Cast):
+                for start, part in pieces_of(step.source):
+                    carry_out = self._make if is_made(part) else self._copy
+                    yield partial(carry_out, fd, part, step.target + start)  # type: ignore[arg-type]
+        yield partial(self._copy_small, small)
+
+    def _copy_small(self, steps: Sequence[tuple[int, Copy]]) -> None:
+        outputs: dict[int, Small] = {}
+        for fd, step in steps:
+            run = step.source.plain()
+            data = run.read()
+            if self._passed is not None:
+                self._passed.note(step.source, data)
+            if fd not in outputs:
+                outputs[fd] = Small(fd, self._moved)
+            outputs[fd].add(data, step.target)
+        for small in outputs.values():
+            small.flush()
+
+    def _copy(self, fd: int, source: ByteSource, target: int) -> None:
+        run = source.plain()
+        digest = hashlib.sha256()
+        for view in run.file.views(run.offset, run.nbytes):
+            write_at(fd, view, target)
+            if self._passed is not None:
+                digest.update(view)
+            target += len(view)
+        if self._passed is not None:
+            self._passed.note_digest(source, digest.digest())
+        self._moved(source.nbytes)
+
+    def _make(self, fd: int, source: ConvertedRange | DenseRange, target: int) -> None:
+        after = buffer("after", source.nbytes)
+        if isinstance(source, ConvertedRange):
+            before = buffer("before", source.original.nbytes)
+            source.into(after, before)
+            self._tally.add(source.whole, before, after)
+            if self._passed is not None and source.whole.function(before) != bytes(after):
+                raise CorruptError(f"{source.whole.name}: converted twice, it is not the same; nothing was written")
+        else:
+            read_into(source, after)
+        write_at(fd, after, target)
+        if self._passed is not None:
+            self._passed.note(source, after)
+        self._moved(source.nbytes)
+
+    def _gather(self, fd: int, step: Gather) -> None:
+        small, target, digest = Small(fd, self._moved), step.target, hashlib.sha256()
+        for chunk in stream(step.entry, self._tally.add):
+            small.add(chunk, target)
+            digest.update(chunk)
+            target += len(chunk)
+        small.flush()
+        if self._passed is not None:
+            self._passed.note_digest(step.entry, digest.digest())

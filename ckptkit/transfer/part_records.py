@@ -1,0 +1,288 @@
+"""What parts of one output know of each other: of which plan each is, and which shards are its own.
+
+All parts make the same plan, and by it alone each knows its own shards (`shares_of`).  What a plan was made of
+(`PlanIdentity`) has nothing in it that two machines do not share: no path, no time, no inode.  A part's record
+(`PartRecord`) says of which plan it is and what each of its shards must be; it is a JSON object in a file of its own.
+
+The SHA-256 of source files, which stand in receipts, are each computed by one part, recorded, and filled in at the end;
+a shard's recorded SHA-256 (`shard_digest`) is that of its bytes with zeros in these fields and in the checksums over
+them (`late_fields`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import heapq
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TypedDict, cast
+
+from ckptkit.bytesource import ByteRange, Source, SourceFile
+from ckptkit.computed import ConvertedRange, DTypeConversion, files_of
+from ckptkit.errors import CorruptError
+from ckptkit.extras import __version__
+from ckptkit.plan import Cast, Checksum, Copy, Digest, Gather, LiteralBytes, Plan, Step
+from ckptkit.report import SCHEMA_VERSION
+from ckptkit.transfer.steps import Tally
+
+__all__ = [
+    "PartRecord",
+    "PlanIdentity",
+    "balanced",
+    "differences",
+    "identity_of",
+    "late_fields",
+    "losses_of",
+    "read_record",
+    "shard_digest",
+    "shares_of",
+    "tally_of",
+]
+
+_CHUNK_NBYTES = 1 << 20
+"""Bytes hashed at a time: they fit into a core's own cache."""
+
+_END_NBYTES, _SAMPLE_NBYTES, _SAMPLES = 64 << 10, 4 << 10, 32
+"""Of a source file what tells it from another: both ends, where headers, pickles and directories lie, and so many
+pieces in between, in which a later state of the same training differs."""
+
+_RECORD_NBYTES = 64 << 20
+"""A record has some 150 bytes a shard and a source file, of which there are at most ten thousand."""
+
+
+class ShardRecord(TypedDict):
+    """A shard: its size in bytes, and the SHA-256 of it (`shard_digest`); ``None``: it was not computed."""
+
+    nbytes: int
+    sha256: str | None
+
+
+class SourceRecord(TypedDict):
+    """A file of the source: its size in bytes, and the SHA-256 of parts of it."""
+
+    nbytes: int
+    sample: str
+
+
+class PlanIdentity(TypedDict):
+    """What a plan was made of, and the SHA-256 of its steps.
+
+    Attributes:
+        ckptkit: the version.
+        source: its files, by name.
+        options: those that were given and change the output, as text.
+        steps: of all files.
+    """
+
+    ckptkit: str
+    source: dict[str, SourceRecord]
+    options: dict[str, str]
+    steps: str
+
+
+class PartRecord(TypedDict):
+    """What a part wrote.
+
+    Attributes:
+        plan: what it is a part of.
+        part, of: which, from 1; and how many there are.
+        checked: whether it was compared with the source.
+        shards: its shards, by name.
+        digests: SHA-256 of source files, by name.
+        losses: what casts lost: the place of each among those of the plan, then the fields of `ckptkit.casting.Losses`.
+    """
+
+    schema_version: int
+    plan: PlanIdentity
+    part: int
+    of: int
+    checked: bool
+    shards: dict[str, ShardRecord]
+    digests: dict[str, str]
+    losses: list[list[int]]
+
+
+def shares_of(plan: Plan, count: int) -> list[list[str]]:
+    """The shards of each of so many parts, in their order: the largest first, always to the part that has least."""
+    order = {name: place for place, name in enumerate(plan.shards)}
+    sizes = {name: shard.nbytes for name, shard in plan.shards.items()}
+    return [sorted(names, key=order.__getitem__) for names in balanced(sizes, count)]
+
+
+def balanced(sizes: Mapping[str, int], count: int) -> list[list[str]]:
+    """The names of what has these sizes, in so many shares: the largest first, always to the share that has least."""
+    shares: list[list[str]] = [[] for _ in range(count)]
+    loads = [(0, number) for number in range(count)]
+    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
+        load, number = loads[0]
+        shares[number].append(name)
+        heapq.heapreplace(loads, (load + sizes[name], number))
+    return shares
+
+
+# What a plan is.
+
+
+def identity_of(plan: Plan, files: Mapping[str, Source], options: Mapping[str, str]) -> PlanIdentity:
+    """What the plan was made of.
+
+    Args:
+        plan: of the index.
+        files: the source's, by name.
+        options: those that change the output, as text.
+
+    Raises:
+        CkptkitError: a file cannot be read.
+    """
+    return {
+        "ckptkit": __version__,
+        "source": {name: {"nbytes": file.size, "sample": _sample(file)} for name, file in sorted(files.items())},
+        "options": dict(sorted(options.items())),
+        "steps": _steps_digest(plan, files),
+    }
+
+
+def _sample(file: Source) -> str:
+    size, end = file.size, _END_NBYTES
+    wanted = [(0, size)]
+    if size > 2 * end:
+        inside = (
+            range(end, size - end - _SAMPLE_NBYTES, max(1, (size - 2 * end) // _SAMPLES)) if not file.is_far else ()
+        )
+        wanted = [(0, end), *((at, _SAMPLE_NBYTES) for at in inside), (size - end, end)]
+    digest = hashlib.sha256()
+    for data in file.ranges(wanted):
+        digest.update(data)
+    return digest.hexdigest()
+
+
+def _steps_digest(plan: Plan, files: Mapping[str, Source]) -> str:
+    names = {id(file): name for name, file in files.items()}
+    digest = hashlib.sha256()
+    for name, each in (*plan.shards.items(), ("", plan)):
+        digest.update(f"{name!r} {each.format} {each.nbytes} {len(each.steps)}\n".encode("utf-8", "surrogatepass"))
+        fields = late_fields(each)
+        for step in each.steps:
+            digest.update(f"{type(step).__name__} {step.target} {step.nbytes}".encode())
+            if isinstance(step, LiteralBytes):
+                digest.update(_without(fields, bytearray(step.data), step.target))
+            elif isinstance(step, (Copy, Cast, Gather)):
+                source = step.entry.storage.source if isinstance(step, Gather) else step.source
+                at = source.offset if isinstance(source, ByteRange) else 0
+                of = ",".join(names.get(id(file), os.path.basename(file.path)) for file in files_of(source))
+                digest.update(f" {at} {source.nbytes} {of}".encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()
+
+
+def late_fields(plan: Plan) -> list[tuple[int, int]]:
+    """The fields of a file, position and size in bytes, that are filled in at the end: digests, checksums over them."""
+    digests = [step for step in plan.steps if isinstance(step, Digest)]
+    literals = {step.target for step in plan.steps if isinstance(step, LiteralBytes)}
+    over = [step for step in plan.steps if isinstance(step, Checksum) and step.start in literals and digests]
+    fields: list[Step] = [*digests, *over]
+    return sorted((step.target, step.nbytes) for step in fields)
+
+
+def _without(fields: Iterable[tuple[int, int]], data: bytearray, start: int) -> bytearray:
+    """Bytes that begin at a position of a file, with zeros in these fields."""
+    for target, nbytes in fields:
+        first, last = max(target - start, 0), min(target - start + nbytes, len(data))
+        if first < last:
+            data[first:last] = bytes(last - first)
+    return data
+
+
+def shard_digest(path: str, plan: Plan) -> str:
+    """The SHA-256 of a shard, as records have it.
+
+    Args:
+        path: the file.
+        plan: of it.
+
+    Raises:
+        CkptkitError: it cannot be read.
+    """
+    fields, digest = late_fields(plan), hashlib.sha256()
+    with contextlib.closing(SourceFile(path)) as file:
+        for start in range(0, file.size, _CHUNK_NBYTES):
+            data = file.read(start, min(_CHUNK_NBYTES, file.size - start))
+            met = [field for field in fields if field[0] < start + len(data) and sum(field) > start]
+            digest.update(_without(met, bytearray(data), start) if met else data)
+    return digest.hexdigest()
+
+
+def differences(ours: PlanIdentity, theirs: PlanIdentity) -> Iterator[str]:
+    """In what two plans differ, ours first; nothing: they are the same."""
+    if ours["ckptkit"] != theirs["ckptkit"]:
+        yield f"ckptkit {theirs['ckptkit']} wrote it, and this is {ours['ckptkit']}: take one version on all machines"
+    here, there = ours["source"], theirs["source"]
+    for name in sorted({*here, *there}):
+        if name not in here or name not in there:
+            yield f"the source's file {name} is not there {'here' if name not in here else 'for it'}"
+        elif here[name]["nbytes"] != there[name]["nbytes"]:
+            yield f"the source's file {name} had {there[name]['nbytes']:,} bytes and has {here[name]['nbytes']:,}"
+        elif here[name] != there[name]:
+            yield f"the source's file {name} has other content"
+    asked, known = ours["options"], theirs["options"]
+    for name in sorted({*asked, *known}):
+        if asked.get(name) != known.get(name):
+            yield f"{name} was {known.get(name, 'not given')} and is {asked.get(name, 'not given')}"
+    if ours == {**theirs, "steps": ours["steps"]} and ours["steps"] != theirs["steps"]:
+        yield "the same options made other shards of the same source"
+
+
+# Records.
+
+
+def tally_of(plan: Plan, records: Iterable[PartRecord]) -> Tally:
+    """What conversions lost in these parts of the plan."""
+    tally = Tally()
+    found = sorted(each for record in records for each in record["losses"])
+    if found:
+        from ckptkit.casting import Losses
+
+        conversions = _conversions(plan)
+        for place, *counts in found:
+            tally.put(conversions[place], Losses(*counts))
+    return tally
+
+
+def _conversions(plan: Plan) -> list[DTypeConversion]:
+    """Those that the plan carries out, each once, in its order."""
+    found: dict[int, DTypeConversion] = {}
+    for step in plan.all_steps():
+        if isinstance(step, (Cast, Gather)):
+            source = step.entry.storage.source if isinstance(step, Gather) else step.source
+            if isinstance(source, ConvertedRange):
+                found.setdefault(id(source.whole), source.whole)
+    return list(found.values())
+
+
+def losses_of(plan: Plan, tally: Tally) -> list[list[int]]:
+    """What stands in a record of what conversions of the plan lost."""
+    place = {id(conversion): number for number, conversion in enumerate(_conversions(plan))}
+    counted = ((place[id(conversion)], losses) for conversion, losses in tally)
+    return sorted([at, each.values, each.overflowed, each.rounded, each.underflowed] for at, each in counted)
+
+
+def read_record(path: str) -> PartRecord:
+    """The record of a part in a file.
+
+    Raises:
+        CorruptError: it is not one.
+    """
+    with contextlib.closing(SourceFile(path)) as file:
+        data = file.read(0, min(file.size, _RECORD_NBYTES))
+    try:
+        record = json.loads(data)
+        shaped = record["plan"]["source"], record["plan"]["options"], record["shards"], record["digests"]
+        is_one = all(isinstance(each, dict) for each in shaped) and isinstance(record["losses"], list)
+        is_one &= record["schema_version"] == SCHEMA_VERSION and {"ckptkit", "steps"} <= record["plan"].keys()
+        is_one &= all({"nbytes", "sha256"} <= each.keys() for each in record["shards"].values())
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        is_one = False
+    if not is_one:
+        raise CorruptError("is not the record of a part, or is damaged; remove it and write that part anew", path=path)
+    return cast(PartRecord, record)

@@ -1,0 +1,445 @@
+"""One sharded output, written by several processes: each writes some of its shards, and one gives all their names.
+
+All of them make the same plan (`ckptkit.transfer.part_records`).  A part writes its shards, under the names that they
+will have, into a folder beside the destination (`staging_of`), whose own name says that what is in it is not complete.
+There it is a checkpoint of its own: as any other it is compared and gets its names at the end
+(`ckptkit.transfer.writing`), so that of a part that was killed nothing counts.  Its record is written last:
+``part-00002-of-00004.json``.  `Parts.finish` holds the records against its own plan and the shards against the records,
+moves the shards to their places and writes the index: until then a reader sees the old checkpoint, or none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import threading
+import zlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import cast
+
+from ckptkit.bytesource import Source, SourceFile
+from ckptkit.errors import CorruptError, FileAccessError, RewriteError
+from ckptkit.fleet.shares import Share
+from ckptkit.limits import DEFAULT_LIMITS
+from ckptkit.plan import Digest, IndexFile, LiteralBytes, Plan
+from ckptkit.report import SCHEMA_VERSION, listed
+from ckptkit.transfer.names import Output, beside, created, no_folder, overwrite, publish, remove_folder, this_host
+from ckptkit.transfer.part_records import (
+    PartRecord,
+    PlanIdentity,
+    balanced,
+    differences,
+    identity_of,
+    late_fields,
+    losses_of,
+    read_record,
+    shard_digest,
+    shares_of,
+    tally_of,
+)
+from ckptkit.transfer.passing import DigestsInPassing, Passed
+from ckptkit.transfer.steps import Tally, digested, fill_file
+from ckptkit.transfer.workers import Progress, in_parallel, uninterrupted
+from ckptkit.transfer.writing import Check, index_bytes, places, remove_stale_shards, status_of, write_atomically
+
+__all__ = ["Parts", "staging_of"]
+
+_RECORD = re.compile(r"part-([0-9]{5,9})-of-([0-9]{5,9})\.json")
+
+
+def staging_of(index: str) -> str:
+    """The folder that parts are put into: its name follows from the index's, and is that of a temporary file.
+
+    Args:
+        index: path of the index that is to be written.
+    """
+    folder, name = os.path.split(index)
+    name = name.removesuffix(".index.json")
+    stem, ending = os.path.splitext(name)
+    digits = f"{zlib.crc32(name.encode('utf-8', 'surrogateescape')):08x}"  # and no host's: no other run removes it
+    return os.path.join(folder, f".{stem[:40]}.{digits}.tmp{ending[:16]}")
+
+
+class Parts:
+    """The parts of one output, as they lie in their folder.
+
+    Args:
+        destination: the index that is to be written.
+        plan: of it.
+        files: of the source, by name.
+        options: those that change the output, as text.
+        staging: the folder the parts are put into, which is there, and not ours to remove; ``None``: `staging_of`.
+
+    Attributes:
+        plan, identity: of the output.
+        staging: the folder.
+    """
+
+    def __init__(
+        self,
+        destination: str,
+        plan: Plan,
+        *,
+        files: Mapping[str, Source],
+        options: Mapping[str, str],
+        staging: str | None = None,
+    ) -> None:
+        above, name = os.path.split(destination)
+        self.plan = plan
+        self.identity = identity_of(plan, files, options)
+        self.staging = staging_of(os.path.join(os.path.realpath(above), name)) if staging is None else staging
+        self._is_ours = staging is None
+        self._shown = destination
+        self._files = files
+
+    @property
+    def _folder(self) -> str:
+        return os.path.realpath(os.path.dirname(self._shown))
+
+    def write(
+        self,
+        share: Share,
+        *,
+        force: bool,
+        check: Check | None,
+        hashed: bool,
+        source: Source,
+        passed: Passed | None = None,
+        progress: Progress | None = None,
+    ) -> tuple[PartRecord, Tally | None]:
+        """Write one part; one that is there already and whole is kept.
+
+        Args:
+            share: which.
+            force: whether an output that exists may be replaced, and a part that is there is written anew.
+            check: as of `write_atomically`, of an index of this part's shards alone.
+            hashed: whether to record, or to hold against the record, the SHA-256 of the shards.
+            source: what the plan reads.
+            passed: as of `write_atomically`.
+            progress: called as bytes are written, and again as they are compared.
+
+        Returns:
+            Its record, and what conversions lost; ``None``: it was kept.
+
+        Raises:
+            RewriteError: another part is there that is not of this plan.
+            DestinationExistsError, FileAccessError, CorruptError: as `write_atomically`; of the part nothing counts.
+        """
+        replaced = status_of(places(self.plan, self._shown, force=force)[-1][1])
+        known = self.records()
+        self.require_same(known.values(), share.count)
+        own = known.get(share.index)
+        if own is not None and not force and self._problem(own, hashed=hashed) is None:
+            return own, None
+        names = shares_of(self.plan, share.count)[share.index - 1]
+        digests, tally, stop = None, Tally(), threading.Event()
+        try:
+            if self._is_ours:
+                with contextlib.suppress(FileExistsError):
+                    os.mkdir(self.staging, 0o777 if replaced is None else 0o700)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self._record_path(share))
+            with uninterrupted():
+                hashes = self._digested(share)
+                digests = DigestsInPassing(hashes.values(), stop)
+            if names:
+                index = self._record_path(share).removesuffix("json") + "index.json"
+                tally = write_atomically(
+                    index,
+                    self._part(names),
+                    force=True,
+                    check=check,
+                    source=source,
+                    passed=passed,
+                    digests=digests,
+                    progress=progress,
+                )
+                os.unlink(index)
+            sums = self._sums(names) if hashed else {}
+            record: PartRecord = {
+                "schema_version": SCHEMA_VERSION,
+                "plan": self.identity,
+                "part": share.index,
+                "of": share.count,
+                "checked": check is not None,
+                "shards": {n: {"nbytes": self.plan.shards[n].nbytes, "sha256": sums.get(n)} for n in names},
+                "digests": {name: digests.of(file).decode() for name, file in hashes.items()},
+                "losses": losses_of(self.plan, tally),
+            }
+            if any(file.changed() for file in hashes.values()):
+                raise CorruptError("the file was changed while it was being converted", path=self._shown)
+            data = json.dumps(record, indent=1).encode()
+            literal = Plan(format="json", nbytes=len(data), steps=(LiteralBytes(0, data),), tensors=0, aliases={})
+            waits = None if check is None else lambda _path, _compared: None
+            write_atomically(self._record_path(share), literal, force=True, check=waits)
+            return record, tally
+        except OSError as error:
+            if isinstance(error, FileAccessError):
+                raise
+            if isinstance(error, FileNotFoundError):
+                raise no_folder(self._shown) from error
+            shown = os.path.join(os.path.dirname(self._shown), os.path.basename(self.staging))
+            raise FileAccessError(f"{shown}: cannot be written: {error.strerror}", path=shown) from error
+        finally:
+            stop.set()
+            if digests is not None:
+                digests.join()
+
+    def _part(self, names: Iterable[str]) -> Plan:
+        """The plan of these shards and of an index of them; digests are left for the end."""
+        shards = {name: _without_digests(self.plan.shards[name]) for name in names}
+        whole = cast(IndexFile, self.plan.index)
+        index = replace(whole, weight_map={key: at for key, at in whole.weight_map.items() if at in shards})
+        data = index.to_bytes()
+        return replace(
+            self.plan, nbytes=len(data), steps=(LiteralBytes(0, data),), aliases={}, shards=shards, index=index
+        )
+
+    def _digested(self, share: Share) -> dict[str, Source]:
+        """The source files whose digests are wanted, and which this part computes."""
+        wanted = {id(file) for file in digested(self.plan)}
+        files = {name: file for name, file in self._files.items() if id(file) in wanted}
+        sizes = {name: file.size for name, file in files.items()}
+        return {name: files[name] for name in balanced(sizes, share.count)[share.index - 1]}
+
+    def _record_path(self, share: Share) -> str:
+        return os.path.join(self.staging, f"part-{share.index:05d}-of-{share.count:05d}.json")
+
+    def _sums(self, names: Iterable[str]) -> dict[str, str]:
+        """The SHA-256 of shards that are there, by name."""
+        found: dict[str, str] = {}
+
+        def add(name: str) -> None:
+            found[name] = shard_digest(os.path.join(self.staging, name), self.plan.shards[name])
+
+        names = list(names)
+        in_parallel((partial(add, name) for name in names), nbytes=sum(self.plan.shards[n].nbytes for n in names))
+        return found
+
+    def records(self) -> dict[int, PartRecord]:
+        """The records of the parts that are there, by number.
+
+        Raises:
+            CorruptError: one cannot be read.
+            RewriteError: they are of as many parts as others are not.
+        """
+        found: dict[int, PartRecord] = {}
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            for name in sorted(os.listdir(self.staging)):
+                if match := _RECORD.fullmatch(name):
+                    path = os.path.join(self.staging, name)
+                    record = read_record(path)
+                    if (record["part"], record["of"]) != (int(match[1]), int(match[2])):
+                        raise CorruptError("the record is not of the part that its name says", path=path)
+                    known = found.setdefault(record["part"], record)
+                    if known["of"] != record["of"]:
+                        raise self._refused(record, f"part {known['part']} is one of {known['of']}")
+        return found
+
+    def require_same(self, records: Iterable[PartRecord], count: int) -> None:
+        """See that parts are of this very plan, and that there are to be so many.
+
+        Raises:
+            RewriteError: one is not; the message says what differs.
+        """
+        for record in records:
+            if record["of"] != count:
+                raise self._refused(record, f"this is one of {count} parts")
+            if differing := [*differences(self.identity, record["plan"])]:
+                raise self._refused(record, listed(differing, 4, between="; ", characters=400))
+
+    def require_agreed(self, identity: PlanIdentity) -> None:
+        """See that another process has made the same plan.
+
+        Raises:
+            RewriteError: it has not; the message says what differs.
+        """
+        if differing := [*differences(identity, self.identity)]:
+            told = listed(differing, 4, between="; ", characters=400)
+            raise RewriteError(f"{self._shown}: a worker plans something else: {told}", path=self._shown)
+
+    def _refused(self, record: PartRecord, what: str) -> RewriteError:
+        return RewriteError(
+            f"{self._shown}: part {record['part']} of {record['of']} is there and belongs to another conversion: "
+            f"{what}; to start anew, remove the folder {self.staging}",
+            path=self._shown,
+        )
+
+    def missing(self, *, hashed: bool) -> tuple[int, dict[int, str]]:
+        """How many parts there are to be (0: none is there), and what is wrong with those that are not whole.
+
+        Args:
+            hashed: whether to hold shards against the recorded SHA-256; else by their sizes alone.
+
+        Raises:
+            As `records` and `require_same`.
+        """
+        records = self.records()
+        count = next((record["of"] for record in records.values()), 0)
+        self.require_same(records.values(), count)
+        found: dict[int, str] = {}
+        if count and len(records) == count and self._is_published(self._digests(records)):
+            return count, found
+        for number in range(1, count + 1):
+            record = records.get(number)
+            problem = "is not there" if record is None else self._problem(record, hashed=hashed)
+            if problem is not None:
+                found[number] = problem
+        return count, found
+
+    def _problem(self, record: PartRecord, *, hashed: bool) -> str | None:
+        """What is wrong with the shards of a part; ``None``: they are whole."""
+        names = shares_of(self.plan, record["of"])[record["part"] - 1]
+        if names != [*record["shards"]]:
+            return "has other shards than are its own"
+        if record["digests"].keys() != self._digested(Share(record["part"], record["of"])).keys():
+            return "has digests of other files than are its own"
+        for name in names:
+            path, nbytes = os.path.join(self.staging, name), self.plan.shards[name].nbytes
+            self._taken_back(name, record)
+            if not os.path.isfile(path):
+                return f"has no {name}"
+            if os.path.getsize(path) != nbytes:
+                return f"has {os.path.getsize(path):,} of the {nbytes:,} bytes of {name}"
+        sums = {name: each["sha256"] for name, each in record["shards"].items() if each["sha256"] is not None}
+        found = self._sums(sums) if hashed else sums
+        damaged = [name for name in sums if found[name] != sums[name]]
+        return f"has other bytes than it was recorded with: {listed(damaged, 4)}" if damaged else None
+
+    def _taken_back(self, name: str, record: PartRecord) -> None:
+        """Put a shard where its part had it, if it was given its place by a run of `finish` that was killed."""
+        path, final = os.path.join(self.staging, name), os.path.join(self._folder, name)
+        if os.path.lexists(path) or not os.path.isfile(final) or json.dumps(name).encode() in self._index():
+            return
+        nbytes, sha256 = record["shards"][name]["nbytes"], record["shards"][name]["sha256"]
+        if sha256 and os.path.getsize(final) == nbytes and shard_digest(final, self.plan.shards[name]) == sha256:
+            os.replace(final, path)
+
+    def _index(self) -> bytes:
+        """The index that is there."""
+        try:
+            with contextlib.closing(SourceFile(os.path.join(self._folder, os.path.basename(self._shown)))) as file:
+                return file.read(0, min(file.size, DEFAULT_LIMITS.index_nbytes))
+        except FileAccessError:
+            return b""
+
+    def _digests(self, records: Mapping[int, PartRecord]) -> DigestsInPassing:
+        """Those of the source, as the parts computed them."""
+        hexes = {name: digest for record in records.values() for name, digest in record["digests"].items()}
+        wanted = {id(file) for file in digested(self.plan)}
+        known = {id(file): hexes.get(name, "").encode() for name, file in self._files.items() if id(file) in wanted}
+        return DigestsInPassing((), threading.Event(), known)
+
+    def _is_published(self, digests: DigestsInPassing) -> bool:
+        """Whether these very shards have their places and the index says so: a run was killed after that."""
+        if self._index() != index_bytes(self.plan, digests):
+            return False
+        for name, shard in self.plan.shards.items():
+            path, final = os.path.join(self.staging, name), os.path.join(self._folder, name)
+            if not os.path.isfile(final) or os.path.getsize(final) != shard.nbytes:
+                return False
+            if os.path.lexists(path) and not os.path.samefile(path, final):
+                return False
+        return True
+
+    def finish(
+        self,
+        *,
+        force: bool,
+        flush: bool,
+        opened: Callable[[str], object],
+        replaces: tuple[str, ...],
+        source: Source | None,
+    ) -> Tally:
+        """Give the shards of all parts, which are there and whole, their places, and write the index.
+
+        Args:
+            force: whether an output that exists may be replaced.
+            flush: whether to wait for the disk.
+            opened: called with the path of an index that opens the output as it will be; whatever it raises stops it.
+            replaces: as of `write_atomically`.
+            source: as of `write_atomically`.
+
+        Returns:
+            What conversions lost in all parts.
+
+        Raises:
+            DestinationExistsError: the output exists, and ``force`` is false.
+            FileAccessError: it cannot be written; the parts stay.
+        """
+        records = self.records()
+        digests = self._digests(records)
+        files: list[Output] = []
+        try:
+            if not self._is_published(digests):
+                self._remove_links()
+                wanted = places(self.plan, self._shown, force=force)
+                old = [wanted[-1][1], *(os.path.join(self._folder, name) for name in replaces)]
+                like = next(filter(None, map(status_of, old)), None)
+                with uninterrupted():
+                    for name, (shard, path, shown) in zip(self.plan.shards, wanted, strict=False):
+                        files.append(self._opened(name, shard, path, shown, status_of(path) or like))
+                    files.append(created(*wanted[-1], like))
+                for file in files[:-1]:
+                    if late_fields(file.plan):
+                        fill_file(file.plan, file.fd, digests, checksums=False)
+                now = {name: f"{os.path.basename(self.staging)}/{name}" for name in self.plan.shards}
+                overwrite(files[-1].fd, index_bytes(self.plan, digests, now))
+                opened(files[-1].temporary)
+                for file in files if flush else ():
+                    os.fsync(file.fd)
+                publish(files, index_bytes(self.plan, digests), force=force, flush=flush, source=source)
+                remove_stale_shards(self._folder, replaces, source)
+            if self._is_ours:
+                self._remove()
+        except OSError as error:
+            if isinstance(error, FileAccessError):
+                raise
+            raise FileAccessError(f"{self._shown}: cannot be written: {error.strerror}", path=self._shown) from error
+        finally:
+            with uninterrupted():
+                for file in files:
+                    file.is_ours = file.is_ours and os.path.dirname(file.temporary) != self.staging
+                    file.close()
+        return tally_of(self.plan, records.values())
+
+    def _remove_links(self) -> None:
+        """Take away second names of shards, which a run that was killed gave them: no index has these yet."""
+        for name in self.plan.shards:
+            final = os.path.join(self._folder, name)
+            if os.path.isfile(final) and os.path.samefile(final, os.path.join(self.staging, name)):
+                os.unlink(final)
+
+    def _opened(self, name: str, plan: Plan, path: str, shown: str, replaced: os.stat_result | None) -> Output:
+        """A shard that lies in the folder of parts, to be given its place."""
+        temporary = os.path.join(self.staging, name)
+        fd = os.open(temporary, os.O_RDWR | getattr(os, "O_BINARY", 0) | getattr(os, "O_NOFOLLOW", 0))
+        return Output(
+            plan=plan,
+            path=path,
+            shown=shown,
+            temporary=temporary,
+            fd=fd,
+            host=this_host(),
+            replaced=replaced,
+            is_ours=False,
+        )
+
+    def _remove(self) -> None:
+        """Remove the folder of parts, first under a name by which the next run removes what is left of it."""
+        gone = beside(self.staging, this_host())
+        with contextlib.suppress(OSError):
+            os.rename(self.staging, gone)
+        remove_folder(gone)
+
+    def is_named(self) -> bool:
+        """Whether the index that is there names shards where parts put them: `finish` failed at the very end."""
+        return os.path.basename(self.staging).encode() in self._index()
+
+
+def _without_digests(plan: Plan) -> Plan:
+    return replace(plan, steps=tuple(step for step in plan.steps if not isinstance(step, Digest)))
