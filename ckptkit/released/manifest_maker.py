@@ -173,7 +173,9 @@ def _size(task: _Task) -> int:
 def _made(tasks: list[_Task], workers: Workers) -> list[FileRecord | CkptkitError | None]:
     """What is made of each file; workers of an executor, which may be in other folders, are told whole paths."""
     if workers.executor is not None:
-        tasks = [replace(task, path=places.absolute(task.path), reading=_absolute_rules(task.reading)) for task in tasks]
+        tasks = [
+            replace(task, path=places.absolute(task.path), reading=_absolute_rules(task.reading)) for task in tasks
+        ]
     return list(side_by_side(tasks, _recorded, workers=workers, nbytes=_size, lost=_lost))
 
 
