@@ -15,9 +15,9 @@ import threading
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
-__all__ = ["GAP_NBYTES", "MOST_NBYTES", "Passing", "ReadAhead"]
+__all__ = ["GAP_NBYTES", "MOST_NBYTES", "Brought", "Passing", "ReadAhead"]
 
 GAP_NBYTES = 1 << 20
 """Bytes between two ranges that are fetched along: a trip takes as long."""
@@ -30,6 +30,9 @@ MOST_NBYTES = 128 << 20
 
 _AHEAD_NBYTES, _KEPT_NBYTES = 80 << 20, 48 << 20
 """Bytes beyond where a file is read that are fetched, and bytes before it that are kept for readers a little behind."""
+
+_LATE_NBYTES = 64 << 10
+"""Bytes of a range that are kept by themselves where it is read long after the block that it lies in."""
 
 _FETCHERS = 4
 """Blocks of a file that are fetched at a time."""
@@ -48,19 +51,37 @@ class _Block:
         before: bytes of the blocks before it.
         state: ``"waiting"``, ``"coming"``, ``"here"``, ``"gone"`` or ``"failed"``.
         data: its bytes, while they are here.
+        late: small ranges in it that are read only when it was let go of.
         problem: why they could not be fetched.
         is_new: whether no reader has had of it yet.
     """
 
-    __slots__ = ("before", "data", "end", "is_new", "problem", "start", "state", "turn")
+    __slots__ = ("before", "data", "end", "is_new", "late", "problem", "start", "state", "turn")
 
     def __init__(self, start: int, end: int) -> None:
         self.start, self.end = start, end
         self.turn = self.before = 0
         self.state = "waiting"
         self.data = memoryview(b"")
+        self.late: list[tuple[int, int]] = []
         self.problem: Exception | None = None
         self.is_new = True
+
+
+class Brought(NamedTuple):
+    """What a block has of the bytes that are asked for.
+
+    Attributes:
+        data: they.
+        whole: the bytes of the block, for the first who has of it; else ``None``.
+        start: where it begins.
+        late: ranges in it that are read only when it was let go of.
+    """
+
+    data: memoryview
+    whole: memoryview | None
+    start: int
+    late: Sequence[tuple[int, int]]
 
 
 _changed = threading.Condition()
@@ -96,6 +117,13 @@ class ReadAhead:
             before += block.end - block.start
         self._lying = sorted(self._blocks, key=lambda block: block.start)
         self._starts = [block.start for block in self._lying]
+        turn = 0
+        for offset, nbytes in areas:
+            block = self._lying[max(bisect_right(self._starts, offset) - 1, 0)]
+            if block.turn >= turn:
+                turn = block.turn
+            elif nbytes <= _LATE_NBYTES and self._blocks[turn].before - block.before > _KEPT_NBYTES // 2:
+                block.late.append((offset, nbytes))
         self._at = -1
         """The last turn that was read."""
         self._had = 0
@@ -105,11 +133,8 @@ class ReadAhead:
         self._threads: list[threading.Thread] | None = None
         self._is_closed = False
 
-    def find(self, offset: int, nbytes: int) -> tuple[memoryview, memoryview | None, int] | None:
+    def find(self, offset: int, nbytes: int) -> Brought | None:
         """What a block brings of these bytes, from the first on; ``None``: none does, or it was let go of.
-
-        Returns:
-            The bytes; the whole block where nobody has had of it before, else ``None``; and where it begins.
 
         Raises:
             FileAccessError, CorruptError: as the block could not be fetched.
@@ -138,7 +163,7 @@ class ReadAhead:
         if not data:
             return None
         start = offset - block.start
-        return data[start : start + nbytes], data if is_new else None, block.start
+        return Brought(data[start : start + nbytes], data if is_new else None, block.start, block.late)
 
     def _begin(self, block: _Block) -> None:
         block.state = "coming"

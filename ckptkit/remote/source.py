@@ -356,10 +356,11 @@ class RemoteSource(Source):
         found = ahead.find(offset, nbytes)
         if found is None:
             return None
-        data, block, start = found
-        if block is not None:
-            self.came(start, block)
-        return data
+        if found.whole is not None:
+            self.came(found.start, found.whole)
+            for at, size in found.late:
+                self._keep(at, bytes(found.whole[at - found.start : at - found.start + size]))
+        return found.data
 
     def views(self, offset: int, nbytes: int) -> Iterator[bytes | memoryview]:
         """As `Source.views`."""

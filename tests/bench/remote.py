@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import threading
+from importlib.util import find_spec
 from pathlib import Path
 
 from measure import CKPTKIT, Command, Groups, gib
@@ -87,10 +88,7 @@ def groups(state: Path, folder: Path) -> Groups:
     ]
     if shutil.which("curl") is None:
         raise SystemExit("curl is what the others are compared with, and is not installed")
-    with contextlib.suppress(ImportError):
-        import aiohttp as _
-        import fsspec as _
-
+    if find_spec("fsspec") and find_spec("aiohttp"):
         commands.append(Command("torch.load of fsspec's file", [sys.executable, "-c", LOAD, url], state))
     return {f"A .pth of {gib(state)} behind HTTP": ("curl -o", commands)}
 
