@@ -443,7 +443,13 @@ class ManifestFile(ManifestOptions):
     tensors: dict[str, ManifestTensor] | None
 
 
-class WrittenManifest(TypedDict):
+class ManifestOrigin(TypedDict, total=False):
+    """Where a manifest was made of files at URLs: their folder."""
+
+    origin: str
+
+
+class WrittenManifest(ManifestOrigin):
     """A manifest as it is written."""
 
     schema_version: int

@@ -205,8 +205,8 @@ def without_endings(name: str) -> str:
 def convert_command(path: str, *options: str, suffix: str = ".safetensors", taken: Container[str] = ()) -> str:
     """The command that rewrites ``path`` with these options, ready to be pasted into a shell.
 
-    The destination is named after the source, beside it or the archive it lies in, and is none of ``taken`` and nothing
-    that is there.  What is neither a file nor standard input is called FILE.
+    The destination is named after the source, beside it or the archive it lies in (here, where it is a URL), and is
+    none of ``taken`` and nothing that is there.  What is neither a file nor standard input is called FILE.
     """
     import shlex
     from itertools import chain, count
@@ -215,6 +215,9 @@ def convert_command(path: str, *options: str, suffix: str = ".safetensors", take
     folder, name = os.path.split(path.rstrip("/"))
     if member is not None:
         folder, name = os.path.dirname(member[0]), re.split("[/!]", member[1].rstrip("/"))[-1]
+    elif "://" in path:
+        whole = path.rstrip("/").removesuffix("/.metadata")  # of a folder that its server does not list
+        folder, name = "", re.sub(r"\?.*", "", whole).rpartition("/")[2] or "model"
     elif path == "-" or (path.startswith("<") and not os.path.lexists(path)):
         name, path = "model", "-" if path == "-" else "FILE"
     stem, ending = os.path.splitext(name.removesuffix(".index.json"))  # of model.safetensors.index.json: the whole

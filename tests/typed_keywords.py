@@ -39,7 +39,9 @@ def right(path: Path) -> None:
     state = ckptkit.load_state_dict(
         path, strip_module=True, rename=["^a=>b"], dtype="float16", device="cuda", mapped=None
     )
-    ckptkit.load_state_dict(path, dtype=torch.float16)
+    ckptkit.load_state_dict(path, dtype=torch.float16, storage_options={"anon": True})
+    ckptkit.diff("s3://a/b.pth", path, storage_options={"client_kwargs": {"endpoint_url": "http://localhost:9000"}})
+    ckptkit.check("s3://a/", storage_options=None)
     ckptkit.convert(path, path, dtype=torch.bfloat16)
     with zipfile.ZipFile(path) as archive, archive.open("m.pth") as member, gzip.open(path) as unzipped:
         ckptkit.load_state_dict(member)
@@ -67,6 +69,7 @@ def wrong(path: Path) -> None:
     ckptkit.diff(path, path, rtol="small")  # type: ignore[arg-type]
     ckptkit.check(path, no_pickel=True)  # type: ignore[call-arg]
     ckptkit.check(path, max_trust="hostile")  # type: ignore[arg-type]
+    ckptkit.inspect(path, storage_options="anon=true")  # type: ignore[arg-type]
     ckptkit.load_state_dict(path, strip_modul=True)  # type: ignore[call-arg]
     ckptkit.load_state_dict(path, mapped="yes")  # type: ignore[arg-type]
     ckptkit.load(path.open())  # type: ignore[arg-type]

@@ -217,6 +217,11 @@ class Source:
         """
         return False
 
+    @property
+    def left(self) -> int:
+        """How many looks are left until values are read (`on_read`)."""
+        return 0
+
     def settle(self, areas: Sequence[tuple[int, int]] | None = None) -> None:
         """Look at what was left until now (`on_read`); who has read values ends with it.
 

@@ -14,7 +14,7 @@ from ckptkit.cli import ending, inspect_text
 from ckptkit.cli import options as ui
 from ckptkit.errors import CkptkitError, FileAccessError
 from ckptkit.inspection import describe_error, json_chunks, plain_document, survey
-from ckptkit.options.storage import session_of
+from ckptkit.options.storage import local, session_of
 from ckptkit.report import SCHEMA_VERSION, Severity, at_least, printable
 
 if TYPE_CHECKING:
@@ -91,6 +91,7 @@ def command(
     if not given:
         raise FileAccessError(f"{files_from}: lists no files to inspect", path=files_from)
     click.get_current_context().with_resource(session_of(storage_options, *given))
+    given = local(given)
     opening: dict[str, Any] = {"section": section, "ignore_checksums": ignore_checksums}
     of_folders = {**opening, "tag": tag, "tp_rules": tp_rules}
     passed_over: Counter[str] = Counter()

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ckptkit import formats
 from ckptkit.bytesource import Source
-from ckptkit.checkpoint import STATE_DICT, Checkpoint, Storage, TensorEntry
+from ckptkit.checkpoint import STATE_DICT, Checkpoint
 from ckptkit.conversion.options import Conversion, needs_weights, read_section, section_like, with_flat_cut
 from ckptkit.conversion.outputs import require_fitting
 from ckptkit.errors import DestinationExistsError, RewriteError
@@ -33,12 +33,11 @@ from ckptkit.extras import __version__
 from ckptkit.normalize.made_plain import devices_made_plain
 from ckptkit.normalize.parts import require_whole
 from ckptkit.normalize.selection import BESIDE, KEY, earlier, require_state_dict
-from ckptkit.normalize.tensors import every_tensor
 from ckptkit.plan import Checksum, Digest, LiteralBytes, Plan, Step
 from ckptkit.report import Finding, Report, parse_size
 from ckptkit.rewrite.beside import KeepBeside, restored
 from ckptkit.transfer.names import is_temporary_name
-from ckptkit.transfer.passing import Passed, is_far
+from ckptkit.transfer.passing import is_far, passed_of
 from ckptkit.transfer.steps import Tally
 from ckptkit.transfer.writing import folder_made, write_atomically
 
@@ -114,7 +113,7 @@ class Job:
         if options.check:
             from ckptkit.compare import check_output  # moving bytes alone starts faster without
 
-            passed = Passed(_storages(self.checkpoint)) if is_far(self.source) else None
+            passed = passed_of(self.checkpoint, self.source)
 
             def compare(path: str, compared: Callable[[int], object]) -> object:
                 return check_output(self.checkpoint, path, compared, passed)
@@ -167,12 +166,6 @@ class Job:
         shards = {shard for shard in old if customary.match(shard) or is_temporary_name(shard)}
         shards -= self.plan.shards.keys()
         return (*sorted(shards), *([name] if os.path.basename(self.asked) == name else []))
-
-
-def _storages(checkpoint: Checkpoint) -> Iterator[Storage]:
-    for found in every_tensor(checkpoint):
-        if isinstance(found.node, (TensorEntry, Storage)):
-            yield found.node.storage if isinstance(found.node, TensorEntry) else found.node
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

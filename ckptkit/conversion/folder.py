@@ -105,14 +105,15 @@ def _outcomes(
     tasks: list[_Task], convert: Convert, options: ConvertOptions, progress: _Progress
 ) -> Generator[ConvertedFile | UnconvertedFile, None, None]:
     """What comes of each file, in their order."""
-    plain = options.but(progress=None, jobs=None, executor=None, part=None, files_from=None)
+    plain = options.but(progress=None, jobs=None, executor=None, part=None, files_from=None, storage_options=None)
     if not _are_others(tasks, options, plain):
         for task in tasks:
             yield outcome(convert, *task, progress.within(plain, task.nbytes))
         return
-    from ckptkit.fleet.engine import each
+    from ckptkit.fleet import each
+    from ckptkit.remote import carried
 
-    work = partial(_converted, convert, plain, os.getcwd())
+    work = carried(partial(_converted, convert, plain, os.getcwd()))
     for task, done in each(tasks, work, jobs=options.jobs, executor=options.executor):
         told = progress.within(plain, task.nbytes).progress
         if told is not None:
@@ -150,7 +151,7 @@ def _are_others(tasks: list[_Task], options: ConvertOptions, plain: ConvertOptio
 def _converted(convert: Convert, options: ConvertOptions, folder: str, task: _Task) -> ConvertedFile | UnconvertedFile:
     """What comes of one file, as a worker: paths are relative to ``folder``, where that is not its own."""
     above = "" if os.getcwd() == folder else folder
-    source, destination = (os.path.join(above, path) for path in (task.source, task.destination))
+    source, destination = (path if "://" in path else os.path.join(above, path) for path in task[:2])
     return outcome(convert, source, destination, task.nbytes, options)
 
 

@@ -21,11 +21,14 @@ from ckptkit.checkpoint import STATE_DICT, Checkpoint, StateDict
 from ckptkit.errors import CorruptError, RewriteError
 from ckptkit.fleet.shares import Share
 from ckptkit.normalize.selection import KEY
+from ckptkit.places import shown
 from ckptkit.plan import Plan
+from ckptkit.remote import carried
 from ckptkit.report import count_of, human_size
 from ckptkit.transfer.folders import temporary_folder
 from ckptkit.transfer.part_records import shares_of, tally_of
 from ckptkit.transfer.parts import Parts
+from ckptkit.transfer.passing import passed_of
 from ckptkit.transfer.steps import Tally
 from ckptkit.transfer.writing import places
 
@@ -152,16 +155,21 @@ def write_part(job: _Job, options: ConvertOptions, share: Share, task: PartTask 
     if task is not None:
         parts.require_agreed(task.identity)
 
+    own = _restricted(job, share)
+    passed = passed_of(own, job.source) if options.check else None
+
     def compare(path: str, compared: Callable[[int], object]) -> object:
         from ckptkit.compare import check_output
 
-        return check_output(_restricted(job, share), path, compared)
+        return check_output(own, path, compared, passed)
 
     record, tally = parts.write(
         share,
         force=options.force,
         check=compare if options.check else None,
         hashed=options.check and task is None,
+        source=job.source,
+        passed=passed,
         progress=options.progress,
     )
     return WrittenPart(record=record, tally=tally or tally_of(job.plan, [record]), kept=tally is None)
@@ -214,7 +222,7 @@ def _finished(job: _Job, options: ConvertOptions, parts: Parts) -> Tally:
 
 def _told_missing(job: _Job, options: ConvertOptions, given: str | None, count: int, missing: Mapping[int, str]) -> str:
     """What is missing, and the command that writes each."""
-    source = job.source.path if given is None else given
+    source = job.source.path if given is None else shown(given)
     command = shlex.join(["ckptkit", "convert", source, job.asked, *words_of(options.but(finish=False))])
     if not count:
         return f"{job.path}: no part of it is there; write each of N parts, from 1/N to N/N: {command} --part 1/N"
@@ -247,11 +255,11 @@ def over_workers(
         RewriteError: the source or an option cannot travel.
         CkptkitError: what a worker raised, or why one could not do its part; nothing stays behind.
     """
-    from ckptkit.fleet.engine import each
+    from ckptkit.fleet import each
 
     if given is None or given == formats.STDIN:
         raise RewriteError("workers open the source themselves, by its path; what was given has none: leave out --jobs")
-    plain = options.but(progress=None, jobs=None, executor=None)
+    plain = options.but(progress=None, jobs=None, executor=None, storage_options=None)
     require_portable(plain)
     places(job.plan, job.path, force=options.force)
     folder, name = os.path.split(job.path)
@@ -273,7 +281,7 @@ def over_workers(
             for number in range(1, count + 1)
         ]
         done = 0
-        for _, outcome in each(tasks, work, jobs=options.jobs, executor=options.executor):
+        for _, outcome in each(tasks, carried(work), jobs=options.jobs, executor=options.executor):
             record = outcome.result()
             done += sum(shard["nbytes"] for shard in record["shards"].values())
             if options.progress is not None:
@@ -305,8 +313,11 @@ def require_portable(options: ConvertOptions) -> None:
 
 # Options as text.
 
-_OWN = frozenset({"part", "finish", "jobs", "executor", "files_from", "dry_run", "force", "progress"})
-"""Options that do not change what is written."""
+_UNSAID = frozenset({"executor", "progress", "storage_options"})
+"""Options that are not typed, and those that may be secrets."""
+
+_OWN = frozenset({*_UNSAID, "part", "finish", "jobs", "files_from", "dry_run", "force"})
+"""Those that do not change what is written, too."""
 
 
 def _as_text(options: ConvertOptions) -> dict[str, str]:
@@ -321,7 +332,7 @@ def _as_text(options: ConvertOptions) -> dict[str, str]:
 
 def words_of(options: ConvertOptions) -> list[str]:
     """All that was given, as it is typed."""
-    named = (name for name in options.declared if name not in ("executor", "progress"))
+    named = (name for name in options.declared if name not in _UNSAID)
     return [word for name in named for word in _words(options.declared[name], getattr(options, name))]
 
 

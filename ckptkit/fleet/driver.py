@@ -39,6 +39,9 @@ _MOST_NBYTES = 32 << 20
 
 _LARGEST_BATCH = 256
 
+_SHARES = 64
+"""Into twice as many batches, or as there are workers, goes what is left of a known number of tasks."""
+
 _PATIENCE = 4
 """How many times that a batch may take before it is cut short."""
 
@@ -48,6 +51,8 @@ _LOOK_SECONDS = 0.005
 
 class Workers(Protocol):
     """`ckptkit.fleet.pool.Pool` and `ckptkit.fleet.executors.Given`."""
+
+    most: int
 
     @property
     def free(self) -> int: ...
@@ -84,7 +89,12 @@ def _outcome(result: Result) -> Outcome[Any]:
 
 
 def shared_out(
-    tasks: Iterable[T], work: bytes, start: Callable[[float | None], Workers], seconds: float | None, pace: float
+    tasks: Iterable[T],
+    work: bytes,
+    start: Callable[[float | None], Workers],
+    seconds: float | None,
+    pace: float,
+    count: int = 0,
 ) -> Iterator[tuple[T, Outcome[R]]]:
     """Every task with its outcome, in order.
 
@@ -94,11 +104,12 @@ def shared_out(
         start: makes the workers; called with the seconds that a batch takes at most, ``None``: there is no limit.
         seconds: the limit of a task; ``None``: none.
         pace: seconds that a batch is to take.
+        count: how many tasks there are, where that is known: the last batches are smaller, so that all end together.
     """
     limit = None if seconds is None else seconds + _PATIENCE * pace
     workers = start(limit)
     try:
-        yield from _Driver[T, R](tasks, work, workers, seconds, pace).outcomes()
+        yield from _Driver[T, R](tasks, work, workers, seconds, pace, count).outcomes()
     finally:
         workers.close()
 
@@ -114,13 +125,15 @@ class _Batch:
 class _Driver(Generic[T, R]):
     """What is under way."""
 
-    def __init__(self, tasks: Iterable[T], work: bytes, workers: Workers, seconds: float | None, pace: float) -> None:
+    def __init__(
+        self, tasks: Iterable[T], work: bytes, workers: Workers, seconds: float | None, pace: float, count: int
+    ) -> None:
         self._remaining: Iterator[T] | None = iter(tasks)
         self._work, self._workers, self._seconds, self._pace = work, workers, seconds, pace
         self._tasks: dict[int, T] = {}  # those that were pulled and not given back
         self._results: dict[int, Result] = {}
         self._nbytes = 0  # of these
-        self._pulled = 0
+        self._pulled, self._count = 0, count
         self._batches: dict[int, _Batch] = {}
         self._tickets = 0
         self._run = os.urandom(8).hex()
@@ -172,21 +185,13 @@ class _Driver(Generic[T, R]):
             batch = self._next_batch(until)
             if batch is None:
                 return True
-            calls = [(number, data) for number in batch.numbers if (data := self._data(number)) is not None]
-            if not calls:
+            numbers, data = self._packed(batch.numbers)
+            if not numbers:
                 continue
-            numbers = [number for number, _ in calls]
             ticket, self._tickets = self._tickets, self._tickets + 1
             self._batches[ticket] = _Batch(numbers, batch.tries)
             budget = _PATIENCE * self._pace
-            call = (
-                __version__,
-                self._work,
-                [data for _, data in calls],
-                self._seconds,
-                budget,
-                f"{self._run}-{ticket}",
-            )
+            call = (__version__, self._work, data, len(numbers), self._seconds, budget, f"{self._run}-{ticket}")
             try:
                 if not self._refused:
                     self._workers.submit(ticket, call)
@@ -206,11 +211,15 @@ class _Driver(Generic[T, R]):
             return _Batch([self._alone.popleft()], tries=2)
         if self._suspects:
             return _Batch([self._suspects.popleft()], tries=1)
-        while len(self._waiting) < self._size and self._has_room():
+        size = self._size
+        if self._count > self._pulled:
+            left = self._count - self._pulled + len(self._waiting)
+            size = max(1, min(size, left // (2 * min(self._workers.most, _SHARES))))
+        while len(self._waiting) < size and self._has_room():
             self._pull()
             if time.monotonic() > until:
                 break
-        count = min(self._size, len(self._waiting))
+        count = min(size, len(self._waiting))
         return _Batch([self._waiting.popleft() for _ in range(count)]) if count else None
 
     def _has_room(self) -> bool:
@@ -228,13 +237,17 @@ class _Driver(Generic[T, R]):
             self._error = error
         self._remaining = None
 
-    def _data(self, number: int) -> bytes | None:
-        """The pickled task; ``None``: it cannot be pickled, which is noted."""
+    def _packed(self, numbers: list[int]) -> tuple[list[int], bytes]:
+        """Tasks, pickled together, and which they are: of those that cannot be pickled it is noted."""
         try:
-            return pickle.dumps(self._tasks[number], PROTOCOL)
+            return numbers, pickle.dumps([self._tasks[number] for number in numbers], PROTOCOL)
         except Exception as error:
-            self._note(number, ("failed", f"the task cannot be pickled: {told(error)}", None))
-            return None
+            if len(numbers) > 1:
+                able = [number for number in numbers if self._packed([number])[0]]
+                return self._packed(able)
+            if numbers:
+                self._note(numbers[0], ("failed", f"the task cannot be pickled: {told(error)}", None))
+            return [], b""
 
     # Taking back.
 
@@ -254,6 +267,9 @@ class _Driver(Generic[T, R]):
         for number, result in zip(batch.numbers, results, strict=False):
             self._note(number, result)
         rest = batch.numbers[len(results) :]
+        if not results:  # one of them cannot be read there
+            self._suspects.extend(rest)
+            return
         self._waiting.extendleft(reversed(rest))
         if not batch.tries:
             fitting = int(self._pace * len(results) / max(seconds, 1e-6))

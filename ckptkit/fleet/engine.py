@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import chain, islice
+from operator import length_hint
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 from ckptkit.errors import CkptkitError
@@ -26,7 +27,7 @@ __all__ = ["cores", "each"]
 T = TypeVar("T")
 R = TypeVar("R")
 
-_BATCH_SECONDS = 0.02
+_BATCH_SECONDS = 0.05
 """What a batch is to take: a trip to a process takes some hundredths of that."""
 
 _GIVEN_BATCH_SECONDS = 0.25
@@ -117,7 +118,7 @@ def _with_jobs(
     tasks: Iterable[T], work: Callable[[T], R], jobs: int | None, seconds: float | None, worth: int
 ) -> Iterator[tuple[T, Outcome[R]]]:
     """In this process or in several of our own."""
-    remaining = iter(tasks)
+    length, remaining = length_hint(tasks), iter(tasks)
     count = cores() if jobs is None else jobs
     is_limited = jobs is None and seconds is not None
     if count > 1 or is_limited:
@@ -126,7 +127,7 @@ def _with_jobs(
             from ckptkit.fleet.driver import pickled, shared_out
             from ckptkit.fleet.pool import Pool
 
-            yield from shared_out(remaining, pickled(work), partial(Pool, count), seconds, _BATCH_SECONDS)
+            yield from shared_out(remaining, pickled(work), partial(Pool, count), seconds, _BATCH_SECONDS, length)
             return
     for task in remaining:
         yield task, done_here(work, task, seconds)
@@ -159,4 +160,4 @@ def _through(
     from ckptkit.fleet.driver import pickled, shared_out
     from ckptkit.fleet.executors import Given
 
-    return shared_out(tasks, pickled(work), partial(Given, executor), seconds, _GIVEN_BATCH_SECONDS)
+    return shared_out(tasks, pickled(work), partial(Given, executor), seconds, _GIVEN_BATCH_SECONDS, length_hint(tasks))

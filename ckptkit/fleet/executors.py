@@ -29,6 +29,9 @@ class Given:
     Args:
         executor: the user's.
         limit: seconds that a batch takes at most once it has begun; ``None``: there is no limit.
+
+    Attributes:
+        most: how many batches it is given.
     """
 
     def __init__(self, executor: Executor, limit: float | None) -> None:
@@ -37,12 +40,12 @@ class Given:
         self._futures: dict[int, Future[Reply]] = {}
         self._since: dict[int, float] = {}
         self._came: SimpleQueue[int] = SimpleQueue()
-        self._most = _FIRST
+        self.most = _FIRST
 
     @property
     def free(self) -> int:
         """How many more batches it is given now."""
-        return self._most - len(self._futures)
+        return self.most - len(self._futures)
 
     def submit(self, ticket: int, call: Call) -> None:
         """Hand over a batch.
@@ -70,7 +73,7 @@ class Given:
         for ticket in came:
             if (future := self._futures.pop(ticket, None)) is not None:
                 self._since.pop(ticket)
-                self._most = min(self._most + 1, _MOST)
+                self.most = min(self.most + 1, _MOST)
                 self._moved(ticket)
                 yield ticket, _reply(future)
         yield from self._overdue()

@@ -36,7 +36,7 @@ _CLEANING_SECONDS = 3.0
 """For which a worker that is asked to end may clean up."""
 
 _FAILED_STARTS = 3
-"""In a row, after which no further is tried."""
+"""In a row, after which no further is tried: those that are ready go on."""
 
 _starting = threading.Lock()
 
@@ -101,10 +101,13 @@ class Pool:
     Args:
         jobs: how many at most.
         limit: seconds that a batch takes at most; ``None``: there is no limit.
+
+    Attributes:
+        most: how many batches they are given.
     """
 
     def __init__(self, jobs: int, limit: float | None) -> None:
-        self._jobs = min(jobs, 60) if sys.platform == "win32" else jobs  # 63 handles can be waited for
+        self.most = min(jobs, 60) if sys.platform == "win32" else jobs  # 63 handles can be waited for
         self._limit = None if limit is None else limit + SLACK
         self._workers: list[_Worker] = []
         self._failed_starts = 0
@@ -112,7 +115,8 @@ class Pool:
     @property
     def free(self) -> int:
         """How many more batches it is given now."""
-        return self._jobs - sum(worker.ticket is not None for worker in self._workers)
+        most = self.most if self._failed_starts < _FAILED_STARTS else max(1, len(self._workers))
+        return most - sum(worker.ticket is not None for worker in self._workers)
 
     def submit(self, ticket: int, call: Call) -> None:
         """Hand over a batch.

@@ -36,8 +36,8 @@ Result = tuple[str, str, "bytes | None"]
 """The problem (``""``: none), what is told of it, and the pickled value, or the pickled error where there is one."""
 
 Reply = tuple[tuple[str, str], list[Result], float, bool]
-"""The worker's versions of ckptkit and Python; the results of the tasks that were begun, in order; the seconds that it
-took; whether a thread was abandoned."""
+"""The worker's versions of ckptkit and Python; the results of the tasks that were begun, in order, and none where
+they cannot be read; the seconds that it took; whether a thread was abandoned."""
 
 
 SLICE = 0.5
@@ -46,7 +46,7 @@ SLICE = 0.5
 SLACK = 5.0
 """Seconds that a worker may be late, over its limits, before it is given up."""
 
-Call = tuple[str, bytes, Sequence[bytes], "float | None", float, str]
+Call = tuple[str, bytes, bytes, int, "float | None", float, str]
 """What `ckptkit.fleet.worker.run` is called with."""
 
 
@@ -83,14 +83,15 @@ def _versions() -> tuple[str, str]:
 
 
 def run(
-    version: str, work: bytes, tasks: Sequence[bytes], seconds: float | None, budget: float, call: str = ""
+    version: str, work: bytes, tasks: bytes, count: int, seconds: float | None, budget: float, call: str = ""
 ) -> Reply:
     """Do the work for one task after the other.
 
     Args:
         version: of ckptkit, in the process that asks; where it is not the one here, nothing is begun.
         work: the pickled function.
-        tasks: what it is called with, pickled one by one.
+        tasks: what it is called with, a pickled list, so that what they share is there once.
+        count: how many they are.
         seconds: the limit of each task; ``None``: none.
         budget: seconds after which no further task is begun.
         call: no other call has this, so that no engine takes two for one and gives the result of the first, as dask
@@ -107,12 +108,18 @@ def run(
             f"the worker cannot import what is to be done (is it in a module of its own?): {told(error)}",
             None,
         )
-        return _versions(), [failed] * len(tasks), 0.0, False
+        return _versions(), [failed] * count, 0.0, False
+    try:
+        given = pickle.loads(tasks)  # noqa: S301 - our own
+    except Exception as error:
+        text = f"the worker cannot read the task (is what it holds in a module of its own?): {told(error)}"
+        failed = ("failed", text, None)
+        return _versions(), [failed] if count == 1 else [], 0.0, False  # which of several is not known
     abandoned = threading.Event()
     if seconds is None:
-        results = list(_results(function, tasks, begun + budget, abandoned))
+        results = list(_results(function, given, begun + budget, abandoned))
     else:
-        results = list(_limited(function, tasks, begun + budget, seconds, abandoned))
+        results = list(_limited(function, given, begun + budget, seconds, abandoned))
     return _versions(), results, time.monotonic() - begun, abandoned.is_set()
 
 
@@ -123,7 +130,7 @@ def _function(work: bytes) -> Callable[[Any], Any]:
 
 
 def _results(
-    function: Callable[[Any], Any], tasks: Sequence[bytes], until: float, abandoned: threading.Event
+    function: Callable[[Any], Any], tasks: Sequence[Any], until: float, abandoned: threading.Event
 ) -> Iterator[Result]:
     """One after the other, until it is late."""
     for number, task in enumerate(tasks):
@@ -133,7 +140,7 @@ def _results(
 
 
 def _limited(
-    function: Callable[[Any], Any], tasks: Sequence[bytes], until: float, seconds: float, abandoned: threading.Event
+    function: Callable[[Any], Any], tasks: Sequence[Any], until: float, seconds: float, abandoned: threading.Event
 ) -> Iterator[Result]:
     """The same in a thread that is waited for, so many seconds a task; the first that is late is the last."""
     done: SimpleQueue[Result | None] = SimpleQueue()
@@ -156,15 +163,7 @@ def _limited(
         yield result
 
 
-def _result(function: Callable[[Any], Any], data: bytes) -> Result:
-    try:
-        task = pickle.loads(data)  # noqa: S301 - our own
-    except Exception as error:
-        return (
-            "failed",
-            f"the worker cannot read the task (is what it holds in a module of its own?): {told(error)}",
-            None,
-        )
+def _result(function: Callable[[Any], Any], task: Any) -> Result:
     try:
         value = function(task)
     except StopWorker:

@@ -58,6 +58,10 @@ SHARD_NBYTES = 5 * 10**9
 """Bytes of a shard where an index is to be written and no size is given; what huggingface_hub takes."""
 
 
+_MOST_LEFT = 1000
+"""Looks that were left for later, and that are caught up on where a file that is far is refused."""
+
+
 def detect(probe: Probe) -> Format:
     """The container a file is, by its content alone.
 
@@ -106,6 +110,11 @@ def read(
             raise
         try:
             return _checkpoint(probe, section, ignore_checksums=ignore_checksums), probe.file
+        except FormatError:
+            with contextlib.closing(probe.file):
+                if probe.file.left <= _MOST_LEFT:  # which may tell more
+                    probe.file.settle()
+            raise
         except BaseException:
             probe.file.close()
             raise

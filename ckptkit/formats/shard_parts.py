@@ -153,6 +153,12 @@ def _shards_of(file: Source, name: str) -> frozenset[str]:
     """The shards that an index beside a file names, which is read once while it stays as it is."""
     from ckptkit.formats.sharded import shard_names
 
+    if file.is_far and _is_listed(file):
+        index = places.below(str(file.folder), name)
+        noted: dict[str, frozenset[str]] = places.notes()
+        if index not in noted:
+            noted[index] = shard_names(index)
+        return noted[index]
     if file.folder is None or file.is_far:
         try:
             return shard_names(file.sibling(name))

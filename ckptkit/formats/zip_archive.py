@@ -22,7 +22,6 @@ A CRC-32 of 0 with data behind it means "not recorded" (``set_crc32_options(Fals
 
 from __future__ import annotations
 
-import re
 from functools import partial
 from struct import Struct
 from typing import NamedTuple
@@ -43,13 +42,16 @@ from ckptkit.formats.zip_records import (
     MANY,
     MAX16,
     MAX32,
+    REPACK,
     STORED,
+    TAIL_NBYTES,
     UNICODE_PATH,
     WINDOW_NBYTES,
     Record,
     Records,
     Row,
     begins_alike,
+    check_names,
     find_directory,
     read_record,
     rows_alike,
@@ -60,9 +62,6 @@ from ckptkit.report import count_of
 __all__ = ["LOCAL_SIGNATURE", "TAIL_NBYTES", "Record", "Records", "ends_like_a_zip", "read_directory", "read_record"]
 
 CENTRAL_SIGNATURE = b"PK\x01\x02"
-
-TAIL_NBYTES = END.size + MAX16
-"""Last bytes of a file, in which a zip archive's end record begins."""
 _LOCAL_BRIEF = Struct("<4s2xHH4xIIIHH")
 _CENTRAL_BRIEF = Struct("<4s4xHH4xIIIHHHH6xI")
 """The same without what tells nothing: versions, times, attributes."""
@@ -73,12 +72,8 @@ _LATER = [0, 0, 0]
 UTF8 = 0x800
 _REFUSED_FLAGS = {0x1: "encrypted", 0x20: "patched", 0x40: "strongly encrypted", 0x2000: "masked"}
 _ANY_REFUSED_FLAG = sum(_REFUSED_FLAGS)
-_ODD_NAME = re.compile(r"\A\Z|[\0\\]|\A/|(?:\A|/)\.\.(?:/|\Z)")
 _METHODS = {9: "deflate64", 12: "bzip2", 14: "LZMA", 93: "zstd", 95: "xz", 98: "PPMd", 99: "AES"}
 """Compression methods that others than torch use (APPNOTE 4.4.5)."""
-
-REPACK = "unpack it (7z x FILE -oOUT) and pack its folder again, stored: cd OUT && zip -0 -r NEW.pth FOLDER"
-"""What helps where an archive holds a checkpoint in a way that is not read."""
 
 _ZIP64 = 1
 """Tag of an extra field."""
@@ -90,6 +85,10 @@ _DESCRIPTORS = {layout.size: layout for layout in map(Struct, ("<III", "<4sIII",
 _DESCRIPTOR_NBYTES = max(_DESCRIPTORS)
 _NARROW_DESCRIPTOR_NBYTES = 16
 """Data descriptors by their size (APPNOTE 4.3.9): with or without a signature, sizes of 32 or 64 bits."""
+
+
+_MOST_LOOKED_AT = 1000
+"""Records whose own headers are all read, one after the other, once one of them is wrong in a file that is far."""
 
 
 class _Central(NamedTuple):
@@ -124,13 +123,10 @@ def read_directory(file: Source | ByteRange, limits: Limits = DEFAULT_LIMITS) ->
     if nbytes > limits.directory_nbytes:
         raise LimitError("bytes of a zip directory", limit=limits.directory_nbytes, actual=nbytes)
     listed = _listed(area.read(offset, nbytes), count, limits)
-    _check_names([record[2] for record in listed])
+    check_names([record[2] for record in listed])
     by_place = sorted(listed)
     begins = told_by_directory(area, by_place, offset) if area.file.is_far else []
-    if begins:
-        _left_for_later(area, by_place, begins, offset)
-    else:
-        begins = _located(area, by_place, offset)
+    begins = _LeftForLater(area, by_place, begins, offset).begins if begins else _located(area, by_place, offset)
     _, _, names, _, methods, crcs, packed, sizes = zip(*by_place, strict=True) if by_place else [()] * 8
     found = Records(area, names, begins, packed, sizes, methods, crcs)
     return found if by_place == listed else found.ordered(record[2] for record in listed)
@@ -155,28 +151,6 @@ def ends_like_a_zip(area: ByteRange, tail: bytes | None = None) -> bool:
         return True
     directory = start + at - nbytes
     return directory >= 0 and area.read(directory, 4) == CENTRAL_SIGNATURE
-
-
-def _check_names(names: list[str]) -> None:
-    """Names that leave their folder, or that some file system takes for one another, are refused."""
-    everything = "\n".join(("", *names))
-    if everything.endswith("\n") or any(mark in everything for mark in ("\0", "\\", "..", "\n/", "\n\n")):
-        for name in names:
-            if _ODD_NAME.search(name):
-                if "\\" in name and not _ODD_NAME.search(name.replace("\\", "/") or "/"):
-                    raise AmbiguousError(
-                        f"a record named {name[:80]!r}, with backslashes, which readers take for a part of the name or "
-                        f"for slashes; {REPACK}"
-                    )
-                raise AmbiguousError(f"a record named {name[:80]!r}: absolute, empty, or leaving its folder")
-    if everything.count("\n") == len(names) and len(set(everything.casefold().split("\n"))) == len(names) + 1:
-        return
-    folded: dict[str, str] = {}
-    for name in names:
-        if name.casefold() in folded:
-            other = folded[name.casefold()]
-            raise AmbiguousError(f"records {other!r} and {name!r} are equal, or equal but for case")
-        folded[name.casefold()] = name
 
 
 class _Window:
@@ -328,37 +302,73 @@ def _begin(window: _Window, before: _Central | None, record: _Central, end: int)
     return at + header_nbytes + extra_nbytes
 
 
-def _left_for_later(area: ByteRange, listed: list[Row], begins: list[int], directory_at: int) -> None:
-    """Leave the records' own headers, and what lies between the records, until values are read.
+class _LeftForLater:
+    """The look at records' own headers, and at what lies between the records, that waits until values are read.
 
     Args:
         area: where the archive lies, in a file that is far.
         listed: what the directory says, in order of position.
         begins: where the records' data begins, as far as the directory tells.
         directory_at: where the directory begins.
+
+    Attributes:
+        begins: as above; where a header that is at hand says something else, by all headers.
+
+    Raises:
+        FormatError: as `read_directory`, of what is at hand.
     """
 
-    def look(before: _Central | None, record: _Central | None, end: int, begin: int, data: bytes) -> None:
-        window = _Window(area)
+    def __init__(self, area: ByteRange, listed: list[Row], begins: list[int], directory_at: int) -> None:
+        self.begins = begins
+        self._area, self._listed, self._directory_at = area, listed, directory_at
+        self._is_open, self._are_all_known = True, False
+        end = 0
+        for number, (row, begin) in enumerate(zip(listed, begins, strict=True)):
+            area.file.on_read(area.offset + end, begin - end, partial(self._look, number, end, begin))
+            end = begin + row[6]
+        if end != directory_at:
+            look = partial(self._look, len(listed), end, directory_at)
+            area.file.on_read(area.offset + end, directory_at - end, look)
+        self._is_open = False
+
+    def _look(self, number: int, end: int, begin: int, data: bytes) -> None:
+        """Look at what lies between the data of two records.
+
+        Args:
+            number: of the second; how many there are: the directory.
+            end: where the data of the first ends.
+            begin: where that of the second begins.
+            data: what lies between.
+        """
+        if self._are_all_known:
+            return
+        window = _Window(self._area)
         window.data, window.start = data, end
+        before = _Central(*self._listed[number - 1]) if number else None
         try:
-            if record is None:
+            if number == len(self._listed):
                 _check_gap(before, begin - end, window, end)
-            elif (own := _begin(window, before, record, end)) != begin:
+            elif (own := _begin(window, before, record := _Central(*self._listed[number]), end)) != begin:
                 raise AmbiguousError(
                     f"record {record.name!r}: by its own header its data begins at byte {own:,}, by the zip directory, "
                     f"which leaves no byte to nobody, at {begin:,}"
                 )
         except FormatError as error:
-            raise error.at(path=area.file.path) from error.__cause__
+            self._look_at_all(error)
 
-    before, end = None, 0
-    for row, begin in zip(listed, begins, strict=True):
-        record = _Central(*row)
-        area.file.on_read(area.offset + end, begin - end, partial(look, before, record, end, begin))
-        before, end = record, begin + record.packed
-    if end != directory_at:
-        area.file.on_read(area.offset + end, directory_at - end, partial(look, before, None, end, directory_at))
+    def _look_at_all(self, error: FormatError) -> None:
+        """Something is wrong: tell what is told of a local file, of which all headers are read at once, in order."""
+        self._are_all_known = True
+        try:
+            if len(self._listed) <= _MOST_LOOKED_AT:
+                found = _located(self._area, self._listed, self._directory_at)
+                if self._is_open:
+                    self.begins = found
+                    return
+            raise error
+        except FormatError as worst:
+            self._are_all_known = False
+            raise worst.at(path=self._area.file.path) from worst.__cause__
 
 
 def _usual_header(data: bytes, at: int, record: _Central) -> int:

@@ -28,8 +28,9 @@ from ckptkit.errors import AmbiguousError, CorruptError, LimitError, Unsupported
 
 __all__ = [
     "CENTRAL", "DEFLATED", "DESCRIPTOR_SIGNATURE", "END", "END64", "FEW", "HAS_DESCRIPTOR", "LOCAL", "LOCAL_SIGNATURE",
-    "LOCATOR", "MANY", "MAX16", "MAX32", "SIGNED_DESCRIPTORS", "STORED", "UNICODE_PATH", "WINDOW_NBYTES", "Record",
-    "Records", "Row", "begins_alike", "find_directory", "read_record", "record_source", "rows_alike",
+    "LOCATOR", "MANY", "MAX16", "MAX32", "REPACK", "SIGNED_DESCRIPTORS", "STORED", "TAIL_NBYTES", "UNICODE_PATH",
+    "WINDOW_NBYTES", "Record", "Records", "Row", "begins_alike", "check_names", "find_directory", "read_record",
+    "record_source", "rows_alike",
 ]  # fmt: skip
 
 END = Struct("<4sHHHHIIH")
@@ -38,6 +39,14 @@ LOCATOR = Struct("<4sIQI")
 
 MAX32 = 0xFFFFFFFF
 MAX16 = 0xFFFF
+
+TAIL_NBYTES = END.size + MAX16
+"""Last bytes of a file, in which an archive's end record begins."""
+
+REPACK = "unpack it (7z x FILE -oOUT) and pack its folder again, stored: cd OUT && zip -0 -r NEW.pth FOLDER"
+"""What helps where an archive holds a checkpoint in a way that is not read."""
+
+_ODD_NAME = re.compile(r"\A\Z|[\0\\]|\A/|(?:\A|/)\.\.(?:/|\Z)")
 
 LOCAL_SIGNATURE = b"PK\x03\x04"
 """First bytes of a record, and so of an archive."""
@@ -82,7 +91,7 @@ def find_directory(file: ByteRange) -> tuple[int, int, int]:
         CorruptError: there is no end record, or it is ambiguous.
         UnsupportedError: the archive is one of several volumes.
     """
-    tail = file.tail(END.size + MAX16)
+    tail = file.tail(TAIL_NBYTES)
     tail_start = file.nbytes - len(tail)
     # Where an end record could be: it and its comment must reach to the end of the file exactly.
     ends = _occurrences(_END_SIGNATURE, tail)
@@ -130,6 +139,28 @@ def find_directory(file: ByteRange) -> tuple[int, int, int]:
 
 def _occurrences(wanted: bytes, data: bytes) -> list[int]:
     return [match.start() for match in re.finditer(re.escape(wanted), data)]
+
+
+def check_names(names: list[str]) -> None:
+    """Names that leave their folder, or that some file system takes for one another, are refused."""
+    everything = "\n".join(("", *names))
+    if everything.endswith("\n") or any(mark in everything for mark in ("\0", "\\", "..", "\n/", "\n\n")):
+        for name in names:
+            if _ODD_NAME.search(name):
+                if "\\" in name and not _ODD_NAME.search(name.replace("\\", "/") or "/"):
+                    raise AmbiguousError(
+                        f"a record named {name[:80]!r}, with backslashes, which readers take for a part of the name or "
+                        f"for slashes; {REPACK}"
+                    )
+                raise AmbiguousError(f"a record named {name[:80]!r}: absolute, empty, or leaving its folder")
+    if everything.count("\n") == len(names) and len(set(everything.casefold().split("\n"))) == len(names) + 1:
+        return
+    folded: dict[str, str] = {}
+    for name in names:
+        if name.casefold() in folded:
+            other = folded[name.casefold()]
+            raise AmbiguousError(f"records {other!r} and {name!r} are equal, or equal but for case")
+        folded[name.casefold()] = name
 
 
 class Record(NamedTuple):

@@ -79,12 +79,16 @@ storage_options: Option[dict[str, Any]] = Option(
 
 
 def local(given: Any) -> Any:
-    """What was given, paths where they are ``file://`` or ``local://`` URLs; of several each one."""
+    """What was given, with the paths that are meant by ``file://`` and ``local://``, and URLs without credentials.
+
+    These are kept by the session that this is within (`ckptkit.remote.Session.shown`).  Of several each is taken so.
+    """
     if isinstance(given, str):
         if "://" in given:
-            from ckptkit.remote import local_path
+            from ckptkit.remote import current_session, is_url, local_path
 
-            return local_path(given)
+            path, current = local_path(given), current_session()
+            return path if current is None or not is_url(path) else current.shown(path)
     elif isinstance(given, list | tuple):
         return type(given)(map(local, given)) if _is_far(given) else given
     return given

@@ -9,9 +9,10 @@ local path everything is what `os` says, links included.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ckptkit.bytesource import Source, SourceFile
 from ckptkit.errors import FileAccessError
@@ -33,6 +34,7 @@ __all__ = [
     "isfile",
     "listdir",
     "listed_below",
+    "notes",
     "opened",
     "opened_ahead",
     "opener",
@@ -66,13 +68,28 @@ def asked_once(*paths: object) -> AbstractContextManager[object]:
     return session()
 
 
+def notes() -> dict[str, Any]:
+    """What was found out of URLs, by URL: for whoever asks again; forgotten at the end of the command."""
+    from ckptkit.remote import current_session
+
+    current = current_session()
+    return {} if current is None else current.notes
+
+
 # The text of paths.
+
+_QUERY = re.compile(r"\?(?:\*\*\*|[\w.~%-]+=).*\Z", re.DOTALL)
+
+
+def _plain(url: str) -> str:
+    """A URL without what is asked for behind the path; an object's name may have such marks, too."""
+    return _QUERY.sub("", url) if "?" in url else url
 
 
 def below(folder: str, name: str) -> str:
     """The path of what is called so below a folder: ``name`` is relative to it, with slashes between its segments."""
     if is_url(folder):
-        return f"{folder.rstrip('/')}/{name}" if name else folder
+        return folder if name in ("", os.curdir) else f"{folder.rstrip('/')}/{name}"
     return os.path.join(folder, *name.split("/"))
 
 
@@ -80,21 +97,28 @@ def split(path: str) -> tuple[str, str]:
     """As `os.path.split`: the folder, and the name in it; above the first segment of a URL there is nothing."""
     if not is_url(path):
         return os.path.split(path)
-    folder, _, name = path.partition("?")[0].rpartition("/")
+    folder, _, name = _plain(path).rpartition("/")
     return (path, "") if folder.endswith((":", ":/")) else (folder, name)
 
 
 def own_name(path: str) -> str:
-    """The last segment of a path, by the folder that it leads to; a URL's without what is asked for behind it."""
-    return split(path.partition("?")[0].rstrip("/"))[1] if is_url(path) else os.path.basename(os.path.abspath(path))
+    """The last segment of a path, by the folder that it leads to; a URL's without what is asked for behind it.
+
+    A ``.metadata`` at a URL stands for the folder that it lies in.
+    """
+    if not is_url(path):
+        return os.path.basename(os.path.abspath(path))
+    return split(_plain(path).rstrip("/").removesuffix("/.metadata"))[1]
 
 
 def relative(path: str, folder: str) -> str:
     """A path as seen from a folder, with slashes; links are not followed.  Of two that nothing connects: the path."""
     if is_url(path) or is_url(folder):
-        whole, root = path.rstrip("/"), folder.rstrip("/")
+        whole, root = _plain(path).rstrip("/"), folder.rstrip("/")
         if whole == root:
             return "."
+        if root.startswith(f"{whole}/"):
+            return "/".join([os.pardir] * (root.count("/") - whole.count("/")))
         return whole[len(root) + 1 :] if root and whole.startswith(f"{root}/") else path
     absolute = os.path.abspath(path)
     try:

@@ -20,11 +20,11 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from ckptkit.bytesource import Source
-from ckptkit.errors import CorruptError, FileAccessError, MissingFileError
-from ckptkit.remote import current_session, session, source_at, store_of
+from ckptkit.errors import FileAccessError, MissingFileError
+from ckptkit.remote import current_session, opened_at, revealed, session, source_at, store_of
+from ckptkit.remote.listed import ListedSource
 from ckptkit.remote.retries import masked
 from ckptkit.remote.source import RemoteSource
-from ckptkit.remote.store import Store
 
 __all__ = [
     "FarEntry",
@@ -151,9 +151,15 @@ def _listing(url: str) -> tuple[Tree, str] | None:
         found, root = _found(url), url.rstrip("/")
         if found is not None:
             return found
+        if (failed := current.failed.get(f"{root}/")) is not None:
+            raise failed
         if root not in current.listings:
             store = store_of(url)
-            current.listings[root] = Tree(root, store.listing(root)) if store.has_listings else None
+            try:
+                current.listings[root] = Tree(root, store.listing(revealed(root))) if store.has_listings else None
+            except FileAccessError as error:
+                current.failed[f"{root}/"] = error
+                raise
         tree = current.listings[root]
         return (tree, "") if tree is not None and tree.files else None
 
@@ -171,9 +177,11 @@ def is_folder(url: str) -> bool:
     try:
         if not store_of(url).has_listings:
             return False
-        if not url.endswith("/") and _FILE_ENDING.search(url) and _is_there(url):
-            return False
-        return _listing(url) is not None
+        with session() as current:
+            is_named = not url.endswith("/") and _FILE_ENDING.search(url)
+            if is_named and (_is_there(url) or not isinstance(current.failed.get(url), MissingFileError)):
+                return False
+            return _listing(url) is not None
     except FileAccessError:  # told where it is opened
         return False
 
@@ -189,11 +197,12 @@ def is_file(url: str) -> bool:
 def _is_there(url: str) -> bool:
     """Whether a file can be opened, which is kept for whoever opens it next."""
     with session() as current:
-        if url in current.opened:
-            return True
+        if url in current.opened or url in current.failed:
+            return url in current.opened
         try:
-            source = RemoteSource(store_of(url), url)
-        except FileAccessError:
+            source = opened_at(url)
+        except FileAccessError as error:
+            current.failed[url] = error  # told where it is opened, and not asked for again
             return False
         current.keep(url, source)
         return True
@@ -203,8 +212,9 @@ def opened(url: str) -> Source:
     """As `ckptkit.places.opened`."""
     try:
         return source_at(url)
-    except MissingFileError:
-        told = _nothing_at(url)
+    except FileAccessError as error:
+        is_open = isinstance(error, MissingFileError) or _FILE_ENDING.search(url) is None
+        told = _nothing_at(url) if is_open else None
         if told is None:
             raise
         raise told from None
@@ -254,7 +264,7 @@ def size(url: str) -> int:
             kept = current.opened.get(url)
             if kept is not None:
                 return kept.size
-    with contextlib.closing(RemoteSource(store_of(url), url)) as source:
+    with contextlib.closing(opened_at(url)) as source:
         return source.size
 
 
@@ -308,95 +318,11 @@ def names_below(url: str) -> Sequence[str]:
     return [name[len(start) :] for name in tree.files if name.startswith(start)]
 
 
-# Files of a listing.
-
-
-class ListedSource(Source):
-    """A file of a listing: its size is known from there, and it is asked for when it is first read.
-
-    Args:
-        store: who has it.
-        url: where.
-        size: in bytes, as listed.
-    """
-
-    __slots__ = ("_file", "_store", "_url")
-
-    is_far = True
-
-    def __init__(self, store: Store, url: str, size: int) -> None:
-        super().__init__(masked(url), size)
-        self._store, self._url = store, url
-        self._file: RemoteSource | None = None
-
-    def _opened(self) -> RemoteSource:
-        self._require_open()
-        with self._lock:
-            if self._file is None:
-                file = RemoteSource(self._store, self._url)
-                if file.size != self.size:
-                    told = (
-                        f"the file has {file.size:,} bytes and was listed with {self.size:,}: it was changed meanwhile"
-                    )
-                    raise CorruptError(told, path=self.path)
-                self._file, self.identity = file, file.identity
-            return self._file
-
-    def _some(self, offset: int, nbytes: int) -> bytes:
-        return self._opened()._some(offset, nbytes)
-
-    def read_into(self, offset: int, buffer: bytearray | memoryview) -> None:
-        """As `Source.read_into`."""
-        self._opened().read_into(offset, buffer)
-
-    def tail(self, nbytes: int) -> bytes:
-        """As `Source.tail`."""
-        return self._opened().tail(nbytes)
-
-    def ranges(self, wanted: Sequence[tuple[int, int]]) -> Iterator[bytes]:
-        """As `Source.ranges`."""
-        return self._opened().ranges(wanted)
-
-    def views(self, offset: int, nbytes: int) -> Iterator[bytes | memoryview]:
-        """As `Source.views`."""
-        return self._opened().views(offset, nbytes)
-
-    def will_read(
-        self, areas: Sequence[tuple[int, int]], passing: Callable[[int, memoryview], object] | None = None
-    ) -> None:
-        """As `Source.will_read`."""
-        if areas or self._file is not None:
-            self._opened().will_read(areas, passing)
-
-    def on_read(self, offset: int, nbytes: int, check: Callable[[bytes], object]) -> bool:
-        """As `Source.on_read`."""
-        return self._opened().on_read(offset, nbytes, check)
-
-    def settle(self, areas: Sequence[tuple[int, int]] | None = None) -> None:
-        """As `Source.settle`; of one that nobody has read there is nothing to say."""
-        if self._file is not None:
-            self._file.settle(areas)
-
-    def stamp(self) -> object:
-        """As `Source.stamp`."""
-        return self.identity if self._file is None else self._file.stamp()
-
-    def sibling(self, name: str) -> RemoteSource:
-        """As `Source.sibling`."""
-        return RemoteSource(self._store, self._store.beside(self._url, name))
-
-    def close(self) -> None:
-        """As `Source.close`."""
-        super().close()
-        if self._file is not None:
-            self._file.close()
-
-
 def opener(url: str) -> Callable[[str], Source]:
     """What opens the files below a folder, also once the session has ended."""
     store, found = store_of(url), _listing(url)
     tree, inside = found if found is not None else (Tree(url.rstrip("/"), {}), "")
-    current = current_session()
+    current, root = current_session(), revealed(tree.root)
 
     def part(name: str) -> Source:
         path = f"{inside}/{name}" if inside else name
@@ -406,7 +332,8 @@ def opener(url: str) -> Callable[[str], Source]:
         kept = None if current is None else current.taken(where)
         if kept is not None:
             return kept
-        return ListedSource(store, where, tree.files[path]) if tree.files else RemoteSource(store, where)
+        real = f"{root}/{path}"
+        return ListedSource(store, real, tree.files[path]) if tree.files else RemoteSource(store, real)
 
     return part
 
@@ -431,7 +358,7 @@ class _Ahead:
             if url is None:
                 return
             context = contextvars.copy_context()
-            self._opening[url] = self._pool.submit(context.run, RemoteSource, store_of(url), url)
+            self._opening[url] = self._pool.submit(context.run, opened_at, url)
             self._order.append(url)
 
     def take(self, url: str) -> RemoteSource | None:

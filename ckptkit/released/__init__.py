@@ -17,18 +17,22 @@ import os
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from datetime import datetime, timezone
+from functools import partial
 from heapq import merge
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+from ckptkit import places
 from ckptkit.errors import CkptkitError, VerifyError
 from ckptkit.extras import __version__, require_torch
 from ckptkit.fleet.shares import Share
 from ckptkit.formats.folder import PICKLE
+from ckptkit.released.bases import based
 from ckptkit.released.config import Config, read_config
-from ckptkit.released.file_check import Task, held, stamp_of, with_model
+from ckptkit.released.file_check import Task, held, held_from, stamp_of, with_model
 from ckptkit.released.lines import Earlier, digest_of, digest_of_policy, end_of
 from ckptkit.released.manifest_file import FileRecord, Manifest, paths_of, read_manifest
 from ckptkit.released.policy import Policy
@@ -100,18 +104,20 @@ class Run:
         paths = paths if is_listed else paths or self._config.paths
         if not paths and manifest is None and not is_listed:
             raise VerifyError("nothing to check: name files or folders, or a manifest with --manifest FILE")
-        # Paths are told as the manifest's own was given, not from the root of the disk.
-        folder = os.path.dirname(manifest) if manifest is not None else ""
-        self._released = None if manifest is None else replace(read_manifest(manifest), folder=folder)
+        self._released = None if manifest is None else based(read_manifest(manifest), manifest, paths)
         if self._config.needs_model:
             require_torch()
         self._started = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%S")
         self._workers, self._verify = workers, verify
         self._earlier = None if resume is None else Earlier(resume)
-        selection = _selected(paths, self._released, self._config, manifest, tag, skip_others, is_listed)
-        tasks = _tasks(selection, paths if paths or is_listed else None, self._released, self._config)
         self._may_skip = skip_others
-        self._divide(selection, tasks, [*paths], is_resumable or self._earlier is not None)
+        with self._asked_once():
+            selection = _selected(paths, self._released, self._config, manifest, tag, skip_others, is_listed)
+            tasks = _tasks(selection, paths if paths or is_listed else None, self._released, self._config)
+            self._divide(selection, tasks, [*paths], is_resumable or self._earlier is not None)
+
+    def _asked_once(self) -> AbstractContextManager[object]:
+        return places.asked_once(None if self._released is None else self._released.folder)
 
     def _divide(self, selection: Selection, tasks: list[Task], paths: list[str], is_kept: bool) -> None:
         """Keep of what was selected what is in the share, by what becomes of it."""
@@ -146,6 +152,7 @@ class Run:
             "ckptkit": __version__,
             "policy": digest_of(said, digests, None if released is None else released.to_dict()),
             "run": (None if self._earlier is None else self._earlier.run) or uuid.uuid4().hex,
+            "resumed": 0 if self._earlier is None else self._earlier.resumed,
             "part": self.part,
             "manifest": self._manifest,
             "config": config.path,
@@ -154,12 +161,17 @@ class Run:
 
     def results(self) -> Iterator[FileResult]:
         """The result of each file, as it comes; asked for once."""
+        with self._asked_once():
+            yield from self._results()
+
+    def _results(self) -> Iterator[FileResult]:
         tasks, kept = self._others + self._tasks, list[str]()
         if self._earlier is not None:
             looked_at = [(task, is_kept and task.other is None) for task, is_kept in self._earlier.kept(tasks)]
             kept = [task.path for task, is_kept in looked_at if is_kept]
             tasks = [task for task, is_kept in looked_at if not is_kept]
-        found = zip(tasks, side_by_side(tasks, held, workers=self._workers, nbytes=_nbytes, lost=_lost), strict=True)
+        work = held if self._workers.executor is None else partial(held_from, os.getcwd())
+        found = zip(tasks, side_by_side(tasks, work, workers=self._workers, nbytes=_nbytes, lost=_lost), strict=True)
         opened = ((task, with_model(*each, task, self._verify)) for task, each in found)
         others = [(task, result) for task, result in islice(opened, len(self._others)) if result.findings]
         self._passed.subtract(Counter(task.other for task, _ in others if task.other is not None))
@@ -240,7 +252,7 @@ def _selected(
     given = (
         paths
         if is_listed
-        else paths or ([] if manifest is None else [os.path.join(folder, name) for name in manifest.folders])
+        else paths or ([] if manifest is None else [places.below(folder, name) for name in manifest.folders])
     )
     if not given:
         return Selection(checkpoints=())
@@ -274,7 +286,7 @@ def _told_unopened(selection: Selection, tasks: Sequence[Task], manifest: Manife
 def _told_empty(empty: Iterable[tuple[str, CkptkitError]], pickles: Sequence[str]) -> Iterator[FileResult]:
     """What is said of folders without a checkpoint, and without a file that is told of for its pickles."""
     for path, error in empty:
-        if all(name_of(pickle, path).startswith("../") for pickle in pickles):
+        if all(name_of(pickle, path).startswith("../") or name_of(pickle, path) == pickle for pickle in pickles):
             yield nothing_selected(path, str(error))
 
 
@@ -296,7 +308,7 @@ def _tasks(selection: Selection, paths: Sequence[str] | None, manifest: Manifest
             record = records.get(named) or owners[named]
             wanted[record.path] = record
         elif not any(name in goldens for name in each.names):
-            tasks.append(_task(each, config, selection, is_extra=os.path.lexists(each.path)))
+            tasks.append(_task(each, config, selection, is_extra=places.exists(each.path)))
         elif paths is not None and each.name not in wanted:  # named, and a checkpoint like any other
             tasks.append(_task(each, config, selection))
     recorded = [_recorded_task(record, manifest, config, selection) for record in wanted.values()]
@@ -319,14 +331,19 @@ def _task(selected: Selected, config: Config, selection: Selection, *, is_extra:
 
 
 def _recorded_task(record: FileRecord, manifest: Manifest, config: Config, selection: Selection) -> Task:
-    path = os.path.join(manifest.folder, *record.path.split("/"))
+    path = places.below(manifest.folder, record.path)
     shards = next((named for index, named in selection.shards.items() if _tidy(index) == path), ())
-    return Task(path=path, policy=config.policy_for(path), record=record, folder=manifest.folder, shards=shards)
+    folder = manifest.folder if manifest.beside is None else manifest.beside
+    return Task(path=path, policy=config.policy_for(path), record=record, folder=folder, shards=shards)
 
 
 def _tidy(path: str) -> str:
-    """A path without steps that lead nowhere; ``..`` stays, for it may lead out of a link."""
+    """A path without steps that lead nowhere; ``..`` stays, for it may lead out of a link.  A URL is as it is."""
+    if places.is_url(path):
+        return path
     steps = path.split(os.sep)
+    if "." not in steps:  # the same text, which takes no room of its own
+        return path
     return os.sep.join(step for step in steps if step != "." or len(steps) == 1)
 
 

@@ -28,6 +28,7 @@ from fnmatch import fnmatchcase
 from importlib import import_module
 from typing import Any
 
+from ckptkit import places
 from ckptkit.errors import FileAccessError, FormatError, LimitError, MissingFileError, VerifyError
 from ckptkit.released.policy import POLICY_KEYS, Policy, close_match
 
@@ -116,7 +117,7 @@ class Config:
             relative = os.path.relpath(os.path.abspath(path), folder)
         except ValueError:  # another drive
             relative = os.path.abspath(path)
-        name = relative.replace(os.sep, "/")
+        name = places.shown(path) if places.is_url(path) else relative.replace(os.sep, "/")
         return tuple(i for i, override in enumerate(self.overrides) if override.matches(name))
 
 

@@ -19,6 +19,7 @@ class CheckHead(TypedDict):
         ckptkit: the version that checks.
         policy: digest of what the files are held against.
         run: what names the run; one that resumes another goes by the other's name.
+        resumed: how many runs by that name came before it.
         part: the share of the files that this is: ``"2/8"``.
         manifest, config: the files that say what must be.
         started: when, in UTC, as ISO 8601 without a zone.
@@ -28,6 +29,7 @@ class CheckHead(TypedDict):
     ckptkit: str
     policy: str
     run: str
+    resumed: int
     part: str | None
     manifest: str | None
     config: str | None

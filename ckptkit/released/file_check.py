@@ -14,7 +14,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
+from ckptkit import places
 from ckptkit.architectures import Architecture
 from ckptkit.checkpoint import GlobalUse
 from ckptkit.errors import CkptkitError, FormatError
@@ -47,7 +49,7 @@ from ckptkit.released.results import (
 from ckptkit.released.selection import size_of
 from ckptkit.report import Report, split_member
 
-__all__ = ["Task", "held", "stamp_of", "with_model"]
+__all__ = ["Task", "held", "held_from", "stamp_of", "with_model"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,14 +87,14 @@ class Task:
     @property
     def is_missing(self) -> bool:
         """Whether the manifest names it, and it is not there."""
-        return self.record is not None and not os.path.lexists(self.path)
+        return self.record is not None and not places.exists(self.path)
 
     @property
     def golden(self) -> str | None:
         """The file of its recorded outputs."""
         if self.record is None or self.record.golden is None:
             return None
-        return os.path.join(self.folder, *self.record.golden.path.split("/"))
+        return places.below(self.folder, self.record.golden.path)
 
 
 @collector_paused()  # what is read is gone at the end, without it
@@ -110,7 +112,7 @@ def held(task: Task, threads: int = 1) -> tuple[FileResult, Architecture | None]
         look = partial(
             examine_file,
             path,
-            tp_rules=policy.tp_rules if os.path.isdir(path) else None,
+            tp_rules=policy.tp_rules if places.isdir(path) else None,
             ignore_checksums=policy.ignore_checksums,
             whole=record is not None and record.whole_digest is not None,
             threads=threads,
@@ -160,6 +162,36 @@ def held(task: Task, threads: int = 1) -> tuple[FileResult, Architecture | None]
     return result, architecture
 
 
+def held_from(folder: str, task: Task, threads: int = 1) -> tuple[FileResult, Architecture | None]:
+    """As `held`, of a task whose paths are relative to a folder that need not be the working directory here."""
+    if os.getcwd() == folder:
+        return held(task, threads)
+    rules = task.policy.tp_rules
+    policy = task.policy if rules is None else replace(task.policy, tp_rules=os.path.join(folder, rules))
+    path = task.path if places.is_url(task.path) else os.path.join(folder, task.path)
+    there = replace(task, path=path, folder=os.path.join(folder, task.folder), policy=policy)
+    result, architecture = held(there, threads)
+    findings = tuple(
+        replace(
+            finding,
+            path=task.path,
+            message=_without(folder, finding.message),
+            fix=_without(folder, finding.fix),
+            expected=_without(folder, finding.expected),
+            found=_without(folder, finding.found),
+        )
+        for finding in result.findings
+    )
+    return replace(result, path=task.path, findings=findings), architecture
+
+
+def _without(folder: str, value: Any) -> Any:
+    """What a finding tells, with paths in a folder told from there."""
+    if isinstance(value, str):
+        return value.replace(os.path.join(folder, ""), "")
+    return [_without(folder, each) for each in value] if isinstance(value, list) else value
+
+
 def stamp_of(path: str) -> str | None:
     """What differs once a checkpoint was written to; ``None``: nobody can say.
 
@@ -179,7 +211,7 @@ def stamp_of(path: str) -> str | None:
         files = [path if member is None else member[0]]
         if member is None:
             files += _files_beside(path)
-        facts = [(name, *_facts(os.stat(name))) for name in files]
+        facts = [(name.removeprefix(os.path.dirname(path)), *_facts(os.stat(name))) for name in files]
     except (OSError, ValueError):
         return None
     if len(facts) == 1:

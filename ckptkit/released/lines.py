@@ -18,6 +18,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+from types import NoneType
 from typing import IO, TYPE_CHECKING, Any, cast
 
 from ckptkit.errors import FileAccessError, FormatError, MissingFileError
@@ -157,7 +158,7 @@ def read_streams(file: str) -> Iterator[Stream]:
             if "run" in line and "ckptkit" in line:
                 if found is not None:
                     yield found
-                found = _begun(cast("CheckHead", line), file)
+                found = Stream(file=file, head=_sound(line, file), part=line["part"])
             elif found is None:
                 continue
             elif "verdict" in line:
@@ -169,12 +170,21 @@ def read_streams(file: str) -> Iterator[Stream]:
         yield found
 
 
-def _begun(head: CheckHead, file: str) -> Stream:
-    """A run, by its first line."""
-    texts: list[Any] = [head.get(name) for name in ("run", "started", "ckptkit", "policy")]
-    if head.get("schema_version") != SCHEMA_VERSION or not all(isinstance(text, str) for text in texts):
+def _sound(line: dict[str, Any], file: str) -> CheckHead:
+    """A first line.
+
+    Raises:
+        FormatError: it does not say what it must.
+    """
+    texts = [line.get(name) for name in ("run", "started", "ckptkit", "policy")]
+    if (
+        line.get("schema_version") != SCHEMA_VERSION
+        or not all(isinstance(text, str) for text in texts)
+        or not isinstance(line.get("resumed"), int)
+        or not isinstance(line.get("part"), (str, NoneType))
+    ):
         raise FormatError("was not written by a ckptkit that this one understands; report it with that", path=file)
-    return Stream(file=file, head=head, part=head["part"])
+    return cast("CheckHead", line)
 
 
 def _stream_of(document: CheckDocument, file: str) -> Stream:
@@ -249,6 +259,7 @@ class Earlier:
 
     def __init__(self, file: str) -> None:
         self.run: str | None = None
+        self.resumed = 0
         self._file = file
         self._places: dict[str, int] = {}
         """Where the last line about each path begins."""
@@ -257,7 +268,8 @@ class Earlier:
             for line in stream:
                 found = _parsed(line)
                 if found is not None and "run" in found and "ckptkit" in found:
-                    self.run = str(found["run"])
+                    head = _sound(found, file)
+                    self.run, self.resumed = head["run"], head["resumed"] + 1
                 elif self.run is None and line.strip() and not _HEAD.startswith(line.strip()[: len(_HEAD)]):
                     told = "holds no results that a check can be resumed from: --json-lines writes them"
                     raise FormatError(told, path=file)

@@ -3,6 +3,7 @@
 Version 1, one JSON object of ASCII (RFC 8259), files sorted by path, one line a tensor::
 
     {"schema_version": 1,
+     "origin": str,
      "folders": [str],
      "files": [{"path": str, "size": int, "sha256": hex | null, "format": str, "kind": str,
                 "trust": str, "content_digest": "sha256:…" | null, "whole_digest": "sha256:…",
@@ -11,7 +12,8 @@ Version 1, one JSON object of ASCII (RFC 8259), files sorted by path, one line a
                 "others": [name],
                 "tensors": {name: {"dtype": str, "shape": [int], "digest": "sha256:…"}} | null}]}
 
-Paths are relative to the manifest's folder, with ``/``, and never lead out of it.  ``folders`` are those the manifest
+Paths are relative to the manifest's folder, with ``/``, and never lead out of it; where it was made of files at URLs,
+to the ``origin``, a URL, which is left out of others.  ``folders`` are those the manifest
 was made of (``"."`` is its own, which is meant where the key is missing): all that lies in them is released, so that a
 checkpoint there that is not among ``files`` is one too many.  ``size`` is in bytes, of a sharded
 checkpoint with its shards; ``sha256`` is of the file itself, and of an index the index alone; a folder that is one
@@ -35,7 +37,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from ckptkit.bytesource import SourceFile
+from ckptkit import places
 from ckptkit.checkpoint import Trust
 from ckptkit.digests import DigestLine, content_digest
 from ckptkit.errors import CorruptError, FormatError, LimitError, UnsupportedError
@@ -45,7 +47,7 @@ from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.report import SCHEMA_VERSION, count_of
 
 if TYPE_CHECKING:
-    from ckptkit.documents import ManifestFile, ManifestOptions, ManifestTensor, WrittenManifest
+    from ckptkit.documents import ManifestFile, ManifestOptions, ManifestOrigin, ManifestTensor, WrittenManifest
 
 __all__ = [
     "Changes",
@@ -165,6 +167,8 @@ class Manifest:
     Attributes:
         files: sorted by path.
         folder: the folder that paths are relative to.
+        origin: the URL of the folder that it was made of; ``None``: it was made of files beside it.
+        beside: the folder it lies in, which golden files are relative to; ``None``: ``folder``.
         folders: those it was made of, relative to it: in them no other checkpoint may lie; ``"."`` is itself.
         changes: what `make` did; of a manifest that was read, nothing.
         passed_over: how many files of each kind its folders hold that are not checkpoints; it is not written.
@@ -175,14 +179,18 @@ class Manifest:
     folders: tuple[str, ...] = ()
     changes: Changes = Changes()
     passed_over: Mapping[str, int] = field(default_factory=dict, compare=False)
+    origin: str | None = None
+    beside: str | None = field(default=None, compare=False)
 
     def __repr__(self) -> str:
         return f"<Manifest of {count_of(len(self.files), 'file')} in {self.folder!r:.80}>"
 
     def to_dict(self) -> WrittenManifest:
         """The manifest as one JSON-ready document."""
+        origin: ManifestOrigin = {} if self.origin is None else {"origin": self.origin}
         return {
             "schema_version": SCHEMA_VERSION,
+            **origin,
             "folders": list(self.folders),
             "files": [file.to_dict() for file in self.files],
         }
@@ -194,7 +202,9 @@ class Manifest:
 
 def manifest_text(document: WrittenManifest) -> Iterator[str]:
     """The text of a manifest, a piece at a time: one line for each field of a file, and for each tensor and shard."""
-    yield f'{{\n  "schema_version": {SCHEMA_VERSION},\n  "folders": {json.dumps(document["folders"])},\n  "files": ['
+    origin = f'  "origin": {json.dumps(document["origin"])},\n' if "origin" in document else ""
+    yield f'{{\n  "schema_version": {SCHEMA_VERSION},\n{origin}  "folders": {json.dumps(document["folders"])},\n'
+    yield '  "files": ['
     for number, file in enumerate(document["files"]):
         yield ",\n    {" if number else "\n    {"
         for index, (name, value) in enumerate(file.items()):
@@ -237,20 +247,22 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
         UnsupportedError: it is of another version.
         LimitError: it is larger than manifests are.
     """
-    file = SourceFile(path)
+    file = places.opened(os.fsdecode(path))
     try:
         if file.size > DEFAULT_LIMITS.index_nbytes:
             raise LimitError("bytes of a manifest", limit=DEFAULT_LIMITS.index_nbytes, actual=file.size)
         document = parse(file.read(0, file.size), DEFAULT_LIMITS, "the manifest")
         records = list(_records(document))
         folders = _folders(document)
+        origin = _origin(document)
     except FormatError as error:
         raise error.at(path=file.path) from error.__cause__
     finally:
         file.close()
-    folder = os.path.dirname(os.path.abspath(file.path))
+    folder = places.split(os.fsdecode(path))[0]
+    folder = folder if places.is_url(folder) else os.path.abspath(folder)
     files = tuple(sorted(records, key=lambda record: record.path))
-    return Manifest(files=files, folder=folder, folders=folders)
+    return Manifest(files=files, folder=folder, folders=folders, origin=origin)
 
 
 def _records(document: object) -> Iterator[FileRecord]:
@@ -281,6 +293,14 @@ def _folders(document: object) -> tuple[str, ...]:
     if given is None:
         return (".",)
     return tuple(name if name == "." else _Fields({"folders": name}, "folders").path("folders") for name in given)
+
+
+def _origin(document: object) -> str | None:
+    fields = _Fields(document, "the manifest")
+    origin: str | None = fields.optional("origin", str)
+    if origin is not None and not places.is_url(origin):
+        raise fields.wrong("origin", origin, "a URL")
+    return origin
 
 
 def _record(fields: _Fields) -> FileRecord:

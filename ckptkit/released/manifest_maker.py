@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from ckptkit import places
 from ckptkit.architectures import Architecture
 from ckptkit.errors import (
     CkptkitError,
@@ -22,6 +23,7 @@ from ckptkit.errors import (
 )
 from ckptkit.formats import STDIN, collector_paused, source_of
 from ckptkit.plan import LiteralBytes, Plan
+from ckptkit.released.bases import common_folder, require_one_place
 from ckptkit.released.examine import Examined, examine_file
 from ckptkit.released.manifest_file import (
     Changes,
@@ -50,6 +52,7 @@ def make(
     selected: Sequence[Selected],
     *,
     folder: str,
+    beside: str | None = None,
     folders: Sequence[str] = (),
     digests: Digests | None = None,
     golden: Mapping[str, str] | None = None,
@@ -63,7 +66,8 @@ def make(
 
     Args:
         selected: the checkpoints; named relative to the folder.
-        folder: where the manifest will be.
+        folder: that paths are relative to: where the manifest will be, or the URL that its files lie below.
+        beside: where it will be then, for golden files.
         folders: in which no other checkpoint may lie; named relative to it.  The previous manifest's stay.
         digests: whether each tensor is listed; ``None``: as the previous manifest has it, and if it has none, yes.
         golden: golden files by the name of the checkpoint they belong to; named relative to the folder.
@@ -84,6 +88,9 @@ def make(
     goldens |= {record.golden.path for record in old.values() if record.golden is not None}
     wanted = {each.name: each.path for each in selected if each.name not in goldens}
     _require_recordable(wanted, golden, folder)
+    if workers.executor is not None:  # its workers may be in other folders
+        wanted = {name: path if places.is_url(path) else os.path.abspath(path) for name, path in wanted.items()}
+        tp_rules = None if tp_rules is None else os.path.abspath(tp_rules)
     known = {name: path for name, path in wanted.items() if name in old}
     kept = _unchanged(known, old, digests, workers, allow_part=allow_part, tp_rules=tp_rules)
     renewed = _renewed(
@@ -102,10 +109,11 @@ def make(
     for name, record in records.items():
         before = old[name].golden if name in old else None
         named = golden.get(name, before.path if before is not None else None)
-        records[name] = replace(record, golden=None if named is None else _golden(named, folder))
+        records[name] = replace(record, golden=None if named is None else _golden(named, beside or folder))
     files = tuple(records[name] for name in sorted(records))
     claimed = _outermost({*folders, *(() if previous is None else previous.folders)})
-    return Manifest(files=files, folder=folder, folders=claimed, changes=_changes(old, records))
+    origin = places.shown(folder) if places.is_url(folder) else None
+    return Manifest(files=files, folder=folder, folders=claimed, changes=_changes(old, records), origin=origin)
 
 
 def _require_recordable(wanted: Collection[str], golden: Collection[str], folder: str) -> None:
@@ -234,16 +242,14 @@ def _unchanged(
 def _may_be_unchanged(name: str, path: str, record: FileRecord) -> bool:
     """Whether it is worth hashing: of another size it is another file."""
     try:
-        return bool(record.shards) or os.stat(path).st_size == record.size
+        return bool(record.shards) or places.size(path) == record.size
     except OSError:
         return True  # examining it will say what is wrong
 
 
 def _unselected(old: Mapping[str, FileRecord], wanted: Mapping[str, str], folder: str) -> dict[str, FileRecord]:
     return {
-        name: record
-        for name, record in old.items()
-        if name not in wanted and os.path.lexists(os.path.join(folder, *name.split("/")))
+        name: record for name, record in old.items() if name not in wanted and places.exists(places.below(folder, name))
     }
 
 
@@ -340,9 +346,10 @@ def make_at(
         raise RewriteError(f"digests is {digests!r:.40}; expected 'total' or 'tensor'")
     if update and destination is None:
         raise FileAccessError("there is no manifest to update; name it with -o")
+    if destination is not None:
+        places.require_local(destination)
     for path in paths:
         _require_file(path)
-    folder = _folder_of(paths) if destination is None else os.path.dirname(os.path.abspath(destination))
     there = destination is not None and os.path.lexists(destination)
     if destination is not None and there and not (update or force):
         raise DestinationExistsError(
@@ -350,30 +357,33 @@ def make_at(
             path=destination,
         )
     previous = read_manifest(destination) if destination is not None and there and update else None
-    tag = tag if paths else None  # what it was made of is each a step by itself
-    paths = paths or (_paths_of(previous, folder) if update else ())
-    if tp_rules is None:
-        paths = [step_of(path, tag) if os.path.isdir(path) else path for path in paths]
-    selection = select(paths, relative_to=folder, manifest=destination, are_whole=tp_rules is not None)
-    selection.require_all()
-    selected = selection.checkpoints
-    manifest = make(
-        selected,
-        folder=folder,
-        folders=[_claimed(name_of(path, folder)) for path in paths if os.path.isdir(path)],
-        digests=digests,
-        golden=_goldens(golden, selected, folder),
-        allow_part=allow_part,
-        previous=previous,
-        tp_rules=tp_rules,
-        ignore_checksums=ignore_checksums,
-        workers=workers,
-    )
-    if destination is not None and (
-        previous is None or (previous.files, previous.folders) != (manifest.files, manifest.folders)
-    ):
-        write(manifest, destination, force=there)
-    return replace(manifest, passed_over=selection.passed_over)
+    folder, beside = _folders_for(paths, destination, previous)
+    with places.asked_once(folder):
+        tag = tag if paths else None  # what it was made of is each a step by itself
+        paths = paths or (_paths_of(previous, folder) if update else ())
+        if tp_rules is None:
+            paths = [step_of(path, tag) if places.isdir(path) else path for path in paths]
+        selection = select(paths, relative_to=folder, manifest=destination, are_whole=tp_rules is not None)
+        selection.require_all()
+        selected = selection.checkpoints
+        manifest = make(
+            selected,
+            folder=folder,
+            beside=beside,
+            folders=[_claimed(name_of(path, folder)) for path in paths if places.isdir(path)],
+            digests=digests,
+            golden=_goldens(golden, selected, folder, beside),
+            allow_part=allow_part,
+            previous=previous,
+            tp_rules=tp_rules,
+            ignore_checksums=ignore_checksums,
+            workers=workers,
+        )
+        if destination is not None and (
+            previous is None or (previous.files, previous.folders) != (manifest.files, manifest.folders)
+        ):
+            write(manifest, destination, force=there)
+        return replace(manifest, passed_over=selection.passed_over)
 
 
 def _require_file(path: str) -> None:
@@ -385,7 +395,7 @@ def _require_file(path: str) -> None:
     if path == STDIN:
         told = f"{path}: a manifest records files by their paths, and standard input has none"
         raise FileAccessError(told, path=path)
-    if not os.path.lexists(path):
+    if not places.exists(path):
         source_of(path).close()  # it says so where the file is missing
         told = f"{path}: a manifest records files; record the archive, or unpack it"
         raise FileAccessError(told, path=path)
@@ -396,8 +406,8 @@ def _paths_of(previous: Manifest | None, folder: str) -> list[str]:
     if previous is None:
         return [folder]
     names = [*previous.folders, *(record.path for record in previous.files)]
-    paths = [os.path.join(folder, *name.split("/")) for name in names]
-    return [path for path in paths if os.path.lexists(path)]
+    paths = [places.below(folder, name) for name in names]
+    return [path for path in paths if places.exists(path)]
 
 
 def _claimed(name: str) -> str:
@@ -405,33 +415,24 @@ def _claimed(name: str) -> str:
     return "." if name.split("/")[0] == ".." else name
 
 
-def _folder_of(paths: Sequence[str]) -> str:
-    """The working directory; where files lie elsewhere, the folder they have in common."""
-    folder = os.getcwd()
-    if not any(name_of(path, folder).startswith("../") or _is_one(path, folder) for path in paths):
-        return folder
-    try:
-        return os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
-    except ValueError:  # several drives
-        return folder
+def _folders_for(paths: Sequence[str], destination: str | None, previous: Manifest | None) -> tuple[str, str]:
+    """The folder that paths are relative to, and the one that the manifest lies in: of local files the same."""
+    beside = None if destination is None else os.path.dirname(os.path.abspath(destination))
+    is_far = require_one_place(paths)
+    if previous is not None and previous.origin is not None and (is_far or not paths):
+        folder = previous.origin
+    else:
+        folder = common_folder(paths) if is_far or beside is None else beside
+    return folder, beside or (os.getcwd() if places.is_url(folder) else folder)
 
 
-def _is_one(path: str, folder: str) -> bool:
-    """Whether a folder is itself the checkpoint that is to be recorded: it is recorded beside it."""
-    if name_of(path, folder) != "." or not os.path.isdir(path):
-        return False
-    from ckptkit.formats.distributed.around import sharded_at
-
-    return sharded_at(path) is not None
-
-
-def _goldens(golden: Golden, selected: Sequence[Selected], folder: str) -> dict[str, str]:
-    """Golden files by the names of their checkpoints, both relative to the manifest's folder."""
+def _goldens(golden: Golden, selected: Sequence[Selected], folder: str, beside: str) -> dict[str, str]:
+    """Golden files, relative to the manifest's folder, by the names of their checkpoints."""
     if golden is None:
         return {}
     if isinstance(golden, Mapping):
-        return {name_of(path, folder): name_of(os.fsdecode(file), folder) for path, file in golden.items()}
-    name = name_of(os.fsdecode(golden), folder)
+        return {name_of(os.fsdecode(path), folder): name_of(os.fsdecode(file), beside) for path, file in golden.items()}
+    name = name_of(os.fsdecode(golden), beside)
     checkpoints = [each.name for each in selected if each.name != name]
     if len(checkpoints) != 1:
         raise FileAccessError(

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from ckptkit import places
 from ckptkit.architectures import Architecture
 from ckptkit.errors import CkptkitError, MissingDependencyError, MissingFileError
 from ckptkit.formats.distributed.folder import listing
@@ -92,9 +93,9 @@ def parts_differ(record: FileRecord, found: Mapping[str, tuple[int, str | None]]
 
 def incomplete_finding(path: str, record: FileRecord | None) -> Iterator[CheckFinding]:
     """Of a folder that cannot be read, which files are not those recorded, as far as sizes tell."""
-    if record is None or record.sha256 is not None or not os.path.isdir(path):
+    if record is None or record.sha256 is not None or not places.isdir(path):
         return
-    found = {name: (size_of(os.path.join(path, *name.split("/"))), None) for name in listing(path)}
+    found = {name: (size_of(places.below(path, name)), None) for name in listing(path)}
     known = {name: facts for name, facts in found.items() if name in record.shards}
     told = parts_differ(record, known)
     if told:

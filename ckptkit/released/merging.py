@@ -67,6 +67,7 @@ def merged(files: Sequence[str]) -> tuple[CheckReport, CheckHead]:
         "ckptkit": __version__,
         "policy": policy or "",
         "run": uuid.uuid4().hex,
+        "resumed": 0,
         "part": None,
         "manifest": manifest,
         "config": config,
@@ -82,7 +83,7 @@ def _runs_in(files: Sequence[str]) -> list[list[Stream]]:
         for stream in read_streams(file):
             key = number if stream.head is None else (stream.head["run"], stream.head["part"])
             runs.setdefault(key, []).append(stream)
-    return [sorted(streams, key=lambda run: run.head["started"] if run.head else "") for streams in runs.values()]
+    return [sorted(streams, key=lambda run: run.head["resumed"] if run.head else 0) for streams in runs.values()]
 
 
 def _worst(runs: Sequence[Sequence[Stream]]) -> dict[str, FileResult]:

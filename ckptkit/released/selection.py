@@ -141,9 +141,10 @@ def select(
         else:
             surveyor.named(path)
     found = surveyor.result()
+    del surveyor  # of very many files it is large
     checkpoints: dict[str, Selected] = {}
     for each in found.checkpoints:
-        names = [name_of(path, relative_to) for path in (each.path, *each.others)]
+        names = [path if (name := name_of(path, relative_to)) == path else name for path in (each.path, *each.others)]
         checkpoints.setdefault(names[0], Selected(path=each.path, name=names[0], names=tuple(names)))
     return Selection(
         checkpoints=tuple(checkpoints[name] for name in sorted(checkpoints)),

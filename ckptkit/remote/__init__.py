@@ -21,14 +21,17 @@ from ckptkit.remote.source import RemoteSource
 from ckptkit.remote.store import Store
 
 __all__ = [
-    "RemoteSource", "Session", "Store", "carried", "current_session", "is_url", "local_path", "session", "source_at",
-    "store_of",
+    "RemoteSource", "Session", "Store", "carried", "current_session", "is_url", "local_path", "opened_at", "revealed",
+    "session", "source_at", "store_of",
 ]  # fmt: skip
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 _URL = re.compile(r"(?:[A-Za-z][A-Za-z0-9+.-]*::)*([A-Za-z][A-Za-z0-9+.-]*)://")
+_ROOT = re.compile(r"[^/]*//[^/?#]*")
+"""Scheme, and who is asked."""
+
 _SHORTEST = 2
 """Letters of a scheme: one is a drive."""
 
@@ -74,6 +77,10 @@ class Session:
         listings: what they said of folders, by URL (`ckptkit.places.far.Tree`).
         opened: files that were opened to see what they are, by URL.
         ahead: what opens files before they are asked for.
+        failed: why a file could not be opened, or a folder listed, by URL, a folder's with a slash at its end.
+        notes: what others found out of URLs, by URL.
+        hidden: the credentials in URLs: each URL, and who it asks, by how it is shown.
+        process: whose connections they are.
     """
 
     def __init__(self, options: Mapping[str, Any]) -> None:
@@ -82,6 +89,27 @@ class Session:
         self.listings: dict[str, Any] = {}
         self.opened: dict[str, RemoteSource] = {}
         self.ahead: _Ahead | None = None
+        self.failed: dict[str, FileAccessError] = {}
+        self.notes: dict[str, Any] = {}
+        self.hidden: dict[str, str] = {}
+        self.process = os.getpid()
+
+    def shown(self, url: str) -> str:
+        """A URL as it is called from here on, in paths and in what is said of them: without what gives access to it.
+
+        Raises:
+            FileAccessError: others are known for whom it asks.
+        """
+        from ckptkit.remote.retries import masked
+
+        told = masked(url)
+        if told == url:
+            return url
+        self.hidden[told] = url
+        whom, who = (each.group(0) if (each := _ROOT.match(path)) else "" for path in (told, url))
+        if whom != who and self.hidden.setdefault(whom, who) != who:
+            raise FileAccessError(f"{told}: is given with two passwords; ask for one after the other", path=told)
+        return told
 
     def keep(self, url: str, file: RemoteSource) -> None:
         """Keep a file open for whoever opens it next."""
@@ -98,17 +126,20 @@ class Session:
         return kept if kept is not None or self.ahead is None else self.ahead.take(url)
 
     def close(self) -> None:
-        """Close what nobody took."""
+        """Close what nobody took, and forget what was told; connections stay."""
         while self.opened:
             self.opened.popitem()[1].close()
+        for told in (self.listings, self.failed, self.notes, self.hidden):
+            told.clear()
 
 
 _current: ContextVar[Session | None] = ContextVar("ckptkit_remote_session", default=None)
 
 
 def current_session() -> Session | None:
-    """The session that this is within; ``None``: it is within none."""
-    return _current.get()
+    """The session that this is within; ``None``: it is within none, or in one that another process began."""
+    known = _current.get()
+    return known if known is not None and known.process == os.getpid() else None
 
 
 @contextmanager
@@ -117,28 +148,58 @@ def session(options: Mapping[str, Any] | None = None) -> Iterator[Session]:
 
     Threads that are to take part run in a copy of the context (``contextvars.copy_context``).
     """
-    known = _current.get()
+    known = current_session()
     if known is not None and not options:
         yield known
         return
     made = Session(options or {})
+    with _within(made):
+        yield made
+
+
+@contextmanager
+def _within(made: Session) -> Iterator[None]:
     token = _current.set(made)
     try:
-        yield made
+        yield
     finally:
         _current.reset(token)
         made.close()
 
 
+_kept: dict[str, Session] = {}
+"""That of this process's tasks: each would connect anew."""
+
+
 def carried(work: Callable[[T], R]) -> Callable[[T], R]:
     """The work with the options of the session that this is within, for a process that is within none."""
-    known = _current.get()
-    return work if known is None else partial(_carried, known.options, work)
+    known = current_session()
+    return work if known is None else partial(_carried, known.options, known.hidden, work)
 
 
-def _carried(options: Mapping[str, Any], work: Callable[[T], R], task: T) -> R:
-    with session(options):
+def _carried(options: Mapping[str, Any], hidden: Mapping[str, str], work: Callable[[T], R], task: T) -> R:
+    kept = _kept.get("")
+    if kept is None or kept.process != os.getpid() or kept.options != options:
+        kept = _kept[""] = Session(options)
+    kept.hidden.update(hidden)
+    with _within(kept):
         return work(task)
+
+
+def revealed(url: str) -> str:
+    """A URL as it was given: with the credentials that are hidden in what it is called (`Session.shown`)."""
+    current = current_session()
+    if current is None or not current.hidden:
+        return url
+    if url in current.hidden:
+        return current.hidden[url]
+    root = _ROOT.match(url)
+    return url if root is None else current.hidden.get(root[0], root[0]) + url[root.end() :]
+
+
+def opened_at(url: str) -> RemoteSource:
+    """A file that is asked for anew; as `source_at`."""
+    return RemoteSource(store_of(url), revealed(url))
 
 
 def store_of(url: str) -> Store:
@@ -188,8 +249,10 @@ def source_at(url: str) -> Source:
     """
     if (path := local_path(url)) != url:
         return SourceFile(path)
-    current = _current.get()
-    kept = None if current is None else current.taken(url)
-    if kept is not None:
-        return kept
-    return RemoteSource(store_of(url), url)
+    current = current_session()
+    if current is not None:
+        if (failed := current.failed.get(url)) is not None:
+            raise failed
+        if (kept := current.taken(url)) is not None:
+            return kept
+    return opened_at(url)

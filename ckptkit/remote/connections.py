@@ -18,7 +18,7 @@ import ssl
 import threading
 from collections.abc import Mapping
 from functools import lru_cache
-from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection, IncompleteRead, RemoteDisconnected
+from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection, RemoteDisconnected
 from typing import Any, NamedTuple
 from urllib.parse import quote, unquote, urlsplit
 from urllib.request import getproxies, proxy_bypass
@@ -29,7 +29,7 @@ from ckptkit.remote.retries import Passing
 
 __all__ = ["Answer", "Target", "ask"]
 
-CONNECT_SECONDS, ANSWER_SECONDS = 10.0, 30.0
+CONNECT_SECONDS, ANSWER_SECONDS = 10.0, 20.0
 """How long to wait for a connection, and for the next bytes on it."""
 
 _KEPT = 16
@@ -38,6 +38,10 @@ _KEPT = 16
 _BUFFER_NBYTES = 64 << 10
 _DISCARDED_NBYTES = 64 << 10
 """Longer bodies that nobody wants cost more to read than a new connection does."""
+
+_CHUNK = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\n]*)?\r?\n")
+_BLANK = (b"\r\n", b"\n")
+_LINE_NBYTES, _MOST_TRAILERS = 4096, 100
 
 _SAFE = "/:@!$&'()*+,;=-._~%[]"
 _HOST = re.compile(r"[A-Za-z0-9._~-]+|[0-9A-Fa-f:.]+(%[A-Za-z0-9._~-]+)?")
@@ -138,6 +142,7 @@ class Answer(HTTPResponse):
         self._raw = _Raw(self.fp.detach())
         self.fp = io.BufferedReader(self._raw, _BUFFER_NBYTES)
         self.is_cut = False
+        self._left = 0  # of a chunk
         self._connection: HTTPConnection | None = None
         self._route: _Route | None = None
 
@@ -159,17 +164,43 @@ class Answer(HTTPResponse):
         if self.isclosed():
             return b""
         if self.chunked:
-            try:
-                return super().read(nbytes)
-            except (IncompleteRead, HTTPException) as error:
-                self.is_cut = True
-                return error.partial if isinstance(error, IncompleteRead) else b""
+            return self._of_chunks(nbytes)
         wanted = nbytes if self.length is None else min(nbytes, self.length)
         data = self.fp.read(wanted)
         if self.length is not None:
             self.length -= len(data)
         self.is_cut = self._raw.broken is not None or (self.length is not None and len(data) < wanted)
         return data
+
+    def _of_chunks(self, nbytes: int) -> bytes:
+        """As `take`, of a body in chunks (RFC 9112, section 7.1)."""
+        parts: list[bytes] = []
+        while nbytes and not self.is_cut:
+            if not self._left:
+                size = _CHUNK.fullmatch(self.fp.readline(_LINE_NBYTES))
+                self._left = int(size[1], 16) if size else 0
+                if not self._left:
+                    self.is_cut = size is None or not self._ends()
+                    break
+            data = self.fp.read(min(nbytes, self._left))
+            parts.append(data)
+            self.is_cut = len(data) < min(nbytes, self._left)
+            nbytes -= len(data)
+            self._left -= len(data)
+            if not self._left:
+                self.is_cut = self.fp.readline(3) not in _BLANK
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def _ends(self) -> bool:
+        """Whether what follows the last chunk is as it must be."""
+        for _ in range(_MOST_TRAILERS):
+            line = self.fp.readline(_LINE_NBYTES)
+            if line in _BLANK:
+                self.close()
+                return True
+            if not line:
+                break
+        return False
 
     def has_more(self) -> bool:
         """Whether bytes follow those that were taken, which are all that were to come."""

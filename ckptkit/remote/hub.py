@@ -6,7 +6,8 @@ same variables of the environment (``constants.py``, ``utils/_auth.py``) and rea
 ``{endpoint}/{repo}/resolve/{revision}/{path}``, which redirects to where large ones lie.  That first answer names the
 commit (``X-Repo-Commit``), of which the repository is from then on, whatever is pushed, and the file's SHA-256, or that
 of its blob in git (``X-Linked-ETag``, ``ETag``).  What a folder holds is at
-``{endpoint}/api/models/{repo}/tree/{revision}/{path}``, page after page (``Link``).
+``{endpoint}/api/models/{repo}/tree/{revision}/{path}``, page after page (``Link``); mirrors may have it only at
+``{endpoint}/api/models/{repo}/revision/{revision}``.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from email.message import Message
-from typing import TypeVar
-from urllib.parse import quote, unquote, urljoin
+from typing import Any, TypeVar
+from urllib.parse import quote, unquote
 
 from ckptkit.errors import FileAccessError, MissingFileError
 from ckptkit.remote.connections import Target
-from ckptkit.remote.http import HttpStore, Place
+from ckptkit.remote.http import HttpStore, Place, joined
 from ckptkit.remote.retries import masked_text
 from ckptkit.remote.store import FarFile
 
@@ -156,9 +157,15 @@ class _NoRepositoryError(Exception):
 
 @dataclass(slots=True)
 class _HubPlace(Place):
-    """A place on the hub, and the path that it is of."""
+    """A place on the hub.
+
+    Attributes:
+        path: what it is of.
+        code: the hub's word for why it refused (``X-Error-Code``).
+    """
 
     path: HubPath | None = None
+    code: str = ""
 
 
 class HubStore(HttpStore):
@@ -246,37 +253,58 @@ class HubStore(HttpStore):
         return self._either_way(url, lambda path: self._listed(url, path))
 
     def _listed(self, url: str, path: HubPath) -> dict[str, int]:
-        kind = path.kind
-        after = f"/{quote(path.path, safe='')}" if path.path else ""
-        place: Place = self._place(url, path, f"api/{kind}/{path.repo}/tree", f"{after}?recursive=true")
         below = f"{path.path}/" if path.path else ""
-        found: dict[str, int] = {}
-        for _ in range(_PAGES):
-            try:
-                data, headers = self.document(place, _PAGE_NBYTES)
-            except MissingFileError:
-                if path.path and not found:
-                    return {}
+        after = f"/{quote(path.path, safe='')}" if path.path else ""
+        place = self._place(url, path, f"api/{path.kind}/{path.repo}/tree", f"{after}?recursive=true")
+        try:
+            found = [each for page in self._pages(url, path, place) for each in _files(page, url)]
+        except MissingFileError:
+            if place.code == "EntryNotFound" and path.path:
+                return {}
+            if place.code:
                 raise
+            found = self._siblings(url, path)
+        return {name[len(below) :]: n for name, n in found if name.startswith(below) and name != below}
+
+    def _pages(self, url: str, path: HubPath, place: Place) -> Iterator[object]:
+        """The pages of a listing, as JSON has them."""
+        for _ in range(_PAGES):
+            page, headers = self._json(url, place)
             self._pinned(path, headers.get("X-Repo-Commit"))
-            found |= {
-                name[len(below) :]: n for name, n in _files(data, url) if name.startswith(below) and name != below
-            }
+            yield page
             following = re.search(r'<([^<>]+)>\s*;[^,]*\brel="?next"?', headers.get("Link", ""))
             if following is None:
-                return found
-            asked = urljoin(place.asked, following[1])
+                return
+            asked = joined(place.asked, following[1])
             if not Target.of(asked, url).may_have_what_is_for(Target.of(place.asked, url)):
                 raise FileAccessError(f"{url}: its listing goes on at another server, which is not asked", path=url)
             place = replace(place, asked=asked, final=None)
         raise FileAccessError(f"{url}: its listing does not end", path=url)
 
+    def _siblings(self, url: str, path: HubPath) -> list[tuple[str, int]]:
+        """The files of a repository as mirrors list them that know no trees: in what they say of a revision."""
+        place = self._place(url, path, f"api/{path.kind}/{path.repo}/revision", "?blobs=true")
+        try:
+            told, _ = self._json(url, place)
+        except MissingFileError:
+            why = f"{url}: {_endpoint()} does not list such a repository; name a file in it"
+            raise MissingFileError(why, path=url) from None
+        self._pinned(path, str(told.get("sha")) if isinstance(told, dict) else None)
+        return [*_files(told.get("siblings") if isinstance(told, dict) else None, url)]
+
+    def _json(self, url: str, place: Place) -> tuple[object, Message]:
+        data, headers = self.document(place, _PAGE_NBYTES)
+        try:
+            return json.loads(data), headers
+        except (ValueError, RecursionError) as error:
+            raise _no_listing(url) from error
+
     def refusal(self, place: Place, status: int, headers: Message) -> Exception:
         """As `HttpStore.refusal`."""
-        shown, path = place.shown, place.path if isinstance(place, _HubPlace) else None
-        code, said = headers.get("X-Error-Code", ""), _printable(headers.get("X-Error-Message", ""))
-        if path is None or place.final is not None:
+        if not isinstance(place, _HubPlace) or place.path is None or place.final is not None:
             return super().refusal(place, status, headers)
+        shown, path, said = place.shown, place.path, _printable(headers.get("X-Error-Message", ""))
+        code = place.code = headers.get("X-Error-Code", "")
         has_token = place.authorization is not None
         other = "the token of HF_TOKEN may not read it" if has_token else "it is private: set HF_TOKEN"
         if code == "RevisionNotFound":
@@ -284,11 +312,7 @@ class HubStore(HttpStore):
         if code == "EntryNotFound":
             return MissingFileError(f"{shown}: no such file in the repository", path=shown)
         if code == "GatedRepo":
-            who = (
-                "with the account that HF_TOKEN belongs to"
-                if has_token
-                else "and set HF_TOKEN to a token of that account"
-            )
+            who = "with the account of HF_TOKEN" if has_token else "and set HF_TOKEN to a token of that account"
             why = f"the repository is gated: accept its terms at {_endpoint()}/{path.prefix} {who}"
         elif status == 401 and said == "Invalid credentials in Authorization header":
             why = f"the hub does not know the token of HF_TOKEN: make another at {_endpoint()}/settings/tokens"
@@ -310,16 +334,19 @@ def _printable(text: str) -> str:
     return masked_text("".join(letter if letter.isprintable() else " " for letter in text[:200])).rstrip(". ")
 
 
-def _files(data: bytes, url: str) -> Iterator[tuple[str, int]]:
+def _no_listing(url: str) -> FileAccessError:
+    return FileAccessError(f"{url}: the hub answers with something that is not a listing", path=url)
+
+
+def _files(entries: Any, url: str) -> Iterator[tuple[str, int]]:
     """Path and size in bytes of each file on a page of a listing.
 
     Raises:
         FileAccessError: it is none.
     """
     try:
-        entries = json.loads(data)
         for entry in entries:
-            if entry["type"] == "file":
-                yield str(entry["path"]), int((entry.get("lfs") or entry)["size"])
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise FileAccessError(f"{url}: the hub answers with something that is not a listing", path=url) from error
+            if entry.get("type", "file") == "file":
+                yield str(entry.get("rfilename") or entry["path"]), int((entry.get("lfs") or entry)["size"])
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise _no_listing(url) from error

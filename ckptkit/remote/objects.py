@@ -194,10 +194,12 @@ class ObjectStore(Store):
     def __init__(self, scheme: str, options: Mapping[str, Any]) -> None:
         self.scheme = scheme
         self._package = _PACKAGES.get(scheme, "fsspec")
-        own = options.get(scheme)
-        self._options = {name: value for name, value in options.items() if name not in (*_PACKAGES, scheme)}
-        self._options |= own if isinstance(own, Mapping) else {}
         self._class = _class_of(scheme)
+        from fsspec.registry import known_implementations
+
+        of_schemes = {name for name in known_implementations if isinstance(options.get(name), Mapping)}
+        self._options = {name: value for name, value in options.items() if name not in of_schemes}
+        self._options |= options[scheme] if scheme in of_schemes else {}
         self._files: dict[str, _Files] = {}
         self._within = threading.Lock()
 
@@ -240,8 +242,8 @@ class ObjectStore(Store):
                 raise
             except Exception as error:  # of any package's making
                 if _passes(error):
-                    looked = _REACHED.get(self._package, "the network, and --storage-option")
-                    raise Passing(f"the server cannot be reached: {_said(error)}; check {looked}") from None
+                    looked = "" if _code(error) else f"; check {_REACHED.get(self._package, 'the network')}"
+                    raise Passing(f"the server does not give it: {_said(error)}{looked}") from None
                 raise self._told(error, shown) from None
 
         return retried(shown, told)
@@ -250,7 +252,8 @@ class ObjectStore(Store):
         if isinstance(error, IsADirectoryError):
             return MissingFileError(f"{shown}: is a folder, not a file", path=shown)
         if isinstance(error, FileNotFoundError):
-            what = _NO_BUCKET if _code(error) == "NoSuchBucket" or "bucket" in str(error).lower() else "no such file"
+            is_bucket = _code(error) == "NoSuchBucket" or "bucket does not exist" in str(error)
+            what = _NO_BUCKET if is_bucket else "no such file"
             return MissingFileError(f"{shown}: {what}", path=shown)
         if advice := _advice(self._package, error):
             return FileAccessError(f"{shown}: access is refused: {_said(error)}; {advice}", path=shown)
@@ -321,9 +324,7 @@ def _class_of(scheme: str) -> Any:
             f"{scheme}:// shows what lies at other URLs, and is not read; name the file itself, and what is in a zip "
             "or tar archive as FILE/MEMBER"
         )
-    require("fsspec")
-    if scheme in _PACKAGES:
-        require(_PACKAGES[scheme])
+    require(_PACKAGES.get(scheme, "fsspec"))
     import fsspec
 
     try:
@@ -395,4 +396,5 @@ def _advice(package: str, error: BaseException) -> str:
 
 def _said(error: Exception) -> str:
     """What an error says, on one line."""
-    return " ".join(masked_text(str(error)).split())[:300] or type(error).__name__
+    said = getattr(error, "strerror", None) or str(error)
+    return " ".join(masked_text(str(said)).split())[:300] or type(error).__name__

@@ -20,7 +20,7 @@ from ckptkit.errors import FileAccessError
 if TYPE_CHECKING:
     from email.message import Message
 
-__all__ = ["Passing", "is_passing", "masked", "masked_text", "name_of", "retried", "sleep", "told_to_wait"]
+__all__ = ["Passing", "is_passing", "masked", "masked_text", "retried", "sleep", "told_to_wait"]
 
 RETRIES = 5
 """Tries after the first, while nothing comes."""
@@ -184,15 +184,3 @@ def _masked_query(query: str) -> str:
 def masked_text(text: str) -> str:
     """What somebody else says, with every URL in it as `masked` has it."""
     return _IN_TEXT.sub(lambda found: masked(found[0]), text) if "://" in text else text
-
-
-def name_of(url: str) -> str:
-    """The name of the file at a URL: the last segment of its path, without query; ``%20`` is a space in http alone."""
-    found = _URL.fullmatch(url)
-    if found is None:
-        return url.rsplit("/", 1)[-1]
-    scheme, authority, path, _ = found.groups()
-    is_http = scheme.lower() in ("http", "https")
-    path = path.partition("#")[0] if is_http else path
-    name = path.rstrip("/").rsplit("/", 1)[-1] or authority.rpartition("@")[2]
-    return unquote(name) if is_http else name

@@ -79,7 +79,7 @@ class RemoteSource(Source):
     """
 
     __slots__ = (
-        "_ahead", "_end", "_kept", "_left", "_length", "_opened", "_spans", "_starts", "_within", "far", "store",
+        "_ahead", "_end", "_kept", "_later", "_length", "_opened", "_spans", "_starts", "_within", "far", "store",
     )  # fmt: skip
 
     is_far = True
@@ -89,7 +89,7 @@ class RemoteSource(Source):
         self._starts: list[int] = []
         self._spans: dict[int, bytes] = {}
         self._kept = self._end = self._length = 0
-        self._left: list[_Left] = []
+        self._later: list[_Left] = []
         self._opened: dict[str, RemoteSource | CkptkitError] = {}
         self._ahead: ReadAhead | None = None
         far = store.open(url, _HEAD_NBYTES)
@@ -210,10 +210,10 @@ class RemoteSource(Source):
             check(known)
             return True
         with self._within:
-            at = len(self._left)
-            if at and self._left[-1][0] > offset:
-                at = bisect_right(self._left, offset, key=_begin)
-            self._left.insert(at, (offset, nbytes, check))
+            at = len(self._later)
+            if at and self._later[-1][0] > offset:
+                at = bisect_right(self._later, offset, key=_begin)
+            self._later.insert(at, (offset, nbytes, check))
         return True
 
     def came(self, offset: int, data: bytes | memoryview) -> None:
@@ -222,22 +222,22 @@ class RemoteSource(Source):
         Raises:
             FormatError: what was left is not as it must be.
         """
-        if not self._left:
+        if not self._later:
             return
         end = offset + len(data)
         with self._within:
-            first = bisect_left(self._left, offset, key=_begin)
-            last = bisect_left(self._left, end, lo=first, key=_begin)
-            if first and (before := sum(self._left[first - 1][:2])) > offset:
+            first = bisect_left(self._later, offset, key=_begin)
+            last = bisect_left(self._later, end, lo=first, key=_begin)
+            if first and (before := sum(self._later[first - 1][:2])) > offset:
                 self._keep(offset, bytes(data[: before - offset]))
-            inside = self._left[first:last]
+            inside = self._later[first:last]
             due = [left for left in inside if left[0] + left[1] <= end]
             if len(due) < len(inside):
                 beyond = [left for left in inside if left[0] + left[1] > end]
                 self._keep(beyond[0][0], bytes(data[beyond[0][0] - offset :]))
-                self._left[first:last] = beyond
+                self._later[first:last] = beyond
             else:
-                del self._left[first:last]
+                del self._later[first:last]
         self._look(due, (bytes(data[begin - offset : begin - offset + nbytes]) for begin, nbytes, _ in due))
 
     def _look(self, left: Sequence[_Left], parts: Iterable[bytes]) -> None:
@@ -249,8 +249,13 @@ class RemoteSource(Source):
                 done += 1
         except BaseException:
             with self._within:
-                self._left = sorted([*self._left, *left[done:]], key=_begin)
+                self._later = sorted([*self._later, *left[done:]], key=_begin)
             raise
+
+    @property
+    def left(self) -> int:
+        """As `Source.left`."""
+        return len(self._later)
 
     def settle(self, areas: Sequence[tuple[int, int]] | None = None) -> None:
         """As `Source.settle`."""
@@ -258,7 +263,7 @@ class RemoteSource(Source):
         if areas is None:
             self.will_read(())
             with self._within:
-                left, self._left = self._left, []
+                left, self._later = self._later, []
         else:
             left = self._around(areas)
         self._look(left, self.ranges([each[:2] for each in left]))
@@ -270,11 +275,11 @@ class RemoteSource(Source):
         for offset, nbytes in areas:
             end = offset + nbytes
             with self._within:
-                last = first = bisect_right(self._left, end, key=_begin)
-                while first and sum(self._left[first - 1][:2]) >= offset:
+                last = first = bisect_right(self._later, end, key=_begin)
+                while first and sum(self._later[first - 1][:2]) >= offset:
                     first -= 1
-                near = self._left[first:last]
-                del self._left[first:last]
+                near = self._later[first:last]
+                del self._later[first:last]
             found += near
             if nbytes <= _MOST_NBYTES:
                 begin = min([offset, *(left[0] for left in near)])
@@ -289,7 +294,7 @@ class RemoteSource(Source):
     @property
     def folder(self) -> str | None:
         """As `Source.folder`: a URL, where the server lists what lies below it."""
-        return self.far.url.rpartition("/")[0] if self.store.has_listings else None
+        return self.path.rpartition("/")[0] if self.store.has_listings else None
 
     # What lies beside it.
 
@@ -397,7 +402,7 @@ class RemoteSource(Source):
         super().close()
         self.release()
         with self._within:
-            self._left.clear()
+            self._later.clear()
             opened, self._opened = self._opened, {}
         for each in opened.values():
             if isinstance(each, RemoteSource):

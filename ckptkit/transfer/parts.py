@@ -41,7 +41,7 @@ from ckptkit.transfer.part_records import (
     shares_of,
     tally_of,
 )
-from ckptkit.transfer.passing import DigestsInPassing
+from ckptkit.transfer.passing import DigestsInPassing, Passed
 from ckptkit.transfer.steps import Tally, digested, fill_file
 from ckptkit.transfer.workers import Progress, in_parallel, uninterrupted
 from ckptkit.transfer.writing import Check, index_bytes, places, remove_stale_shards, status_of, write_atomically
@@ -107,6 +107,8 @@ class Parts:
         force: bool,
         check: Check | None,
         hashed: bool,
+        source: Source,
+        passed: Passed | None = None,
         progress: Progress | None = None,
     ) -> tuple[PartRecord, Tally | None]:
         """Write one part; one that is there already and whole is kept.
@@ -116,6 +118,8 @@ class Parts:
             force: whether an output that exists may be replaced, and a part that is there is written anew.
             check: as of `write_atomically`, of an index of this part's shards alone.
             hashed: whether to record, or to hold against the record, the SHA-256 of the shards.
+            source: what the plan reads.
+            passed: as of `write_atomically`.
             progress: called as bytes are written, and again as they are compared.
 
         Returns:
@@ -144,7 +148,16 @@ class Parts:
                 digests = DigestsInPassing(hashes.values(), stop)
             if names:
                 index = self._record_path(share).removesuffix("json") + "index.json"
-                tally = write_atomically(index, self._part(names), force=True, check=check, progress=progress)
+                tally = write_atomically(
+                    index,
+                    self._part(names),
+                    force=True,
+                    check=check,
+                    source=source,
+                    passed=passed,
+                    digests=digests,
+                    progress=progress,
+                )
                 os.unlink(index)
             sums = self._sums(names) if hashed else {}
             record: PartRecord = {

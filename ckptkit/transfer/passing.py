@@ -13,12 +13,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
 
 from ckptkit.bytesource import ByteRange, Source
-from ckptkit.checkpoint import Storage, TensorEntry
+from ckptkit.checkpoint import Checkpoint, Storage, TensorEntry
 from ckptkit.computed import Buffer, ByteSource, is_made, piece_nbytes
+from ckptkit.normalize.tensors import every_tensor
 from ckptkit.transfer.checksums import Checksums
 from ckptkit.transfer.workers import Background
 
-__all__ = ["CONVERTED_NBYTES", "DigestsInPassing", "InOrder", "Passed", "is_far", "pieces_of"]
+__all__ = ["CONVERTED_NBYTES", "DigestsInPassing", "InOrder", "Passed", "is_far", "passed_of", "pieces_of"]
 
 _HASHED_NBYTES = 1 << 20
 """Bytes hashed at a time: they fit into a core's own cache."""
@@ -179,6 +180,15 @@ class Passed:
     def digest(self, source: ByteSource | TensorEntry) -> bytes | None:
         """The SHA-256 of a piece, or of a tensor that was gathered; ``None``: it did not pass by."""
         return self._digests.get(_key(source))
+
+
+def passed_of(checkpoint: Checkpoint, source: Source) -> Passed | None:
+    """What is to keep what passes by of a checkpoint that is written; ``None``: its source is near, and read again."""
+    if not is_far(source):
+        return None
+    nodes = (found.node for found in every_tensor(checkpoint))
+    found = (node.storage if isinstance(node, TensorEntry) else node for node in nodes)
+    return Passed(each for each in found if isinstance(each, Storage))
 
 
 def _key(source: ByteSource | TensorEntry) -> tuple[object, ...]:

@@ -67,6 +67,7 @@ def write_atomically(
     replaces: tuple[str, ...] = (),
     source: Source | None = None,
     passed: Passed | None = None,
+    digests: DigestsInPassing | None = None,
     progress: Progress | None = None,
 ) -> Tally:
     """Write the plan's file, and its shards beside it, so that nothing is ever half-written.
@@ -83,6 +84,7 @@ def write_atomically(
         source: the open file that the plan reads; where the system replaces no file that is open, and this is one to
             be replaced, it is closed once all of it is read.
         passed: gets the digests of what passes by, where the source is far.
+        digests: of source files that the caller wants, beside those that the plan has; none: the plan's.
         progress: called as bytes are written, and again as they are compared.
 
     Returns:
@@ -101,7 +103,7 @@ def write_atomically(
     tally, stop = Tally(), threading.Event()
     files: list[Output] = []
     whole: OutputFolder | None = None
-    digests = None
+    own = None
     try:
         _remove_stale_now_and_then(folder)
         with uninterrupted():  # no file without a record of it
@@ -112,7 +114,8 @@ def write_atomically(
             reserve(file.fd, file.plan.nbytes)
         counted = _Counter(progress, plan.total_nbytes * (1 if check is None else 2), stop)
         with uninterrupted():
-            digests = DigestsInPassing(digested(plan), stop)
+            if digests is None:
+                digests = own = DigestsInPassing(digested(plan), stop)
         with _flushing([file.fd for file in files] if check is not None else []) as written:
             # A file system lets one thread write to a file at a time; several files go side by side.
             data = [file for file in files if file.plan.index is None]
@@ -151,8 +154,8 @@ def write_atomically(
                 stack.callback(whole.close)
             for file in files:
                 stack.callback(file.close)
-            if digests is not None:
-                digests.join()
+            if own is not None:
+                own.join()
     return tally
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from support.far import serving
 from support.files import same_files
 from torch import nn
 
@@ -100,6 +101,32 @@ def test_sources_of_several_files(convert, source: Path, state: dict[str, torch.
     assert same_files("c", "d")
     receipt = json.loads(json.loads(Path("d/model.safetensors.index.json").read_text())["metadata"][KEY])[-1]
     assert receipt["sha256"].keys() == set(os.listdir("training"))
+
+
+def test_sources_that_are_far(tmp_path: Path, source: Path) -> None:
+    """Each part fetches its own tensors; one of them fetches all, for the digest in the receipt."""
+    for folder in ("one", "many"):
+        (tmp_path / folder).mkdir()
+    content = source.read_bytes()
+    given: dict[str, Any] = {"weights_only": True, "max_shard_size": 6000, "storage_options": {"key": "secret"}}
+    with serving({"far://user:secret@bucket/source.pth": content}) as store:
+        url = next(iter(store.files))
+        ckptkit.convert(url, tmp_path / "one/model.bin", **given)
+        fetched = []
+        for number in (1, 2, 3):
+            store.asked.clear()
+            ckptkit.convert(url, tmp_path / "many/model.bin", part=f"{number}/3", **given)
+            fetched.append(sum(each.nbytes for each in store.asked if each.what == "read"))
+        (hidden,) = (tmp_path / "many").iterdir()
+        assert not [path for path in hidden.iterdir() if b"secret" in path.read_bytes()]
+        (hidden / "part-00002-of-00003.json").unlink()
+        with pytest.raises(RewriteError, match="part 2 is not there: ckptkit convert") as refused:
+            ckptkit.convert(url, tmp_path / "many/model.bin", finish=True, **given)
+        assert "secret" not in str(refused.value)
+        ckptkit.convert(url, tmp_path / "many/model.bin", part="2/3", **given)
+        ckptkit.convert(url, tmp_path / "many/model.bin", finish=True, **given)
+    assert same_files(tmp_path / "one", tmp_path / "many")
+    assert max(fetched) < 1.6 * len(content)
 
 
 def test_until_the_end_nothing_is_seen(convert, source: Path) -> None:

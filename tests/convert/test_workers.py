@@ -6,6 +6,10 @@ import io
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import BrokenExecutor, Executor, Future, ThreadPoolExecutor
 from pathlib import Path
@@ -14,9 +18,10 @@ from typing import Any
 import pytest
 import torch
 from support.files import same_files
-from support.killed import killed_by_one
+from support.killed import killed_by_one, part_killed_always, part_killed_once
 
 import ckptkit
+from ckptkit import conversion
 from ckptkit.errors import CkptkitError, RewriteError
 from ckptkit.fleet.shares import Share
 
@@ -93,6 +98,17 @@ def test_the_same_bytes_by_an_executor(folders: Path, source: Path, threads: Exe
     assert same_files(folders / "one", folders / "many")
 
 
+def test_the_same_bytes_by_dask(folders: Path, source: Path, dask_executor: Executor, runs: Path) -> None:
+    ckptkit.convert(source, folders / "one/model.safetensors", **GIVEN)
+    ckptkit.convert(source, folders / "many/model.safetensors", **GIVEN, executor=dask_executor)
+    assert same_files(folders / "one", folders / "many")
+    one = ckptkit.convert(runs, folders / "one", to="safetensors")
+    many = ckptkit.convert(runs, folders / "many", to="safetensors", executor=dask_executor)
+    assert trees(folders / "one") == trees(folders / "many")
+    names = (str(folders / "one"), str(folders / "many"))
+    assert untimed(json.loads(many.to_json())) == untimed(json.loads(one.to_json().replace(*names)))
+
+
 def test_one_file_is_written_here(folders: Path, source: Path, threads: Executor) -> None:
     ckptkit.convert(source, folders / "one/model.pth")
     ckptkit.convert(source, folders / "many/model.pth", executor=threads)
@@ -108,6 +124,35 @@ def test_a_lost_worker_costs_a_second_try(folders: Path, source: Path) -> None:
     with Failing(lambda number: number in (1, 4)) as executor:
         ckptkit.convert(source, folders / "many/model.bin", **GIVEN, executor=executor)
     assert same_files(folders / "one", folders / "many")
+
+
+def test_a_process_of_our_own_that_is_killed(folders: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its part is written again; where that is killed too, nothing stays behind."""
+    monkeypatch.setattr(conversion, "write_part", part_killed_always)
+    with pytest.raises(CkptkitError, match="SIGKILL"):
+        ckptkit.convert(source, folders / "many/model.bin", **GIVEN, jobs=2)
+    assert list((folders / "many").iterdir()) == []
+    monkeypatch.setattr(conversion, "write_part", part_killed_once)
+    ckptkit.convert(source, folders / "many/model.bin", **GIVEN, jobs=2)
+    monkeypatch.undo()
+    assert (folders / "killed").exists()
+    ckptkit.convert(source, folders / "one/model.bin", **GIVEN)
+    assert same_files(folders / "one", folders / "many")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals as POSIX has them")
+def test_a_driver_that_is_told_to_end(folders: Path, save: Callable[..., Path]) -> None:
+    """It ends its workers, and nothing of what they wrote stays."""
+    source = save({f"layer{number}": torch.full((1000, 1000), float(number)) for number in range(12)}, "large.pth")
+    command = [sys.executable, "-m", "ckptkit", "convert", "-q", source, folders / "many/model.safetensors"]
+    command += ["--max-shard-size", "5MB", "--dtype", "float64", "--jobs", "2"]
+    env = {**os.environ, "PYTHONPATH": str(Path(ckptkit.__file__).parents[1])}
+    with subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True) as process:
+        while not list(folders.glob("many/.*/.model-*")) and process.poll() is None:  # a worker is at work
+            time.sleep(0.002)
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=60)
+    assert (process.returncode, list((folders / "many").iterdir())) == (128 + signal.SIGTERM, []), errors
 
 
 def test_all_or_nothing(folders: Path, source: Path) -> None:

@@ -94,6 +94,28 @@ def test_a_task_that_cannot_be_pickled_is_told(in_short: dict[str, Any]) -> None
         assert outcomes[1].text.startswith("the task cannot be pickled: TypeError: ")
 
 
+def test_a_task_that_workers_cannot_read_is_told(processes: Executor) -> None:
+    tasks = [fleet_work.Elsewhere(number) for number in range(500)]
+    outcomes = [outcome for _, outcome in each(tasks, fleet_work.number_of, executor=processes)]
+    assert [outcome.value for outcome in outcomes] == [*range(30), None, *range(31, 500)]
+    assert outcomes[30].problem == "failed"
+    assert outcomes[30].text.startswith("the worker cannot read the task (is what it holds in a module of its own?): ")
+
+
+def test_batches_shrink_where_the_number_of_tasks_is_known() -> None:
+    sizes: list[int] = []
+
+    class Counting(ThreadPoolExecutor):
+        def submit(self, function: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
+            sizes.append(args[3])
+            return super().submit(function, *args, **kwargs)
+
+    with Counting(1) as executor:
+        assert len(list(each(range(20_000), fleet_work.same, executor=executor))) == 20_000
+    assert max(sizes) > 50
+    assert sizes[-1] == 1
+
+
 def test_work_that_cannot_be_pickled_is_an_error(where: dict[str, Any]) -> None:
     if where == HERE:
         assert [outcome.value for _, outcome in each([1, 2], lambda number: number + 1, **where)] == [2, 3]
@@ -184,22 +206,27 @@ def test_several_processes_work_and_none_is_left(where: dict[str, Any]) -> None:
 
 
 def test_batches_grow_and_what_is_slow_holds_up_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "_GIVEN_BATCH_SECONDS", 0.02)
+    monkeypatch.setattr(engine, "_GIVEN_BATCH_SECONDS", 0.1)
     sizes = []
 
     class Counting(ThreadPoolExecutor):
         def submit(self, function: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
-            sizes.append(len(args[2]))
+            sizes.append(args[3])
             return super().submit(function, *args, **kwargs)
 
     with Counting(1) as executor:
-        assert [outcome.value for _, outcome in each(range(5000), fleet_work.same, executor=executor)] == [*range(5000)]
+        values = [
+            outcome.value for _, outcome in each((number for number in range(5000)), fleet_work.same, executor=executor)
+        ]
+        assert values == [*range(5000)]
     assert sizes[:64] == [1] * 64
-    assert max(sizes) == driver._LARGEST_BATCH
+    assert 50 < max(sizes) <= driver._LARGEST_BATCH
     sizes.clear()
     with Counting(1) as executor:  # fast ones make large batches; then each takes longer than a batch should
-        tasks = [0.0] * 2000 + [0.05] * 6
-        assert [outcome.value for _, outcome in each(tasks, time.sleep, executor=executor)] == [None] * 2006
+        tasks = [0.0] * 2000 + [0.15] * 6
+        assert [outcome.value for _, outcome in each((task for task in tasks), time.sleep, executor=executor)] == [
+            None
+        ] * 2006
     assert sum(sizes) > 2006  # some went out twice
 
 

@@ -149,7 +149,7 @@ def test_what_is_lost_is_tried_once_more_one_by_one() -> None:
     calls: list[int] = []
 
     def answer(function: Any, *args: Any) -> Any:
-        calls.append(len(args[2]))
+        calls.append(args[3])
         if len(calls) == 70:
             raise ConnectionError("gone")
         return function(*args)
@@ -203,17 +203,16 @@ def test_ray_is_an_executor_of_a_few_lines() -> None:
 
 
 def test_a_worker_answers_for_the_tasks_that_it_began() -> None:
-    work = pickle.dumps(time.sleep)
-    tasks = [pickle.dumps(0.05)] * 10
-    _, results, seconds, abandoned = run(__version__, work, tasks, None, 0.12)
+    work, tasks = pickle.dumps(time.sleep), pickle.dumps([0.05] * 10)
+    _, results, seconds, abandoned = run(__version__, work, tasks, 10, None, 0.12)
     assert 2 <= len(results) <= 4
     assert results[0] == ("", "", pickle.dumps(None, 5))
     assert seconds >= 0.1
     assert not abandoned
-    _, results, _, _ = run(__version__, work, tasks, None, -1.0)
+    _, results, _, _ = run(__version__, work, tasks, 10, None, -1.0)
     assert len(results) == 1  # one is begun, however late it is: else none ever were
-    _, results, _, abandoned = run(__version__, work, tasks, 0.01, 5.0)
+    _, results, _, abandoned = run(__version__, work, tasks, 10, 0.01, 5.0)
     assert (len(results), results[0][0], abandoned) == (1, "timed-out", True)
-    _, results, _, _ = run(__version__, b"cno_such_module\nx\n.", tasks, None, 5.0)
+    _, results, _, _ = run(__version__, b"cno_such_module\nx\n.", tasks, 10, None, 5.0)
     assert [result[0] for result in results] == ["failed"] * 10
     assert "the worker cannot import what is to be done" in results[0][1]

@@ -16,6 +16,7 @@ from unittest import mock
 
 from ckptkit import remote
 from ckptkit.errors import CorruptError, FileAccessError, MissingFileError
+from ckptkit.remote.retries import masked
 from ckptkit.remote.store import FarFile, Store
 
 __all__ = ["Asked", "FarStore", "below", "serving"]
@@ -57,9 +58,9 @@ class FarStore(Store):
 
     def _data(self, url: str) -> bytes:
         if url in self.failing:
-            raise FileAccessError(f"{url}: {self.failing[url]}", path=url)
+            raise FileAccessError(f"{masked(url)}: {self.failing[url]}", path=masked(url))
         if url not in self.files:
-            raise MissingFileError(f"{url}: no such file", path=url)
+            raise MissingFileError(f"{masked(url)}: no such file", path=masked(url))
         return self.files[url]
 
     def _stamp(self, data: bytes) -> str:
@@ -70,7 +71,7 @@ class FarStore(Store):
         head = self.files.get(url, b"")[:nbytes] if self.heads else b""
         self._note("open", url, 0, len(head))
         data = self._data(url)
-        return FarFile(url=url, shown=url, size=len(data), stamp=self._stamp(data), head=head)
+        return FarFile(url=url, shown=masked(url), size=len(data), stamp=self._stamp(data), head=head)
 
     def read(self, file: FarFile, offset: int, nbytes: int) -> bytes:
         """As `Store.read`."""

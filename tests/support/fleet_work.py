@@ -77,6 +77,23 @@ def hangs(task: str | int) -> Any:
     return task
 
 
+class Elsewhere:
+    """What no other process can read."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.place = os.getpid()
+
+    def __setstate__(self, state: dict[str, int]) -> None:
+        if state["number"] == 30 and state["place"] != os.getpid():
+            raise RuntimeError("is of another process")
+        self.__dict__.update(state)
+
+
+def number_of(task: Elsewhere) -> int:
+    return task.number
+
+
 def pids(_: object) -> int:
     time.sleep(0.02)
     return os.getpid()

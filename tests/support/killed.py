@@ -65,13 +65,38 @@ def carry_out(job: dict[str, Any], report: int) -> int:
     return 0
 
 
+def part_killed_once(task: Any) -> Any:
+    """`ckptkit.conversion.write_part`; the first process that writes the second part is killed in the middle."""
+    from ckptkit import conversion
+
+    mark = os.path.join(os.path.dirname(task.source), "killed")
+    if task.share.index == 2 and not os.path.exists(mark):
+        os.mkdir(mark)
+        _kill_at_work()
+    return conversion.write_part(task)
+
+
+def part_killed_always(task: Any) -> Any:
+    """The same, but each is."""
+    from ckptkit import conversion
+
+    if task.share.index == 2:
+        _kill_at_work()
+    return conversion.write_part(task)
+
+
+def _kill_at_work() -> None:
+    from ckptkit.transfer import writing
+
+    writing.move = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
+
+
 def killed_by_one(source: str, destination: str, options: Any) -> Any:
     """`ckptkit.conversion.convert_file`; the file `three.pth` kills its process, whose temporary file is there."""
     from ckptkit import conversion
-    from ckptkit.transfer import writing
 
     if source.endswith("three.pth"):
-        writing.move = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
+        _kill_at_work()
     return conversion.convert_file(source, destination, options)
 
 

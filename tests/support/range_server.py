@@ -104,6 +104,12 @@ class RangeServer:
         self.asked.clear()
         self.connections = 0
 
+    def renew(self) -> None:
+        """Be as at the beginning, for another test."""
+        for name, value in vars(RangeServer()).items():
+            if name not in ("url", "root", "lock", "closing"):
+                setattr(self, name, value)
+
     @property
     def nbytes(self) -> int:
         """Bytes of files that it sent."""
@@ -143,6 +149,7 @@ class RangeServer:
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else a body waits for its headers to be acknowledged: 40 ms
     served: RangeServer
 
     def setup(self) -> None:
@@ -180,6 +187,23 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(206, data[first : last + 1], path, first, headers, fault)
 
     do_HEAD = do_GET
+
+    def do_CONNECT(self) -> None:  # as a proxy is asked for TLS
+        served = self.served
+        with served.lock:
+            served.asked.append(Asked("CONNECT", self.path, None, 0, 200, dict(self.headers)))
+        if served.authorization is not None and self.headers.get("Proxy-Authorization") != served.authorization:
+            self.send_error(407)
+            return
+        self.close_connection = True
+        host, _, port = self.path.rpartition(":")
+        with socket.create_connection((host, int(port))) as there:
+            self.send_response(200)
+            self.end_headers()
+            back = threading.Thread(target=_carry, args=(there, self.connection), daemon=True)
+            back.start()
+            _carry(self.connection, there)
+            back.join()
 
     def _reply(self, path: str, query: str, fault: Fault) -> Reply | None:
         served = self.served
@@ -239,6 +263,13 @@ class _Handler(BaseHTTPRequestHandler):
     def finish(self) -> None:
         with suppress(OSError, ValueError):
             super().finish()
+
+
+def _carry(source: socket.socket, destination: socket.socket) -> None:
+    with suppress(OSError):
+        while data := source.recv(65536):
+            destination.sendall(data)
+        destination.shutdown(socket.SHUT_WR)
 
 
 class _Server(ThreadingHTTPServer):
