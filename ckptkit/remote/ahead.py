@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import threading
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import ClassVar, NamedTuple
 
@@ -165,6 +165,11 @@ class ReadAhead:
         start = offset - block.start
         return Brought(data[start : start + nbytes], data if is_new else None, block.start, block.late)
 
+    def brings(self, offset: int) -> bool:
+        """Whether a block has this byte, or will."""
+        at = bisect_right(self._starts, offset) - 1
+        return at >= 0 and offset < self._lying[at].end and self._lying[at].state != "gone"
+
     def _begin(self, block: _Block) -> None:
         block.state = "coming"
         _Room.nbytes += block.end - block.start
@@ -261,12 +266,11 @@ class ReadAhead:
 
 def _blocks(areas: Sequence[tuple[int, int]]) -> Iterator[_Block]:
     """The blocks of some ranges, in their order; no two have a byte in common."""
-    total = sum(nbytes for _, nbytes in areas)
-    size = min(max(total // 16, _LEAST_BLOCK), _LARGE_BLOCK)
+    size = min(max(sum(nbytes for _, nbytes in areas) // 16, _LEAST_BLOCK), _LARGE_BLOCK)
     made: list[_Block] = []
-    for start, end in _disordered(_runs(areas), size):
-        count = max(1, (end - start) // size)
-        cuts = [start + (end - start) * number // count for number in range(count + 1)]
+    for start, nbytes in _disordered(_together(areas), size):
+        count = max(1, nbytes // size)
+        cuts = [start + nbytes * number // count for number in range(count + 1)]
         made += [_Block(a, b) for a, b in pairwise(cuts)]
     reached = 0
     for block in sorted(made, key=lambda block: block.start):  # what several asked for is brought once
@@ -275,32 +279,32 @@ def _blocks(areas: Sequence[tuple[int, int]]) -> Iterator[_Block]:
     return (block for block in made if block.start < block.end)
 
 
-def _runs(areas: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """First byte and the byte after the last of ranges that nearly follow one another, put together."""
+def _together(areas: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """The ranges, offset and size in bytes of each; those that nearly follow one another are one."""
     start = end = 0
     for offset, nbytes in areas:
         if start < end and start <= offset <= end + GAP_NBYTES:
             end = max(end, offset + nbytes)
         elif nbytes:
             if start < end:
-                yield start, end
+                yield start, end - start
             start, end = offset, offset + nbytes
     if start < end:
-        yield start, end
+        yield start, end - start
 
 
-def _disordered(runs: Iterator[tuple[int, int]], size: int) -> Iterator[tuple[int, int]]:
+def _disordered(runs: Iterable[tuple[int, int]], size: int) -> Iterator[tuple[int, int]]:
     """The same, but that of short runs as many as make a block are put in the order in which they lie."""
     short: list[tuple[int, int]] = []
     total = 0
-    for start, end in runs:
-        if end - start < size:
-            short.append((start, end))
-            total += end - start
+    for start, nbytes in runs:
+        if nbytes < size:
+            short.append((start, nbytes))
+            total += nbytes
             if total < size:
                 continue
-        yield from _runs([(a, b - a) for a, b in sorted(short)])
+        yield from _together(sorted(short))
         short, total = [], 0
-        if end - start >= size:
-            yield start, end
-    yield from _runs([(a, b - a) for a, b in sorted(short)])
+        if nbytes >= size:
+            yield start, nbytes
+    yield from _together(sorted(short))

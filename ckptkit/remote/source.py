@@ -189,7 +189,11 @@ class RemoteSource(Source):
             begin, end = offset, min(offset + nbytes, self.size)
             while begin < end and (known := len(self._known(begin, end - begin))):
                 begin += known
-            if begin >= end or end - begin > _KEPT_NBYTES // 4:
+            if (
+                begin >= end
+                or end - begin > _KEPT_NBYTES // 4
+                or (self._ahead is not None and self._ahead.brings(begin))
+            ):
                 continue
             with self._within:
                 following = self._next(begin)
@@ -339,22 +343,21 @@ class RemoteSource(Source):
 
     def will_read(self, areas: Sequence[tuple[int, int]], passing: Passing | None = None) -> None:
         """As `Source.will_read`."""
-        unknown = areas if passing is not None else [part for area in areas for part in self._unknown(*area)]
+        unknown: list[tuple[int, int]] = []
+        for offset, nbytes in areas:
+            end = offset + nbytes
+            while offset < end:
+                known = self._known(offset, end - offset)
+                if known and passing is not None:
+                    passing(offset, memoryview(known))
+                following = offset + len(known) if known else min(end, self._next(offset))
+                unknown += () if known else ((offset, following - offset),)
+                offset = following
         ahead = ReadAhead(partial(self.store.read, self.far), unknown, passing) if unknown else None
         with self._within:
             before, self._ahead = self._ahead, ahead
         if before is not None:
             before.close()
-
-    def _unknown(self, offset: int, nbytes: int) -> Iterator[tuple[int, int]]:
-        """The parts of a range that are not kept."""
-        end = offset + nbytes
-        while offset < end:
-            known = len(self._known(offset, end - offset))
-            follows = end if known else min(end, self._next(offset))
-            if not known:
-                yield offset, follows - offset
-            offset = offset + known if known else follows
 
     def _brought(self, ahead: ReadAhead, offset: int, nbytes: int) -> memoryview | None:
         """What was fetched ahead of these bytes; where a block comes, what was left until then is looked at."""
