@@ -28,7 +28,6 @@ from ckptkit.remote.source import RemoteSource
 
 __all__ = [
     "FarEntry",
-    "ListedSource",
     "Tree",
     "entries",
     "head",
