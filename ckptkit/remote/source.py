@@ -209,6 +209,8 @@ class RemoteSource(Source):
             return end, end
         while begin < end and (known := len(self._known(begin, end - begin))):
             begin += known
+        if self._ahead is not None and self._ahead.brings(begin):
+            return end, end
         with self._within:
             at = bisect_left(self._starts, end) - 1
             if at >= 0 and begin < self._starts[at] and self._starts[at] + len(self._spans[self._starts[at]]) >= end:
@@ -353,35 +355,38 @@ class RemoteSource(Source):
 
     def will_read(self, areas: Sequence[tuple[int, int]], passing: Passing | None = None) -> None:
         """As `Source.will_read`."""
-        unknown = areas if passing is not None else [part for area in areas for part in self._unknown(*area)]
+        unknown: list[tuple[int, int]] = []
+        for offset, nbytes in areas:
+            end = offset + nbytes
+            while offset < end:
+                known = self._known(offset, end - offset)
+                if known and passing is not None:
+                    passing(offset, memoryview(known))
+                following = offset + len(known) if known else self._kept_from(offset, end)
+                unknown += () if known else ((offset, following - offset),)
+                offset = following
         ahead = ReadAhead(partial(_read, self.store, self.far), unknown, passing) if unknown else None
         with self._within:
             before, self._ahead = self._ahead, ahead
         if before is not None:
             before.close()
 
-    def _unknown(self, offset: int, nbytes: int) -> Iterator[tuple[int, int]]:
-        """The parts of a range that are not kept."""
-        end = offset + nbytes
-        while offset < end:
-            known = len(self._known(offset, end - offset))
-            with self._within:
-                at = bisect_right(self._starts, offset)
-                following = self._starts[at : at + 1]
-            follows = min([end, *following])
-            if not known:
-                yield offset, follows - offset
-            offset = offset + known if known else follows
+    def _kept_from(self, offset: int, end: int) -> int:
+        """Where behind a position, before some end, what is kept begins again."""
+        with self._within:
+            at = bisect_right(self._starts, offset)
+            return min([end, *self._starts[at : at + 1]])
 
     def _brought(self, ahead: ReadAhead, offset: int, nbytes: int) -> memoryview | None:
         """What was fetched ahead of these bytes; where a block comes, what was left until then is looked at."""
         found = ahead.find(offset, nbytes)
         if found is None:
             return None
-        data, block, start = found
-        if block is not None:
-            self.came(start, block)
-        return data
+        if found.whole is not None:
+            self.came(found.start, found.whole)
+            for at, size in found.late:
+                self._keep(at, bytes(found.whole[at - found.start : at - found.start + size]))
+        return found.data
 
     def views(self, offset: int, nbytes: int) -> Iterator[bytes | memoryview]:
         """As `Source.views`."""
