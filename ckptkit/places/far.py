@@ -151,14 +151,14 @@ def _listing(url: str) -> tuple[Tree, str] | None:
         found, root = _found(url), url.rstrip("/")
         if found is not None:
             return found
-        if (failed := current.failed.get(f"{root}/")) is not None:
+        if (failed := current.failed.get(f"{root}/*")) is not None:
             raise failed
         if root not in current.listings:
             store = store_of(url)
             try:
                 current.listings[root] = Tree(root, store.listing(revealed(root))) if store.has_listings else None
             except FileAccessError as error:
-                current.failed[f"{root}/"] = error
+                current.failed[f"{root}/*"] = error
                 raise
         tree = current.listings[root]
         return (tree, "") if tree is not None and tree.files else None
@@ -178,9 +178,9 @@ def is_folder(url: str) -> bool:
         if not store_of(url).has_listings:
             return False
         with session() as current:
-            if not url.endswith("/") and _FILE_ENDING.search(url):
-                if _is_there(url) or not isinstance(current.failed.get(url), MissingFileError):
-                    return False
+            is_named = not url.endswith("/") and _FILE_ENDING.search(url)
+            if is_named and (_is_there(url) or not isinstance(current.failed.get(url), MissingFileError)):
+                return False
             return _listing(url) is not None
     except FileAccessError:  # told where it is opened
         return False

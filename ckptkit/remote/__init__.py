@@ -77,7 +77,7 @@ class Session:
         listings: what they said of folders, by URL (`ckptkit.places.far.Tree`).
         opened: files that were opened to see what they are, by URL.
         ahead: what opens files before they are asked for.
-        failed: why a file could not be opened, or a folder listed, by URL, a folder's with a slash at its end.
+        failed: why a file could not be opened, or a folder listed, by URL, a folder's with ``/*`` at its end.
         notes: what others found out of URLs, by URL.
         hidden: the credentials in URLs: each URL, and who it asks, by how it is shown.
         process: whose connections they are.
