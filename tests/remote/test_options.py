@@ -174,11 +174,12 @@ def test_they_hold_in_threads_and_end_with_the_command(save: SaveAs) -> None:
 
 
 def test_a_process_of_many_tasks_keeps_its_connections() -> None:
-    with remote.session({"a": 1}):
+    with remote.session({"a": 1, "secret": HIDDEN}):
         work = remote.carried(partial(_store, "memory://x"))
     first, again = pickle.loads(pickle.dumps(work))(0), work(1)
     assert first is again
-    assert first._options == {"a": 1}
+    assert first._options == {"a": 1, "secret": HIDDEN}
+    assert HIDDEN not in repr(work)
     assert remote.current_session() is None
 
 
