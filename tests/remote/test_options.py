@@ -227,6 +227,22 @@ def test_an_option_that_the_file_system_does_not_know_is_named(s3: ObjectServer)
     assert HIDDEN not in str(caught.value)
 
 
+def test_what_a_package_says_is_told_without_what_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    def failing(self: Any, *given: Any, **options: Any) -> Any:
+        raise ValueError(f"cannot sign in with {HIDDEN}\nat https://user:{HIDDEN}@host/?sig={HIDDEN}")
+
+    for name in ("info", "__init__"):
+        monkeypatch.setattr(MemoryFileSystem, name, failing)
+        with pytest.raises(
+            ckptkit.FileAccessError, match=r"memory://m\.pth: .*cannot sign in with \*\*\* at"
+        ) as caught:
+            ckptkit.open("memory://m.pth", storage_options={"deep": {"secret": HIDDEN}})
+        assert HIDDEN not in str(caught.value)
+        assert str(caught.value).endswith("look at --storage-option deep")
+
+
 # Files of this machine.
 
 
