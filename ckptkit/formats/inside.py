@@ -34,21 +34,14 @@ from ckptkit.errors import (
     MissingFileError,
     UnknownFormatError,
 )
+from ckptkit.formats.compression import ENDINGS, FRAME_NBYTES, Compression, compression_of, decompressed
 from ckptkit.formats.containers import FORMATS, SUFFIXES, holds_files, identify
 from ckptkit.formats.contents import ContentSearch, head_of
 from ckptkit.formats.format import Around, Probe
 from ckptkit.formats.magic import guess_pickle
 from ckptkit.formats.sharded import shard_names
 from ckptkit.formats.shards import name_of
-from ckptkit.formats.sources import (
-    ENDINGS,
-    FRAME_NBYTES,
-    Compression,
-    Inner,
-    compression_of,
-    decompressed,
-    room_for,
-)
+from ckptkit.formats.sources import Inner, room_for
 from ckptkit.formats.tar_archive import is_header, read_members
 from ckptkit.formats.torch_archive import archive_kind
 from ckptkit.formats.torch_legacy import begins_one

@@ -189,7 +189,7 @@ def _inflated(probe: Probe) -> ByteRange | None:
     whole = probe.file.whole
     if probe.head[:1] not in _PACKED:
         return whole
-    from ckptkit.formats.sources import PACKED_PICKLES, compression_of
+    from ckptkit.formats.compression import PACKED_PICKLES, compression_of
 
     compression = compression_of(probe.head, PACKED_PICKLES)
     if compression is None:

@@ -25,7 +25,7 @@ from ckptkit.formats.containers import SUFFIXES
 from ckptkit.formats.unpacked import is_unpacked
 from ckptkit.normalize.parts import CODE
 from ckptkit.pickling.trust import merge_uses
-from ckptkit.released.examine import examine_file
+from ckptkit.released.examine import Examined, examine_file
 from ckptkit.released.manifest_file import FileRecord
 from ckptkit.released.manifest_rules import (
     compare,
@@ -109,42 +109,13 @@ def held(task: Task, threads: int = 1) -> tuple[FileResult, Architecture | None]
     findings = [extra_finding(path)] * task.is_extra + [whole_finding(path, task.shards)] * bool(task.shards)
     examined, architecture = None, None
     try:
-        look = partial(
-            examine_file,
-            path,
-            tp_rules=policy.tp_rules if places.isdir(path) else None,
-            ignore_checksums=policy.ignore_checksums,
-            whole=record is not None and record.whole_digest is not None,
-            threads=threads,
-        )
-        # Where the manifest's hash is the file's, nothing more is needed.
-        may_be_same = record is not None and (bool(record.shards) or task.nbytes == record.size)
-        # What is far is read once, for all that may be needed.
-        at_once = not may_be_same or "://" in path
-        examined = digested = look(
-            hash_file=record is not None,
-            digest=record is not None and at_once,
-            values=policy.no_nan,
-            checksums=at_once,
-        )
-        is_same = record is not None and may_be_same and is_same_file(examined, record)
+        examined, told = _looked_into(task, threads)
         if policy.forward and policy.fits is None and task.golden is None:
             architecture = examined.architecture
-        if record is not None:
-            if not at_once and not is_same:
-                digested = look(hash_file=False, digest=True, values=False)
-            findings += compare(examined, digested, record)
-            findings += golden_findings(path, record, task.folder)
-        if digested.damage is not None and not is_same:
-            findings.append(damage_finding(path, digested.damage))
-        if digested.unlike is not None and not is_same:
-            findings.append(unlike_finding(path, digested.unlike))
-        findings += [malformed_finding(path, told) for told in examined.malformed]
-        findings += violations(examined, policy)
+        findings += told
     except CkptkitError as error:
-        stamp = (
-            stamp if isinstance(error, FormatError) else None
-        )  # what the disk or a server said may be otherwise soon
+        # What the disk or a server said may be otherwise soon.
+        stamp = stamp if isinstance(error, FormatError) else None
         findings.append(unreadable_finding(path, error, policy.allow_part))
         findings += incomplete_finding(path, record)
         if policy.every_pickle and isinstance(error, FormatError):
@@ -160,6 +131,43 @@ def held(task: Task, threads: int = 1) -> tuple[FileResult, Architecture | None]
         against=task.against,
     )
     return result, architecture
+
+
+def _looked_into(task: Task, threads: int) -> tuple[Examined, list[CheckFinding]]:
+    """What is in a file, and what of it is not as manifest and policy want it."""
+    path, policy, record = task.path, task.policy, task.record
+    findings: list[CheckFinding] = []
+    look = partial(
+        examine_file,
+        path,
+        tp_rules=policy.tp_rules if places.isdir(path) else None,
+        ignore_checksums=policy.ignore_checksums,
+        whole=record is not None and record.whole_digest is not None,
+        threads=threads,
+    )
+    # Where the manifest's hash is the file's, nothing more is needed.
+    may_be_same = record is not None and (bool(record.shards) or task.nbytes == record.size)
+    # What is far is read once, for all that may be needed.
+    at_once = not may_be_same or "://" in path
+    examined = digested = look(
+        hash_file=record is not None,
+        digest=record is not None and at_once,
+        values=policy.no_nan,
+        checksums=at_once,
+    )
+    is_same = record is not None and may_be_same and is_same_file(examined, record)
+    if record is not None:
+        if not at_once and not is_same:
+            digested = look(hash_file=False, digest=True, values=False)
+        findings += compare(examined, digested, record)
+        findings += golden_findings(path, record, task.folder)
+    if digested.damage is not None and not is_same:
+        findings.append(damage_finding(path, digested.damage))
+    if digested.unlike is not None and not is_same:
+        findings.append(unlike_finding(path, digested.unlike))
+    findings += [malformed_finding(path, told) for told in examined.malformed]
+    findings += violations(examined, policy)
+    return examined, findings
 
 
 def held_from(folder: str, task: Task, threads: int = 1) -> tuple[FileResult, Architecture | None]:

@@ -116,26 +116,8 @@ def write_atomically(
         with uninterrupted():
             if digests is None:
                 digests = own = DigestsInPassing(digested(plan), stop)
-        with _flushing([file.fd for file in files] if check is not None else []) as written:
-            # A file system lets one thread write to a file at a time; several files go side by side.
-            data = [file for file in files if file.plan.index is None]
-            if source is not None and is_far(source):
-                from ckptkit.transfer.far import move_far
-
-                move_far([(file.plan, file.fd) for file in data], tally, counted, digests, passed, stop)
-            else:
-                moves = (partial(move, file.plan, file.fd, tally, counted) for file in data)
-                in_parallel(moves, nbytes=plan.total_nbytes if plan.shards else 0, stop=stop)
-            for file in data:
-                fill_file(file.plan, file.fd, checksums=check is not None)
-            if plan.index is not None:
-                overwrite(files[-1].fd, plan.index.to_bytes(_temporary_names(files, plan)))
-            if check is not None:
-                check(files[-1].temporary if whole is None else whole.temporary, counted)
-            for file in data:
-                fill_file(file.plan, file.fd, digests, checksums=False)
-            index = b"" if plan.index is None else _index(files, plan, digests)
-            written()
+        opened = files[-1].temporary if whole is None else whole.temporary
+        index = _filled(files, plan, opened, check, tally, counted, digests, source, passed, stop)
         require_unchanged(plan)
         counted.finish()
         if whole is not None:
@@ -157,6 +139,43 @@ def write_atomically(
             if own is not None:
                 own.join()
     return tally
+
+
+def _filled(
+    files: list[Output],
+    plan: Plan,
+    opened: str,
+    check: Check | None,
+    tally: Tally,
+    counted: _Counter,
+    digests: DigestsInPassing,
+    source: Source | None,
+    passed: Passed | None,
+    stop: threading.Event,
+) -> bytes:
+    """Write and compare what `write_atomically` is to publish, ``opened`` being what opens it; gives the index."""
+    with _flushing([file.fd for file in files] if check is not None else []) as written:
+        # A file system lets one thread write to a file at a time; several files go side by side.
+        data = [file for file in files if file.plan.index is None]
+        outputs = [(file.plan, file.fd) for file in data]
+        if source is not None and is_far(source):
+            from ckptkit.transfer.far import move_far
+
+            move_far(outputs, tally, counted, digests, passed, stop)
+        else:
+            moves = (partial(move, *output, tally, counted) for output in outputs)
+            in_parallel(moves, nbytes=plan.total_nbytes if plan.shards else 0, stop=stop)
+        for file in data:
+            fill_file(file.plan, file.fd, checksums=check is not None)
+        if plan.index is not None:
+            overwrite(files[-1].fd, plan.index.to_bytes(_temporary_names(files, plan)))
+        if check is not None:
+            check(opened, counted)
+        for file in data:
+            fill_file(file.plan, file.fd, digests, checksums=False)
+        index = b"" if plan.index is None else _index(files, plan, digests)
+        written()
+    return index
 
 
 def places(plan: Plan, shown: str, *, force: bool) -> list[tuple[Plan, str, str]]:

@@ -205,7 +205,8 @@ class ItemReader:
             return area
         if through != _ZSTD:
             raise UnsupportedError(f"it went through {listed(map(repr, through))}; stream.zstd/1 is read")
-        from ckptkit.formats.sources import Inner, compression_of
+        from ckptkit.formats.compression import compression_of
+        from ckptkit.formats.sources import Inner
 
         compression = compression_of(area.read(0, min(area.nbytes, 16)))
         if compression is None or compression.name != "zstd":
