@@ -313,7 +313,7 @@ class ObjectStore(Store):
         return {
             name[len(root) :]: int(info.get("size") or 0)
             for name, info in found.items()
-            if info.get("type") == "file" and name.startswith(root) and not name.endswith("/")
+            if info.get("type") != "directory" and name.startswith(root) and not name.endswith("/")
         }
 
     def beside(self, url: str, name: str) -> str:

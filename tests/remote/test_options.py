@@ -139,6 +139,18 @@ def test_every_command_takes_them(
     assert "Traceback" not in refused.err
 
 
+def test_a_configuration_names_urls(
+    s3: ObjectServer, command: Callable[..., Done], save: SaveAs, tmp_path: Path
+) -> None:
+    s3.put("configured/net.pth", save({"a": torch.ones(3)}))
+    (tmp_path / "ckptkit.toml").write_text('paths = ["s3://models/configured/"]\nno_pickle = true\n')
+    s3.forget()
+    done = command("check")
+    assert done.code == 1
+    assert "s3://models/configured/net.pth: FAILED" in done.out
+    assert len([each for each in s3.asked if "list-type" in each.query]) == 1
+
+
 def test_every_function_takes_them(s3: ObjectServer, private: tuple[str, ...], save: SaveAs, tmp_path: Path) -> None:
     path = save(torch.nn.Linear(2, 3).state_dict())
     url = s3.put("net.pth", path)
