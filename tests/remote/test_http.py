@@ -956,6 +956,9 @@ def test_commands_show_no_credentials(web, tmp_path, capsys, monkeypatch) -> Non
         ["convert", "--json", good, "out2.safetensors"],
         ["diff", good, "m.pth"],
         ["diff", "--json", "m.pth", good],
+        ["check", good, bad, none, "--no-pickle"],
+        ["check", "--json", good, bad, none, "--jobs", "2"],
+        ["check", "--json-lines", "--part", "1/1", good, bad, none],
         ["check", good, none, bad],
         ["check", "--no-pickle", "--no-nan", "--json", good, bad],
         *(
