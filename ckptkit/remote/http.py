@@ -318,10 +318,10 @@ class HttpStore(Store):
             return MissingFileError(f"{shown}: no such file", path=shown)
         why = f"{shown}: the server answers {_named(status)}"
         if status == 401:
-            wrong = "the user name or password is wrong" if place.authorization else "it wants to know who asks"
+            wrong = "the user name or password is wrong" if place.authorization else "it needs a user name and password"
             why += f": {wrong}; give https://USER:PASSWORD@HOST/PATH, or hf://user/repo/file and HF_TOKEN for the hub"
         elif status == 403:
-            why += ": it may not be read this way; a signed URL may have expired, or it wants https://USER:PASSWORD@HOST/PATH"
+            why += ": access is denied; a signed URL may have expired, or it needs https://USER:PASSWORD@HOST/PATH"
         elif status == 407:
             why += ": set HTTP_PROXY=http://USER:PASSWORD@HOST:PORT, or NO_PROXY"
         return FileAccessError(why, path=shown)
@@ -395,7 +395,7 @@ def _copied(answer: Answer, shown: str) -> SourceFile:
                 if max(told or 0, nbytes) > _COPIED_NBYTES:
                     size = human_size(told) if told is not None else f"more than {human_size(nbytes)}"
                     raise FileAccessError(
-                        f"{shown}: the server does not give parts of files, and this one has {size}: "
+                        f"{shown}: the server does not give parts of files, and this one is {size}: "
                         "download it (curl -O) and give the file",
                         path=shown,
                     )
