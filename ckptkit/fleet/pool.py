@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 
 from ckptkit.fleet.outcome import told
-from ckptkit.fleet.processes import CLEANING_SECONDS, ready, started
+from ckptkit.fleet.processes import CLEANING_SECONDS, ready, signals_held, started
 from ckptkit.fleet.worker import PROTOCOL, SLACK, SLICE, Call, Lost, RefusedError, Reply
 
 __all__ = ["Pool"]
@@ -104,11 +104,11 @@ class Pool:
         if self._failed_starts >= _FAILED_STARTS:
             raise RefusedError("no worker process gets ready: the last ones ended before they were")
         try:
-            worker = _Worker()
+            with signals_held():
+                self._workers.append(_Worker())
         except (OSError, RuntimeError) as error:
             raise RefusedError(f"no worker process can be started: {told(error)}") from error
-        self._workers.append(worker)
-        return worker
+        return self._workers[-1]
 
     def wait(self, timeout: float) -> Iterator[tuple[int, Reply | Lost]]:
         """The batches that came back, or are lost; waits for one, so many seconds at most."""

@@ -11,6 +11,7 @@ however that ends.
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 import signal
@@ -25,7 +26,7 @@ from typing import Any, NoReturn, Protocol
 from ckptkit.fleet import worker
 from ckptkit.fleet.worker import PROTOCOL, StopWorker, run
 
-__all__ = ["CLEANING_SECONDS", "Process", "ready", "started"]
+__all__ = ["CLEANING_SECONDS", "Process", "ready", "signals_held", "started"]
 
 CLEANING_SECONDS = 3.0
 """For which a worker that is asked to end may clean up."""
@@ -83,7 +84,7 @@ class Process(Protocol):
 
 
 def started() -> Process:
-    """A worker.
+    """A worker; to be called while signals are held (`signals_held`), so that none is without a record of it.
 
     Raises:
         OSError, RuntimeError: the system, or Python, does not let it start.
@@ -138,11 +139,10 @@ class _Forked:
         up = os.pipe()
         self._code: int | None = None
         try:
-            with _signals_held():
-                driver = os.getpid()
-                self._pid = os.fork()
-                if self._pid == 0:
-                    _begin(_Pipes(down[0], up[1]), driver, (down[1], up[0]))
+            driver = os.getpid()
+            self._pid = os.fork()
+            if self._pid == 0:
+                _begin(_Pipes(down[0], up[1]), driver, (down[1], up[0]))
         except OSError:
             for fd in (down[1], up[0]):
                 os.close(fd)
@@ -194,7 +194,7 @@ class _Spawned:
         self.channel, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, os.getpid()), daemon=True, name=_NAME)
         try:
-            with _signals_held(), _main_left_alone():
+            with _main_left_alone():
                 self._process.start()
         except BaseException:
             self.channel.close()
@@ -252,8 +252,8 @@ def ready(processes: Iterable[Process], timeout: float) -> list[Process]:
 
 
 @contextmanager
-def _signals_held() -> Iterator[None]:
-    """A process that is started hears none of them before it knows what to do with them."""
+def signals_held() -> Iterator[None]:
+    """A process that starts hears none before it knows what to do; this one hears them once it has a record of that."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
@@ -295,6 +295,8 @@ def _begin(channel: Channel, driver: int, others: Iterable[int]) -> NoReturn:
         for fd in others:
             os.close(fd)
         sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: PTH123, SIM115 - as long as the process lives
+        signal.set_wakeup_fd(-1)  # an event loop of the original's would take our signals for its own
+        gc.freeze()  # to look for garbage in what is the original's would copy it all
         _serve(channel, driver)
         code = 0
     except BaseException:
@@ -306,6 +308,7 @@ def _begin(channel: Channel, driver: int, others: Iterable[int]) -> NoReturn:
 def _serve(channel: Channel, driver: int) -> None:
     """Do one batch after the other, until nobody is there."""
     worker.is_one = True
+    sys.stdout = sys.stderr  # whatever is printed here is not what the driver reports
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _stop)
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup leaves it

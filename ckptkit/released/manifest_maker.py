@@ -23,7 +23,7 @@ from ckptkit.errors import (
 )
 from ckptkit.formats import STDIN, collector_paused, source_of
 from ckptkit.plan import LiteralBytes, Plan
-from ckptkit.released.bases import common_folder, require_one_place
+from ckptkit.released.bases import common_folder, require_one_place, url_of
 from ckptkit.released.examine import Examined, examine_file
 from ckptkit.released.manifest_file import (
     Changes,
@@ -106,11 +106,10 @@ def make(
     for name, record in records.items():
         before = old[name].golden if name in old else None
         named = golden.get(name, before.path if before is not None else None)
-        records[name] = replace(record, golden=None if named is None else _golden(named, beside or folder))
+        records[name] = replace(record, golden=None if named is None else _golden(named, folder, beside))
     files = tuple(records[name] for name in sorted(records))
-    claimed = _outermost({*folders, *(() if previous is None else previous.folders)})
-    origin = places.shown(folder) if places.is_url(folder) else None
-    return Manifest(files=files, folder=folder, folders=claimed, changes=_changes(old, records), origin=origin)
+    claimed = _outermost({*folders, *previous.folders} if previous is not None else {*folders})
+    return Manifest(files=files, folder=folder, folders=claimed, changes=_changes(old, records), origin=url_of(folder))
 
 
 def _require_recordable(wanted: Collection[str], golden: Collection[str], folder: str) -> None:
@@ -174,17 +173,15 @@ def _size(task: _Task) -> int:
 def _made(tasks: list[_Task], workers: Workers) -> list[FileRecord | CkptkitError | None]:
     """What is made of each file; workers of an executor, which may be in other folders, are told whole paths."""
     if workers.executor is not None:
-        tasks = [replace(task, path=_absolute(task.path), reading=_absolute_rules(task.reading)) for task in tasks]
+        tasks = [
+            replace(task, path=places.absolute(task.path), reading=_absolute_rules(task.reading)) for task in tasks
+        ]
     return list(side_by_side(tasks, _recorded, workers=workers, nbytes=_size, lost=_lost))
-
-
-def _absolute(path: str) -> str:
-    return path if places.is_url(path) else os.path.abspath(path)
 
 
 def _absolute_rules(reading: Mapping[str, bool | str | None]) -> Mapping[str, bool | str | None]:
     rules = reading["tp_rules"]
-    return {**reading, "tp_rules": _absolute(rules)} if isinstance(rules, str) else reading
+    return {**reading, "tp_rules": places.absolute(rules)} if isinstance(rules, str) else reading
 
 
 def _renewed(
@@ -276,7 +273,8 @@ def _changes(old: Mapping[str, FileRecord], new: Mapping[str, FileRecord]) -> Ch
     )
 
 
-def _golden(name: str, folder: str) -> GoldenRecord:
+def _golden(name: str, folder: str, beside: str | None) -> GoldenRecord:
+    folder = folder if beside is None else beside
     _require_below(name, folder)
     return GoldenRecord(path=name, sha256=file_sha256(os.path.join(folder, *name.split("/"))))
 

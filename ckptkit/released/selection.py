@@ -131,7 +131,7 @@ def select(
         if whole and name_of(path, relative_to) not in known:
             folder, name = places.split(path)
             if folder not in indexes:
-                indexes[folder] = indexes_by_shard(folder) if places.is_known(folder) or "-of-" in name else {}
+                indexes[folder] = _indexes_beside(folder, name)
             index = indexes[folder].get(name)
         if index is not None:
             shards.setdefault(index, []).append(path)
@@ -154,6 +154,11 @@ def select(
         empty=tuple(empty),
         shards={index: tuple(dict.fromkeys(named)) for index, named in shards.items()},
     )
+
+
+def _indexes_beside(folder: str, name: str) -> dict[str, str]:
+    """As `indexes_by_shard`; a server is asked what lies beside a file only where its name is that of a shard."""
+    return indexes_by_shard(folder) if places.is_known(folder) or "-of-" in name else {}
 
 
 def step_of(path: str, tag: str | None = None) -> str:
