@@ -250,7 +250,8 @@ def test_a_repository_is_walked_through_like_a_folder(command: Callable[..., Don
             assert set(looked_at) <= set(files)
 
 
-def test_files_are_opened_side_by_side() -> None:
+@pytest.mark.parametrize("heads", [True, False])
+def test_files_are_opened_side_by_side(*, heads: bool) -> None:
     together = threading.Barrier(16, timeout=20)
 
     class Waiting(FarStore):
@@ -260,9 +261,16 @@ def test_files_are_opened_side_by_side() -> None:
             together.wait()
             return super().open(url, nbytes)
 
+    class WaitingToRead(FarStore):
+        """Answers once sixteen read; that there is a file it says at once."""
+
+        def read(self, file: FarFile, offset: int, nbytes: int) -> bytes:
+            together.wait()
+            return super().read(file, offset, nbytes)
+
     files = {f"{ROOT}/{number % 4}/{number}/config.json": b"{}" for number in range(159)}
-    with serving({**files, f"{ROOT}/model.safetensors": SAFE}) as store:
-        store.__class__ = Waiting
+    with serving({**files, f"{ROOT}/model.safetensors": SAFE}, heads=heads) as store:
+        store.__class__ = Waiting if heads else WaitingToRead
         with remote.session():
             from ckptkit.formats.folder import Surveyor
 
@@ -271,7 +279,7 @@ def test_files_are_opened_side_by_side() -> None:
             survey = surveyor.result()
         assert [each.path for each in survey.checkpoints] == [f"{ROOT}/model.safetensors"]
         assert survey.passed_over == {"JSON file": 159}
-        assert len(store.of("open")) == 160
+        assert len(store.of("open")) == 160 and len(store.of("read")) == (0 if heads else 160)
 
 
 def test_files_of_ranks_are_read_side_by_side() -> None:
