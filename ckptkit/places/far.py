@@ -384,13 +384,9 @@ class _Ahead:
 
 
 def _looked_into(url: str) -> RemoteSource:
-    """A file whose first bytes are here."""
+    """A file of which is here what says what it is: its first bytes, and an archive's last."""
     file = opened_at(url)
-    try:
-        file.read(0, min(1, file.size))
-    except BaseException:
-        file.close()
-        raise
+    file._look_ahead()
     return file
 
 
