@@ -150,14 +150,14 @@ def _listing(url: str) -> tuple[Tree, str] | None:
         found, root = _found(url), url.rstrip("/")
         if found is not None:
             return found
-        if (failed := current.failed.get(f"{root}/")) is not None:
+        if (failed := current.failed.get(f"{root}/*")) is not None:
             raise failed
         if root not in current.listings:
             store = store_of(url)
             try:
                 current.listings[root] = Tree(root, store.listing(revealed(root))) if store.has_listings else None
             except FileAccessError as error:
-                current.failed[f"{root}/"] = error
+                current.failed[f"{root}/*"] = error
                 raise
         tree = current.listings[root]
         return (tree, "") if tree is not None and tree.files else None

@@ -117,7 +117,7 @@ class Run:
             self._divide(selection, tasks, [*paths], is_resumable or self._earlier is not None)
 
     def _asked_once(self) -> AbstractContextManager[object]:
-        return places.asked_once(None if self._released is None else self._released.folder)
+        return places.asked_once(None if self._released is None else self._released.folder, *self._config.paths)
 
     def _divide(self, selection: Selection, tasks: list[Task], paths: list[str], is_kept: bool) -> None:
         """Keep of what was selected what is in the share, by what becomes of it."""

@@ -24,9 +24,9 @@ from operator import itemgetter
 from ckptkit.bytesource import GAP_NBYTES, Source
 from ckptkit.errors import CkptkitError, FileAccessError
 from ckptkit.remote.ahead import Passing, ReadAhead
-from ckptkit.remote.store import FarFile, Store
+from ckptkit.remote.store import FarFile, Store, arrived
 
-__all__ = ["RemoteSource"]
+__all__ = ["RemoteSource", "side_by_side"]
 
 _HEAD_NBYTES = 96 << 10
 """First bytes that come with the size, or are read where none do."""
@@ -63,6 +63,12 @@ _Left = tuple[int, int, Callable[[bytes], object]]
 """What is to be looked at once values are read: offset, size in bytes, and who looks."""
 
 _begin: Callable[[_Left], int] = itemgetter(0)
+
+
+def _read(store: Store, far: FarFile, offset: int, nbytes: int) -> bytes:
+    data = store.read(far, offset, nbytes)
+    arrived.nbytes += len(data)
+    return data
 
 
 class RemoteSource(Source):
@@ -156,7 +162,7 @@ class RemoteSource(Source):
 
     def _fetched(self, offset: int, nbytes: int) -> bytes:
         """Exactly these bytes, from the server."""
-        data = self.store.read(self.far, offset, nbytes)
+        data = _read(self.store, self.far, offset, nbytes)
         self._keep(offset, data)
         self.came(offset, data)
         return data
@@ -194,7 +200,7 @@ class RemoteSource(Source):
         def get(begin: int, end: int) -> None:
             self._fetched(begin, end - begin)
 
-        _side_by_side([partial(get, *run) for run in runs])
+        side_by_side([partial(get, *run) for run in runs])
 
     def _missing(self, area: tuple[int, int]) -> tuple[int, int]:
         """Where what is not kept of a range begins and ends; nowhere, of a large one."""
@@ -203,6 +209,8 @@ class RemoteSource(Source):
             return end, end
         while begin < end and (known := len(self._known(begin, end - begin))):
             begin += known
+        if self._ahead is not None and self._ahead.brings(begin):
+            return end, end
         with self._within:
             at = bisect_left(self._starts, end) - 1
             if at >= 0 and begin < self._starts[at] and self._starts[at] + len(self._spans[self._starts[at]]) >= end:
@@ -308,7 +316,7 @@ class RemoteSource(Source):
 
     def will_open(self, names: Sequence[str]) -> None:
         """As `Source.will_open`: they are opened side by side, with what is read of each at first."""
-        _side_by_side([partial(self._open, name) for name in names])
+        side_by_side([partial(self._open, name) for name in names])
 
     def _open(self, name: str) -> None:
         opened: RemoteSource | CkptkitError
@@ -347,35 +355,38 @@ class RemoteSource(Source):
 
     def will_read(self, areas: Sequence[tuple[int, int]], passing: Passing | None = None) -> None:
         """As `Source.will_read`."""
-        unknown = areas if passing is not None else [part for area in areas for part in self._unknown(*area)]
-        ahead = ReadAhead(partial(self.store.read, self.far), unknown, passing) if unknown else None
+        unknown: list[tuple[int, int]] = []
+        for offset, nbytes in areas:
+            end = offset + nbytes
+            while offset < end:
+                known = self._known(offset, end - offset)
+                if known and passing is not None:
+                    passing(offset, memoryview(known))
+                following = offset + len(known) if known else self._kept_from(offset, end)
+                unknown += () if known else ((offset, following - offset),)
+                offset = following
+        ahead = ReadAhead(partial(_read, self.store, self.far), unknown, passing) if unknown else None
         with self._within:
             before, self._ahead = self._ahead, ahead
         if before is not None:
             before.close()
 
-    def _unknown(self, offset: int, nbytes: int) -> Iterator[tuple[int, int]]:
-        """The parts of a range that are not kept."""
-        end = offset + nbytes
-        while offset < end:
-            known = len(self._known(offset, end - offset))
-            with self._within:
-                at = bisect_right(self._starts, offset)
-                following = self._starts[at : at + 1]
-            follows = min([end, *following])
-            if not known:
-                yield offset, follows - offset
-            offset = offset + known if known else follows
+    def _kept_from(self, offset: int, end: int) -> int:
+        """Where behind a position, before some end, what is kept begins again."""
+        with self._within:
+            at = bisect_right(self._starts, offset)
+            return min([end, *self._starts[at : at + 1]])
 
     def _brought(self, ahead: ReadAhead, offset: int, nbytes: int) -> memoryview | None:
         """What was fetched ahead of these bytes; where a block comes, what was left until then is looked at."""
         found = ahead.find(offset, nbytes)
         if found is None:
             return None
-        data, block, start = found
-        if block is not None:
-            self.came(start, block)
-        return data
+        if found.whole is not None:
+            self.came(found.start, found.whole)
+            for at, size in found.late:
+                self._keep(at, bytes(found.whole[at - found.start : at - found.start + size]))
+        return found.data
 
     def views(self, offset: int, nbytes: int) -> Iterator[bytes | memoryview]:
         """As `Source.views`."""
@@ -433,7 +444,7 @@ def _merged(areas: Sequence[tuple[int, int]], gap: int) -> list[tuple[int, int]]
     return runs
 
 
-def _side_by_side(trips: Sequence[Callable[[], None]]) -> None:
+def side_by_side(trips: Sequence[Callable[[], None]]) -> None:
     """Make trips at the same time; the first error of them, in their order, is raised once all are back."""
     if len(trips) < 2:
         for trip in trips:
