@@ -55,7 +55,7 @@ class InOrder:
             self._waiting[start] = data
             while self._is_busy and sum(map(len, self._waiting.values())) > _WAITING_NBYTES:
                 self._changed.wait(0.2)
-            if self._is_busy or self._at not in self._waiting:
+            if self._is_busy or self._following() is None:
                 if sum(map(len, self._waiting.values())) > 2 * _WAITING_NBYTES:
                     self._waiting.clear()  # something before was never fetched: it is not known
                 return
@@ -63,9 +63,10 @@ class InOrder:
         try:
             while True:
                 with self._changed:
-                    run = self._waiting.pop(self._at, None)
-                    if run is None:
+                    first = self._following()
+                    if first is None:
                         return
+                    run = self._waiting.pop(first)[self._at - first :]
                 self._digest.update(run)
                 with self._changed:
                     self._at += len(run)
@@ -74,6 +75,10 @@ class InOrder:
             with self._changed:
                 self._is_busy = False
                 self._changed.notify_all()
+
+    def _following(self) -> int | None:
+        """Where the run begins that has the next byte; others may have some of it, too."""
+        return next((start for start, run in self._waiting.items() if start <= self._at < start + len(run)), None)
 
     def hexdigest(self) -> str | None:
         """The digest, once all has come; ``None``: it has not."""

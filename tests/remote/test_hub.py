@@ -365,7 +365,7 @@ def test_a_busy_hub_is_asked_again(there, monkeypatch) -> None:
     there.cdn.faults = [Fault(cut=5)]
     assert len(HubStore().listing("hf://u/r")) == 3
     assert HubStore().open("hf://u/r/m.bin", 10).head == DATA[:10]
-    assert len(naps) == 4
+    assert len(naps) == 3
     assert naps[0] == 9.0
 
 
