@@ -229,7 +229,7 @@ class Surveyor:
             What is to be said where there is no checkpoint, and nothing that could be one.
         """
         before, passed = len(self._unreadable), Counter(self._passed.values())
-        with places.opened_ahead(folder, _may_be_one):
+        with places.opened_ahead(folder, _is_a_part):
             met = self._walk(folder)
         if met or len(self._unreadable) > before:
             return None
@@ -424,10 +424,11 @@ def _is(asked: Callable[[], bool]) -> bool:
         return False
 
 
-def _may_be_one(folder: str, names: list[str]) -> bool:
-    from ckptkit.formats.distributed.around import may_be_sharded
+def _is_a_part(name: str) -> bool:
+    """Whether a file is called as those of several ranks are, which their folder stands for."""
+    from ckptkit.formats.shard_parts import known_as
 
-    return may_be_sharded(names)
+    return name == ".metadata" or known_as(name) is not None
 
 
 def _rank(path: str) -> int:

@@ -400,7 +400,7 @@ def _drop(future: Future[RemoteSource] | None) -> None:
 
 
 @contextlib.contextmanager
-def opened_ahead(url: str, leave_out: Callable[[str, list[str]], bool]) -> Iterator[None]:
+def opened_ahead(url: str, leave_out: Callable[[str], bool]) -> Iterator[None]:
     """As `ckptkit.places.opened_ahead`."""
     with session() as current:
         before = current.ahead
@@ -412,7 +412,7 @@ def opened_ahead(url: str, leave_out: Callable[[str, list[str]], bool]) -> Itera
             ahead.close()
 
 
-def _walk(url: str, leave_out: Callable[[str, list[str]], bool]) -> Iterator[str]:
+def _walk(url: str, leave_out: Callable[[str], bool]) -> Iterator[str]:
     found = _listing(url)
     if found is None:
         return
@@ -421,7 +421,5 @@ def _walk(url: str, leave_out: Callable[[str, list[str]], bool]) -> Iterator[str
     while folders:
         folder = folders.pop()
         inner = tree.entries(folder)
-        if leave_out(tree.url(folder), [entry.name for entry in inner]):
-            continue
-        yield from (entry.path for entry in inner if entry.nbytes)
+        yield from (entry.path for entry in inner if entry.nbytes and not leave_out(entry.name))
         folders += [f"{folder}/{entry.name}" if folder else entry.name for entry in reversed(inner) if entry.is_dir()]
