@@ -28,7 +28,7 @@ from ckptkit.bytesource import Source
 from ckptkit.errors import CkptkitError, FileAccessError, FormatError, MissingFileError
 from ckptkit.formats.containers import FORMATS, INDEX_SUFFIXES, PACKED, SHARED_SUFFIXES, SUFFIXES, holds_files
 from ckptkit.formats.format import Format, Probe
-from ckptkit.formats.shards import indexes_in
+from ckptkit.formats.shards import CUSTOMARY, indexes_in
 from ckptkit.formats.unpacked import is_unpacked
 from ckptkit.formats.zip_archive import ends_like_a_zip
 from ckptkit.limits import DEFAULT_LIMITS, Limits
@@ -263,12 +263,14 @@ class Surveyor:
                 self._unreadable[path] = places.unreadable_folder(path, error)
                 continue
             met |= self._is_one(path, key, [entry.name for entry in entries])
+            # Where each look is a trip, shards are left to the index that stands for them.
+            shards = indexes_by_shard(path) if places.is_url(path) else {}
             folders = []
             for entry in entries:
                 if entry.path in self._own:
                     continue
                 if _is(entry.is_file):
-                    met |= self._file(entry.path)
+                    met |= (entry.name in shards and says_checkpoint(entry.name)) or self._file(entry.path)
                 elif not _is(entry.is_dir):
                     met |= self._not_a_file(entry.path)
                 elif entry.name == ".git":
@@ -425,10 +427,11 @@ def _is(asked: Callable[[], bool]) -> bool:
 
 
 def _is_a_part(name: str) -> bool:
-    """Whether a file is called as those of several ranks are, which their folder stands for."""
+    """Whether a file is called as one of several that their folder, or an index, stands for."""
     from ckptkit.formats.shard_parts import known_as
 
-    return name == ".metadata" or known_as(name) is not None
+    shard = CUSTOMARY.fullmatch(name)
+    return name == ".metadata" or known_as(name) is not None or (shard is not None and int(shard[3]) > 1)
 
 
 def _rank(path: str) -> int:
