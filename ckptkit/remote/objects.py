@@ -51,6 +51,9 @@ _PASSING = re.compile(
 )
 """Names of errors, and codes of S3, of what may go better another time."""
 
+_LASTING = re.compile(r"DNS|gaierror|SSL|Certificate")
+"""Of what will not: a name that is unknown, a certificate that is not trusted."""
+
 _REFUSED = re.compile(r"Credential|Auth|TokenRe|SSO|ProfileNotFound|AccessDenied|ExpiredToken|InvalidToken|Forbidden")
 """Of what somebody must sign in for."""
 
@@ -260,6 +263,8 @@ class ObjectStore(Store):
         if advice := _advice(self._package, error):
             return FileAccessError(f"{shown}: access is refused: {self._said(error)}; {advice}", path=shown)
         hint = self._named() if isinstance(error, TypeError | ValueError) else ""
+        if not hint and _LASTING.search(_names(error)):
+            hint = f"check {_REACHED.get(self._package, 'the network')}"
         told = f"cannot be read over {self.scheme}://: {self._said(error)}{hint and '; '}{hint}"
         return FileAccessError(f"{shown}: {told}", path=shown)
 
@@ -364,7 +369,9 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
     seen: BaseException | None = error
     while seen is not None:
         yield seen
-        seen = seen.__cause__
+        told = getattr(seen, "kwargs", None)  # botocore's
+        cause = told.get("error") if isinstance(told, Mapping) else None
+        seen = cause if isinstance(cause, BaseException) else seen.__cause__
 
 
 def _code(error: BaseException) -> str:
@@ -386,7 +393,7 @@ def _names(error: BaseException) -> str:
 
 def _passes(error: Exception) -> bool:
     """Whether the same may go well another time."""
-    if isinstance(error, CkptkitError | FileNotFoundError | PermissionError | IsADirectoryError):
+    if isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError) or _LASTING.search(_names(error)):
         return False
     code = _code(error)
     if code.isdigit() and is_passing(int(code)):
