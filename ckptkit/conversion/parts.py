@@ -314,7 +314,8 @@ def require_portable(options: ConvertOptions) -> None:
         try:
             pickle.dumps(getattr(options, name))
         except Exception as error:
-            told = f"{option.typed} {getattr(options, name)!r:.80} cannot be sent to other processes ({error!s:.200})"
+            value = "" if option.kind == "storage" else f" {getattr(options, name)!r:.80}"
+            told = f"{option.typed}{value} cannot be sent to other processes ({error!s:.200})"
             raise RewriteError(f"{told}; give a function of a module, or leave out jobs and executor") from None
 
 

@@ -38,7 +38,7 @@ from ckptkit.errors import DTypeError
 from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.transfer.checksums import Checksums
 from ckptkit.transfer.values import SMALL_NBYTES, Ahead, will_read
-from ckptkit.transfer.workers import Progress, in_parallel
+from ckptkit.transfer.workers import Progress, in_parallel, near_together
 
 if TYPE_CHECKING:
     from ckptkit.differences.difference import RenamedRow
@@ -50,6 +50,9 @@ _ENDS = (4, 3, 2, 1, 0)
 
 _HELD_NBYTES = 64 << 20
 """Bytes of a piece that is held in memory; only one that is not contiguous can have more."""
+
+_APART = 2
+"""Pieces of far files within which threads are at work."""
 
 _TOGETHER = 4096
 """Small tensors that one thread compares before it looks for other work."""
@@ -146,9 +149,10 @@ def _digests(entries: list[TensorEntry], checksums: Checksums) -> dict[tuple[obj
         except DTypeError:
             found[view] = None
 
-    will_read(by_view.values(), checksums.along_file)
+    far = will_read(by_view.values(), checksums.along_file)
+    tasks = [partial(add, view, entry) for view, entry in by_view.items()]
     in_parallel(
-        [partial(add, view, entry) for view, entry in by_view.items()],
+        near_together(tasks, _APART) if far else tasks,
         nbytes=sum(entry.nbytes for entry in by_view.values()),
     )
     return found
@@ -217,9 +221,9 @@ def all_sums(
                 nbytes += part.nbytes + other.nbytes
                 wanted += part, other
                 tasks.append(partial(measured, key, number, part, other))
-    will_read(wanted, work.checksums.along_file)
+    far = will_read(wanted, work.checksums.along_file)
     work.expect(nbytes)
-    in_parallel(tasks, nbytes=nbytes)
+    in_parallel(near_together(tasks, _APART) if far else tasks, nbytes=nbytes)
     return {key: None if key in failed else reduce(add, sums, Sums()).times(copies[key]) for key, sums in found.items()}
 
 
@@ -282,7 +286,8 @@ class PairReader:
         nbytes = 2 * sum([each for _, _, _, each in waiting])
         self._total += nbytes
         far = will_read((entry for _, a, b, _ in waiting for entry in (a, b)), self.checksums.along_file)
-        in_parallel(self._held_comparisons(waiting) if far else self._comparisons(waiting), nbytes=nbytes)
+        tasks = near_together(self._held_comparisons(waiting), _APART) if far else self._comparisons(waiting)
+        in_parallel(tasks, nbytes=nbytes)
 
     def _comparisons(self, waiting: _Waiting) -> Iterator[Callable[[], object]]:
         small: _Waiting = []

@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import threading
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
-__all__ = ["GAP_NBYTES", "MOST_NBYTES", "Passing", "ReadAhead"]
+__all__ = ["GAP_NBYTES", "MOST_NBYTES", "Brought", "Passing", "ReadAhead"]
 
 GAP_NBYTES = 1 << 20
 """Bytes between two ranges that are fetched along: a trip takes as long."""
@@ -30,6 +30,9 @@ MOST_NBYTES = 128 << 20
 
 _AHEAD_NBYTES, _KEPT_NBYTES = 80 << 20, 48 << 20
 """Bytes beyond where a file is read that are fetched, and bytes before it that are kept for readers a little behind."""
+
+_LATE_NBYTES = 64 << 10
+"""Bytes of a range that are kept by themselves where it is read long after the block that it lies in."""
 
 _FETCHERS = 4
 """Blocks of a file that are fetched at a time."""
@@ -48,19 +51,37 @@ class _Block:
         before: bytes of the blocks before it.
         state: ``"waiting"``, ``"coming"``, ``"here"``, ``"gone"`` or ``"failed"``.
         data: its bytes, while they are here.
+        late: small ranges in it that are read only when it was let go of.
         problem: why they could not be fetched.
         is_new: whether no reader has had of it yet.
     """
 
-    __slots__ = ("before", "data", "end", "is_new", "problem", "start", "state", "turn")
+    __slots__ = ("before", "data", "end", "is_new", "late", "problem", "start", "state", "turn")
 
     def __init__(self, start: int, end: int) -> None:
         self.start, self.end = start, end
         self.turn = self.before = 0
         self.state = "waiting"
         self.data = memoryview(b"")
+        self.late: list[tuple[int, int]] = []
         self.problem: Exception | None = None
         self.is_new = True
+
+
+class Brought(NamedTuple):
+    """What a block has of the bytes that are asked for.
+
+    Attributes:
+        data: they.
+        whole: the bytes of the block, for the first who has of it; else ``None``.
+        start: where it begins.
+        late: ranges in it that are read only when it was let go of.
+    """
+
+    data: memoryview
+    whole: memoryview | None
+    start: int
+    late: Sequence[tuple[int, int]]
 
 
 _changed = threading.Condition()
@@ -96,6 +117,13 @@ class ReadAhead:
             before += block.end - block.start
         self._lying = sorted(self._blocks, key=lambda block: block.start)
         self._starts = [block.start for block in self._lying]
+        turn = 0
+        for offset, nbytes in areas:
+            block = self._lying[max(bisect_right(self._starts, offset) - 1, 0)]
+            if block.turn >= turn:
+                turn = block.turn
+            elif nbytes <= _LATE_NBYTES and self._blocks[turn].before - block.before > _KEPT_NBYTES // 2:
+                block.late.append((offset, nbytes))
         self._at = -1
         """The last turn that was read."""
         self._had = 0
@@ -105,11 +133,8 @@ class ReadAhead:
         self._threads: list[threading.Thread] | None = None
         self._is_closed = False
 
-    def find(self, offset: int, nbytes: int) -> tuple[memoryview, memoryview | None, int] | None:
+    def find(self, offset: int, nbytes: int) -> Brought | None:
         """What a block brings of these bytes, from the first on; ``None``: none does, or it was let go of.
-
-        Returns:
-            The bytes; the whole block where nobody has had of it before, else ``None``; and where it begins.
 
         Raises:
             FileAccessError, CorruptError: as the block could not be fetched.
@@ -138,7 +163,12 @@ class ReadAhead:
         if not data:
             return None
         start = offset - block.start
-        return data[start : start + nbytes], data if is_new else None, block.start
+        return Brought(data[start : start + nbytes], data if is_new else None, block.start, block.late)
+
+    def brings(self, offset: int) -> bool:
+        """Whether a block has this byte, or will."""
+        at = bisect_right(self._starts, offset) - 1
+        return at >= 0 and offset < self._lying[at].end and self._lying[at].state != "gone"
 
     def _begin(self, block: _Block) -> None:
         block.state = "coming"
@@ -236,12 +266,11 @@ class ReadAhead:
 
 def _blocks(areas: Sequence[tuple[int, int]]) -> Iterator[_Block]:
     """The blocks of some ranges, in their order; no two have a byte in common."""
-    total = sum(nbytes for _, nbytes in areas)
-    size = min(max(total // 16, _LEAST_BLOCK), _LARGE_BLOCK)
+    size = min(max(sum(nbytes for _, nbytes in areas) // 16, _LEAST_BLOCK), _LARGE_BLOCK)
     made: list[_Block] = []
-    for start, end in _disordered(_runs(areas), size):
-        count = max(1, (end - start) // size)
-        cuts = [start + (end - start) * number // count for number in range(count + 1)]
+    for start, nbytes in _disordered(_together(areas), size):
+        count = max(1, nbytes // size)
+        cuts = [start + nbytes * number // count for number in range(count + 1)]
         made += [_Block(a, b) for a, b in pairwise(cuts)]
     reached = 0
     for block in sorted(made, key=lambda block: block.start):  # what several asked for is brought once
@@ -250,32 +279,32 @@ def _blocks(areas: Sequence[tuple[int, int]]) -> Iterator[_Block]:
     return (block for block in made if block.start < block.end)
 
 
-def _runs(areas: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """First byte and the byte after the last of ranges that nearly follow one another, put together."""
+def _together(areas: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """The ranges, offset and size in bytes of each; those that nearly follow one another are one."""
     start = end = 0
     for offset, nbytes in areas:
         if start < end and start <= offset <= end + GAP_NBYTES:
             end = max(end, offset + nbytes)
         elif nbytes:
             if start < end:
-                yield start, end
+                yield start, end - start
             start, end = offset, offset + nbytes
     if start < end:
-        yield start, end
+        yield start, end - start
 
 
-def _disordered(runs: Iterator[tuple[int, int]], size: int) -> Iterator[tuple[int, int]]:
+def _disordered(runs: Iterable[tuple[int, int]], size: int) -> Iterator[tuple[int, int]]:
     """The same, but that of short runs as many as make a block are put in the order in which they lie."""
     short: list[tuple[int, int]] = []
     total = 0
-    for start, end in runs:
-        if end - start < size:
-            short.append((start, end))
-            total += end - start
+    for start, nbytes in runs:
+        if nbytes < size:
+            short.append((start, nbytes))
+            total += nbytes
             if total < size:
                 continue
-        yield from _runs([(a, b - a) for a, b in sorted(short)])
+        yield from _together(sorted(short))
         short, total = [], 0
-        if end - start >= size:
-            yield start, end
-    yield from _runs([(a, b - a) for a, b in sorted(short)])
+        if nbytes >= size:
+            yield start, nbytes
+    yield from _together(sorted(short))

@@ -29,7 +29,7 @@ from ckptkit.torch_bridge.devices import STAGED, Places, Staging, TorchLocation,
 from ckptkit.transfer.checksums import SUMMED_NBYTES, Checksums
 from ckptkit.transfer.memory import memory_at
 from ckptkit.transfer.values import will_read
-from ckptkit.transfer.workers import buffer, in_parallel
+from ckptkit.transfer.workers import buffer, in_parallel, near_together
 
 require_torch()
 
@@ -42,6 +42,9 @@ _Readable = ByteRange | ConvertedRange | DenseRange
 
 _SUMMED_READ = 1 << 20
 """Bytes of one read that are summed while they are in a core's own cache."""
+
+_APART = 2
+"""Storages, or pieces of 16 MiB, of far files within which threads are at work."""
 
 ALIGNMENT = 64
 """Bytes: as torch allocates.  Kernels choose by alignment how they sum up, so that the last bits of a product may
@@ -162,6 +165,7 @@ class Loader:
         self._tasks: list[Callable[[], object]] = []
         self._nbytes = 0
         self._is_patient = True
+        self._is_far = False
 
     def expect(self, nodes: Callable[[], Iterable[TensorEntry | Storage]]) -> None:
         """These, in about this order, are what will be asked for: sources that are far are told."""
@@ -177,7 +181,7 @@ class Loader:
             checksums.want(storages())
             return checksums.along_file(file)
 
-        will_read(storages(), None if self._checksums is None else along)
+        self._is_far = will_read(storages(), None if self._checksums is None else along)
 
     def tensor(self, entry: TensorEntry) -> torch.Tensor:
         """The entry's tensor; for one entry always the same object, as a pickle's memo gives it."""
@@ -310,7 +314,7 @@ class Loader:
 
     def _read_all(self) -> None:
         tasks, nbytes, self._tasks, self._nbytes = self._tasks, self._nbytes, [], 0
-        in_parallel(tasks, nbytes=nbytes)
+        in_parallel(near_together(tasks, _APART) if self._is_far else tasks, nbytes=nbytes)
 
     def finish(self) -> None:
         """Read what is left, and make sure that all is one state of the file."""

@@ -28,7 +28,7 @@ from ckptkit.computed import ByteSource, ConvertedRange, DeflatedRange, Inflatio
 from ckptkit.errors import CorruptError
 from ckptkit.report import count_of
 from ckptkit.transfer.values import will_read
-from ckptkit.transfer.workers import buffer, in_parallel
+from ckptkit.transfer.workers import buffer, in_parallel, near_together
 
 __all__ = [
     "SUMMED_NBYTES",
@@ -44,6 +44,9 @@ __all__ = [
 
 SUMMED_NBYTES = 16 << 20
 """Bytes of a storage that one thread sums before it looks for other work."""
+
+_APART = 2
+"""Such portions of a far file within which threads are at work."""
 
 _READ_NBYTES = 512 << 10
 """Bytes read at a time: they are still in a core's own cache when they are summed, or compared with as many."""
@@ -215,8 +218,8 @@ class Checksums:
         for _, of_file in groupby(small, key=lambda run: id(run.file)):
             while some := list(islice(of_file, _MANY)):
                 tasks.append(partial(self._read_small, some))
-        will_read(runs)
-        in_parallel(tasks, nbytes=nbytes)
+        far = will_read(runs)
+        in_parallel(near_together(tasks, _APART) if far else tasks, nbytes=nbytes)
         for storage, run in unread:
             self._is_known(storage, run, broken)
         return [broken[id(storage)] for storage in held if id(storage) in broken]

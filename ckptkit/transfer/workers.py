@@ -20,6 +20,7 @@ __all__ = [
     "buffer",
     "each_file",
     "in_parallel",
+    "near_together",
     "uninterrupted",
 ]
 
@@ -96,6 +97,34 @@ def in_parallel(
         raise
     if failures:
         raise failures[0]
+
+
+def near_together(tasks: Iterable[Callable[[], object]], apart: int) -> Iterator[Callable[[], object]]:
+    """The tasks, of which none begins before all but the last few before it are done: where one waits, others do.
+
+    What is read ahead of them is kept for a while alone (`ckptkit.remote.ahead`).
+
+    Args:
+        tasks: taken by `in_parallel`.
+        apart: how many of them may be under way at a time, with those between that are done.
+    """
+    under_way: set[int] = set()
+    changed = threading.Condition()
+
+    def run(number: int, task: Callable[[], object]) -> None:
+        with changed:
+            changed.wait_for(lambda: number - min(under_way) < apart)
+        try:
+            task()
+        finally:
+            with changed:
+                under_way.discard(number)
+                changed.notify_all()
+
+    for number, task in enumerate(tasks):
+        with changed:
+            under_way.add(number)
+        yield partial(run, number, task)
 
 
 def each_file(sizes: Sequence[int], work: Callable[[int, int], T]) -> list[T]:

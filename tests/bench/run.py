@@ -4,8 +4,8 @@
         [--converter safetensors/bindings/python/convert.py] [--picklescan PATH]
 
 Makes checkpoints, removes them at the end, and measures what `opening`, `writing`, `identify`, `verifying`,
-`checking`, `differing`, `loading`, `sharded` and `fleet` describe, as `measure` does it.  No test asserts a time.
-Linux and macOS only.
+`checking`, `differing`, `loading`, `sharded`, `fleet` and `remote` describe, as `measure` does it.  No test asserts a
+time.  Linux and macOS only.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import fleet
 import identify
 import loading
 import opening
+import remote
 import sharded
 import verifying
 import writing
@@ -36,6 +37,7 @@ def main(arguments: list[str]) -> None:
     """Make the files, measure, print, remove the files."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parts = ["opening", "writing", "identify", "verifying", "checking", "differing", "loading", "sharded", "fleet"]
+    parts += ["remote"]
     parser.add_argument("--only", choices=parts, help="one part (default: all)")
     parser.add_argument("--size-gib", type=float, default=1.0, help="size of each checkpoint (default: 1)")
     parser.add_argument("--dir", type=Path, help="folder to work in; needs five times the size (default: temporary)")
@@ -75,6 +77,8 @@ def main(arguments: list[str]) -> None:
             groups.update(differing.groups(differing.make(nbytes, folder)))
         if options.only in (None, "loading"):
             groups.update(loading.groups(loading.make(nbytes, folder)))
+        if options.only in (None, "remote"):
+            groups.update(remote.groups(state, folder))
         if options.only in (None, "sharded"):
             groups.update(sharded.groups(sharded.make(nbytes, folder)))
         if options.only in (None, "fleet"):
