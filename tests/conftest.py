@@ -114,7 +114,7 @@ def dask_executor() -> Iterator[Any]:
     }
     with dask.config.set(settings):
         cluster = LocalCluster(
-            n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None, memory_limit=None
+            n_workers=2, threads_per_worker=1, processes=True, dashboard_address=":0", memory_limit=None
         )
         with cluster, Client(cluster) as client:
             yield client.get_executor()

@@ -18,7 +18,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
@@ -29,6 +29,7 @@ from ckptkit.report import human_size
 __all__ = [
     "OutputLostError",
     "SignalledError",
+    "arrivals_line",
     "begin",
     "exit_code",
     "keep_stdout",
@@ -166,6 +167,7 @@ def write(data: str | bytes = "") -> None:
     Raises:
         OutputLostError: it could not be written.
     """
+    _line.wipe()
     try:
         click.echo(data, file=stdout(), nl=False, color=True)
     except (OSError, ValueError) as error:  # ValueError: somebody closed it
@@ -174,6 +176,11 @@ def write(data: str | bytes = "") -> None:
 
 def say(text: str, *, nl: bool = True) -> None:
     """A message on stderr; whether it arrives decides nothing."""
+    _line.wipe()
+    _say(text, nl=nl)
+
+
+def _say(text: str, *, nl: bool = False) -> None:
     with suppress(OSError, ValueError):
         click.echo(text, err=True, nl=nl, color=True)
 
@@ -238,6 +245,66 @@ def exit_code(error: BaseException) -> int:
 _SECONDS = 0.2
 """Time between two updates."""
 
+_PATIENCE_SECONDS = 1.0
+"""Before that nobody asks how fast files come."""
+
+
+class _Line:
+    """The line on stderr that is written over and over; it is wiped before anything else is printed."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.width = 0
+
+    def show(self, text: str) -> None:
+        """Write it over what stands there."""
+        with self.lock:
+            _say("\r" + text.ljust(self.width))
+            self.width = len(text)
+
+    def wipe(self) -> None:
+        """Leave nothing of it."""
+        with self.lock:
+            if self.width:
+                _say("\r" + " " * self.width + "\r")
+            self.width = 0
+
+
+_line = _Line()
+
+
+@contextmanager
+def arrivals_line(arguments: Sequence[str]) -> Iterator[None]:
+    """While a command reads URLs: how much came from their servers, and how fast, on a terminal.
+
+    Those that tell how far they are (`progress_line`) tell it themselves.
+
+    Args:
+        arguments: of the command line.
+    """
+    is_wanted = not {"-q", "--quiet", "convert", "diff"}.intersection(arguments)
+    if not is_wanted or not any("://" in each for each in arguments) or not sys.stderr.isatty():
+        yield
+        return
+    from ckptkit.remote.store import arrived
+
+    started, before, ended = time.monotonic(), arrived.nbytes, threading.Event()
+
+    def tell() -> None:
+        while not ended.wait(_SECONDS):
+            nbytes, seconds = arrived.nbytes - before, time.monotonic() - started
+            if nbytes and seconds > _PATIENCE_SECONDS:
+                _line.show(f"{human_size(nbytes)} read  {human_size(int(nbytes / seconds))}/s")
+
+    thread = threading.Thread(target=tell, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        _line.wipe()
+
 
 @contextmanager
 def progress_line(wanted: bool | None, *, quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
@@ -254,26 +321,22 @@ def progress_line(wanted: bool | None, *, quiet: bool) -> Iterator[Callable[[int
         yield None
         return
     started = shown = time.monotonic()
-    width = 0
 
     def update(done: int, total: int) -> None:
-        nonlocal shown, width
+        nonlocal shown
         now = time.monotonic()
         if now - shown < _SECONDS and done < total:
             return
         shown = now
-        line = _line(done, total, now - started)
-        say("\r" + line.ljust(width), nl=False)
-        width = len(line)
+        _line.show(_how_far(done, total, now - started))
 
     try:
         yield update
     finally:
-        if width:
-            say("\r" + " " * width + "\r", nl=False)
+        _line.wipe()
 
 
-def _line(done: int, total: int, seconds: float) -> str:
+def _how_far(done: int, total: int, seconds: float) -> str:
     """``" 42%  1.2 GB of 2.9 GB  1.9 GB/s  0:01 left"``."""
     rate = done / seconds if seconds > 0 else 0.0
     percent = done * 100 // total if total else 100

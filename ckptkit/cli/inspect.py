@@ -37,7 +37,7 @@ RENDERERS: dict[str, ui.Renderer] = {"text": inspect_text.text, "markdown": ui.l
         "ckptkit inspect archive.zip/a/model.pth",
     ),
 )
-@ui.path_argument("paths", nargs=-1)
+@ui.path_argument("paths", nargs=-1, metavar="PATHS...")
 @click.option("--depth", type=click.IntRange(1), help="Levels of the module tree; default: as many as are readable.")
 @click.option("--flat", is_flag=True, help="One line a tensor, fields separated by tabs, for grep and cut.")
 @click.option("--filter", "filters", multiple=True, metavar="GLOB", help="Only tensors whose name matches; repeatable.")

@@ -24,6 +24,7 @@ from ckptkit.conversion.outputs import Item, ending_of, require_fitting, require
 from ckptkit.errors import CkptkitError, FileAccessError, RewriteError
 from ckptkit.fleet.shares import paths_from
 from ckptkit.report import Finding, Report, parse_size, without_endings
+from ckptkit.transfer.many import Workers
 from ckptkit.transfer.names import is_temporary_name, names_flushed_together, remove_stale
 from ckptkit.transfer.workers import MANY_NBYTES
 
@@ -37,9 +38,6 @@ if TYPE_CHECKING:
     """Converts one file."""
 
 __all__ = ["convert_folder", "outcome"]
-
-_MANY = 250
-"""Files from which processes are worth starting unasked."""
 
 
 def convert_folder(source: str, destination: str, options: ConvertOptions, convert: Convert) -> Report[Any]:
@@ -134,16 +132,16 @@ def _are_others(tasks: list[_Task], options: ConvertOptions, plain: ConvertOptio
     """
     from ckptkit.conversion.parts import require_portable
 
-    if options.executor is not None or options.jobs is not None:
-        is_asked = options.executor is not None or (options.jobs or 1) > 1
-        if is_asked:
-            require_portable(plain)
-        return is_asked and bool(tasks)
-    if len(tasks) < _MANY or sum(task.nbytes for task in tasks) >= len(tasks) * MANY_NBYTES:
+    is_asked = options.executor is not None or options.jobs is not None
+    if not Workers(jobs=options.jobs, executor=options.executor).are_others(len(tasks)):
+        return False
+    if not is_asked and sum(task.nbytes for task in tasks) >= len(tasks) * MANY_NBYTES:
         return False
     try:
         require_portable(plain)
     except RewriteError:
+        if is_asked:
+            raise
         return False
     return True
 

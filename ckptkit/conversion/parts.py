@@ -20,6 +20,7 @@ from ckptkit.bytesource import Source
 from ckptkit.checkpoint import STATE_DICT, Checkpoint, StateDict
 from ckptkit.errors import CorruptError, RewriteError
 from ckptkit.fleet.shares import Share
+from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.normalize.selection import KEY
 from ckptkit.places import shown
 from ckptkit.plan import Plan
@@ -130,6 +131,8 @@ def require_shards(options: ConvertOptions, plan: Plan) -> None:
     if plan.index is None:
         told = f"all of it fits into one file of {human_size(plan.nbytes)}, and there is nothing to share"
         raise RewriteError(f"{asked}: {told}; leave it out, or give a smaller --max-shard-size")
+    if options.part is not None and options.part.count > DEFAULT_LIMITS.shards:
+        raise RewriteError(f"{asked}: there are at most {DEFAULT_LIMITS.shards:,} shards, and no more parts")
     if options.part is not None and (options.executor is not None or options.jobs is not None):
         raise RewriteError(f"{asked}: a part is written by one process; leave out --jobs, or give it alone")
 
@@ -202,12 +205,13 @@ def finish(job: _Job, options: ConvertOptions, given: str | None) -> Tally:
         DestinationExistsError, FileAccessError: as `Parts.finish`.
     """
     parts = _parts(job, options)
-    count, missing = parts.missing(hashed=options.check)
-    if not count:
-        places(job.plan, job.path, force=options.force)
-    if missing or not count:
-        raise RewriteError(_told_missing(job, options, given, count, missing), path=job.path)
-    return _finished(job, options, parts)
+    with parts.alone():
+        count, missing = parts.missing(hashed=options.check)
+        if not count:
+            places(job.plan, job.path, force=options.force)
+        if missing or not count:
+            raise RewriteError(_told_missing(job, options, given, count, missing), path=job.path)
+        return _finished(job, options, parts)
 
 
 def _finished(job: _Job, options: ConvertOptions, parts: Parts) -> Tally:
@@ -290,7 +294,10 @@ def over_workers(
         if missing:
             number, what = next(iter(missing.items()))
             raise CorruptError(f"part {number}, which a worker has written, {what}; nothing was written", path=job.path)
-        return _finished(job, options, parts)
+        tally = _finished(job, options, parts)
+        if options.progress is not None:
+            options.progress(job.plan.total_nbytes, job.plan.total_nbytes)
+        return tally
     finally:
         if parts is not None and parts.is_named():  # by an index that could not be replaced by the last one
             staging.is_ours = False
@@ -307,7 +314,8 @@ def require_portable(options: ConvertOptions) -> None:
         try:
             pickle.dumps(getattr(options, name))
         except Exception as error:
-            told = f"{option.typed} {getattr(options, name)!r:.80} cannot be sent to other processes ({error!s:.200})"
+            value = "" if option.kind == "storage" else f" {getattr(options, name)!r:.80}"
+            told = f"{option.typed}{value} cannot be sent to other processes ({error!s:.200})"
             raise RewriteError(f"{told}; give a function of a module, or leave out jobs and executor") from None
 
 

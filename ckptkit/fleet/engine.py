@@ -149,9 +149,9 @@ def _raised(error: Exception) -> Iterator[NoReturn]:
 
 
 def _may_start() -> bool:
-    """Whether this process may have others: a worker may not."""
-    process = sys.modules.get("multiprocessing.process")
-    return process is None or not process.current_process().daemon
+    """Whether this process may have others: a worker may not, be it ours or of `multiprocessing`."""
+    ours, process = sys.modules.get("ckptkit.fleet.worker"), sys.modules.get("multiprocessing.process")
+    return not (getattr(ours, "is_one", False) or (process is not None and process.current_process().daemon))
 
 
 def _through(

@@ -27,7 +27,19 @@ from ckptkit.errors import CkptkitError
 from ckptkit.extras import __version__
 from ckptkit.fleet.outcome import late, told
 
-__all__ = ["PROTOCOL", "SLACK", "SLICE", "Call", "Lost", "RefusedError", "Reply", "Result", "StopWorker", "run"]
+__all__ = [
+    "PROTOCOL",
+    "SLACK",
+    "SLICE",
+    "Call",
+    "Lost",
+    "RefusedError",
+    "Reply",
+    "Result",
+    "StopWorker",
+    "is_one",
+    "run",
+]
 
 PROTOCOL = 5
 """Of the pickles that travel: every Python that ckptkit runs on reads it."""
@@ -48,6 +60,10 @@ SLACK = 5.0
 
 Call = tuple[str, bytes, bytes, int, "float | None", float, str]
 """What `ckptkit.fleet.worker.run` is called with."""
+
+
+is_one = False
+"""Whether this process is a worker: it has none of its own."""
 
 
 class RefusedError(Exception):

@@ -45,7 +45,7 @@ from ckptkit.formats.magic import (
 from ckptkit.formats.tar_archive import BLOCK_NBYTES, is_header, read_members
 from ckptkit.formats.torch_legacy import PickleRow
 from ckptkit.formats.zip_archive import LOCAL_SIGNATURE, Record, Records, ends_like_a_zip, read_directory, read_record
-from ckptkit.formats.zip_records import record_source
+from ckptkit.formats.zip_records import fetch_beginnings, record_source
 from ckptkit.limits import DEFAULT_LIMITS, Limits
 from ckptkit.pickling.reader import LEGACY_MAGIC, LEGACY_PICKLES
 from ckptkit.pickling.trust import global_uses, merge_uses
@@ -166,6 +166,7 @@ class ContentSearch:
             is_pickle = not is_zip and self._pickles(name, held, declared=bool(declared) and not is_tar)
             if is_zip:
                 records = read_directory(held, self._limits)
+                fetch_beginnings(list(records.values())[: self._members_left] if held.file.is_far else ())
                 self._archive(name, records.items(), any(inner.endswith(TORCH_MARKS) for inner in records))
             elif is_tar:
                 self._archive(name, self._members(name, held))

@@ -47,7 +47,7 @@ from ckptkit.formats.torch_archive import archive_kind
 from ckptkit.formats.torch_legacy import begins_one
 from ckptkit.formats.torch_tar import holds_one
 from ckptkit.formats.zip_archive import LOCAL_SIGNATURE, Record
-from ckptkit.formats.zip_records import read_record, record_source
+from ckptkit.formats.zip_records import fetch_beginnings, read_record, record_source
 from ckptkit.limits import Limits
 from ckptkit.remote import source_at
 from ckptkit.report import Finding, count_of, listed, split_member
@@ -169,6 +169,7 @@ class _Archive:
 
     def checkpoints(self) -> list[str]:
         """The names of the members that are checkpoints by their content; of shards with an index the index alone."""
+        fetch_beginnings([held for held in self.members.values() if isinstance(held, Record)])
         found = [name for name, held in self.members.items() if self._is_checkpoint(name, held)]
         shards: set[str] = set()
         for name in found:
@@ -207,7 +208,7 @@ class _Archive:
             return layout.meant, layout
         found = self.checkpoints()
         if len(found) > 1:
-            is_path = split_member(f"{self.file.path}!{found[0]}") is not None
+            is_path = self.file.is_far or split_member(f"{self.file.path}!{found[0]}") is not None
             each = [f"{self.file.path if is_path else 'FILE'}!{name:.200}" for name in found]
             how = "" if is_path else ", by a path: of standard input or what is open already no member can be named"
             raise UnknownFormatError(
@@ -220,6 +221,7 @@ class _Archive:
         """What stands in all members but one, and those that belong to it."""
         contents = ContentSearch(self.limits)
         known = {besides}
+        fetch_beginnings([held for held in self.members.values() if isinstance(held, Record)][: self.limits.members])
         if besides.endswith(".index.json"):
             folder = posixpath.dirname(besides)
             known.update(posixpath.join(folder, each) for each in shard_names(self.open(besides, owns=False)))

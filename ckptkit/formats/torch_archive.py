@@ -35,7 +35,7 @@ from ckptkit.computed import ByteSource
 from ckptkit.errors import AmbiguousError, CorruptError, FormatError, LimitError, UnsupportedError
 from ckptkit.formats.format import TORCH_MARKS, Probe
 from ckptkit.formats.zip_archive import LOCAL_SIGNATURE, read_directory
-from ckptkit.formats.zip_records import Record, Records, read_record, record_source
+from ckptkit.formats.zip_records import Record, Records, fetch_beginnings, read_record, record_source
 from ckptkit.limits import Limits
 from ckptkit.pickling.reader import Constructor, PickleResult, read_pickle
 from ckptkit.pickling.shortcut import TensorShortcut
@@ -76,9 +76,6 @@ _OWN_NAMES = frozenset(
 
 _OWN_NBYTES = 64
 """Bytes that they have at most."""
-
-_BEGINNING_NBYTES = 4096
-"""Bytes of a record that are looked at first."""
 
 
 _OWN_ROOT = re.compile(r"(.+)/(?:data\.pkl|constants\.pkl|archive_format|\.data/extern_modules)\Z", re.DOTALL)
@@ -330,7 +327,7 @@ class TorchArchive:
         On the names in the pickles that were read, and on what was not read (`ckptkit.formats.contents`).
         """
         left = [name for name in self._not_located() if name not in self._known] if not self._looked else []
-        self._fetch_beginnings(left)
+        fetch_beginnings([self.records[name] for name in left])
         for name in left:
             record = self.records[name]
             is_own = name in _OWN_NAMES and not record.deflated and record.nbytes <= _OWN_NBYTES
@@ -345,12 +342,6 @@ class TorchArchive:
                 self._contents.look(name, record)
                 self._known.add(f"/{name}")
         return merge_uses(self._uses, self._contents.uses() if "_contents" in vars(self) else ())
-
-    def _fetch_beginnings(self, names: Iterable[str]) -> None:
-        """Get what is looked at first of records that nothing reads, in an archive that is far, with few trips."""
-        areas = [self.records[name].data for name in names]
-        if areas and areas[0].file.is_far:
-            areas[0].file.settle([(area.offset, min(area.nbytes, _BEGINNING_NBYTES)) for area in areas])
 
     @cached_property
     def _contents(self) -> ContentSearch:

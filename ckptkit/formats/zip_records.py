@@ -29,8 +29,8 @@ from ckptkit.errors import AmbiguousError, CorruptError, LimitError, Unsupported
 __all__ = [
     "CENTRAL", "DEFLATED", "DESCRIPTOR_SIGNATURE", "END", "END64", "FEW", "HAS_DESCRIPTOR", "LOCAL", "LOCAL_SIGNATURE",
     "LOCATOR", "MANY", "MAX16", "MAX32", "REPACK", "SIGNED_DESCRIPTORS", "STORED", "TAIL_NBYTES", "UNICODE_PATH",
-    "WINDOW_NBYTES", "Record", "Records", "Row", "begins_alike", "check_names", "find_directory", "read_record",
-    "record_source", "rows_alike",
+    "WINDOW_NBYTES", "Record", "Records", "Row", "begins_alike", "check_names", "fetch_beginnings", "find_directory",
+    "read_record", "record_source", "rows_alike",
 ]  # fmt: skip
 
 END = Struct("<4sHHHHIIH")
@@ -300,6 +300,21 @@ def read_record(record: Record, limit: int) -> bytes:
             f"record {record.name!r}: its CRC-32 is {zlib.crc32(data):08x}, recorded is {record.crc32:08x}: damaged"
         )
     return data
+
+
+_BEGINNING_NBYTES = 4096
+"""Bytes of a record that are looked at first."""
+
+
+def fetch_beginnings(records: Sequence[Record]) -> None:
+    """Get with few trips what is looked at first of some records, in an archive that is far.
+
+    Raises:
+        FormatError: one of the records is not as the directory says.
+    """
+    file = records[0].data.file if records else None
+    if file is not None and file.is_far:
+        file.settle([(record.data.offset, min(record.data.nbytes, _BEGINNING_NBYTES)) for record in records])
 
 
 def record_source(record: Record) -> ByteSource:

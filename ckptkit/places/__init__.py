@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ckptkit.places.far import FarEntry
 
 __all__ = [
+    "absolute",
     "are_listed",
     "asked_once",
     "below",
@@ -34,6 +35,7 @@ __all__ = [
     "isfile",
     "listdir",
     "listed_below",
+    "look_ahead",
     "notes",
     "opened",
     "opened_ahead",
@@ -83,6 +85,8 @@ _QUERY = re.compile(r"\?(?:\*\*\*|[\w.~%-]+=).*\Z", re.DOTALL)
 
 def _plain(url: str) -> str:
     """A URL without what is asked for behind the path; an object's name may have such marks, too."""
+    if url[:4].lower() == "http":
+        return url.partition("?")[0].partition("#")[0]
     return _QUERY.sub("", url) if "?" in url else url
 
 
@@ -109,6 +113,11 @@ def own_name(path: str) -> str:
     if not is_url(path):
         return os.path.basename(os.path.abspath(path))
     return split(_plain(path).rstrip("/").removesuffix("/.metadata"))[1]
+
+
+def absolute(path: str) -> str:
+    """A path from the root of the disk; a URL as it is."""
+    return path if is_url(path) else os.path.abspath(path)
 
 
 def relative(path: str, folder: str) -> str:
@@ -319,6 +328,13 @@ def opener(folder: str) -> Callable[[str], Source]:
     from ckptkit.places import far
 
     return far.opener(folder)
+
+
+def look_ahead(files: Sequence[Source]) -> None:
+    """Look into files that an `opener` gave and that are far, side by side, before each is asked for what is in it."""
+    from ckptkit.remote.listed import look_ahead as of_listed
+
+    of_listed(files)
 
 
 @contextmanager

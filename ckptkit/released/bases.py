@@ -15,7 +15,7 @@ from ckptkit import places
 from ckptkit.errors import FileAccessError, VerifyError
 from ckptkit.released.manifest_file import Manifest, paths_of
 
-__all__ = ["based", "common_folder", "require_one_place"]
+__all__ = ["based", "common_folder", "require_one_place", "url_of"]
 
 
 def require_one_place(paths: Sequence[str]) -> bool:
@@ -31,6 +31,11 @@ def require_one_place(paths: Sequence[str]) -> bool:
             f"{places.shown(far[0])} and {next(path for path in paths if path not in far)}"
         )
     return bool(far)
+
+
+def url_of(folder: str) -> str | None:
+    """A folder, where it is a URL."""
+    return places.shown(folder) if places.is_url(folder) else None
 
 
 # A manifest that is made.

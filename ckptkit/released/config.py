@@ -66,7 +66,7 @@ class Config:
 
     Attributes:
         path: the file; ``None``: there is none.
-        paths: what to check where nothing is named.
+        paths: what to check where nothing is named: paths, and URLs.
         manifest: the manifest's path.
         settings: fields of the `Policy` for all files.
         overrides: those for some.
@@ -170,8 +170,8 @@ def read_config(path: str) -> Config:
     overrides = tuple(_overrides(settings.pop("overrides", []), path, f"{name}.overrides".lstrip(".")))
     config = Config(
         path=path,
-        paths=tuple(os.path.join(folder, each) for each in paths),
-        manifest=None if manifest is None else os.path.join(folder, manifest),
+        paths=tuple(each if places.is_url(each) else os.path.join(folder, each) for each in paths),
+        manifest=manifest if manifest is None or places.is_url(manifest) else os.path.join(folder, manifest),
         settings=settings,
         overrides=overrides,
     )

@@ -90,6 +90,12 @@ class Task:
         return self.record is not None and not places.exists(self.path)
 
     @property
+    def may_be_same(self) -> bool:
+        """Whether the file may have the bytes of its record: then its hash tells, and nothing more is needed."""
+        record = self.record
+        return record is not None and (bool(record.shards) or self.nbytes == record.size)
+
+    @property
     def golden(self) -> str | None:
         """The file of its recorded outputs."""
         if self.record is None or self.record.golden is None:
@@ -103,7 +109,7 @@ def held(task: Task, threads: int = 1) -> tuple[FileResult, Architecture | None]
     if task.other is not None:
         return _other_result(task), None
     begun = time.perf_counter()
-    stamp = None if task.against is None else stamp_of(task.path)
+    stamp = _stamp(task)
     path, policy, record = task.path, task.policy, task.record
     recorded = ("manifest",) if record is not None or task.is_extra else ()
     findings = [extra_finding(path)] * task.is_extra + [whole_finding(path, task.shards)] * bool(task.shards)
@@ -145,8 +151,7 @@ def _looked_into(task: Task, threads: int) -> tuple[Examined, list[CheckFinding]
         whole=record is not None and record.whole_digest is not None,
         threads=threads,
     )
-    # Where the manifest's hash is the file's, nothing more is needed.
-    may_be_same = record is not None and (bool(record.shards) or task.nbytes == record.size)
+    may_be_same = task.may_be_same
     # What is far is read once, for all that may be needed.
     at_once = not may_be_same or "://" in path
     examined = digested = look(
@@ -174,30 +179,37 @@ def held_from(folder: str, task: Task, threads: int = 1) -> tuple[FileResult, Ar
     """As `held`, of a task whose paths are relative to a folder that need not be the working directory here."""
     if os.getcwd() == folder:
         return held(task, threads)
+
+    def seen(path: str) -> str:
+        return path if places.is_url(path) else os.path.join(folder, path)
+
     rules = task.policy.tp_rules
-    policy = task.policy if rules is None else replace(task.policy, tp_rules=os.path.join(folder, rules))
-    path = task.path if places.is_url(task.path) else os.path.join(folder, task.path)
-    there = replace(task, path=path, folder=os.path.join(folder, task.folder), policy=policy)
+    policy = task.policy if rules is None else replace(task.policy, tp_rules=seen(rules))
+    there = replace(task, path=seen(task.path), folder=seen(task.folder), policy=policy)
     result, architecture = held(there, threads)
-    findings = tuple(
+    inside = os.path.join(folder, "")
+
+    def told(value: Any) -> Any:
+        if isinstance(value, str):
+            return value.replace(inside, "")
+        return [told(each) for each in value] if isinstance(value, list) else value
+
+    findings = (
         replace(
-            finding,
+            each,
             path=task.path,
-            message=_without(folder, finding.message),
-            fix=_without(folder, finding.fix),
-            expected=_without(folder, finding.expected),
-            found=_without(folder, finding.found),
+            message=told(each.message),
+            fix=told(each.fix),
+            expected=told(each.expected),
+            found=told(each.found),
         )
-        for finding in result.findings
+        for each in result.findings
     )
-    return replace(result, path=task.path, findings=findings), architecture
+    return replace(result, path=task.path, findings=tuple(findings)), architecture
 
 
-def _without(folder: str, value: Any) -> Any:
-    """What a finding tells, with paths in a folder told from there."""
-    if isinstance(value, str):
-        return value.replace(os.path.join(folder, ""), "")
-    return [_without(folder, each) for each in value] if isinstance(value, list) else value
+def _stamp(task: Task) -> str | None:
+    return None if task.against is None else stamp_of(task.path)
 
 
 def stamp_of(path: str) -> str | None:
@@ -211,11 +223,7 @@ def stamp_of(path: str) -> str | None:
             return None
         member = split_member(path)
         if member is None and not os.path.lexists(path):
-            source = source_of(path)
-            try:
-                return repr(source.stamp())
-            finally:
-                source.close()
+            return _stamp_of_source(path)
         files = [path if member is None else member[0]]
         if member is None:
             files += _files_beside(path)
@@ -225,6 +233,14 @@ def stamp_of(path: str) -> str | None:
     if len(facts) == 1:
         return f"{facts[0][1]}/{facts[0][2]}"
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def _stamp_of_source(path: str) -> str:
+    """What the source of a path says of itself; at a URL it stays open for whoever looks into it next."""
+    source = source_of(path)
+    stamp = repr(source.identity)
+    places.put_back(source, path)
+    return stamp
 
 
 def _facts(status: os.stat_result) -> tuple[int, int]:
@@ -247,7 +263,7 @@ def _files_beside(path: str) -> list[str]:
 def _other_result(task: Task) -> FileResult:
     """A file that is not a checkpoint, held against what is said of pickles."""
     begun = time.perf_counter()
-    stamp = None if task.against is None else stamp_of(task.path)
+    stamp = _stamp(task)
     findings = tuple(_pickles(task))
     return FileResult(
         path=task.path,

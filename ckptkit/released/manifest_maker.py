@@ -23,7 +23,7 @@ from ckptkit.errors import (
 )
 from ckptkit.formats import STDIN, collector_paused, source_of
 from ckptkit.plan import LiteralBytes, Plan
-from ckptkit.released.bases import common_folder, require_one_place
+from ckptkit.released.bases import common_folder, require_one_place, url_of
 from ckptkit.released.examine import Examined, examine_file
 from ckptkit.released.manifest_file import (
     Changes,
@@ -88,9 +88,6 @@ def make(
     goldens |= {record.golden.path for record in old.values() if record.golden is not None}
     wanted = {each.name: each.path for each in selected if each.name not in goldens}
     _require_recordable(wanted, golden, folder)
-    if workers.executor is not None:  # its workers may be in other folders
-        wanted = {name: path if places.is_url(path) else os.path.abspath(path) for name, path in wanted.items()}
-        tp_rules = None if tp_rules is None else os.path.abspath(tp_rules)
     known = {name: path for name, path in wanted.items() if name in old}
     kept = _unchanged(known, old, digests, workers, allow_part=allow_part, tp_rules=tp_rules)
     renewed = _renewed(
@@ -109,11 +106,10 @@ def make(
     for name, record in records.items():
         before = old[name].golden if name in old else None
         named = golden.get(name, before.path if before is not None else None)
-        records[name] = replace(record, golden=None if named is None else _golden(named, beside or folder))
+        records[name] = replace(record, golden=None if named is None else _golden(named, folder, beside))
     files = tuple(records[name] for name in sorted(records))
-    claimed = _outermost({*folders, *(() if previous is None else previous.folders)})
-    origin = places.shown(folder) if places.is_url(folder) else None
-    return Manifest(files=files, folder=folder, folders=claimed, changes=_changes(old, records), origin=origin)
+    claimed = _outermost({*folders, *previous.folders} if previous is not None else {*folders})
+    return Manifest(files=files, folder=folder, folders=claimed, changes=_changes(old, records), origin=url_of(folder))
 
 
 def _require_recordable(wanted: Collection[str], golden: Collection[str], folder: str) -> None:
@@ -174,6 +170,20 @@ def _size(task: _Task) -> int:
     return size_of(task.path)
 
 
+def _made(tasks: list[_Task], workers: Workers) -> list[FileRecord | CkptkitError | None]:
+    """What is made of each file; workers of an executor, which may be in other folders, are told whole paths."""
+    if workers.executor is not None:
+        tasks = [
+            replace(task, path=places.absolute(task.path), reading=_absolute_rules(task.reading)) for task in tasks
+        ]
+    return list(side_by_side(tasks, _recorded, workers=workers, nbytes=_size, lost=_lost))
+
+
+def _absolute_rules(reading: Mapping[str, bool | str | None]) -> Mapping[str, bool | str | None]:
+    rules = reading["tp_rules"]
+    return {**reading, "tp_rules": places.absolute(rules)} if isinstance(rules, str) else reading
+
+
 def _renewed(
     wanted: Mapping[str, str], listed: Collection[str], workers: Workers, **reading: bool | str | None
 ) -> dict[str, FileRecord]:
@@ -186,7 +196,7 @@ def _renewed(
         **reading: ``allow_part``, ``tp_rules`` and ``ignore_checksums``, as of `make`.
     """
     tasks = [_Task(name=name, path=path, reading=reading, is_listed=name in listed) for name, path in wanted.items()]
-    made = list(side_by_side(tasks, _recorded, workers=workers, nbytes=_size, lost=_lost))
+    made = _made(tasks, workers)
     errors = [result for result in made if isinstance(result, CkptkitError)]
     if len(errors) == 1:
         raise errors[0]
@@ -234,7 +244,7 @@ def _unchanged(
         for name, path in wanted.items()
         if _may_be_unchanged(name, path, old[name]) and not (digests == "tensor" and old[name].tensors is None)
     ]
-    made = list(side_by_side(tasks, _recorded, workers=workers, nbytes=_size, lost=_lost))
+    made = _made(tasks, workers)
     kept = [record for record in made if isinstance(record, FileRecord)]
     return {each.path: replace(each, tensors=None) if digests == "total" else each for each in kept}
 
@@ -263,7 +273,8 @@ def _changes(old: Mapping[str, FileRecord], new: Mapping[str, FileRecord]) -> Ch
     )
 
 
-def _golden(name: str, folder: str) -> GoldenRecord:
+def _golden(name: str, folder: str, beside: str | None) -> GoldenRecord:
+    folder = folder if beside is None else beside
     _require_below(name, folder)
     return GoldenRecord(path=name, sha256=file_sha256(os.path.join(folder, *name.split("/"))))
 

@@ -131,7 +131,7 @@ def select(
         if whole and name_of(path, relative_to) not in known:
             folder, name = places.split(path)
             if folder not in indexes:
-                indexes[folder] = indexes_by_shard(folder) if places.is_known(folder) or "-of-" in name else {}
+                indexes[folder] = _indexes_beside(folder, name)
             index = indexes[folder].get(name)
         if index is not None:
             shards.setdefault(index, []).append(path)
@@ -144,7 +144,7 @@ def select(
     del surveyor  # of very many files it is large
     checkpoints: dict[str, Selected] = {}
     for each in found.checkpoints:
-        names = [path if (name := name_of(path, relative_to)) == path else name for path in (each.path, *each.others)]
+        names = [name_of(path, relative_to) for path in (each.path, *each.others)]
         checkpoints.setdefault(names[0], Selected(path=each.path, name=names[0], names=tuple(names)))
     return Selection(
         checkpoints=tuple(checkpoints[name] for name in sorted(checkpoints)),
@@ -154,6 +154,11 @@ def select(
         empty=tuple(empty),
         shards={index: tuple(dict.fromkeys(named)) for index, named in shards.items()},
     )
+
+
+def _indexes_beside(folder: str, name: str) -> dict[str, str]:
+    """As `indexes_by_shard`; a server is asked what lies beside a file only where its name is that of a shard."""
+    return indexes_by_shard(folder) if places.is_known(folder) or "-of-" in name else {}
 
 
 def step_of(path: str, tag: str | None = None) -> str:
@@ -170,7 +175,10 @@ def step_of(path: str, tag: str | None = None) -> str:
 
 def name_of(path: str, folder: str) -> str:
     """A file's name relative to a folder, with ``/``; links are not followed."""
-    return places.relative(path, folder)
+    if not folder and os.sep == "/" and path[:1] not in ("/", ".") and os.path.normpath(path) == path:
+        return path  # as most are, of very many
+    name = places.relative(path, folder)
+    return path if name == path else name  # the same text takes no room of its own
 
 
 def size_of(path: str) -> int:

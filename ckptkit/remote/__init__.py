@@ -12,7 +12,6 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import partial
 from typing import Any, Protocol, TypeVar
 
 from ckptkit.bytesource import Source, SourceFile
@@ -77,7 +76,7 @@ class Session:
         listings: what they said of folders, by URL (`ckptkit.places.far.Tree`).
         opened: files that were opened to see what they are, by URL.
         ahead: what opens files before they are asked for.
-        failed: why a file could not be opened, or a folder listed, by URL, a folder's with a slash at its end.
+        failed: why a file could not be opened, or a folder listed, by URL, a folder's with ``/*`` at its end.
         notes: what others found out of URLs, by URL.
         hidden: the credentials in URLs: each URL, and who it asks, by how it is shown.
         process: whose connections they are.
@@ -167,23 +166,36 @@ def _within(made: Session) -> Iterator[None]:
         made.close()
 
 
-_kept: dict[str, Session] = {}
-"""That of this process's tasks: each would connect anew."""
+_kept: list[Session] = []
+"""That of this process's last task: each would connect anew."""
+
+
+class _Carried:
+    """Work with the options of a session, which no `repr` shows.
+
+    Args:
+        known: the session.
+        work: what is called within one like it.
+    """
+
+    def __init__(self, known: Session, work: Callable[[Any], Any]) -> None:
+        self._options, self._hidden, self._work = known.options, dict(known.hidden), work
+
+    def __call__(self, task: Any) -> Any:
+        made = Session(self._options)
+        made.hidden.update(self._hidden)
+        last = _kept[-1] if _kept else made
+        if last.process == made.process and last.options == made.options:
+            made.stores = last.stores
+        _kept[:] = [made]
+        with _within(made):
+            return self._work(task)
 
 
 def carried(work: Callable[[T], R]) -> Callable[[T], R]:
     """The work with the options of the session that this is within, for a process that is within none."""
     known = current_session()
-    return work if known is None else partial(_carried, known.options, known.hidden, work)
-
-
-def _carried(options: Mapping[str, Any], hidden: Mapping[str, str], work: Callable[[T], R], task: T) -> R:
-    kept = _kept.get("")
-    if kept is None or kept.process != os.getpid() or kept.options != options:
-        kept = _kept[""] = Session(options)
-    kept.hidden.update(hidden)
-    with _within(kept):
-        return work(task)
+    return work if known is None else _Carried(known, work)
 
 
 def revealed(url: str) -> str:

@@ -23,7 +23,7 @@ from ckptkit.bytesource import SourceFile
 from ckptkit.errors import CorruptError, FileAccessError, MissingFileError
 from ckptkit.remote.connections import Answer, Target, ask
 from ckptkit.remote.retries import Passing, is_passing, masked, retried, told_to_wait
-from ckptkit.remote.store import FarFile, Store
+from ckptkit.remote.store import FarFile, Store, arrived
 from ckptkit.report import human_size
 
 __all__ = ["Described", "HttpStore", "Place", "joined"]
@@ -113,7 +113,9 @@ class HttpStore(Store):
 
     def opened(self, url: str, place: Place, nbytes: int) -> FarFile:
         """What the file at a place is, whose URL is ``url``; the rest as of `open`."""
-        return retried(place.shown, lambda: self._opened(url, place, nbytes))
+        file = retried(place.shown, lambda: self._opened(url, place, nbytes))
+        came, wanted = len(file.head), min(nbytes, file.size)
+        return file if came == wanted else replace(file, head=file.head + self.read(file, came, wanted - came))
 
     def _opened(self, url: str, place: Place, nbytes: int) -> FarFile:
         with self._asked(place, 0, nbytes - 1) as told:
@@ -133,7 +135,7 @@ class HttpStore(Store):
                 return replace(known, size=size, head=place.copy.read(0, min(nbytes, size)))
             size = _total(told, place.shown)
             head, why = _body(told.answer, 0, min(nbytes, size), place.shown)
-            if why is not None:
+            if why is not None and not head:
                 raise Passing(why)
             return replace(known, size=size, head=head)
 
@@ -148,34 +150,35 @@ class HttpStore(Store):
         def rest() -> None:
             nonlocal came
             while came < nbytes:
-                data, why = self._part(file, place, offset + came, nbytes - came)
+                wanted = nbytes - came
+                data, why = self._part(file, place, offset + came, wanted)
                 parts.append(data)
                 came += len(data)
                 if why is not None:
-                    raise Passing(why, came=len(data))
+                    raise Passing(why, came=len(data), wanted=wanted)
 
         retried(place.shown, rest)
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def _part(self, file: FarFile, place: Place, offset: int, nbytes: int) -> tuple[bytes, str | None]:
-        """The first of these bytes, and why there are no more if that is not all."""
+        """The first of these bytes, and why there are not all; no bytes and no reason: ask for them anew."""
         with self._asked(place, offset, offset + nbytes - 1) as told:
-            if told.answer.status not in (_RANGE, _UNSATISFIABLE):
+            status, via = told.answer.status, told.via
+            is_other = told.size != file.size and (status == _UNSATISFIABLE or told.size is not None)
+            is_other |= told.stamp != via.stamp if via else (told.linked or told.stamp) != file.stamp
+            if via and (is_other or status != _RANGE):  # who redirected to there may know better
+                place.final = None
+                return b"", None
+            if status not in (_RANGE, _UNSATISFIABLE):
                 raise Passing("the server answers with the whole file where a range was asked for")
-            is_refused = told.answer.status == _UNSATISFIABLE
-            if told.size != file.size and (is_refused or told.size is not None):
-                raise _changed(place)
-            if is_refused:
+            if is_other and (status == _RANGE or told.size != file.size):
+                raise CorruptError("the file was changed while it was being read", path=place.shown)
+            if status == _UNSATISFIABLE:
                 raise FileAccessError(
                     f"{place.shown}: the server refuses to give bytes {offset:,} on", path=place.shown
                 )
-            if told.via is not None:
-                is_same = told.stamp == told.via.stamp
-            else:
-                is_same = (told.linked or told.stamp) == file.stamp
+            if via is None:
                 place.final = _Final(told.url, told.stamp)
-            if not is_same:
-                raise _changed(place)
             return _body(told.answer, offset, nbytes, place.shown)
 
     def stamp(self, file: FarFile) -> str | None:
@@ -290,7 +293,7 @@ class HttpStore(Store):
         told.answer.discard()
         if is_passing(status):
             raise self._passing(told.answer)
-        raise self.refusal(place, status, told.answer.headers)
+        raise self.refusal(place, told)
 
     def _hop(self, place: Place, url: str, wanted: str | None) -> Described:
         """One request and its answer."""
@@ -308,20 +311,20 @@ class HttpStore(Store):
     def _passing(self, answer: Answer) -> Passing:
         return Passing(f"the server answers {_named(answer.status)}", after=told_to_wait(answer.headers))
 
-    def refusal(self, place: Place, status: int, headers: Message) -> Exception:
-        """What to raise where an answer with this status and headers will be the same the next time."""
-        shown = place.shown
+    def refusal(self, place: Place, told: Described) -> Exception:
+        """What to raise for an answer that will be the same the next time."""
+        shown, status = place.shown, told.answer.status
         if status in _GONE:
             return MissingFileError(f"{shown}: no such file", path=shown)
-        told = f"{shown}: the server answers {_named(status)}"
+        why = f"{shown}: the server answers {_named(status)}"
         if status == 401:
-            wrong = "the user name or password is wrong" if place.authorization else "it wants to know who asks"
-            told += f": {wrong}; give https://USER:PASSWORD@HOST/PATH, or hf://user/repo/file and HF_TOKEN for the hub"
+            wrong = "the user name or password is wrong" if place.authorization else "it needs a user name and password"
+            why += f": {wrong}; give https://USER:PASSWORD@HOST/PATH, or hf://user/repo/file and HF_TOKEN for the hub"
         elif status == 403:
-            told += ": it may not be read this way; a signed URL may have expired, or it wants https://USER:PASSWORD@HOST/PATH"
+            why += ": access is denied; a signed URL may have expired, or it needs https://USER:PASSWORD@HOST/PATH"
         elif status == 407:
-            told += ": set HTTP_PROXY=http://USER:PASSWORD@HOST:PORT, or NO_PROXY"
-        return FileAccessError(told, path=shown)
+            why += ": set HTTP_PROXY=http://USER:PASSWORD@HOST:PORT, or NO_PROXY"
+        return FileAccessError(why, path=shown)
 
 
 def joined(url: str, header: str) -> str:
@@ -339,10 +342,6 @@ def _named(status: int) -> str:
         return f"{status} {HTTPStatus(status).phrase}"
     except ValueError:
         return str(status)
-
-
-def _changed(place: Place) -> CorruptError:
-    return CorruptError("the file was changed while it was being read", path=place.shown)
 
 
 def _total(told: Described, shown: str) -> int:
@@ -396,7 +395,7 @@ def _copied(answer: Answer, shown: str) -> SourceFile:
                 if max(told or 0, nbytes) > _COPIED_NBYTES:
                     size = human_size(told) if told is not None else f"more than {human_size(nbytes)}"
                     raise FileAccessError(
-                        f"{shown}: the server does not give parts of files, and this one has {size}: "
+                        f"{shown}: the server does not give parts of files, and this one is {size}: "
                         "download it (curl -O) and give the file",
                         path=shown,
                     )
@@ -409,6 +408,7 @@ def _copied(answer: Answer, shown: str) -> SourceFile:
                     break
                 made.write(data)
                 nbytes += len(data)
+                arrived.nbytes += len(data)
             if answer.has_more():
                 raise Passing("the server sends more bytes than it announced")
             return SourceFile.of_descriptor(os.dup(made.fileno()), shown)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from ckptkit.bytesource import Source
-from ckptkit.errors import CorruptError
+from ckptkit.errors import CkptkitError, CorruptError
 from ckptkit.remote.retries import masked
-from ckptkit.remote.source import RemoteSource
+from ckptkit.remote.source import RemoteSource, side_by_side
 from ckptkit.remote.store import Store
 
-__all__ = ["ListedSource"]
+__all__ = ["ListedSource", "look_ahead"]
 
 
 class ListedSource(Source):
@@ -79,6 +80,16 @@ class ListedSource(Source):
         if self._file is not None:
             self._file.settle(areas)
 
+    @property
+    def left(self) -> int:
+        """As `Source.left`."""
+        return 0 if self._file is None else self._file.left
+
+    def look_ahead(self) -> None:
+        """Open it, and read what whoever looks into it reads; what is wrong, reading it will tell."""
+        with contextlib.suppress(CkptkitError):
+            self._opened()._look_ahead()
+
     def stamp(self) -> object:
         """As `Source.stamp`."""
         return self.identity if self._file is None else self._file.stamp()
@@ -92,3 +103,8 @@ class ListedSource(Source):
         super().close()
         if self._file is not None:
             self._file.close()
+
+
+def look_ahead(files: Iterable[Source]) -> None:
+    """Look into files of a listing side by side, before each is asked for what is in it."""
+    side_by_side([file.look_ahead for file in files if isinstance(file, ListedSource)])

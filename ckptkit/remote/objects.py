@@ -51,6 +51,9 @@ _PASSING = re.compile(
 )
 """Names of errors, and codes of S3, of what may go better another time."""
 
+_LASTING = re.compile(r"DNS|gaierror|SSL|Certificate")
+"""Of what will not: a name that is unknown, a certificate that is not trusted."""
+
 _REFUSED = re.compile(r"Credential|Auth|TokenRe|SSO|ProfileNotFound|AccessDenied|ExpiredToken|InvalidToken|Forbidden")
 """Of what somebody must sign in for."""
 
@@ -63,6 +66,9 @@ _SIGN_IN = {
     "container give --storage-option account_name=NAME and --storage-option anon=true",
 }
 """What to set where access is refused."""
+
+_HARMLESS = 4
+"""Characters of a text that is no secret: ``anon``."""
 
 _NO_BUCKET = "no such bucket"
 
@@ -215,9 +221,8 @@ class ObjectStore(Store):
         except CkptkitError:
             raise
         except Exception as error:
-            # Whose words may hold what was given.
-            hint = _advice(self._package, error) or self._named()
-            told = f"{self.scheme}:// cannot be opened ({type(error).__name__}){hint and '; '}{hint}"
+            hint = _advice(self._package, error) or self._named() or _SIGN_IN.get(self._package, "")
+            told = f"{self.scheme}:// cannot be opened: {self._said(error)}{hint and '; '}{hint}"
             raise FileAccessError(f"{masked(url)}: {told}", path=masked(url)) from None
 
     def _made(self, options: dict[str, Any]) -> _Files:
@@ -243,7 +248,7 @@ class ObjectStore(Store):
             except Exception as error:  # of any package's making
                 if _passes(error):
                     looked = "" if _code(error) else f"; check {_REACHED.get(self._package, 'the network')}"
-                    raise Passing(f"the server does not give it: {_said(error)}{looked}") from None
+                    raise Passing(f"the server does not give it: {self._said(error)}{looked}") from None
                 raise self._told(error, shown) from None
 
         return retried(shown, told)
@@ -256,10 +261,19 @@ class ObjectStore(Store):
             what = _NO_BUCKET if is_bucket else "no such file"
             return MissingFileError(f"{shown}: {what}", path=shown)
         if advice := _advice(self._package, error):
-            return FileAccessError(f"{shown}: access is refused: {_said(error)}; {advice}", path=shown)
+            return FileAccessError(f"{shown}: access is refused: {self._said(error)}; {advice}", path=shown)
         hint = self._named() if isinstance(error, TypeError | ValueError) else ""
-        told = f"cannot be read over {self.scheme}://: {_said(error)}{hint and '; '}{hint}"
+        if not hint and _LASTING.search(_names(error)):
+            hint = f"check {_REACHED.get(self._package, 'the network')}"
+        told = f"cannot be read over {self.scheme}://: {self._said(error)}{hint and '; '}{hint}"
         return FileAccessError(f"{shown}: {told}", path=shown)
+
+    def _said(self, error: Exception) -> str:
+        """What an error says, on one line, without what was given as options."""
+        said = masked_text(str(getattr(error, "strerror", None) or error))
+        for secret in sorted(_secrets(self._options), key=len, reverse=True):
+            said = said.replace(secret, "***") if len(secret) > _HARMLESS else said
+        return " ".join(said.split())[:300] or type(error).__name__
 
     def _named(self) -> str:
         """The options that were given, by name."""
@@ -304,7 +318,7 @@ class ObjectStore(Store):
         return {
             name[len(root) :]: int(info.get("size") or 0)
             for name, info in found.items()
-            if info.get("type") == "file" and name.startswith(root) and not name.endswith("/")
+            if info.get("type") != "directory" and name.startswith(root) and not name.endswith("/")
         }
 
     def beside(self, url: str, name: str) -> str:
@@ -355,7 +369,9 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
     seen: BaseException | None = error
     while seen is not None:
         yield seen
-        seen = seen.__cause__
+        told = getattr(seen, "kwargs", None)  # botocore's
+        cause = told.get("error") if isinstance(told, Mapping) else None
+        seen = cause if isinstance(cause, BaseException) else seen.__cause__
 
 
 def _code(error: BaseException) -> str:
@@ -377,7 +393,7 @@ def _names(error: BaseException) -> str:
 
 def _passes(error: Exception) -> bool:
     """Whether the same may go well another time."""
-    if isinstance(error, CkptkitError | FileNotFoundError | PermissionError | IsADirectoryError):
+    if isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError) or _LASTING.search(_names(error)):
         return False
     code = _code(error)
     if code.isdigit() and is_passing(int(code)):
@@ -394,7 +410,10 @@ def _advice(package: str, error: BaseException) -> str:
     return ""
 
 
-def _said(error: Exception) -> str:
-    """What an error says, on one line."""
-    said = getattr(error, "strerror", None) or str(error)
-    return " ".join(masked_text(str(said)).split())[:300] or type(error).__name__
+def _secrets(value: Any) -> Iterator[str]:
+    """The texts in what was given as options; of URLs the secrets are hidden anyway."""
+    if isinstance(value, Mapping):
+        for each in value.values():
+            yield from _secrets(each)
+    elif isinstance(value, str) and "://" not in value:
+        yield value

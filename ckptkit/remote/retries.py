@@ -34,8 +34,9 @@ _LONGEST_TOLD = 60.0
 _LONGEST_IN_ALL = 180.0
 """Seconds that one request may spend waiting."""
 
-_WORTH_NBYTES = 1 << 20
-"""So many bytes of a body that then breaks off are an advance: tries are counted from there again."""
+_WORTH_NBYTES = 64 << 10
+"""So many bytes of a body that then breaks off are an advance, and so is an eighth of those that were asked for: tries
+are counted from there again."""
 
 _HIDDEN = "***"
 
@@ -49,13 +50,14 @@ class Passing(Exception):  # noqa: N818 - it is one that may pass
         why: what to say if it does, without the file's name.
         after: seconds to wait, where the server says so.
         came: bytes that came before it failed and need not come again.
+        wanted: those that were asked for.
     """
 
-    def __init__(self, why: str, *, after: float | None = None, came: int = 0) -> None:
+    def __init__(self, why: str, *, after: float | None = None, came: int = 0, wanted: int = 0) -> None:
         super().__init__(why)
         self.why = why
         self.after = after
-        self.came = came
+        self.is_advance = came >= (min(wanted // 8, _WORTH_NBYTES) or 1)
 
 
 def is_passing(status: int) -> bool:
@@ -76,7 +78,7 @@ def retried(shown: str, work: Callable[[], _Value]) -> _Value:
         work: goes on where it was.
 
     Raises:
-        FileAccessError: it raised that too often, or the server asks to wait longer than is sensible.
+        FileAccessError: it raised that too often, or the server asks us to wait longer than is sensible.
     """
     tries = 0
     waited = 0.0
@@ -84,14 +86,14 @@ def retried(shown: str, work: Callable[[], _Value]) -> _Value:
         try:
             return work()
         except Passing as error:
-            if error.came >= _WORTH_NBYTES:
+            if error.is_advance:
                 tries = 0
             tries += 1
             pause = min(_FIRST_PAUSE * 2 ** (tries - 1), _LONGEST_PAUSE) * (0.5 + os.urandom(1)[0] / 510)
             if error.after is not None:
                 if error.after > _LONGEST_TOLD:
                     raise FileAccessError(
-                        f"{shown}: {error.why}; the server asks to wait {error.after:,.0f} seconds: try again later",
+                        f"{shown}: {error.why}; the server asks us to wait {error.after:,.0f} seconds: try again later",
                         path=shown,
                     ) from error.__cause__
                 pause = max(pause, error.after)

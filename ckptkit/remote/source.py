@@ -2,8 +2,8 @@
 
 A checkpoint's directory lies at the end of a torch-zip, its pickle at the beginning; a safetensors file has a header.
 So the first bytes come with the answer to the question how large the file is, and what is read after them comes with
-some that follow.  An archive that begins with a record longer than those has a long directory too: its end is asked for
-at once.  A file of 300 tensors takes two requests so, one of 5,000 three; one more where a server tells the size alone.
+some that follow.  An archive that begins with a pickle longer than those has a long directory too: that is asked for at
+once.  A file of 300 tensors takes two requests so, one of 5,000 three; one more where a server tells the size alone.
 
 Looking into such a file leaves some of its bytes unread that of a local one are read (`RemoteSource.on_read`): the
 records' own headers beside values, which must say what an archive's directory says, the counts between the storages of
@@ -13,6 +13,7 @@ come along with what is read, and all of them before values are given to anyone 
 
 from __future__ import annotations
 
+import re
 import threading
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,14 +21,14 @@ from dataclasses import replace
 from functools import partial
 from operator import itemgetter
 
-from ckptkit.bytesource import Source
+from ckptkit.bytesource import GAP_NBYTES, Source
 from ckptkit.errors import CkptkitError, FileAccessError
 from ckptkit.remote.ahead import Passing, ReadAhead
-from ckptkit.remote.store import FarFile, Store
+from ckptkit.remote.store import FarFile, Store, arrived
 
-__all__ = ["RemoteSource"]
+__all__ = ["RemoteSource", "side_by_side"]
 
-_HEAD_NBYTES = 64 << 10
+_HEAD_NBYTES = 96 << 10
 """First bytes that come with the size, or are read where none do."""
 
 _HEADER_NBYTES = 256 << 10
@@ -40,7 +41,7 @@ _AT_ONCE_NBYTES = 8 << 20
 """Of a long range that nobody told of before it was read."""
 
 _LONG_TAIL_NBYTES = 512 << 10
-"""Of a file that begins with a longer record than fits into the first bytes."""
+"""Of a file that begins with a longer pickle than fits into the first bytes."""
 
 _KEPT_NBYTES = 64 << 20
 """Bytes of what was read that are kept; what was read first goes first."""
@@ -55,11 +56,19 @@ _TRIPS = 16
 """Requests that are on their way at the same time."""
 
 _RECORD = b"PK\x03\x04"
+_LONG_PICKLE = re.compile(rb"PK\x03\x04.{26}[^/]{1,255}/data\.pkl", re.DOTALL)
+"""How an archive of torch's begins."""
 
 _Left = tuple[int, int, Callable[[bytes], object]]
 """What is to be looked at once values are read: offset, size in bytes, and who looks."""
 
 _begin: Callable[[_Left], int] = itemgetter(0)
+
+
+def _read(store: Store, far: FarFile, offset: int, nbytes: int) -> bytes:
+    data = store.read(far, offset, nbytes)
+    arrived.nbytes += len(data)
+    return data
 
 
 class RemoteSource(Source):
@@ -101,35 +110,37 @@ class RemoteSource(Source):
     # What was read is kept.
 
     def _keep(self, offset: int, data: bytes) -> None:
+        """Keep what is not kept yet of some bytes, or of their rest; no two spans overlap."""
         if not data or len(data) > _KEPT_NBYTES // 4:
             return
         with self._within:
-            known = self._spans.get(offset)
-            if known is not None and len(known) >= len(data):
-                return
-            if known is None:
-                self._starts.insert(bisect_right(self._starts, offset), offset)
-            self._kept += len(data) - len(known or b"")
+            end, at = offset + len(data), bisect_right(self._starts, offset) - 1
+            if at >= 0 and (known := self._starts[at] + len(self._spans[self._starts[at]])) > offset:
+                if known >= end:
+                    return
+                offset, data = known, data[known - offset :]
+            first, last = bisect_left(self._starts, offset), bisect_left(self._starts, end)
+            if first < last and (begin := self._starts[last - 1]) + len(self._spans[begin]) > end:
+                data, last = data[: begin - offset], last - 1
+            for start in self._starts[first:last]:
+                self._kept -= len(self._spans.pop(start))
+            self._starts[first:last] = [offset]
             self._spans[offset] = data
-            for start in list(self._spans):
+            self._kept += len(data)
+            for start in list(self._spans) if self._kept > _KEPT_NBYTES else ():
                 if self._kept <= _KEPT_NBYTES or start == offset:
                     break
                 self._kept -= len(self._spans.pop(start))
                 self._starts.remove(start)
 
     def _known(self, offset: int, nbytes: int) -> bytes:
-        """What is kept of these bytes, from the first on."""
+        """What is kept of these bytes, from the first on; more may be kept behind it."""
         with self._within:
             at = bisect_right(self._starts, offset) - 1
-            while at >= 0:
-                start = self._starts[at]
-                data = self._spans[start]
-                if offset < start + len(data):
-                    return data[offset - start : offset - start + nbytes]
-                at -= 1
-                if offset - start > _KEPT_NBYTES:
-                    break
-        return b""
+            if at < 0:
+                return b""
+            start = self._starts[at]
+            return self._spans[start][offset - start : offset - start + nbytes]
 
     def _some(self, offset: int, nbytes: int) -> bytes:
         brought = None if self._ahead is None else self._brought(self._ahead, offset, nbytes)
@@ -143,27 +154,24 @@ class RemoteSource(Source):
             if not offset and not self._starts:
                 least = _HEADER_NBYTES if self.path.endswith(".safetensors") else _HEAD_NBYTES
             self._length = min(2 * self._length, _MOST_NBYTES) if offset == self._end and self._length else least
-            wanted = min(max(nbytes, self._length), self.size - offset, self._next(offset) - offset)
-            self._end = offset + wanted
-        return self._fetched(offset, wanted)[:nbytes]
+            end = min(offset + max(nbytes, self._length), self.size)
+            first, last = bisect_right(self._starts, offset), bisect_left(self._starts, end)
+            long = (start for start in self._starts[first:last] if len(self._spans[start]) >= _LEAST_NBYTES)
+            self._end = end = next(long, end)
+        return self._fetched(offset, end - offset)[:nbytes]
 
     def _fetched(self, offset: int, nbytes: int) -> bytes:
         """Exactly these bytes, from the server."""
-        data = self.store.read(self.far, offset, nbytes)
+        data = _read(self.store, self.far, offset, nbytes)
         self._keep(offset, data)
         self.came(offset, data)
         return data
-
-    def _next(self, offset: int) -> int:
-        """Where what is kept begins again behind a position."""
-        at = bisect_right(self._starts, offset)
-        return self._starts[at] if at < len(self._starts) else self.size
 
     def tail(self, nbytes: int) -> bytes:
         """As `Source.tail`; of an archive with a long directory more is fetched."""
         head = self._known(0, _HEAD_NBYTES)
         wanted = nbytes
-        if head.startswith(_RECORD) and head.find(_RECORD, 4) < 0 and len(head) < self.size:
+        if _LONG_PICKLE.match(head) and head.find(_RECORD, 4) < 0 and len(head) < self.size:
             wanted = max(nbytes, min(_LONG_TAIL_NBYTES, self.size - len(head)))
         start = max(0, self.size - wanted)
         if wanted > nbytes and not self._known(self.size - 1, 1):
@@ -184,34 +192,38 @@ class RemoteSource(Source):
 
     def _fetch(self, wanted: Sequence[tuple[int, int]]) -> None:
         """Get small ranges that are not kept yet, those that lie close together by one request."""
-        runs: list[list[int]] = []
-        for offset, nbytes in sorted(wanted):
-            begin, end = offset, min(offset + nbytes, self.size)
-            while begin < end and (known := len(self._known(begin, end - begin))):
-                begin += known
-            if (
-                begin >= end
-                or end - begin > _KEPT_NBYTES // 4
-                or (self._ahead is not None and self._ahead.brings(begin))
-            ):
-                continue
-            with self._within:
-                following = self._next(begin)
-            if following < end and len(self._known(following, end - following)) == end - following:
-                end = following
-            if runs and begin - runs[-1][1] <= _ALONG_NBYTES and end - runs[-1][0] <= _TOGETHER_NBYTES:
-                runs[-1][1] = max(runs[-1][1], end)
-            else:
-                runs.append([begin, end])
-        _side_by_side([lambda run=run: self._fetched(run[0], run[1] - run[0]) for run in runs])  # type: ignore[misc]
+        missing = [each for each in map(self._missing, sorted(wanted)) if each[0] < each[1]]
+        runs = _merged(missing, _ALONG_NBYTES)
+        if sum(end - begin for begin, end in runs) > _KEPT_NBYTES // 2:  # most of the file would come along
+            runs = _merged(missing, GAP_NBYTES)
+
+        def get(begin: int, end: int) -> None:
+            self._fetched(begin, end - begin)
+
+        side_by_side([partial(get, *run) for run in runs])
+
+    def _missing(self, area: tuple[int, int]) -> tuple[int, int]:
+        """Where what is not kept of a range begins and ends; nowhere, of a large one."""
+        begin, end = area[0], min(sum(area), self.size)
+        if end - begin > _KEPT_NBYTES // 4:
+            return end, end
+        while begin < end and (known := len(self._known(begin, end - begin))):
+            begin += known
+        if self._ahead is not None and self._ahead.brings(begin):
+            return end, end
+        with self._within:
+            at = bisect_left(self._starts, end) - 1
+            if at >= 0 and begin < self._starts[at] and self._starts[at] + len(self._spans[self._starts[at]]) >= end:
+                end = self._starts[at]
+        return begin, end
 
     # What is left until values are read.
 
     def on_read(self, offset: int, nbytes: int, check: Callable[[bytes], object]) -> bool:
         """As `Source.on_read`."""
-        known = self._known(offset, nbytes)
-        if len(known) == nbytes:
-            check(known)
+        begin, end = self._missing((offset, nbytes))
+        if begin >= end:
+            check(self.read(offset, nbytes))
             return True
         with self._within:
             at = len(self._later)
@@ -304,7 +316,7 @@ class RemoteSource(Source):
 
     def will_open(self, names: Sequence[str]) -> None:
         """As `Source.will_open`: they are opened side by side, with what is read of each at first."""
-        _side_by_side([lambda name=name: self._open(name) for name in names])  # type: ignore[misc]
+        side_by_side([partial(self._open, name) for name in names])
 
     def _open(self, name: str) -> None:
         opened: RemoteSource | CkptkitError
@@ -350,14 +362,20 @@ class RemoteSource(Source):
                 known = self._known(offset, end - offset)
                 if known and passing is not None:
                     passing(offset, memoryview(known))
-                following = offset + len(known) if known else min(end, self._next(offset))
+                following = offset + len(known) if known else self._kept_from(offset, end)
                 unknown += () if known else ((offset, following - offset),)
                 offset = following
-        ahead = ReadAhead(partial(self.store.read, self.far), unknown, passing) if unknown else None
+        ahead = ReadAhead(partial(_read, self.store, self.far), unknown, passing) if unknown else None
         with self._within:
             before, self._ahead = self._ahead, ahead
         if before is not None:
             before.close()
+
+    def _kept_from(self, offset: int, end: int) -> int:
+        """Where behind a position, before some end, what is kept begins again."""
+        with self._within:
+            at = bisect_right(self._starts, offset)
+            return min([end, *self._starts[at : at + 1]])
 
     def _brought(self, ahead: ReadAhead, offset: int, nbytes: int) -> memoryview | None:
         """What was fetched ahead of these bytes; where a block comes, what was left until then is looked at."""
@@ -415,7 +433,18 @@ class RemoteSource(Source):
         raise FileAccessError(f"{self.path}: an open file cannot be copied or pickled; open it again")
 
 
-def _side_by_side(trips: Sequence[Callable[[], object]]) -> None:
+def _merged(areas: Sequence[tuple[int, int]], gap: int) -> list[tuple[int, int]]:
+    """Ranges in order, begin and end of each, with those that have no more than some bytes between them as one."""
+    runs: list[tuple[int, int]] = []
+    for begin, end in areas:
+        if runs and begin - runs[-1][1] <= gap and end - runs[-1][0] <= _TOGETHER_NBYTES:
+            runs[-1] = runs[-1][0], max(runs[-1][1], end)
+        else:
+            runs.append((begin, end))
+    return runs
+
+
+def side_by_side(trips: Sequence[Callable[[], None]]) -> None:
     """Make trips at the same time; the first error of them, in their order, is raised once all are back."""
     if len(trips) < 2:
         for trip in trips:

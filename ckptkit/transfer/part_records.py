@@ -16,13 +16,17 @@ import hashlib
 import heapq
 import json
 import os
+import re
+import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TypedDict, cast
+from typing import Any, TypedDict, cast
 
 from ckptkit.bytesource import ByteRange, Source, SourceFile
-from ckptkit.computed import ConvertedRange, DTypeConversion, files_of
+from ckptkit.computed import ByteSource, ConvertedRange, DTypeConversion, files_of
 from ckptkit.errors import CorruptError
 from ckptkit.extras import __version__
+from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.plan import Cast, Checksum, Copy, Digest, Gather, LiteralBytes, Plan, Step
 from ckptkit.report import SCHEMA_VERSION
 from ckptkit.transfer.steps import Tally
@@ -32,12 +36,14 @@ __all__ = [
     "PlanIdentity",
     "balanced",
     "differences",
+    "hashed_by",
     "identity_of",
     "late_fields",
     "losses_of",
     "read_record",
     "shard_digest",
     "shares_of",
+    "staging_of",
     "tally_of",
 ]
 
@@ -47,6 +53,11 @@ _CHUNK_NBYTES = 1 << 20
 _END_NBYTES, _SAMPLE_NBYTES, _SAMPLES = 64 << 10, 4 << 10, 32
 """Of a source file what tells it from another: both ends, where headers, pickles and directories lie, and so many
 pieces in between, in which a later state of the same training differs."""
+
+_DIGEST = re.compile("[0-9a-f]{64}")
+
+_LOSSES = 5
+"""Numbers of what one cast lost."""
 
 _RECORD_NBYTES = 64 << 20
 """A record has some 150 bytes a shard and a source file, of which there are at most ten thousand."""
@@ -60,7 +71,7 @@ class ShardRecord(TypedDict):
 
 
 class SourceRecord(TypedDict):
-    """A file of the source: its size in bytes, and the SHA-256 of parts of it."""
+    """A file of the source: its size in bytes, and the SHA-256 of parts of it, or of what a server calls its state."""
 
     nbytes: int
     sample: str
@@ -104,11 +115,55 @@ class PartRecord(TypedDict):
     losses: list[list[int]]
 
 
+def staging_of(index: str) -> str:
+    """The folder that parts are put into: its name follows from the index's, and is that of a temporary file.
+
+    Args:
+        index: path of the index that is to be written.
+    """
+    folder, name = os.path.split(index)
+    name = name.removesuffix(".index.json")
+    stem, ending = os.path.splitext(name)
+    digits = f"{zlib.crc32(name.encode('utf-8', 'surrogateescape')):08x}"  # and no host's: no other run removes it
+    return os.path.join(folder, f".{stem[:40]}.{digits}.tmp{ending[:16]}")
+
+
 def shares_of(plan: Plan, count: int) -> list[list[str]]:
     """The shards of each of so many parts, in their order: the largest first, always to the part that has least."""
     order = {name: place for place, name in enumerate(plan.shards)}
     sizes = {name: shard.nbytes for name, shard in plan.shards.items()}
     return [sorted(names, key=order.__getitem__) for names in balanced(sizes, count)]
+
+
+def hashed_by(plan: Plan, files: Mapping[str, Source], count: int) -> list[list[str]]:
+    """The source files that each of so many parts hashes: the part that reads most of a file does.
+
+    Args:
+        plan: of the index.
+        files: those whose digests are wanted, by name.
+        count: how many parts there are.
+    """
+    names = {id(file): name for name, file in files.items()}
+    read: dict[str, Counter[int]] = {name: Counter() for name in files}
+    for number, share in enumerate(shares_of(plan, count)):
+        for step in (step for shard in share for step in plan.shards[shard].steps):
+            for file in files_of(source) if (source := _source_of(step)) is not None else ():
+                if id(file) in names:
+                    read[names[id(file)]][number] += step.nbytes
+    shares: list[list[str]] = [[] for _ in range(count)]
+    loads = [0] * count
+    for name in sorted(files, key=lambda name: (-files[name].size, name)):
+        number = max(range(count), key=lambda number: (read[name][number], -loads[number], -number))
+        shares[number].append(name)
+        loads[number] += files[name].size
+    return shares
+
+
+def _source_of(step: Step) -> ByteSource | None:
+    """What a step reads."""
+    if isinstance(step, Gather):
+        return step.entry.storage.source
+    return step.source if isinstance(step, (Copy, Cast)) else None
 
 
 def balanced(sizes: Mapping[str, int], count: int) -> list[list[str]]:
@@ -145,14 +200,16 @@ def identity_of(plan: Plan, files: Mapping[str, Source], options: Mapping[str, s
 
 
 def _sample(file: Source) -> str:
+    digest = hashlib.sha256()
+    if file.is_far and isinstance(file.identity, str):  # an ETag is the same for all who ask
+        digest.update(file.identity.encode())
+        return digest.hexdigest()
     size, end = file.size, _END_NBYTES
     wanted = [(0, size)]
     if size > 2 * end:
-        inside = (
-            range(end, size - end - _SAMPLE_NBYTES, max(1, (size - 2 * end) // _SAMPLES)) if not file.is_far else ()
-        )
+        step = max(1, (size - 2 * end) // _SAMPLES)
+        inside = () if file.is_far else range(end, size - end - _SAMPLE_NBYTES, step)
         wanted = [(0, end), *((at, _SAMPLE_NBYTES) for at in inside), (size - end, end)]
-    digest = hashlib.sha256()
     for data in file.ranges(wanted):
         digest.update(data)
     return digest.hexdigest()
@@ -168,8 +225,7 @@ def _steps_digest(plan: Plan, files: Mapping[str, Source]) -> str:
             digest.update(f"{type(step).__name__} {step.target} {step.nbytes}".encode())
             if isinstance(step, LiteralBytes):
                 digest.update(_without(fields, bytearray(step.data), step.target))
-            elif isinstance(step, (Copy, Cast, Gather)):
-                source = step.entry.storage.source if isinstance(step, Gather) else step.source
+            elif (source := _source_of(step)) is not None:
                 at = source.offset if isinstance(source, ByteRange) else 0
                 of = ",".join(names.get(id(file), os.path.basename(file.path)) for file in files_of(source))
                 digest.update(f" {at} {source.nbytes} {of}".encode("utf-8", "surrogatepass"))
@@ -244,7 +300,7 @@ def tally_of(plan: Plan, records: Iterable[PartRecord]) -> Tally:
         from ckptkit.casting import Losses
 
         conversions = _conversions(plan)
-        for place, *counts in found:
+        for place, *counts in found if found[-1][0] < len(conversions) else ():
             tally.put(conversions[place], Losses(*counts))
     return tally
 
@@ -253,10 +309,9 @@ def _conversions(plan: Plan) -> list[DTypeConversion]:
     """Those that the plan carries out, each once, in its order."""
     found: dict[int, DTypeConversion] = {}
     for step in plan.all_steps():
-        if isinstance(step, (Cast, Gather)):
-            source = step.entry.storage.source if isinstance(step, Gather) else step.source
-            if isinstance(source, ConvertedRange):
-                found.setdefault(id(source.whole), source.whole)
+        source = _source_of(step)
+        if isinstance(source, ConvertedRange):
+            found.setdefault(id(source.whole), source.whole)
     return list(found.values())
 
 
@@ -277,12 +332,36 @@ def read_record(path: str) -> PartRecord:
         data = file.read(0, min(file.size, _RECORD_NBYTES))
     try:
         record = json.loads(data)
-        shaped = record["plan"]["source"], record["plan"]["options"], record["shards"], record["digests"]
-        is_one = all(isinstance(each, dict) for each in shaped) and isinstance(record["losses"], list)
-        is_one &= record["schema_version"] == SCHEMA_VERSION and {"ckptkit", "steps"} <= record["plan"].keys()
-        is_one &= all({"nbytes", "sha256"} <= each.keys() for each in record["shards"].values())
+        is_one = _is_record(record)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         is_one = False
     if not is_one:
         raise CorruptError("is not the record of a part, or is damaged; remove it and write that part anew", path=path)
     return cast(PartRecord, record)
+
+
+def _is_record(record: Any) -> bool:
+    """Whether a JSON value is a `PartRecord`; what is not there, or is of another type, raises."""
+    plan, shards, losses = record["plan"], record["shards"], record["losses"]
+    numbers = [
+        record["part"],
+        record["of"],
+        *(each["nbytes"] for each in shards.values()),
+        *(n for e in losses for n in e),
+    ]
+    texts = [
+        *(each["sample"] for each in plan["source"].values()),
+        plan["ckptkit"],
+        plan["steps"],
+        *plan["options"].values(),
+        *record["digests"].values(),
+    ]
+    return (
+        record["schema_version"] == SCHEMA_VERSION
+        and all(type(number) is int and number >= 0 for number in numbers)
+        and 1 <= record["part"] <= record["of"] <= DEFAULT_LIMITS.shards
+        and all(isinstance(text, str) for text in texts)
+        and all(_DIGEST.fullmatch(digest) for digest in record["digests"].values())
+        and all(each["sha256"] is None or _DIGEST.fullmatch(each["sha256"]) for each in shards.values())
+        and all(len(each) == _LOSSES for each in losses)
+    )

@@ -11,15 +11,15 @@ moves the shards to their places and writes the index: until then a reader sees 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import re
 import threading
-import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import cast
+from typing import Any, TypeVar, cast
 
 from ckptkit.bytesource import Source, SourceFile
 from ckptkit.errors import CorruptError, FileAccessError, RewriteError
@@ -27,18 +27,31 @@ from ckptkit.fleet.shares import Share
 from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.plan import Digest, IndexFile, LiteralBytes, Plan
 from ckptkit.report import SCHEMA_VERSION, listed
-from ckptkit.transfer.names import Output, beside, created, no_folder, overwrite, publish, remove_folder, this_host
+from ckptkit.transfer.names import (
+    Output,
+    beside,
+    created,
+    fcntl,
+    has_name,
+    locked,
+    no_folder,
+    overwrite,
+    publish,
+    remove_folder,
+    this_host,
+)
 from ckptkit.transfer.part_records import (
     PartRecord,
     PlanIdentity,
-    balanced,
     differences,
+    hashed_by,
     identity_of,
     late_fields,
     losses_of,
     read_record,
     shard_digest,
     shares_of,
+    staging_of,
     tally_of,
 )
 from ckptkit.transfer.passing import DigestsInPassing, Passed
@@ -46,22 +59,33 @@ from ckptkit.transfer.steps import Tally, digested, fill_file
 from ckptkit.transfer.workers import Progress, in_parallel, uninterrupted
 from ckptkit.transfer.writing import Check, index_bytes, places, remove_stale_shards, status_of, write_atomically
 
-__all__ = ["Parts", "staging_of"]
+__all__ = ["Parts"]
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 _RECORD = re.compile(r"part-([0-9]{5,9})-of-([0-9]{5,9})\.json")
 
 
-def staging_of(index: str) -> str:
-    """The folder that parts are put into: its name follows from the index's, and is that of a temporary file.
+@contextlib.contextmanager
+def _access_told(shown: str) -> Iterator[None]:
+    """What the system refuses in the block is told of the output."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, FileAccessError):
+            raise
+        raise FileAccessError(f"{shown}: cannot be written: {error.strerror}", path=shown) from error
 
-    Args:
-        index: path of the index that is to be written.
-    """
-    folder, name = os.path.split(index)
-    name = name.removesuffix(".index.json")
-    stem, ending = os.path.splitext(name)
-    digits = f"{zlib.crc32(name.encode('utf-8', 'surrogateescape')):08x}"  # and no host's: no other run removes it
-    return os.path.join(folder, f".{stem[:40]}.{digits}.tmp{ending[:16]}")
+
+def _with_errors(method: F) -> F:
+    """The method of `Parts`; what the system refuses it is told of the output."""
+
+    @functools.wraps(method)
+    def called(self: Parts, *given: Any, **named: Any) -> Any:
+        with _access_told(self._shown):
+            return method(self, *given, **named)
+
+    return cast(F, called)
 
 
 class Parts:
@@ -95,11 +119,13 @@ class Parts:
         self._is_ours = staging is None
         self._shown = destination
         self._files = files
+        self._hashed: dict[int, list[list[str]]] = {}
 
     @property
     def _folder(self) -> str:
         return os.path.realpath(os.path.dirname(self._shown))
 
+    @_with_errors
     def write(
         self,
         share: Share,
@@ -139,8 +165,7 @@ class Parts:
         digests, tally, stop = None, Tally(), threading.Event()
         try:
             if self._is_ours:
-                with contextlib.suppress(FileExistsError):
-                    os.mkdir(self.staging, 0o777 if replaced is None else 0o700)
+                self._make_folder(0o777 if replaced is None else 0o700)
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self._record_path(share))
             with uninterrupted():
@@ -170,24 +195,26 @@ class Parts:
                 "digests": {name: digests.of(file).decode() for name, file in hashes.items()},
                 "losses": losses_of(self.plan, tally),
             }
-            if any(file.changed() for file in hashes.values()):
-                raise CorruptError("the file was changed while it was being converted", path=self._shown)
+            for file in hashes.values():
+                if file.changed():
+                    raise CorruptError("the file was changed while it was being converted", path=file.path)
             data = json.dumps(record, indent=1).encode()
             literal = Plan(format="json", nbytes=len(data), steps=(LiteralBytes(0, data),), tensors=0, aliases={})
             waits = None if check is None else lambda _path, _compared: None
             write_atomically(self._record_path(share), literal, force=True, check=waits)
             return record, tally
-        except OSError as error:
-            if isinstance(error, FileAccessError):
-                raise
-            if isinstance(error, FileNotFoundError):
-                raise no_folder(self._shown) from error
-            shown = os.path.join(os.path.dirname(self._shown), os.path.basename(self.staging))
-            raise FileAccessError(f"{shown}: cannot be written: {error.strerror}", path=shown) from error
         finally:
             stop.set()
             if digests is not None:
                 digests.join()
+
+    def _make_folder(self, mode: int) -> None:
+        try:
+            os.mkdir(self.staging, mode)
+        except FileExistsError:
+            pass
+        except FileNotFoundError as error:
+            raise no_folder(self._shown) from error
 
     def _part(self, names: Iterable[str]) -> Plan:
         """The plan of these shards and of an index of them; digests are left for the end."""
@@ -201,10 +228,11 @@ class Parts:
 
     def _digested(self, share: Share) -> dict[str, Source]:
         """The source files whose digests are wanted, and which this part computes."""
-        wanted = {id(file) for file in digested(self.plan)}
-        files = {name: file for name, file in self._files.items() if id(file) in wanted}
-        sizes = {name: file.size for name, file in files.items()}
-        return {name: files[name] for name in balanced(sizes, share.count)[share.index - 1]}
+        if self._hashed.get(share.count) is None:
+            wanted = {id(file) for file in digested(self.plan)}
+            files = {name: file for name, file in self._files.items() if id(file) in wanted}
+            self._hashed[share.count] = hashed_by(self.plan, files, share.count)
+        return {name: self._files[name] for name in self._hashed[share.count][share.index - 1]}
 
     def _record_path(self, share: Share) -> str:
         return os.path.join(self.staging, f"part-{share.index:05d}-of-{share.count:05d}.json")
@@ -228,17 +256,43 @@ class Parts:
             RewriteError: they are of as many parts as others are not.
         """
         found: dict[int, PartRecord] = {}
+        names: list[str] = []
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            for name in sorted(os.listdir(self.staging)):
-                if match := _RECORD.fullmatch(name):
-                    path = os.path.join(self.staging, name)
-                    record = read_record(path)
-                    if (record["part"], record["of"]) != (int(match[1]), int(match[2])):
-                        raise CorruptError("the record is not of the part that its name says", path=path)
-                    known = found.setdefault(record["part"], record)
-                    if known["of"] != record["of"]:
-                        raise self._refused(record, f"part {known['part']} is one of {known['of']}")
+            names = sorted(os.listdir(self.staging))
+        for match in filter(None, map(_RECORD.fullmatch, names)):
+            path = os.path.join(self.staging, match[0])
+            record = read_record(path)
+            if (record["part"], record["of"]) != (int(match[1]), int(match[2])):
+                raise CorruptError("the record is not of the part that its name says", path=path)
+            known = found.setdefault(record["part"], record)
+            if known["of"] != record["of"]:
+                raise self._refused(record, f"part {known['part']} is one of {known['of']}")
         return found
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """The block finishes, and no other process does at the same time, where the file system has locks.
+
+        Raises:
+            FileAccessError: another one does.
+        """
+        path = os.path.join(self.staging, "finish.lock")
+        with contextlib.ExitStack() as stack:
+            if fcntl is not None and os.path.isdir(self.staging):  # on Windows it would stand in the way of the folder
+                with _access_told(self._shown):
+                    fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+                stack.callback(os.close, fd)
+                is_alone = True
+                with contextlib.suppress(OSError):  # there are no locks here
+                    is_alone = locked(fd) and has_name(os.fstat(fd), path)
+                if not is_alone:
+                    told = "another process is making one checkpoint of the parts, or has done so"
+                    raise FileAccessError(f"{self._shown}: {told}", path=self._shown)
+            try:
+                yield
+            finally:
+                with contextlib.suppress(OSError):
+                    os.unlink(path)
 
     def require_same(self, records: Iterable[PartRecord], count: int) -> None:
         """See that parts are of this very plan, and that there are to be so many.
@@ -269,6 +323,7 @@ class Parts:
             path=self._shown,
         )
 
+    @_with_errors
     def missing(self, *, hashed: bool) -> tuple[int, dict[int, str]]:
         """How many parts there are to be (0: none is there), and what is wrong with those that are not whole.
 
@@ -346,6 +401,7 @@ class Parts:
                 return False
         return True
 
+    @_with_errors
     def finish(
         self,
         *,
@@ -396,10 +452,6 @@ class Parts:
                 remove_stale_shards(self._folder, replaces, source)
             if self._is_ours:
                 self._remove()
-        except OSError as error:
-            if isinstance(error, FileAccessError):
-                raise
-            raise FileAccessError(f"{self._shown}: cannot be written: {error.strerror}", path=self._shown) from error
         finally:
             with uninterrupted():
                 for file in files:

@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import ckptkit
 from ckptkit.cli import COMMANDS, check, ending, main
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="descriptors and signals as on Linux")
@@ -47,6 +48,7 @@ CASES: dict[str, dict[int, list[str]]] = {
     "explain": {0: []},
     "inspect": {0: ["lin.pth"], 1: ["hostile.pth", "--json"]},
     "manifest": {0: ["lin.pth"]},
+    "report": {0: ["passed.json"], 1: ["failed.json"]},
     "verify": {
         0: ["lin.pth", "--model", "net.py:make", "--no-forward"],
         1: ["other.pth", "--model", "net.py:make", "--no-forward", "--json"],
@@ -71,6 +73,8 @@ def folder(tmp_path: Path) -> Path:
     torch.save({"other": torch.ones(2)}, tmp_path / "other.pth")
     torch.save({"w": torch.ones(2), "x": Runs()}, tmp_path / "hostile.pth")
     (tmp_path / "net.py").write_text(NET)
+    for name, dtype in (("passed.json", "float32"), ("failed.json", "int8")):
+        (tmp_path / name).write_text(ckptkit.check(tmp_path / "lin.pth", allow_dtype=dtype).to_json())
     return tmp_path
 
 
@@ -287,7 +291,7 @@ def test_whatever_fails_while_the_output_is_made_is_2(
     def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setitem(check.RENDERERS, "text", fail)
+    monkeypatch.setattr(check, "_lines", fail)
     with pytest.raises(SystemExit) as ended:
         main(["check", str(folder / "lin.pth")])
     assert ended.value.code == 2

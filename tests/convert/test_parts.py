@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from support.far import serving
+from support.far import below, serving
 from support.files import same_files
 from torch import nn
 
@@ -22,10 +22,9 @@ from ckptkit.errors import CorruptError, DestinationExistsError, RewriteError
 from ckptkit.fleet.shares import Share
 from ckptkit.normalize.selection import KEY
 from ckptkit.plan import LiteralBytes, Plan
-from ckptkit.transfer import part_records
+from ckptkit.transfer import part_records, parts
 from ckptkit.transfer.names import is_temporary_name
-from ckptkit.transfer.part_records import balanced, shares_of
-from ckptkit.transfer.parts import staging_of
+from ckptkit.transfer.part_records import balanced, shares_of, staging_of
 
 SIZE = "6kB"
 
@@ -127,6 +126,26 @@ def test_sources_that_are_far(tmp_path: Path, source: Path) -> None:
         ckptkit.convert(url, tmp_path / "many/model.bin", finish=True, **given)
     assert same_files(tmp_path / "one", tmp_path / "many")
     assert max(fetched) < 1.6 * len(content)
+    assert sorted(fetched)[1] < 0.8 * len(content)
+
+
+def test_shards_that_are_far_are_fetched_once(tmp_path: Path, save: Callable[..., Path]) -> None:
+    """Each is hashed by the part that reads it; the others look at its header alone."""
+    for folder in ("source", "one", "many"):
+        (tmp_path / folder).mkdir()
+    source = save({f"layer{number}": torch.rand(250, 1000) for number in range(8)}, "source.pth")
+    given: dict[str, Any] = {"max_shard_size": "2.1MB"}
+    ckptkit.convert(source, tmp_path / "source/model.safetensors", **given)
+    with serving(below(tmp_path / "source", "far://bucket")) as store:
+        url = "far://bucket/model.safetensors.index.json"
+        ckptkit.convert(url, tmp_path / "one/model.bin", **given)
+        store.asked.clear()
+        for number in (1, 2):
+            ckptkit.convert(url, tmp_path / "many/model.bin", part=f"{number}/2", **given)
+        fetched = sum(each.nbytes for each in store.asked if each.what == "read")
+        ckptkit.convert(url, tmp_path / "many/model.bin", finish=True, **given)
+        assert fetched < 1.1 * sum(map(len, store.files.values()))
+    assert same_files(tmp_path / "one", tmp_path / "many")
 
 
 def test_until_the_end_nothing_is_seen(convert, source: Path) -> None:
@@ -229,7 +248,10 @@ def test_shards_that_are_not_whole(convert, source: Path) -> None:
     assert convert(*command, "--part", "2/2").code == 0
     record_path = hidden / "part-00001-of-00002.json"
     text = record_path.read_text()
-    for broken in ("", "[]", text[:100], text.replace('"shards"', '"shard"')):
+    others = [text.replace('"of": 2', '"of": 999999999'), text.replace('"digests": {', '"digests": {"a": "00"')]
+    others += [text.replace('"losses": []', '"losses": [[1]]'), text.replace('"nbytes": ', '"nbytes": -')]
+    assert len({text, *others}) == 5
+    for broken in ("", "[]", "1", text[:100], text.replace('"shards"', '"shard"'), *others):
         record_path.write_text(broken)
         with pytest.raises(CorruptError, match="not the record of a part"):
             ckptkit.convert(source, "out/model.safetensors", weights_only=True, max_shard_size=SIZE, finish=True)
@@ -341,6 +363,7 @@ def test_nothing_to_share(source: Path, tmp_path: Path, asked: dict[str, Any]) -
         ({"part": "1"}, "expected I/N"),
         ({"part": "1/2", "finish": True}, "--finish ends what the parts wrote; leave out --part 1/2"),
         ({"dry_run": True, "finish": True}, "leave out --dry-run"),
+        ({"part": "1/999999999"}, "--part 1/999999999: there are at most 10,000 shards"),
         ({"part": "1/2", "jobs": 2}, "a part is written by one process; leave out --jobs"),
         ({"jobs": 0}, "--jobs 0: expected a whole number from 1"),
         ({"files_from": "list.txt"}, "--files-from list.txt lists files of a folder; one checkpoint is converted"),
@@ -385,6 +408,39 @@ def test_a_destination_appears_meanwhile(source: Path, tmp_path: Path) -> None:
     assert (out / first).read_bytes() == b"somebody's"
     ckptkit.convert(source, out / "m.bin", finish=True, force=True, **given)
     assert hidden.name not in listed(out)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="locks as POSIX has them")
+def test_one_process_finishes(convert, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of several jobs may try to: the last one that wrote its part does."""
+    os.mkdir("out")
+    arguments = (source, "out/m.bin", "--weights-only", "--max-shard-size", SIZE)
+    for number in (1, 2):
+        assert convert(*arguments, "--part", f"{number}/2").code == 0
+    told = []
+    real = parts.Parts.finish
+
+    def meanwhile(self: Any, **given: Any) -> Any:
+        if not told:
+            told.append(convert(*arguments, "--finish"))
+        return real(self, **given)
+
+    monkeypatch.setattr(parts.Parts, "finish", meanwhile)
+    assert convert(*arguments, "--finish").code == 0
+    assert (told[0].code, "another process is making one checkpoint of the parts" in told[0].err) == (2, True)
+    os.mkdir("one")
+    assert ckptkit.convert(source, "one/m.bin", weights_only=True, max_shard_size=SIZE).ok
+    assert same_files("one", "out")
+
+
+def test_something_else_is_where_parts_go(convert, source: Path) -> None:
+    os.mkdir("out")
+    arguments = (source, "out/m.bin", "--weights-only", "--max-shard-size", SIZE)
+    Path(staging_of("out/m.bin.index.json")).write_text("words")
+    for asked in (("--part", "2/2"), ("--finish",)):
+        done = convert(*arguments, *asked)
+        assert (done.code, "m.bin.index.json" in done.err, "bug" in done.err) == (2, True, False), done.err
+    assert len(listed("out")) == 1
 
 
 def test_shares_are_balanced_by_bytes() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from support import fleet_work
 
-from ckptkit.fleet import Outcome, each, pool
+from ckptkit.fleet import Outcome, each, pool, processes
 
 SUPPORT = Path(fleet_work.__file__)
 
@@ -43,8 +43,7 @@ def test_a_worker_that_gives_no_sign_is_killed(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_workers_that_do_not_start_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pool, "_serve", os._exit)  # with a connection for its code: it raises
-    monkeypatch.setattr(pool, "_NAME", "other")  # the name that workers have
+    monkeypatch.setattr(processes, "_serve", os._exit)  # with a channel for its code: it raises
     came = list(each(range(5000), fleet_work.square, jobs=2))
     assert len(came) == 5000
     assert {outcome.problem for _, outcome in came} == {"died"}
@@ -110,15 +109,17 @@ def test_a_script_without_a_guard_runs_once(thread: str, tmp_path: Path) -> None
         sys.path.insert(0, {str(SUPPORT.parents[1])!r})
         print("begun", flush=True)
         {thread}
-        from support.fleet_work import dies, square
+        from support.fleet_work import dies, says, square
         from ckptkit.fleet import each
         print(sum(outcome.result() for _, outcome in each(range(100), square, jobs=2)))
         tasks = [("never", 1), ("exit", {str(tmp_path / "note")!r}), ("never", 2)]
         print([outcome.problem or outcome.value for _, outcome in each(tasks, dies, jobs=2)])
+        print("kept", end=" ")
+        print([outcome.value for _, outcome in each(["noise"] * 2, says, jobs=2)])
     """
     script.write_text("\n".join(line.strip() for line in code.splitlines()))
     done = subprocess.run([sys.executable, "-W", "error", script], capture_output=True, text=True, timeout=60)
-    assert (done.stdout, done.stderr) == ("begun\n328350\n[1, 'died', 2]\n", "")
+    assert (done.stdout, done.stderr) == ("begun\n328350\n[1, 'died', 2]\nkept ['noise', 'noise']\n", "noise\n" * 2)
 
 
 def test_memory_stays_flat_over_100_000_tasks() -> None:

@@ -25,6 +25,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
+from support.far import little_by_little, serving
 from support.tar_samples import archive, members
 from torch import nn
 from torch.package import PackageExporter
@@ -122,22 +123,32 @@ NAMES = (
 every_file = pytest.mark.parametrize("name", NAMES)
 
 
-@pytest.fixture
-def both(folder: Path, files: dict[str, bytes]) -> Callable[[str, Callable[[str], object]], tuple[str, str]]:
-    """What comes of the file in memory and of the one on disk, or which error, told without where they lie."""
+FAR = "far://bucket/"
 
-    def outcomes(name: str, work: Callable[[str], object]) -> tuple[str, str]:
-        told = []
-        for place in (SCHEME, f"{folder}/"):
-            try:
-                outcome = work(place + name)
-            except CkptkitError as error:
-                outcome = f"{type(error).__name__}: {error}"
-            text = outcome if isinstance(outcome, str) else json.dumps(outcome, default=repr)
-            told.append(text.replace(place, ""))
-        return told[0], told[1]
 
-    return outcomes
+@pytest.fixture(params=["memory", "far", "far, little by little"])
+def both(
+    request: pytest.FixtureRequest, folder: Path, files: dict[str, bytes]
+) -> Iterator[Callable[[str, Callable[[str], object]], tuple[str, str]]]:
+    """What comes of a file elsewhere and of the one on disk, or which error, told without where they lie."""
+    place = SCHEME if request.param == "memory" else FAR
+    with serving({}) as store, little_by_little() if "little" in request.param else contextlib.nullcontext():
+        yield partial(_outcomes, [place, f"{folder}/"], files, store.files)
+
+
+def _outcomes(
+    places: list[str], files: dict[str, bytes], served: dict[str, bytes], name: str, work: Callable[[str], object]
+) -> tuple[str, str]:
+    served.update({FAR + each: data for each, data in files.items()})
+    told = []
+    for place in places:
+        try:
+            outcome = work(place + name)
+        except CkptkitError as error:
+            outcome = f"{type(error).__name__}: {error}"
+        text = outcome if isinstance(outcome, str) else json.dumps(outcome, default=repr)
+        told.append(text.replace(place, ""))
+    return told[0], told[1]
 
 
 Both = Callable[[str, Callable[[str], object]], tuple[str, str]]
@@ -218,7 +229,7 @@ def test_it_is_verified(both: Both, monkeypatch: pytest.MonkeyPatch) -> None:
     def verified(path: str) -> object:
         maps.clear()
         report = ckptkit.verify(path, model=lambda: nn.Linear(3, 2), input_shapes=[(1, 3)], against=path)
-        assert bool(maps) and all((found is None) == path.startswith(SCHEME) for found in maps)
+        assert bool(maps) and all((found is None) == (":" in path) for found in maps)
         return report.ok, [finding.code for finding in report.findings], report.details["outputs"]
 
     ours, theirs = both("linear.pth", verified)

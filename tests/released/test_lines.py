@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from support.commands import output_of
+from support.far import serving
 
 import ckptkit
 from ckptkit import api
@@ -170,6 +171,26 @@ def test_a_folder_that_is_a_checkpoint_and_an_archive_member(looked_at: list[str
     touched("packed.zip")
     check("dcp", "packed.zip/1.pth", "--resume", "runs", to="runs")
     assert looked_at == ["dcp", "packed.zip/1.pth"]
+
+
+def test_files_at_urls_by_what_their_server_says_of_them(looked_at: list[str]) -> None:
+    data = Path("w/0.pth").read_bytes()
+    urls = ["far://bucket/a.pth", "far://bucket/b.pth"]
+    with serving(dict.fromkeys(urls, data)) as store:
+        check(*urls, to="runs")
+        requests = len(store.asked)
+        check("far://bucket/", to="folder")
+        looked_at.clear()
+        check(*urls, "--resume", "runs")
+        check("far://bucket/", "--resume", "folder")
+        assert looked_at == []
+        store.files[urls[1]] = Path("w/1.pth").read_bytes()
+        check(*urls, "--resume", "runs", to="runs")
+        assert looked_at == urls[1:]
+        store.asked.clear()
+        output_of(check_command, *(url.replace("bucket", "other") for url in urls), code=2)
+        output_of(check_command, *urls)
+        assert requests <= len([each for each in store.asked if "bucket" in each.url]) + 2
 
 
 @pytest.mark.parametrize("cut", [1, 30, 400, 900])

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import random
+import re
 import socket
 import ssl
 import subprocess
@@ -27,7 +28,7 @@ from safetensors.torch import save_file
 from support.range_server import Fault, RangeServer, Reply, range_server
 
 import ckptkit
-from ckptkit.cli import main
+from ckptkit.cli import ending, main
 from ckptkit.errors import CorruptError, FileAccessError, MissingFileError
 from ckptkit.places import own_name
 from ckptkit.remote import connections, http, retries
@@ -253,7 +254,7 @@ def test_a_server_says_how_long_to_wait(web, naps, monkeypatch) -> None:
     assert all(0 < nap <= 8 for nap in naps[2:4])
     assert naps[4] == 55.0
     web.faults = [Fault(status=503, headers={"Retry-After": "3600"})]
-    with pytest.raises(FileAccessError, match=r"503 .*; the server asks to wait 3,600 seconds: try again later$"):
+    with pytest.raises(FileAccessError, match=r"503 .*; the server asks us to wait 3,600 seconds: try again later$"):
         opened(web)
     assert len(naps) == 5
 
@@ -281,10 +282,10 @@ def test_a_body_that_breaks_off_is_gone_on_with_where_it_was(web, naps, monkeypa
 
 
 @pytest.mark.parametrize("fault", [{"cut": 0}, {"cut": 0, "resets": True}, {"cut": 100}])
-def test_an_answer_that_breaks_off_while_a_file_is_opened_is_asked_for_again(web, naps, fault) -> None:
+def test_an_answer_that_breaks_off_while_a_file_is_opened_is_gone_on_with(web, naps, fault) -> None:
     web.faults = [Fault(**fault)] * 2
     assert opened(web).head == DATA[:HEAD]
-    assert len(naps) == 2
+    assert len(naps) == (2 if not fault["cut"] else 1)  # none before the rest is asked for
 
 
 def test_headers_that_break_off_are_no_answer(web, naps, monkeypatch) -> None:
@@ -303,9 +304,21 @@ def test_bytes_that_come_are_an_advance(web, naps, monkeypatch) -> None:
     assert HttpStore().read(file, 0, 100_000) == DATA[:100_000]
     assert web.ranges[:3] == [(0, 1000), (1000, 1000), (2000, 1000)]
     assert len(web.asked) == 21
+    web.faults = [Fault(cut=5)] * 10
+    assert HttpStore().read(file, 0, 40) == DATA[:40]
     web.faults = [Fault(cut=999)] * 20
     with pytest.raises(FileAccessError, match=r"broke off after 999 of 95,005 bytes \(tried 6 times\)"):
         HttpStore().read(file, 0, 100_000)
+
+
+def test_a_line_on_which_every_body_breaks_off_is_slow_and_no_more(web, naps, tmp_path) -> None:
+    torch.save({f"w{i}": torch.randn(300, 300) for i in range(8)}, tmp_path / "m.pth")
+    web.files["m.pth"] = (tmp_path / "m.pth").read_bytes()
+    web.before = lambda path: web.faults.append(Fault(cut=70_000))
+    ckptkit.convert(f"{web.url}/m.pth", tmp_path / "out.safetensors")
+    assert ckptkit.diff(tmp_path / "m.pth", tmp_path / "out.safetensors").ok
+    assert len(web.asked) > 40
+    assert web.nbytes < 1.1 * len(web.files["m.pth"]) + 2 * HEAD
 
 
 def test_nobody_listens(naps) -> None:
@@ -325,8 +338,17 @@ def test_a_server_that_says_nothing(naps, monkeypatch) -> None:
             opened(silent)
 
 
+def test_a_slow_server_is_not_one_that_says_nothing(web, naps, monkeypatch) -> None:
+    monkeypatch.setattr(connections, "ANSWER_SECONDS", 0.2)
+    connections._idle.close()
+    file = opened(web)
+    web.rate = 1_000_000
+    assert HttpStore().read(file, 0, 300_000) == DATA[:300_000]  # in 0.3 seconds
+    assert naps == []
+
+
 def test_what_will_not_be_otherwise_is_not_tried_again(naps) -> None:
-    with pytest.raises(FileAccessError, match=r"no machine is called nowhere\.invalid: check the name"):
+    with pytest.raises(FileAccessError, match=r"the host nowhere\.invalid cannot be found: check the name"):
         HttpStore().open("http://nowhere.invalid/x", 10)
     for url in ("http:///x", "http://h:99999/x", "http://a b/x", "https://", "http://[::1/x", "http://a..b/x"):
         with pytest.raises(FileAccessError, match="is not a valid http:// or https:// URL"):
@@ -340,9 +362,9 @@ def test_what_will_not_be_otherwise_is_not_tried_again(naps) -> None:
         (
             401,
             FileAccessError,
-            "401 Unauthorized: it wants to know who asks; give https://USER:PASSWORD@HOST/PATH, or hf",
+            "401 Unauthorized: it needs a user name and password; give https://USER:PASSWORD@HOST/PATH, or hf",
         ),
-        (403, FileAccessError, "403 Forbidden: it may not be read this way; a signed URL may have expired"),
+        (403, FileAccessError, "403 Forbidden: access is denied; a signed URL may have expired"),
         (404, MissingFileError, "no such file"),
         (410, MissingFileError, "no such file"),
         (451, FileAccessError, "the server answers 451 Unavailable For Legal Reasons"),
@@ -483,6 +505,19 @@ def test_chunks_that_are_none(hear, chunks) -> None:
         HttpStore().open("http://h/x", 10)
 
 
+def test_bodies_that_end_with_their_connection(hear) -> None:
+    hear(told("206 Partial Content", RANGE, body=b"0123456789").replace(b"HTTP/1.1", b"HTTP/1.0"))
+    assert HttpStore().open("http://h/x", 10).head == b"0123456789"
+    hear(told("200 OK", body=b"0123456789"))
+    assert HttpStore().open("http://h/x", 4).size == 10
+    hear(told("206 Partial Content", RANGE, body=b"0123456789more"))
+    with pytest.raises(FileAccessError, match=r"sends more bytes than it announced \(tried 6 times\)"):
+        HttpStore().open("http://h/x", 10)
+    hear(told("206 Partial Content", RANGE, body=b""))
+    with pytest.raises(FileAccessError, match=r"broke off after 0 of 10 bytes \(tried 6 times\)"):
+        HttpStore().open("http://h/x", 10)
+
+
 def test_any_answer_at_all_ends_in_an_error_or_in_bytes(hear) -> None:
     draw = random.Random(1)
     inserted = [
@@ -530,7 +565,7 @@ def test_a_long_file_of_a_server_without_ranges_is_refused_with_its_size(web, mo
     monkeypatch.setattr(http, "_COPIED_NBYTES", 200_000)
     monkeypatch.setattr(http, "_PIECE_NBYTES", 90_000)
     web.gives_ranges = False
-    told = "does not give parts of files, and this one has {}: download it"
+    told = "does not give parts of files, and this one is {}: download it"
     with pytest.raises(FileAccessError, match=told.format("307 kB")):
         opened(web)
     web.gives_length = False
@@ -636,6 +671,24 @@ def test_where_it_was_redirected_to_expires(web, other, naps, status) -> None:
     assert naps == []
 
 
+def test_who_redirected_is_asked_where_something_else_is_found_there(web, other, naps) -> None:
+    web.files["g.bin"] = DATA
+    other.redirects = {"x": (302, f"{web.url}/f.bin")}
+    file = opened(other, "x")
+    other.redirects = {"x": (302, f"{web.url}/g.bin")}
+    for wrong in (b"<html>Log in</html>", DATA[::-1]):
+        web.files["f.bin"] = wrong
+        assert HttpStore().read(file, 100, 100) == DATA[100:200]
+    web.replies = lambda path, query, headers: Reply(200, b"<html>") if path == "g.bin" else None
+    web.files["f.bin"] = DATA
+    other.redirects = {"x": (302, f"{web.url}/f.bin")}
+    assert HttpStore().read(file, 100, 100) == DATA[100:200]
+    web.files["f.bin"] = DATA[::-1]
+    with pytest.raises(CorruptError, match="the file was changed while it was being read"):
+        HttpStore().read(file, 100, 100)
+    assert naps == []
+
+
 def test_redirects_end(web, other) -> None:
     web.redirects = {str(i): (302, str(i + 1)) for i in range(11)}
     web.files["10"] = web.files["11"] = DATA
@@ -661,7 +714,7 @@ def test_credentials_go_to_their_own_server_only(web, other) -> None:
     with pytest.raises(FileAccessError, match="401 Unauthorized: the user name or password is wrong"):
         HttpStore().open(with_user(web.url, "me:wrong") + "/f.bin", 10)
     other.redirects = {"z": (302, f"{url}/f.bin")}  # nobody else's say who asks
-    with pytest.raises(FileAccessError, match="401 Unauthorized: it wants to know who asks"):
+    with pytest.raises(FileAccessError, match="401 Unauthorized: it needs a user name and password"):
         HttpStore().open(f"{other.url}/z", 10)
 
 
@@ -741,7 +794,7 @@ def test_https_with_the_certificates_of_the_environment(secure, naps, monkeypatc
 
 
 def test_https_asked_of_a_server_that_speaks_http(web, naps) -> None:
-    with pytest.raises(FileAccessError, match=r"127\.0\.0\.1 does not speak TLS as it must .*: is it http://\?"):
+    with pytest.raises(FileAccessError, match=r"127\.0\.0\.1 does not speak TLS .*: is it http://\?"):
         HttpStore().open(web.url.replace("http:", "https:") + "/f.bin", 10)
     assert naps == []
 
@@ -789,6 +842,38 @@ def test_proxies_that_cannot_be_used(web, monkeypatch) -> None:
     assert "pro:" not in str(told.value)
 
 
+def test_progress_is_told_with_its_rate(web, tmp_path, capsys) -> None:
+    torch.save({"a": torch.ones(1000, 1000)}, tmp_path / "m.pth")
+    web.files["m.pth"] = (tmp_path / "m.pth").read_bytes()
+    with pytest.raises(SystemExit) as ended:
+        main(["convert", "--progress", f"{web.url}/m.pth", str(tmp_path / "out.safetensors")])
+    assert ended.value.code == 0
+    assert re.search(r"\r100%  8 MB of 8 MB  [\d.]+ [kMG]B/s  0:00 left", capsys.readouterr().err)
+
+
+def test_how_fast_files_come_is_told_on_a_terminal(web, tmp_path, capsys, monkeypatch) -> None:
+    torch.save({"a": torch.ones(1000, 1000)}, tmp_path / "m.pth")
+    web.files |= {"m.pth": (tmp_path / "m.pth").read_bytes(), "bad.pth": b"nothing" * 300_000}
+    monkeypatch.setattr(ending, "_SECONDS", 0.01)
+    monkeypatch.setattr(ending, "_PATIENCE_SECONDS", 0.0)
+    web.before = lambda path: time.sleep(0.02)
+
+    def said(*words: str) -> str:
+        monkeypatch.setattr(sys.stderr, "isatty", lambda: "piped" not in words, raising=False)
+        with pytest.raises(SystemExit):
+            main([word for word in words if word != "piped"])
+        return capsys.readouterr().err
+
+    for words in (["check", "--no-nan", f"{web.url}/m.pth"], ["inspect", f"{web.url}/m.pth", f"{web.url}/bad.pth"]):
+        told = said(*words)
+        lines = [line for line in told.split("\r") if line.strip() and not line.startswith("ckptkit")]
+        assert lines
+        assert all(re.fullmatch(r"[\d.]+ [kM]?B read  [\d.]+ [kMG]?B/s +", f"{line} ") for line in lines), told
+        assert told.split("\r")[-2].strip() == "" or words[0] == "inspect"
+        assert "read  " not in said("piped", *words) + said("-q", *words)
+    assert "read  " not in said("check", str(tmp_path / "m.pth"))
+
+
 # What is never said.
 
 
@@ -798,7 +883,7 @@ def test_proxies_that_cannot_be_used(web, monkeypatch) -> None:
         ("https://user:pa:ss@h.com:8080/a/b.pth", "https://***@h.com:8080/a/b.pth", "b.pth"),
         ("https://token@h/b.pth?download=true", "https://***@h/b.pth?download=true", "b.pth"),
         ("https://user:p/w@h.com/x.pth", "https://***@h.com/x.pth", "x.pth"),
-        ("https://h/pkg@1.0/a%20b.pth#part", "https://h/pkg@1.0/a%20b.pth", "a%20b.pth#part"),
+        ("https://h/pkg@1.0/a%20b.pth#part", "https://h/pkg@1.0/a%20b.pth", "a%20b.pth"),
         ("https://[::1]:80/f", "https://[::1]:80/f", "f"),
         ("https://h/f?X-Amz-Algorithm=a&X-Amz-Signature=z&versionId=3", "https://h/f?***&versionId=3", "f"),
         ("https://h/f?X-Goog-Credential=a&X-Goog-Signature=z", "https://h/f?***", "f"),
@@ -862,20 +947,41 @@ def test_commands_show_no_credentials(web, tmp_path, capsys, monkeypatch) -> Non
     web.authorization = authorization("me:hidden")
     web.files |= {"m.pth": Path("m.pth").read_bytes(), "bad.pth": Path("m.pth").read_bytes()[:-300]}
     good, bad, none = (with_user(web.url, "me:hidden") + f"/{name}.pth?sig=hidden" for name in ("m", "bad", "none"))
+    policy = Path("policy.json")
     for words in (
         ["inspect", good],
-        ["inspect", "--json", good],
+        ["inspect", "--json", good, none],
+        ["inspect", "--json", "--stats", bad, good],
         ["convert", good, "out.safetensors"],
         ["convert", "--json", good, "out2.safetensors"],
         ["diff", good, "m.pth"],
         ["diff", "--json", "m.pth", good],
+        ["check", good, bad, none, "--no-pickle"],
+        ["check", "--json", good, bad, none, "--jobs", "2"],
+        ["check", "--json-lines", "--part", "1/1", good, bad, none],
+        ["check", good, none, bad],
+        ["check", "--no-pickle", "--no-nan", "--json", good, bad],
+        *(
+            ["check", "--no-pickle", "--format", output, good, bad, none]
+            for output in ("junit", "sarif", "github", "markdown")
+        ),
+        ["check", "--json-lines", good, none],
+        ["manifest", good],
+        ["manifest", good, "-o", str(policy)],
+        ["check", good, "--manifest", str(policy), "--json"],
+        ["manifest", none],
         ["--debug", "convert", bad, "x.safetensors"],
         ["--debug", "diff", bad, good],
         ["--debug", "convert", none, "x.safetensors"],
+        ["--debug", "inspect", none],
+        ["--debug", "verify", none, "--model", "torchvision:resnet18"],
+        ["--debug", "check", with_user(web.url, "me:hidden") + "/m.pth/?sig=hidden"],
+        ["convert", "m.pth", with_user(web.url, "me:hidden") + "/new.pth?sig=hidden"],
     ):
         with pytest.raises(SystemExit):
             main(words)
         said = capsys.readouterr()
         assert "hidden" not in said.out + said.err, words
-        assert "***@127.0.0.1" in said.out + said.err or words[0] == "convert"
+        assert "***@127.0.0.1" in said.out + said.err or words[0] in ("convert", "manifest"), words
+    assert "hidden" not in policy.read_text()
     assert b"hidden" not in Path("out.safetensors").read_bytes()

@@ -294,13 +294,16 @@ def test_what_is_not_there(s3: ObjectServer, pauses: list[float]) -> None:
     assert not pauses
 
 
-def test_a_server_that_is_not_there(s3: ObjectServer, monkeypatch: pytest.MonkeyPatch, pauses: list[float]) -> None:
-    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+@pytest.mark.parametrize(("host", "tries"), [("127.0.0.1", retries.RETRIES), ("there-is-none.invalid", 0)])
+def test_a_server_that_is_not_there(
+    s3: ObjectServer, monkeypatch: pytest.MonkeyPatch, pauses: list[float], host: str, tries: int
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:9")
     with pytest.raises(ckptkit.FileAccessError) as caught:
         ckptkit.open("s3://models/m.pth")
-    assert "127.0.0.1:9" in str(caught.value)
-    assert "AWS_ENDPOINT_URL" in str(caught.value)
-    assert len(pauses) == retries.RETRIES
+    assert f"{host}:9" in str(caught.value)
+    assert "check the network, AWS_ENDPOINT_URL and --storage-option endpoint_url=URL" in str(caught.value)
+    assert len(pauses) == tries
 
 
 def test_a_server_without_ranges_is_refused(s3: ObjectServer, monkeypatch: pytest.MonkeyPatch) -> None:

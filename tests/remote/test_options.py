@@ -139,6 +139,18 @@ def test_every_command_takes_them(
     assert "Traceback" not in refused.err
 
 
+def test_a_configuration_names_urls(
+    s3: ObjectServer, command: Callable[..., Done], save: SaveAs, tmp_path: Path
+) -> None:
+    s3.put("configured/net.pth", save({"a": torch.ones(3)}))
+    (tmp_path / "ckptkit.toml").write_text('paths = ["s3://models/configured/"]\nno_pickle = true\n')
+    s3.forget()
+    done = command("check")
+    assert done.code == 1
+    assert "s3://models/configured/net.pth: FAILED" in done.out
+    assert len([each for each in s3.asked if "list-type" in each.query]) == 1
+
+
 def test_every_function_takes_them(s3: ObjectServer, private: tuple[str, ...], save: SaveAs, tmp_path: Path) -> None:
     path = save(torch.nn.Linear(2, 3).state_dict())
     url = s3.put("net.pth", path)
@@ -174,11 +186,12 @@ def test_they_hold_in_threads_and_end_with_the_command(save: SaveAs) -> None:
 
 
 def test_a_process_of_many_tasks_keeps_its_connections() -> None:
-    with remote.session({"a": 1}):
+    with remote.session({"a": 1, "secret": HIDDEN}):
         work = remote.carried(partial(_store, "memory://x"))
     first, again = pickle.loads(pickle.dumps(work))(0), work(1)
     assert first is again
-    assert first._options == {"a": 1}
+    assert first._options == {"a": 1, "secret": HIDDEN}
+    assert HIDDEN not in repr(work)
     assert remote.current_session() is None
 
 
@@ -224,6 +237,22 @@ def test_an_option_that_the_file_system_does_not_know_is_named(s3: ObjectServer)
         ckptkit.open("s3://models/m.pth", storage_options={"nonsense": HIDDEN})
     assert "look at --storage-option nonsense" in str(caught.value)
     assert HIDDEN not in str(caught.value)
+
+
+def test_what_a_package_says_is_told_without_what_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    def failing(self: Any, *given: Any, **options: Any) -> Any:
+        raise ValueError(f"cannot sign in with {HIDDEN}\nat https://user:{HIDDEN}@host/?sig={HIDDEN}")
+
+    for name in ("info", "__init__"):
+        monkeypatch.setattr(MemoryFileSystem, name, failing)
+        with pytest.raises(
+            ckptkit.FileAccessError, match=r"memory://m\.pth: .*cannot sign in with \*\*\* at"
+        ) as caught:
+            ckptkit.open("memory://m.pth", storage_options={"deep": {"secret": HIDDEN}})
+        assert HIDDEN not in str(caught.value)
+        assert str(caught.value).endswith("look at --storage-option deep")
 
 
 # Files of this machine.

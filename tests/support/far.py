@@ -9,17 +9,20 @@ import hashlib
 import os
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
 from ckptkit import remote
 from ckptkit.errors import CorruptError, FileAccessError, MissingFileError
+from ckptkit.formats import containers, zip_archive, zip_records
+from ckptkit.remote import source
 from ckptkit.remote.retries import masked
 from ckptkit.remote.store import FarFile, Store
 
-__all__ = ["Asked", "FarStore", "below", "serving"]
+__all__ = ["Asked", "FarStore", "below", "little_by_little", "serving"]
 
 
 class Asked(NamedTuple):
@@ -29,6 +32,11 @@ class Asked(NamedTuple):
     url: str
     offset: int = 0
     nbytes: int = 0
+
+
+@lru_cache(1024)
+def _stamp(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 class FarStore(Store):
@@ -63,21 +71,18 @@ class FarStore(Store):
             raise MissingFileError(f"{masked(url)}: no such file", path=masked(url))
         return self.files[url]
 
-    def _stamp(self, data: bytes) -> str:
-        return hashlib.sha256(data).hexdigest()
-
     def open(self, url: str, nbytes: int) -> FarFile:
         """As `Store.open`."""
         head = self.files.get(url, b"")[:nbytes] if self.heads else b""
         self._note("open", url, 0, len(head))
         data = self._data(url)
-        return FarFile(url=url, shown=masked(url), size=len(data), stamp=self._stamp(data), head=head)
+        return FarFile(url=url, shown=masked(url), size=len(data), stamp=_stamp(data), head=head)
 
     def read(self, file: FarFile, offset: int, nbytes: int) -> bytes:
         """As `Store.read`."""
         self._note("read", file.url, offset, nbytes)
         data = self._data(file.url)
-        if self._stamp(data) != file.stamp:
+        if _stamp(data) != file.stamp:
             raise CorruptError("the file was changed while it was being read", path=file.shown)
         if nbytes < 1 or offset < 0 or offset + nbytes > len(data):
             raise AssertionError(f"bytes that are not there were asked for: {offset}, {nbytes} of {len(data)}")
@@ -86,7 +91,7 @@ class FarStore(Store):
     def stamp(self, file: FarFile) -> str | None:
         """As `Store.stamp`."""
         self._note("stamp", file.url)
-        return self._stamp(self._data(file.url))
+        return _stamp(self._data(file.url))
 
     def listing(self, url: str) -> Mapping[str, int]:
         """As `Store.listing`."""
@@ -113,6 +118,18 @@ def below(folder: str | os.PathLike[str], url: str) -> dict[str, bytes]:
         return {url: root.read_bytes()}
     found = sorted(path for path in root.rglob("*") if path.is_file())
     return {f"{url.rstrip('/')}/{path.relative_to(root).as_posix()}": path.read_bytes() for path in found}
+
+
+@contextmanager
+def little_by_little() -> Iterator[None]:
+    """Meanwhile so little of a far file is read at once that small ones are not whole by the first look at them."""
+    amounts = ("_HEAD_NBYTES", 512), ("_HEADER_NBYTES", 512), ("_LEAST_NBYTES", 64), ("_ALONG_NBYTES", 16 << 10)
+    with ExitStack() as stack:
+        for name, nbytes in amounts:
+            stack.enter_context(mock.patch.object(source, name, nbytes))
+        for module in (zip_records, zip_archive, containers):
+            stack.enter_context(mock.patch.object(module, "TAIL_NBYTES", 1200))
+        yield
 
 
 @contextmanager

@@ -28,6 +28,11 @@ def same(value: Any) -> Any:
     return value
 
 
+def says(text: str) -> str:
+    print(text, flush=True)
+    return text
+
+
 def slow(number: int) -> int:
     time.sleep(0.002)
     return number

@@ -107,7 +107,7 @@ class Hub:
         told = {"X-Repo-Commit": commit}
         if len(data) < self.large:
             cached = f"api/resolve-cache/{name}/{commit}/{quote(path)}"
-            self.server.files[cached] = data
+            self.server.files[cached], self.server.headers[cached] = data, told
             return Reply(307, b"Temporary Redirect", {**told, "Location": f"/{cached}?etag=x"})
         sha256 = hashlib.sha256(data).hexdigest()
         self.cdn.files[sha256] = data
@@ -130,7 +130,7 @@ class Hub:
             if len(data) >= self.large:
                 entries[-1]["lfs"] = {"oid": "5a", "size": len(data), "pointerSize": 134}
         asked = parse_qs(query)
-        assert asked["recursive"] == ["true"]
+        assert asked["recursive"][0].lower() == "true"
         start = int(asked.get("cursor", ["0"])[0])
         link = {}
         if start + self.page < len(entries):

@@ -78,6 +78,7 @@ class RangeServer:
         redirects: where paths are redirected to: status and URL.
         authorization: what a request must have in its header of that name, or be answered with 401.
         gives_ranges, gives_length: whether it does.
+        headers: that it sends with files, by path.
         stamps: its headers that tell one state of a file from another: of ``etag``, ``weak``, ``modified``.
         rate: bytes a second, at most.
     """
@@ -95,6 +96,7 @@ class RangeServer:
     authorization: str | None = None
     gives_ranges: bool = True
     gives_length: bool = True
+    headers: dict[str, dict[str, str]] = field(default_factory=dict)
     stamps: tuple[str, ...] = ("etag",)
     rate: float | None = None
     closing: threading.Event = field(default_factory=threading.Event)
@@ -173,7 +175,7 @@ class _Handler(BaseHTTPRequestHandler):
         if data is None:
             self._answer(404, b"", path, None, {}, fault)
             return
-        stamps = served.stamped(data)
+        stamps = {**served.stamped(data), **served.headers.get(path, {})}
         found = re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range", ""))
         if found is None or not served.gives_ranges:
             self._answer(200, data, path, None, {**stamps, "Accept-Ranges": "bytes"}, fault)
@@ -214,7 +216,11 @@ class _Handler(BaseHTTPRequestHandler):
         if path in served.redirects:
             status, url = served.redirects[path]
             return Reply(status, b"it is elsewhere", {"Location": url})
-        return served.replies(path, query, dict(self.headers)) if served.replies is not None else None
+        return (
+            served.replies(path, query, {name.title(): each for name, each in self.headers.items()})
+            if served.replies is not None
+            else None
+        )
 
     def _answer(
         self, status: int, body: bytes, path: str, first: int | None, headers: dict[str, str], fault: Fault

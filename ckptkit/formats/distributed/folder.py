@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from ckptkit import places
@@ -49,6 +49,10 @@ def _let_open(count: int) -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
+_READ_APART = (".distcp", ".metadata", ".json", ".txt", ".py", ".md", ".yaml", ".yml")
+"""How files end that are not read with all others: items, and texts."""
+
+
 class FolderSource(Source):
     """A folder whose files are one checkpoint.
 
@@ -71,8 +75,8 @@ class FolderSource(Source):
     """
 
     __slots__ = (
-        "_is_listed", "_opens", "asked", "findings", "is_far", "layout", "members", "names", "own", "root", "rules",
-        "tag", "tp_rules",
+        "_is_listed", "_is_together", "_opens", "asked", "findings", "is_far", "layout", "members", "names", "own",
+        "root", "rules", "tag", "tp_rules",
     )  # fmt: skip
 
     def __init__(
@@ -90,6 +94,7 @@ class FolderSource(Source):
     ) -> None:
         super().__init__(places.shown(path), 0)
         self._opens, self.is_far, self._is_listed = places.opener(root), places.is_url(root), places.are_listed(root)
+        self._is_together = False
         self.root = root
         self.layout = layout
         self.names = names
@@ -128,6 +133,17 @@ class FolderSource(Source):
     def sibling(self, name: str) -> Source:
         """As `Source.sibling`, of a name in the folder."""
         return self._opens(name)
+
+    def will_open(self, names: Sequence[str]) -> None:
+        """As `Source.will_open`, of files that are far: side by side."""
+        if self.is_far:
+            places.look_ahead([self.part(name) for name in names])
+
+    def read_together(self) -> None:
+        """See to it that the files whose trees are read one after the other come side by side, if they are far."""
+        if self.is_far and not self._is_together:
+            self._is_together = True
+            self.will_open([name for name in self.own if not name.endswith(_READ_APART)])
 
     def whole_parts(self) -> dict[str, Source]:
         """All the files that belong to the checkpoint, by name; those that nobody has read yet too.
@@ -220,6 +236,7 @@ def read_part(probe: Probe, name: str, *, named: bool = True) -> RawCheckpoint:
         FormatError: it is damaged or refused; the message begins with its name.
     """
     folder = folder_of(probe)
+    folder.read_together()
     file = folder.part(name)
     part = Probe(file, probe.limits, f"{name}:")
     try:
