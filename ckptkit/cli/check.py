@@ -5,6 +5,7 @@ The screen has a line a file, what is wrong with it below, and the verdict last.
 
 from __future__ import annotations
 
+import json
 import os
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -35,6 +36,9 @@ if TYPE_CHECKING:
     from ckptkit.released.results import CheckReport, FileResult
 
 __all__ = ["OUTPUTS", "RENDERERS", "command", "echo_lines", "show", "text"]
+
+_TOGETHER = 4096
+"""Elements of a document that are written at once."""
 
 _MOST = 160
 """Characters of an expected or found value."""
@@ -257,6 +261,8 @@ def command(
             return echo_lines(run.head, run.results(), run.end)
         if wanted == "text":
             return _echo_text(run, view)
+        if wanted == "json" and not ending.stdout().isatty():
+            return _echo_json(run)
         report = run.report([*run.results()])
     return show(report, wanted, view)
 
@@ -297,6 +303,32 @@ def _echo_text(run: Run, view: ui.View) -> int:
     for line in _last_lines(end["passed_over"], end["verdict"], code, view):
         ui.echo(line)
     return code
+
+
+def _echo_json(run: Run) -> int:
+    """The document, on one line; of very many files no more than its text is in memory.  The exit code."""
+    tally = Tally()
+    files, findings = list[str](), list[str]()
+    for result in run.results():
+        tally.add(result)
+        files.append(json.dumps(result.to_dict()))
+        findings += [json.dumps(finding.to_dict()) for finding in result.findings]
+    end = run.end(tally)
+    code = ending.verdict(end["exit_code"])
+    empty = json.dumps({**run.report(()).to_dict(), "ok": end["ok"], "checked": end["checked"]})
+    head, rest = empty.split('"files": []', 1)
+    between, tail = rest.rsplit('"findings": []', 1)
+    ending.write(f'{head}"files": [')
+    _write_all(files)
+    ending.write(f']{between}"findings": [')
+    _write_all(findings)
+    ending.write(f"]{tail}\n")
+    return code
+
+
+def _write_all(texts: Sequence[str]) -> None:
+    for start in range(0, len(texts), _TOGETHER):
+        ending.write(", " * (start > 0) + ", ".join(texts[start : start + _TOGETHER]))
 
 
 def echo_lines(head: CheckHead, results: Iterable[FileResult], end: Callable[[Tally], CheckEnd]) -> int:

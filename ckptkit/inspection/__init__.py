@@ -290,7 +290,7 @@ def _with_stats(checkpoint: Checkpoint, rows: Sequence[TensorRow]) -> tuple[list
 
     checksums = Checksums()
     checksums.want(row.entry.storage for row in rows if row.entry is not None)
-    will_read(row.entry for row in rows if row.entry is not None)
+    will_read((row.entry for row in rows if row.entry is not None), checksums.along_file)
     known: dict[tuple[object, ...], StatsDocument] = {}
     nothing = cast("StatsDocument", NO_STATS)
     result = []

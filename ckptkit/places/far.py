@@ -96,7 +96,7 @@ class Tree:
 
     def __init__(self, root: str, files: Mapping[str, int]) -> None:
         self.root = root
-        self.files = {name: nbytes for name, nbytes in files.items() if nbytes or not name.endswith("/")}
+        self.files = {name: nbytes for name, nbytes in files.items() if nbytes or (name and not name.endswith("/"))}
         self.folders: dict[str, dict[tuple[str, bool], int | None]] = {}
         for name, nbytes in self.files.items():
             folder, _, own = ("", "", name) if _ODD.search(name) else name.rpartition("/")
@@ -357,7 +357,7 @@ class _Ahead:
             if url is None:
                 return
             context = contextvars.copy_context()
-            self._opening[url] = self._pool.submit(context.run, opened_at, url)
+            self._opening[url] = self._pool.submit(context.run, _looked_into, url)
             self._order.append(url)
 
     def take(self, url: str) -> RemoteSource | None:
@@ -381,6 +381,13 @@ class _Ahead:
         self._pool.shutdown(wait=False, cancel_futures=True)
         for future in self._opening.values():
             _drop(future)
+
+
+def _looked_into(url: str) -> RemoteSource:
+    """A file of which is here what says what it is: its first bytes, and an archive's last."""
+    file = opened_at(url)
+    file._look_ahead()
+    return file
 
 
 def _drop(future: Future[RemoteSource] | None) -> None:

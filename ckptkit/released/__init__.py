@@ -14,7 +14,6 @@ another size in the same pass, one of the same size in a second.
 from __future__ import annotations
 
 import os
-import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -151,7 +150,7 @@ class Run:
             "schema_version": SCHEMA_VERSION,
             "ckptkit": __version__,
             "policy": digest_of(said, digests, None if released is None else released.to_dict()),
-            "run": (None if self._earlier is None else self._earlier.run) or uuid.uuid4().hex,
+            "run": (None if self._earlier is None else self._earlier.run) or os.urandom(16).hex(),
             "resumed": 0 if self._earlier is None else self._earlier.resumed,
             "part": self.part,
             "manifest": self._manifest,
@@ -166,6 +165,7 @@ class Run:
 
     def _results(self) -> Iterator[FileResult]:
         tasks, kept = self._others + self._tasks, list[str]()
+        count, self._others, self._tasks = len(self._others), [], []
         if self._earlier is not None:
             looked_at = [(task, is_kept and task.other is None) for task, is_kept in self._earlier.kept(tasks)]
             kept = [task.path for task, is_kept in looked_at if is_kept]
@@ -173,7 +173,7 @@ class Run:
         work = held if self._workers.executor is None else partial(held_from, os.getcwd())
         found = zip(tasks, side_by_side(tasks, work, workers=self._workers, nbytes=_nbytes, lost=_lost), strict=True)
         opened = ((task, with_model(*each, task, self._verify)) for task, each in found)
-        others = [(task, result) for task, result in islice(opened, len(self._others)) if result.findings]
+        others = [(task, result) for task, result in islice(opened, count) if result.findings]
         self._passed.subtract(Counter(task.other for task, _ in others if task.other is not None))
         told = [*self._told, *(result for _, result in others)]
         told += _told_empty(self._empty, [result.path for _, result in others])

@@ -361,7 +361,7 @@ def examine_file(
         else:
             look_at_ends(files)
         if is_folder(file) and is_held:  # what pieces lie in is known by now
-            reading.damages.extend(damages_of(contents.storages))
+            reading.damages.extend(damages_of(contents.storages, reading.sums))
         hashes = reading.files
         if hash_file and not is_whole:
             hashes = read_through([given], (), hash_files=True, digest=False).files

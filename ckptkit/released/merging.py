@@ -8,7 +8,7 @@ A file that several runs tell of has the worst of its results.  Of one run that 
 
 from __future__ import annotations
 
-import uuid
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -66,7 +66,7 @@ def merged(files: Sequence[str]) -> tuple[CheckReport, CheckHead]:
         "schema_version": SCHEMA_VERSION,
         "ckptkit": __version__,
         "policy": policy or "",
-        "run": uuid.uuid4().hex,
+        "run": os.urandom(16).hex(),
         "resumed": 0,
         "part": None,
         "manifest": manifest,

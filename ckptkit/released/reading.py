@@ -15,7 +15,7 @@ import hashlib
 import struct
 import threading
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -38,7 +38,8 @@ from ckptkit.pickling.inert import Object, children, tensors_in, walk
 from ckptkit.pickling.layouts import call_of
 from ckptkit.stats import NonFinite, count_all
 from ckptkit.transfer.checksums import Checksums, Damage
-from ckptkit.transfer.values import stream, will_read
+from ckptkit.transfer.passing import InOrder, each_of
+from ckptkit.transfer.values import lying_in, stream, will_read
 from ckptkit.transfer.workers import MANY_NBYTES, Background, in_parallel
 
 __all__ = ["OtherValue", "Reading", "Values", "file_sha256", "is_opaque", "other_values_in", "read_through"]
@@ -85,11 +86,13 @@ class Reading:
     Attributes:
         files: the SHA-256 of each file in hexadecimal, by ``id``.
         damages: of the storages whose recorded checksums were held, those whose bytes are others.
+        sums: the CRC-32 of what came of far files for values that do not lie in them as they are.
     """
 
     def __init__(self) -> None:
         self.files: dict[int, str] = {}
         self.damages: list[Damage] = []
+        self.sums = Checksums()
         self._first: dict[int, Values] = {}
         """Of the first tensor of each storage, by its ``id``."""
         self._others: dict[tuple[object, ...], Values] = {}
@@ -164,7 +167,12 @@ def read_through(
     sums = {id(file): Checksums() for file in files}
     for storage in held:
         sums[id(storage.source.file)].want([storage])
+    # Of a far folder whose tensors are in pieces, the pieces bring the bytes of the files.
+    are_brought = hash_files and bool(apart)
+    in_order = {id(f): InOrder(f.size) for f in files if are_brought and f.is_far and not spans.get(id(f))}
     for file in files:
+        if id(file) in in_order:
+            continue
         checksums = sums[id(file)]
         found: list[_Span] = spans.get(id(file), [])
         if hash_files or found:
@@ -181,11 +189,23 @@ def read_through(
         if file is not files[0]:  # of many files systems allow some to be open at once
             file.release()
     unreadable = {id(damage.storage) for damage in reading.damages if not isinstance(damage.storage.source, ByteRange)}
-    will_read(values.entry for values in apart)
+
+    def along(file: Source) -> Callable[[int, memoryview], object]:
+        reading.sums.want(values.entry.storage for values in apart)
+        return each_of(reading.sums.along_file(file), *([in_order[id(file)]] if id(file) in in_order else []))
+
+    for file in files:
+        if id(file) in in_order:
+            file.will_read([(0, file.size)], along(file))
+    if in_order:  # files are hashed from their beginnings
+        apart.sort(key=lambda values: next((run.offset for run in lying_in(values.entry)), 0))
+    else:
+        will_read((values.entry for values in apart), along)
     for values in apart:
         values.is_lost = id(values.entry.storage) in unreadable
         for chunk in () if values.is_lost else stream(values.entry):
             values.update(chunk)
+    reading.files |= {id(file): in_order[id(file)].hexdigest(file) for file in files if id(file) in in_order}
     _require_unchanged(files)
     return reading
 
@@ -207,9 +227,9 @@ def look_at_ends(files: Sequence[Source]) -> None:
     in_parallel(ends, nbytes=MANY_NBYTES)
 
 
-def damages_of(storages: Sequence[Storage]) -> list[Damage]:
-    """What is damaged of the storages that others are made of."""
-    checksums = Checksums()
+def damages_of(storages: Sequence[Storage], known: Checksums) -> list[Damage]:
+    """What is damaged of the storages that others are made of; what is known by now is not read again."""
+    checksums = Checksums(known)
     checksums.want(storages)
     return checksums.damages()
 

@@ -175,6 +175,8 @@ def step_of(path: str, tag: str | None = None) -> str:
 
 def name_of(path: str, folder: str) -> str:
     """A file's name relative to a folder, with ``/``; links are not followed."""
+    if not folder and os.sep == "/" and path[:1] not in ("/", ".") and os.path.normpath(path) == path:
+        return path  # as most are, of very many
     name = places.relative(path, folder)
     return path if name == path else name  # the same text takes no room of its own
 

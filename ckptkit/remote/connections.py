@@ -371,14 +371,14 @@ def _failing(error: Exception, host: str, shown: str) -> Exception:
     if isinstance(error, TimeoutError):
         return Passing(f"{host} does not answer in time")
     if isinstance(error, socket.gaierror):
-        why = f"no machine is called {host}: check the name, and the network or its proxy (HTTPS_PROXY)"
+        why = f"the host {host} cannot be found: check the name, the network, and the proxy (HTTPS_PROXY)"
     elif isinstance(error, ssl.SSLCertVerificationError):
         why = (
             f"the certificate of {host} is not trusted ({error.verify_message}): "
             "set SSL_CERT_FILE to a file with the certificates of who signed it"
         )
     elif isinstance(error, ssl.SSLError) and not isinstance(error, (ssl.SSLEOFError, ssl.SSLZeroReturnError)):
-        why = f"{host} does not speak TLS as it must ({error.reason or 'no reason is given'}): is it http://?"
+        why = f"{host} does not speak TLS ({error.reason or 'no reason is given'}): is it http://?"
     elif "Tunnel connection failed" in str(error):
         told = str(error).rpartition("failed: ")[2]
         if told.startswith("5"):

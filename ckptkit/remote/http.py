@@ -293,7 +293,7 @@ class HttpStore(Store):
         told.answer.discard()
         if is_passing(status):
             raise self._passing(told.answer)
-        raise self.refusal(place, status, told.answer.headers)
+        raise self.refusal(place, told)
 
     def _hop(self, place: Place, url: str, wanted: str | None) -> Described:
         """One request and its answer."""
@@ -311,20 +311,20 @@ class HttpStore(Store):
     def _passing(self, answer: Answer) -> Passing:
         return Passing(f"the server answers {_named(answer.status)}", after=told_to_wait(answer.headers))
 
-    def refusal(self, place: Place, status: int, headers: Message) -> Exception:
-        """What to raise where an answer with this status and headers will be the same the next time."""
-        shown = place.shown
+    def refusal(self, place: Place, told: Described) -> Exception:
+        """What to raise for an answer that will be the same the next time."""
+        shown, status = place.shown, told.answer.status
         if status in _GONE:
             return MissingFileError(f"{shown}: no such file", path=shown)
-        told = f"{shown}: the server answers {_named(status)}"
+        why = f"{shown}: the server answers {_named(status)}"
         if status == 401:
-            wrong = "the user name or password is wrong" if place.authorization else "it wants to know who asks"
-            told += f": {wrong}; give https://USER:PASSWORD@HOST/PATH, or hf://user/repo/file and HF_TOKEN for the hub"
+            wrong = "the user name or password is wrong" if place.authorization else "it needs a user name and password"
+            why += f": {wrong}; give https://USER:PASSWORD@HOST/PATH, or hf://user/repo/file and HF_TOKEN for the hub"
         elif status == 403:
-            told += ": it may not be read this way; a signed URL may have expired, or it wants https://USER:PASSWORD@HOST/PATH"
+            why += ": access is denied; a signed URL may have expired, or it needs https://USER:PASSWORD@HOST/PATH"
         elif status == 407:
-            told += ": set HTTP_PROXY=http://USER:PASSWORD@HOST:PORT, or NO_PROXY"
-        return FileAccessError(told, path=shown)
+            why += ": set HTTP_PROXY=http://USER:PASSWORD@HOST:PORT, or NO_PROXY"
+        return FileAccessError(why, path=shown)
 
 
 def joined(url: str, header: str) -> str:
@@ -395,7 +395,7 @@ def _copied(answer: Answer, shown: str) -> SourceFile:
                 if max(told or 0, nbytes) > _COPIED_NBYTES:
                     size = human_size(told) if told is not None else f"more than {human_size(nbytes)}"
                     raise FileAccessError(
-                        f"{shown}: the server does not give parts of files, and this one has {size}: "
+                        f"{shown}: the server does not give parts of files, and this one is {size}: "
                         "download it (curl -O) and give the file",
                         path=shown,
                     )

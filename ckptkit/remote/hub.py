@@ -24,7 +24,7 @@ from urllib.parse import quote, unquote
 
 from ckptkit.errors import FileAccessError, MissingFileError
 from ckptkit.remote.connections import Target
-from ckptkit.remote.http import HttpStore, Place, joined
+from ckptkit.remote.http import Described, HttpStore, Place, joined
 from ckptkit.remote.retries import masked_text
 from ckptkit.remote.store import FarFile
 
@@ -140,7 +140,7 @@ def _token(url: str) -> str | None:
             return None
     token = token.strip()
     if token and not _TOKEN.fullmatch(token):
-        raise FileAccessError(f"{url}: what {where} holds is not a token: it has other characters", path=url)
+        raise FileAccessError(f"{url}: the token in {where} has characters that no token has", path=url)
     return token or None
 
 
@@ -299,14 +299,16 @@ class HubStore(HttpStore):
         except (ValueError, RecursionError) as error:
             raise _no_listing(url) from error
 
-    def refusal(self, place: Place, status: int, headers: Message) -> Exception:
+    def refusal(self, place: Place, told: Described) -> Exception:
         """As `HttpStore.refusal`."""
-        if not isinstance(place, _HubPlace) or place.path is None or place.final is not None:
-            return super().refusal(place, status, headers)
+        is_hub = Target.of(told.url, place.shown).may_have_what_is_for(Target.of(place.asked, place.shown))
+        if not isinstance(place, _HubPlace) or place.path is None or not is_hub:
+            return super().refusal(place, told)
+        status, headers = told.answer.status, told.answer.headers
         shown, path, said = place.shown, place.path, _printable(headers.get("X-Error-Message", ""))
         code = place.code = headers.get("X-Error-Code", "")
         has_token = place.authorization is not None
-        other = "the token of HF_TOKEN may not read it" if has_token else "it is private: set HF_TOKEN"
+        other = "the token in HF_TOKEN may not read it" if has_token else "it is private: set HF_TOKEN"
         if code == "RevisionNotFound":
             return MissingFileError(f"{shown}: the repository has no revision {path.revision or _MAIN!r}", path=shown)
         if code == "EntryNotFound":
@@ -315,7 +317,7 @@ class HubStore(HttpStore):
             who = "with the account of HF_TOKEN" if has_token else "and set HF_TOKEN to a token of that account"
             why = f"the repository is gated: accept its terms at {_endpoint()}/{path.prefix} {who}"
         elif status == 401 and said == "Invalid credentials in Authorization header":
-            why = f"the hub does not know the token of HF_TOKEN: make another at {_endpoint()}/settings/tokens"
+            why = f"the hub does not accept the token in HF_TOKEN: make a new one at {_endpoint()}/settings/tokens"
         elif code == "RepoNotFound" or status == 401:
             why = f"there is no repository {path.prefix!r} on the hub, or {other}"
             kind = MissingFileError if status in (404, 410) else FileAccessError
@@ -325,7 +327,7 @@ class HubStore(HttpStore):
         elif said and status not in (404, 410):
             why = f"the hub answers {status}: {said}"
         else:
-            return super().refusal(place, status, headers)
+            return super().refusal(place, told)
         return FileAccessError(f"{shown}: {why}", path=shown)
 
 

@@ -78,7 +78,7 @@ def retried(shown: str, work: Callable[[], _Value]) -> _Value:
         work: goes on where it was.
 
     Raises:
-        FileAccessError: it raised that too often, or the server asks to wait longer than is sensible.
+        FileAccessError: it raised that too often, or the server asks us to wait longer than is sensible.
     """
     tries = 0
     waited = 0.0
@@ -93,7 +93,7 @@ def retried(shown: str, work: Callable[[], _Value]) -> _Value:
             if error.after is not None:
                 if error.after > _LONGEST_TOLD:
                     raise FileAccessError(
-                        f"{shown}: {error.why}; the server asks to wait {error.after:,.0f} seconds: try again later",
+                        f"{shown}: {error.why}; the server asks us to wait {error.after:,.0f} seconds: try again later",
                         path=shown,
                     ) from error.__cause__
                 pause = max(pause, error.after)

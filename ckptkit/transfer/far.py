@@ -19,7 +19,7 @@ from ckptkit.bytesource import ByteRange, Source, write_at
 from ckptkit.computed import ByteSource, ConvertedRange, DenseRange, is_made, read_into
 from ckptkit.errors import CorruptError
 from ckptkit.plan import Cast, Copy, Gather, LiteralBytes, Plan
-from ckptkit.transfer.passing import DigestsInPassing, Passed, pieces_of
+from ckptkit.transfer.passing import DigestsInPassing, Passed, each_of, pieces_of
 from ckptkit.transfer.steps import Progress, Small, Tally
 from ckptkit.transfer.values import SMALL_NBYTES, lying_in, stream
 from ckptkit.transfer.workers import buffer, in_parallel, near_together
@@ -102,15 +102,10 @@ def move_far(
                 areas[key] += [(run.offset, run.nbytes) for each in held for run in lying_in(each) if run.file is file]
             takers += [digests.in_order[key]] if key in digests.in_order else []
             wanted = [(0, file.size)] if key in digests.in_order else sorted(areas[key])
-            file.will_read(wanted, partial(_taken, takers) if takers else None)
+            file.will_read(wanted, each_of(*takers) if takers else None)
     placed.sort(key=itemgetter(0, 1))
     mover = _Mover(tally, moved, passed)
     in_parallel(near_together(mover.tasks(placed), _APART), nbytes=sum(step.nbytes for *_, step in placed), stop=stop)
-
-
-def _taken(takers: Sequence[Callable[[int, memoryview], object]], start: int, data: memoryview) -> None:
-    for take in takers:
-        take(start, data)
 
 
 class _Mover:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import MappingProxyType
 
 from ckptkit.bytesource import ByteRange, Source
@@ -19,7 +19,7 @@ from ckptkit.normalize.tensors import every_tensor
 from ckptkit.transfer.checksums import Checksums
 from ckptkit.transfer.workers import Background
 
-__all__ = ["CONVERTED_NBYTES", "DigestsInPassing", "InOrder", "Passed", "is_far", "passed_of", "pieces_of"]
+__all__ = ["CONVERTED_NBYTES", "DigestsInPassing", "InOrder", "Passed", "each_of", "is_far", "passed_of", "pieces_of"]
 
 _HASHED_NBYTES = 1 << 20
 """Bytes hashed at a time: they fit into a core's own cache."""
@@ -32,6 +32,16 @@ _PIECE_NBYTES = 8 << 20
 
 _WAITING_NBYTES = 32 << 20
 """Bytes that wait to be hashed, from which on those that bring more wait too."""
+
+
+def each_of(*takers: Callable[[int, memoryview], object]) -> Callable[[int, memoryview], None]:
+    """What gives a run of bytes to each of several that are to see it."""
+
+    def take(start: int, data: memoryview) -> None:
+        for taker in takers:
+            taker(start, data)
+
+    return take
 
 
 class InOrder:
@@ -80,12 +90,27 @@ class InOrder:
         """Where the run begins that has the next byte; others may have some of it, too."""
         return next((start for start, run in self._waiting.items() if start <= self._at < start + len(run)), None)
 
-    def hexdigest(self) -> str | None:
-        """The digest, once all has come; ``None``: it has not."""
+    def _reached(self) -> int:
         with self._changed:
             while self._is_busy:
                 self._changed.wait(0.2)
-            return self._digest.hexdigest() if self._at == self._nbytes else None
+            return self._at
+
+    def hexdigest(self, file: Source) -> str:
+        """The digest; what has not come of the file yet is read.
+
+        Raises:
+            FileAccessError, CorruptError: it cannot be.
+        """
+        at = -1
+        while at < (at := self._reached()) < self._nbytes:
+            file.read(at, 1)  # brings more, which comes here
+        if at < self._nbytes:  # nothing has been brought at all, or not in order
+            self._digest, self._at = hashlib.sha256(), self._nbytes
+            file.will_read([(0, self._nbytes)])
+            for part in file.views(0, self._nbytes):
+                self._digest.update(part)
+        return self._digest.hexdigest()
 
 
 class DigestsInPassing:
@@ -133,12 +158,7 @@ class DigestsInPassing:
         if self._thread is not None:
             self._thread.wait()
         if id(file) in self.in_order and id(file) not in self._found:
-            found = self.in_order[id(file)].hexdigest()
-            if found is None:  # nothing was moved out of it, as out of an index; or not all of it has passed by
-                file.will_read([(0, file.size)])
-                self._hash([file])
-            else:
-                self._found[id(file)] = found.encode()
+            self._found[id(file)] = self.in_order[id(file)].hexdigest(file).encode()
         return self._found[id(file)]
 
     def join(self) -> None:

@@ -54,6 +54,16 @@ def test_a_failure_says_rule_expected_found_and_fix() -> None:
     assert lines[5].startswith("b.safetensors: ok") and lines[6] == "1 of 2 files failed"
 
 
+def test_the_document_is_that_of_python() -> None:
+    Path("c.pth").write_bytes(b"not a checkpoint")
+    Path("notes.txt").write_text('"files": [], "findings": []')
+    for options in ({}, {"no_pickle": True}, {"skip_others": True, "part": "2/3"}):
+        arguments = [f"--{name.replace('_', '-')}" for name, value in options.items() if value is True]
+        arguments += ["--part", "2/3"] * ("part" in options)
+        report = ckptkit.check(["."], **options)
+        assert check(".", *arguments, "--json", code=report.exit_code) == json.dumps(report.to_dict()) + "\n"
+
+
 def test_quiet_shows_only_what_is_wrong() -> None:
     assert check(".", "-q") == ""
     assert check(".", "-q", "--no-pickle", code=1).splitlines()[0].startswith("a.pth: FAILED")

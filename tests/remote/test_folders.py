@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as safetensors_bytes
 from support.far import Asked, FarStore, below, serving
 from support.files import SameBits
+from support.hub import hub
 from support.sharded import Samples
 
 import ckptkit
@@ -250,7 +251,8 @@ def test_a_repository_is_walked_through_like_a_folder(command: Callable[..., Don
             assert set(looked_at) <= set(files)
 
 
-def test_files_are_opened_side_by_side() -> None:
+@pytest.mark.parametrize("heads", [True, False])
+def test_files_are_opened_side_by_side(*, heads: bool) -> None:
     together = threading.Barrier(16, timeout=20)
 
     class Waiting(FarStore):
@@ -260,9 +262,16 @@ def test_files_are_opened_side_by_side() -> None:
             together.wait()
             return super().open(url, nbytes)
 
+    class WaitingToRead(FarStore):
+        """Answers once sixteen read; that there is a file it says at once."""
+
+        def read(self, file: FarFile, offset: int, nbytes: int) -> bytes:
+            together.wait()
+            return super().read(file, offset, nbytes)
+
     files = {f"{ROOT}/{number % 4}/{number}/config.json": b"{}" for number in range(159)}
-    with serving({**files, f"{ROOT}/model.safetensors": SAFE}) as store:
-        store.__class__ = Waiting
+    with serving({**files, f"{ROOT}/model.safetensors": SAFE}, heads=heads) as store:
+        store.__class__ = Waiting if heads else WaitingToRead
         with remote.session():
             from ckptkit.formats.folder import Surveyor
 
@@ -271,7 +280,7 @@ def test_files_are_opened_side_by_side() -> None:
             survey = surveyor.result()
         assert [each.path for each in survey.checkpoints] == [f"{ROOT}/model.safetensors"]
         assert survey.passed_over == {"JSON file": 159}
-        assert len(store.of("open")) == 160
+        assert len(store.of("open")) == 160 and len(store.of("read")) == (0 if heads else 160)
 
 
 def test_files_of_ranks_are_read_side_by_side() -> None:
@@ -351,6 +360,27 @@ def test_what_is_not_there(command: Callable[..., Done]) -> None:
         store.has_listings, store.listing = True, refused  # type: ignore[method-assign]
         assert "answers 403 to a listing" in command("inspect", f"{ROOT}/nothing").err
         assert command("inspect", f"{ROOT}x/m.pth").code == 0, "it can be read, if not listed"
+
+
+def test_a_repository_of_the_hub(command: Callable[..., Done], monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {name.removeprefix(f"{ROOT}/"): data for name, data in below(FIXTURES, ROOT).items()}
+    with hub() as stand_in:
+        monkeypatch.setenv("HF_ENDPOINT", stand_in.server.url)
+        stand_in.push("user/repo", files)
+        for path in ("hf://user/repo", "hf://user/repo@main/"):
+            stand_in.server.forget()
+            far = command("inspect", "--json", path)
+            assert sum("/tree/" in each.path for each in stand_in.server.asked) == 1, "one listing"
+            local = command("inspect", "--json", FIXTURES)
+            root = path.rstrip("/")
+            assert (far.code, far.err) == (local.code, local.err)
+            assert from_root(far.out, root) == from_root(local.out, str(FIXTURES))
+        admission = ("check", "--no-pickle", "--max-trust", "safe", "hf://user/repo")
+        assert command(*admission).code == 1
+        stand_in.push("user/repo", {"model.safetensors": SAFE, "config.json": b"{}", "README.md": b"# A model"})
+        assert command(*admission).code == 0
+        gone = command("inspect", "hf://user/gone")
+        assert gone.code == 2 and "no repository 'user/gone'" in gone.err
 
 
 # Conversions.

@@ -254,7 +254,7 @@ def test_a_server_says_how_long_to_wait(web, naps, monkeypatch) -> None:
     assert all(0 < nap <= 8 for nap in naps[2:4])
     assert naps[4] == 55.0
     web.faults = [Fault(status=503, headers={"Retry-After": "3600"})]
-    with pytest.raises(FileAccessError, match=r"503 .*; the server asks to wait 3,600 seconds: try again later$"):
+    with pytest.raises(FileAccessError, match=r"503 .*; the server asks us to wait 3,600 seconds: try again later$"):
         opened(web)
     assert len(naps) == 5
 
@@ -348,7 +348,7 @@ def test_a_slow_server_is_not_one_that_says_nothing(web, naps, monkeypatch) -> N
 
 
 def test_what_will_not_be_otherwise_is_not_tried_again(naps) -> None:
-    with pytest.raises(FileAccessError, match=r"no machine is called nowhere\.invalid: check the name"):
+    with pytest.raises(FileAccessError, match=r"the host nowhere\.invalid cannot be found: check the name"):
         HttpStore().open("http://nowhere.invalid/x", 10)
     for url in ("http:///x", "http://h:99999/x", "http://a b/x", "https://", "http://[::1/x", "http://a..b/x"):
         with pytest.raises(FileAccessError, match="is not a valid http:// or https:// URL"):
@@ -362,9 +362,9 @@ def test_what_will_not_be_otherwise_is_not_tried_again(naps) -> None:
         (
             401,
             FileAccessError,
-            "401 Unauthorized: it wants to know who asks; give https://USER:PASSWORD@HOST/PATH, or hf",
+            "401 Unauthorized: it needs a user name and password; give https://USER:PASSWORD@HOST/PATH, or hf",
         ),
-        (403, FileAccessError, "403 Forbidden: it may not be read this way; a signed URL may have expired"),
+        (403, FileAccessError, "403 Forbidden: access is denied; a signed URL may have expired"),
         (404, MissingFileError, "no such file"),
         (410, MissingFileError, "no such file"),
         (451, FileAccessError, "the server answers 451 Unavailable For Legal Reasons"),
@@ -565,7 +565,7 @@ def test_a_long_file_of_a_server_without_ranges_is_refused_with_its_size(web, mo
     monkeypatch.setattr(http, "_COPIED_NBYTES", 200_000)
     monkeypatch.setattr(http, "_PIECE_NBYTES", 90_000)
     web.gives_ranges = False
-    told = "does not give parts of files, and this one has {}: download it"
+    told = "does not give parts of files, and this one is {}: download it"
     with pytest.raises(FileAccessError, match=told.format("307 kB")):
         opened(web)
     web.gives_length = False
@@ -714,7 +714,7 @@ def test_credentials_go_to_their_own_server_only(web, other) -> None:
     with pytest.raises(FileAccessError, match="401 Unauthorized: the user name or password is wrong"):
         HttpStore().open(with_user(web.url, "me:wrong") + "/f.bin", 10)
     other.redirects = {"z": (302, f"{url}/f.bin")}  # nobody else's say who asks
-    with pytest.raises(FileAccessError, match="401 Unauthorized: it wants to know who asks"):
+    with pytest.raises(FileAccessError, match="401 Unauthorized: it needs a user name and password"):
         HttpStore().open(f"{other.url}/z", 10)
 
 
@@ -794,7 +794,7 @@ def test_https_with_the_certificates_of_the_environment(secure, naps, monkeypatc
 
 
 def test_https_asked_of_a_server_that_speaks_http(web, naps) -> None:
-    with pytest.raises(FileAccessError, match=r"127\.0\.0\.1 does not speak TLS as it must .*: is it http://\?"):
+    with pytest.raises(FileAccessError, match=r"127\.0\.0\.1 does not speak TLS .*: is it http://\?"):
         HttpStore().open(web.url.replace("http:", "https:") + "/f.bin", 10)
     assert naps == []
 

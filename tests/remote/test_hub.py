@@ -116,6 +116,11 @@ def test_signed_urls_expire(there, monkeypatch) -> None:
     there.cdn.stamps = ("weak",)  # another server there: the hub says that it is the same file
     there.signature = "third"
     assert store.read(file, 0, 100) == DATA[:100]
+    there.cdn.replies = lambda path, query, headers: Reply(403)
+    with pytest.raises(
+        FileAccessError, match=r"hf://u/r/m.bin: the server answers 403 .* a signed URL may have expired"
+    ):
+        store.read(file, 0, 100)
     assert naps == []
 
 
@@ -299,7 +304,7 @@ def test_where_tokens_are_found(there, monkeypatch, tmp_path) -> None:
     write(tmp_path / "xdg" / "huggingface" / "token")
     assert may()
     monkeypatch.setenv("HF_TOKEN", "two words")
-    with pytest.raises(FileAccessError, match="what HF_TOKEN holds is not a token") as caught:
+    with pytest.raises(FileAccessError, match="the token in HF_TOKEN has characters that no token has") as caught:
         HubStore().open("hf://u/r/m.bin", 10)
     assert "words" not in str(caught.value)
 
@@ -310,9 +315,9 @@ def test_where_tokens_are_found(there, monkeypatch, tmp_path) -> None:
         (None, "hf://u/gated/x", FileAccessError, "accept its terms at http.*/u/gated and set HF_TOKEN to a token of"),
         ("bad", "hf://u/gated/x", FileAccessError, "accept its terms at http.*/u/gated with the account of HF_TOKEN$"),
         (None, "hf://u/none/x", FileAccessError, "no repository 'u/none' on the hub, or it is private: set HF_TOKEN$"),
-        ("bad", "hf://u/none/x", MissingFileError, "no repository 'u/none' .*, or the token of HF_TOKEN may not"),
+        ("bad", "hf://u/none/x", MissingFileError, "no repository 'u/none' .*, or the token in HF_TOKEN may not"),
         (None, "hf://datasets/u/r/x", FileAccessError, "there is no repository 'datasets/u/r' on the hub"),
-        (UNKNOWN, "hf://u/r/m.bin", FileAccessError, "the hub does not know the token of HF_TOKEN: make another at"),
+        (UNKNOWN, "hf://u/r/m.bin", FileAccessError, "the hub does not accept the token in HF_TOKEN: make a new"),
         (None, "hf://u/r/none", MissingFileError, "hf://u/r/none: no such file in the repository$"),
         (None, "hf://u/r@v9/m.bin", MissingFileError, "the repository has no revision 'v9'$"),
         (None, "hf://u/r", FileAccessError, "hf://u/r: is a repository; name a file in it$"),

@@ -22,6 +22,7 @@ from support.far import FarStore, below, serving
 
 import ckptkit
 from ckptkit.bytesource import SourceFile
+from ckptkit.computed import Held
 from ckptkit.differences import pairs as pairs_of
 from ckptkit.errors import CkptkitError, CorruptError, FileAccessError
 from ckptkit.remote import ahead, source
@@ -205,10 +206,20 @@ def test_a_folder_of_several_files(state: dict[str, torch.Tensor], tmp_path: Pat
             lambda: ckptkit.convert("far://bucket/run", tmp_path / "out.safetensors", force=True),
             lambda: ckptkit.load_state_dict("far://bucket/run"),
             lambda: ckptkit.diff("far://bucket/run", tmp_path / "out.safetensors"),
+            lambda: ckptkit.manifest(["far://bucket/run"]),
+            lambda: ckptkit.check(["far://bucket/run"], no_nan=True),
+            lambda: ckptkit.inspect("far://bucket/run", stats=True),
         ):
             store.asked.clear()
             work()
             assert store.nbytes < 1.2 * sum(map(len, files.values()))  # and the ends of each item
+        (record,) = ckptkit.manifest(["far://bucket/run"]).files
+    (near,) = ckptkit.manifest([tmp_path / "run"]).files
+    assert (record.content_digest, record.whole_digest, record.shards) == (
+        near.content_digest,
+        near.whole_digest,
+        near.shards,
+    )
     made = tensors_of(tmp_path / "out.safetensors")
     assert all(torch.equal(made[name], value) for name, value in state.items())
 
@@ -391,12 +402,22 @@ def test_what_differs_is_measured_as_it_comes(
     assert json.loads(found.replace("far://bucket", strip)) == json.loads(near)
 
 
-def test_manifest_and_check_take_one_pass(store: FarStore, files: dict[str, bytes], tmp_path: Path) -> None:
+def test_manifest_and_check_take_one_pass(
+    store: FarStore, files: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     manifest = tmp_path / "lock.json"
+    monkeypatch.chdir(tmp_path)
     local(files, PTH, tmp_path)
     manifest.write_text(json.dumps(ckptkit.manifest([tmp_path / "model.pth"]).to_dict()))
     (tmp_path / "model.pth").unlink()
-    assert ckptkit.check([PTH], no_nan=True).ok
+    for asked in ({"no_nan": True}, {"manifest": manifest}):
+        store.asked.clear()
+        assert ckptkit.check([PTH], **asked).ok
+        at_most_once(store, PTH)
+    store.asked.clear()
+    store.files[PTH] = damaged(files[PTH])  # of the same size, so that its hash alone tells
+    found = [finding.code for finding in ckptkit.check([PTH], manifest=manifest).findings]
+    assert found == ["tensors-differ", "damaged"]
     at_most_once(store, PTH)
     store.asked.clear()
     with ckptkit.open(PTH) as opened:
@@ -570,10 +591,11 @@ def test_a_hash_of_runs_that_come_out_of_order(shift: int) -> None:
     for at in range(0, len(runs), shift):
         for start, run in reversed(runs[at : at + shift]):
             digest(start, run)
-    assert digest.hexdigest() == hashlib.sha256(DATA).hexdigest()
+    whole = Held(DATA, "data")
+    assert digest.hexdigest(whole) == hashlib.sha256(DATA).hexdigest()
     some = InOrder(len(DATA))
     some(*runs[1])
-    assert some.hexdigest() is None
+    assert some.hexdigest(whole) == hashlib.sha256(DATA).hexdigest()
 
 
 def test_what_did_not_pass_by_is_not_known(tmp_path: Path) -> None:
