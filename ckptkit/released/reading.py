@@ -15,7 +15,7 @@ import hashlib
 import struct
 import threading
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -83,13 +83,17 @@ class Values:
 class Reading:
     """What was read.
 
+    Args:
+        digested: tensors that are to be digested.
+        counted: those whose NaN and Inf are counted.
+
     Attributes:
         files: the SHA-256 of each file in hexadecimal, by ``id``.
         damages: of the storages whose recorded checksums were held, those whose bytes are others.
         sums: the CRC-32 of what came of far files for values that do not lie in them as they are.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, digested: Iterable[TensorEntry] = (), counted: Iterable[TensorEntry] = ()) -> None:
         self.files: dict[int, str] = {}
         self.damages: list[Damage] = []
         self.sums = Checksums()
@@ -97,6 +101,10 @@ class Reading:
         """Of the first tensor of each storage, by its ``id``."""
         self._others: dict[tuple[object, ...], Values] = {}
         """Of other views of them."""
+        for entry in digested:
+            self.want(entry, digest=True)
+        for entry in counted:
+            self.want(entry, counts=True)
 
     def want(self, entry: TensorEntry, *, digest: bool = False, counts: bool = False) -> None:
         """Something is to be computed of a tensor, once however many names it has."""
@@ -157,11 +165,7 @@ def read_through(
         LimitError: the tensors repeat the file's bytes beyond all use.
         FileAccessError: a file cannot be read.
     """
-    reading = Reading()
-    for entry in entries if digest else ():
-        reading.want(entry, digest=True)
-    for entry in counted:
-        reading.want(entry, counts=True)
+    reading = Reading(entries if digest else (), counted)
     spans, apart = _lying(reading, files)
     _check_sizes(files, spans, apart)
     sums = {id(file): Checksums() for file in files}
@@ -188,6 +192,16 @@ def read_through(
         reading.damages.extend(checksums.damages(keep=bool(apart)))
         if file is not files[0]:  # of many files systems allow some to be open at once
             file.release()
+    _read_apart(reading, files, apart, in_order)
+    reading.files |= {id(file): in_order[id(file)].hexdigest(file) for file in files if id(file) in in_order}
+    _require_unchanged(files)
+    return reading
+
+
+def _read_apart(
+    reading: Reading, files: Sequence[Source], apart: list[Values], in_order: Mapping[int, InOrder]
+) -> None:
+    """Read the values that do not lie in a file as they are, those of far files with the bytes that these are of."""
     unreadable = {id(damage.storage) for damage in reading.damages if not isinstance(damage.storage.source, ByteRange)}
 
     def along(file: Source) -> Callable[[int, memoryview], object]:
@@ -205,9 +219,6 @@ def read_through(
         values.is_lost = id(values.entry.storage) in unreadable
         for chunk in () if values.is_lost else stream(values.entry):
             values.update(chunk)
-    reading.files |= {id(file): in_order[id(file)].hexdigest(file) for file in files if id(file) in in_order}
-    _require_unchanged(files)
-    return reading
 
 
 def files_of(file: Source) -> tuple[list[Source], dict[str, Source]]:
