@@ -15,7 +15,7 @@ import hashlib
 import struct
 import threading
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -188,6 +188,15 @@ def read_through(
         reading.damages.extend(checksums.damages(keep=bool(apart)))
         if file is not files[0]:  # of many files systems allow some to be open at once
             file.release()
+    _read_apart(reading, files, apart, in_order)
+    _require_unchanged(files)
+    return reading
+
+
+def _read_apart(
+    reading: Reading, files: Sequence[Source], apart: list[Values], in_order: Mapping[int, InOrder]
+) -> None:
+    """Read what does not lie in the files as it is; far files that are still to be hashed are, as they come."""
     unreadable = {id(damage.storage) for damage in reading.damages if not isinstance(damage.storage.source, ByteRange)}
 
     def along(file: Source) -> Callable[[int, memoryview], object]:
@@ -206,8 +215,6 @@ def read_through(
         for chunk in () if values.is_lost else stream(values.entry):
             values.update(chunk)
     reading.files |= {id(file): in_order[id(file)].hexdigest(file) for file in files if id(file) in in_order}
-    _require_unchanged(files)
-    return reading
 
 
 def files_of(file: Source) -> tuple[list[Source], dict[str, Source]]:
