@@ -22,7 +22,7 @@ from itertools import chain
 from queue import SimpleQueue
 from typing import Any, Protocol
 
-from ckptkit.bytesource import GAP_NBYTES, ByteRange, Source, SourceFile
+from ckptkit.bytesource import GAP_NBYTES, ByteRange, Source, SourceFile, at_once, first_changed
 from ckptkit.checkpoint import Checkpoint, Storage, TensorEntry, as_tensor
 from ckptkit.digests import digest_text
 from ckptkit.dtypes import DTYPES
@@ -40,7 +40,7 @@ from ckptkit.stats import NonFinite, count_all
 from ckptkit.transfer.checksums import Checksums, Damage
 from ckptkit.transfer.passing import InOrder, each_of
 from ckptkit.transfer.values import lying_in, stream, will_read
-from ckptkit.transfer.workers import MANY_NBYTES, Background, in_parallel
+from ckptkit.transfer.workers import MANY_NBYTES, Background
 
 __all__ = ["OtherValue", "Reading", "Values", "file_sha256", "is_opaque", "other_values_in", "read_through"]
 
@@ -230,8 +230,7 @@ def look_at_ends(files: Sequence[Source]) -> None:
         AmbiguousError: one is.
         FileAccessError: one cannot be read.
     """
-    ends = [partial(file.settle, [(file.size, 0)]) for file in files if file.is_far]
-    in_parallel(ends, nbytes=MANY_NBYTES)
+    at_once([partial(file.settle, [(file.size, 0)]) for file in files if file.is_far])
 
 
 def damages_of(storages: Sequence[Storage], known: Checksums) -> list[Damage]:
@@ -242,9 +241,8 @@ def damages_of(storages: Sequence[Storage], known: Checksums) -> list[Damage]:
 
 
 def _require_unchanged(files: Sequence[Source]) -> None:
-    for file in files:
-        if file.changed():
-            raise CorruptError("the file was changed while it was being read", path=file.path)
+    if (file := first_changed(files)) is not None:
+        raise CorruptError("the file was changed while it was being read", path=file.path)
 
 
 def _lying(reading: Reading, files: Sequence[Source]) -> tuple[dict[int, list[_Span]], list[Values]]:

@@ -11,6 +11,7 @@ and ``ETag``), and ``IfMatch`` makes the server itself refuse to give bytes of a
 from __future__ import annotations
 
 import errno
+import logging
 import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -56,6 +57,9 @@ _LASTING = re.compile(r"DNS|gaierror|SSL|Certificate")
 
 _REFUSED = re.compile(r"Credential|Auth|TokenRe|SSO|ProfileNotFound|AccessDenied|ExpiredToken|InvalidToken|Forbidden")
 """Of what somebody must sign in for."""
+
+_DENIED = re.compile(r"(?i)\b(forbidden|unauthorized|access denied|anonymous|invalid credentials)\b")
+"""The same, in the words of gcsfs and others."""
 
 _SIGN_IN = {
     "s3fs": "set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (and AWS_SESSION_TOKEN); for a public "
@@ -203,6 +207,10 @@ class ObjectStore(Store):
         self._class = _class_of(scheme)
         from fsspec.registry import known_implementations
 
+        # Without a handler what packages log would stand beside our one line; who has set one up still gets it.
+        for name in (self._package, "fsspec", "azure", "botocore"):
+            if not logging.getLogger(name).handlers:
+                logging.getLogger(name).addHandler(logging.NullHandler())
         of_schemes = {name for name in known_implementations if isinstance(options.get(name), Mapping)}
         self._options = {name: value for name, value in options.items() if name not in of_schemes}
         self._options |= options[scheme] if scheme in of_schemes else {}
@@ -405,7 +413,7 @@ def _passes(error: Exception) -> bool:
 
 def _advice(package: str, error: BaseException) -> str:
     """What to set where access is refused; ``""``: it is something else."""
-    if isinstance(error, PermissionError) or _REFUSED.search(_names(error)) or "anonymous" in str(error).lower():
+    if isinstance(error, PermissionError) or _REFUSED.search(_names(error)) or _DENIED.search(str(error)):
         return _SIGN_IN.get(package, "give what it signs in with as --storage-option KEY=VALUE")
     return ""
 

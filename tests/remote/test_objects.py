@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -271,6 +272,23 @@ def test_who_may_not_read_is_told_what_to_set(s3: ObjectServer, save: SaveAs, pa
     assert "very-secret" not in said
     assert not pauses
     assert len(s3.asked) == 1
+
+
+def test_what_packages_say_and_log(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    def refused(self: Any, path: str, **options: Any) -> Any:
+        logging.getLogger("azure.identity").warning("four lines of how to sign in")
+        raise OSError("Forbidden: b/models/o/m.pth\n Anonymous caller may not")
+
+    monkeypatch.setattr(MemoryFileSystem, "info", refused)
+    with pytest.raises(ckptkit.FileAccessError) as caught:
+        ckptkit.open("memory://m.pth")
+    assert str(caught.value) == (
+        "memory://m.pth: access is refused: Forbidden: b/models/o/m.pth Anonymous caller may not; "
+        "give what it signs in with as --storage-option KEY=VALUE"
+    )
+    assert capsys.readouterr().err == ""
 
 
 def test_without_credentials(s3: ObjectServer, save: SaveAs, monkeypatch: pytest.MonkeyPatch) -> None:
