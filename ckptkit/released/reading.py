@@ -193,7 +193,6 @@ def read_through(
         if file is not files[0]:  # of many files systems allow some to be open at once
             file.release()
     _read_apart(reading, files, apart, in_order)
-    reading.files |= {id(file): in_order[id(file)].hexdigest(file) for file in files if id(file) in in_order}
     _require_unchanged(files)
     return reading
 
@@ -201,7 +200,7 @@ def read_through(
 def _read_apart(
     reading: Reading, files: Sequence[Source], apart: list[Values], in_order: Mapping[int, InOrder]
 ) -> None:
-    """Read the values that do not lie in a file as they are, those of far files with the bytes that these are of."""
+    """Read what does not lie in the files as it is; far files that are still to be hashed are, as they come."""
     unreadable = {id(damage.storage) for damage in reading.damages if not isinstance(damage.storage.source, ByteRange)}
 
     def along(file: Source) -> Callable[[int, memoryview], object]:
@@ -219,6 +218,7 @@ def _read_apart(
         values.is_lost = id(values.entry.storage) in unreadable
         for chunk in () if values.is_lost else stream(values.entry):
             values.update(chunk)
+    reading.files |= {id(file): in_order[id(file)].hexdigest(file) for file in files if id(file) in in_order}
 
 
 def files_of(file: Source) -> tuple[list[Source], dict[str, Source]]:
