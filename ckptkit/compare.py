@@ -11,7 +11,6 @@ finds a tensor, there must be exactly those.
 
 from __future__ import annotations
 
-import hashlib
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
@@ -216,7 +215,9 @@ class _Comparison:
             return
         digest = None if passed is None else passed.digest(source)
         if digest is not None:
-            found = hashlib.sha256()
+            from hashlib import sha256
+
+            found = sha256()
             for chunk in stream(written):
                 found.update(chunk)
             is_same = found.digest() == digest
@@ -233,9 +234,11 @@ def _differs(place: _At, at: int) -> CorruptError:
 
 def _sha256(run: ByteRange, ahead: Ahead) -> bytes:
     """The SHA-256 of a range; of a small one with what lies around it."""
+    from hashlib import sha256
+
     if run.nbytes < SMALL_NBYTES:
-        return hashlib.sha256(ahead.read(run)).digest()
-    digest = hashlib.sha256()
+        return sha256(ahead.read(run)).digest()
+    digest = sha256()
     for start in range(0, run.nbytes, _HASHED_NBYTES):
         piece = buffer("hashed", _HASHED_NBYTES)[: run.nbytes - start]
         run.file.read_into(run.offset + start, piece)

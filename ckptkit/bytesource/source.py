@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, NoReturn, TypeVar
 
@@ -17,7 +17,9 @@ __all__ = [
     "ByteRange",
     "Readable",
     "Source",
+    "at_once",
     "byte_range",
+    "first_changed",
     "made_by_position",
     "outside",
 ]
@@ -346,3 +348,34 @@ def made_by_position(cls: Callable[..., _Record]) -> Callable[..., _Record]:
 
 byte_range = made_by_position(ByteRange)
 """A `ByteRange` of file, offset and number of bytes."""
+
+
+_TRIPS = 16
+"""Requests to other machines that are on their way at the same time."""
+
+
+def at_once(trips: Sequence[Callable[[], _Record]]) -> list[_Record]:
+    """Make trips to other machines at the same time, and give what comes of them.
+
+    Raises:
+        Exception: the first error of them, in their order, once all are back.
+    """
+    if len(trips) < 2:
+        return [trip() for trip in trips]
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(min(_TRIPS, len(trips)), thread_name_prefix="ckptkit-trips") as pool:
+        made = [pool.submit(trip) for trip in trips]
+    return [each.result() for each in made]
+
+
+def first_changed(files: Iterable[Source]) -> Source | None:
+    """The first of some files that was written to since it was opened (`Source.changed`); ``None``: none was.
+
+    Raises:
+        As `Source.changed`.
+    """
+    files = list(files)
+    if sum(file.is_far for file in files) < 2:
+        return next((file for file in files if file.changed()), None)
+    return next((file for file, is_new in zip(files, at_once([f.changed for f in files]), strict=True) if is_new), None)

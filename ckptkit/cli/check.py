@@ -227,6 +227,9 @@ def command(
     The same is configured under [tool.ckptkit] in pyproject.toml, or in ckptkit.toml, with other values for some
     files under [[tool.ckptkit.overrides]], or [[overrides]]; command-line options win.
 
+    Very many files are shared among processes. A file that ends its process, or takes longer than --timeout, is a
+    result like any other. Parts of a job array, and runs that were resumed, are put together by ckptkit report.
+
     Exit code 0: all is as it must be; 1: something is not; 2: something could not be checked.
     """
     shown = [name for name in output if name not in CONTAINERS]

@@ -132,7 +132,7 @@ def require_shards(options: ConvertOptions, plan: Plan) -> None:
         told = f"all of it fits into one file of {human_size(plan.nbytes)}, and there is nothing to share"
         raise RewriteError(f"{asked}: {told}; leave it out, or give a smaller --max-shard-size")
     if options.part is not None and options.part.count > DEFAULT_LIMITS.shards:
-        raise RewriteError(f"{asked}: there are at most {DEFAULT_LIMITS.shards:,} shards, and no more parts")
+        raise RewriteError(f"{asked}: there are at most {count_of(DEFAULT_LIMITS.shards, 'shard')}, and as many parts")
     if options.part is not None and (options.executor is not None or options.jobs is not None):
         raise RewriteError(f"{asked}: a part is written by one process; leave out --jobs, or give it alone")
 

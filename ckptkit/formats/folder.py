@@ -28,7 +28,7 @@ from ckptkit.bytesource import Source
 from ckptkit.errors import CkptkitError, FileAccessError, FormatError, MissingFileError
 from ckptkit.formats.containers import FORMATS, INDEX_SUFFIXES, PACKED, SHARED_SUFFIXES, SUFFIXES, holds_files
 from ckptkit.formats.format import Format, Probe
-from ckptkit.formats.shards import indexes_in
+from ckptkit.formats.shards import CUSTOMARY, indexes_in
 from ckptkit.formats.unpacked import is_unpacked
 from ckptkit.formats.zip_archive import ends_like_a_zip
 from ckptkit.limits import DEFAULT_LIMITS, Limits
@@ -229,7 +229,7 @@ class Surveyor:
             What is to be said where there is no checkpoint, and nothing that could be one.
         """
         before, passed = len(self._unreadable), Counter(self._passed.values())
-        with places.opened_ahead(folder, _may_be_one):
+        with places.opened_ahead(folder, _is_a_part):
             met = self._walk(folder)
         if met or len(self._unreadable) > before:
             return None
@@ -263,12 +263,14 @@ class Surveyor:
                 self._unreadable[path] = places.unreadable_folder(path, error)
                 continue
             met |= self._is_one(path, key, [entry.name for entry in entries])
+            # Where each look is a trip, shards are left to the index that stands for them.
+            shards = indexes_by_shard(path) if places.is_url(path) else {}
             folders = []
             for entry in entries:
                 if entry.path in self._own:
                     continue
                 if _is(entry.is_file):
-                    met |= self._file(entry.path)
+                    met |= (entry.name in shards and says_checkpoint(entry.name)) or self._file(entry.path)
                 elif not _is(entry.is_dir):
                     met |= self._not_a_file(entry.path)
                 elif entry.name == ".git":
@@ -424,10 +426,12 @@ def _is(asked: Callable[[], bool]) -> bool:
         return False
 
 
-def _may_be_one(folder: str, names: list[str]) -> bool:
-    from ckptkit.formats.distributed.around import may_be_sharded
+def _is_a_part(name: str) -> bool:
+    """Whether a file is called as one of several that their folder, or an index, stands for."""
+    from ckptkit.formats.shard_parts import known_as
 
-    return may_be_sharded(names)
+    shard = CUSTOMARY.fullmatch(name)
+    return name == ".metadata" or known_as(name) is not None or (shard is not None and int(shard[3]) > 1)
 
 
 def _rank(path: str) -> int:

@@ -338,12 +338,12 @@ def look_ahead(files: Sequence[Source]) -> None:
 
 
 @contextmanager
-def opened_ahead(folder: str, leave_out: Callable[[str, list[str]], bool]) -> Iterator[None]:
+def opened_ahead(folder: str, leave_out: Callable[[str], bool]) -> Iterator[None]:
     """While it lasts, the files below a folder are opened several at a time before they are asked for, if it is far.
 
     Args:
         folder: that is walked through, in the order of names, files before folders.
-        leave_out: called with a folder's path and the names in it: whether its files are opened one by one.
+        leave_out: called with a file's name: whether it is opened when it is asked for.
     """
     if not is_url(folder):
         yield

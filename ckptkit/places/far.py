@@ -15,7 +15,6 @@ import contextlib
 import contextvars
 import re
 import threading
-from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -346,7 +345,6 @@ class _Ahead:
         self._urls = urls
         self._pool = ThreadPoolExecutor(_SIDE_BY_SIDE, thread_name_prefix="ckptkit-open")
         self._opening: dict[str, Future[RemoteSource]] = {}
-        self._order: deque[str] = deque()
         self._within = threading.Lock()
         self._fill()
 
@@ -357,7 +355,6 @@ class _Ahead:
                 return
             context = contextvars.copy_context()
             self._opening[url] = self._pool.submit(context.run, _looked_into, url)
-            self._order.append(url)
 
     def take(self, url: str) -> RemoteSource | None:
         """One of the files, opened; ``None``: it was not among them.
@@ -367,14 +364,11 @@ class _Ahead:
         """
         with self._within:
             future = self._opening.pop(url, None)
-            if future is None:
-                return None
-            while self._order and self._order[0] != url:  # the walk went past them
-                _drop(self._opening.pop(self._order.popleft(), None))
-            if self._order:
-                self._order.popleft()
+            if future is None:  # of those that wait the first may be some that the walk went past
+                for passed in list(self._opening)[: _SIDE_BY_SIDE if len(self._opening) == _AHEAD else 0]:
+                    _drop(self._opening.pop(passed))
             self._fill()
-        return future.result()
+        return None if future is None else future.result()
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
@@ -399,7 +393,7 @@ def _drop(future: Future[RemoteSource] | None) -> None:
 
 
 @contextlib.contextmanager
-def opened_ahead(url: str, leave_out: Callable[[str, list[str]], bool]) -> Iterator[None]:
+def opened_ahead(url: str, leave_out: Callable[[str], bool]) -> Iterator[None]:
     """As `ckptkit.places.opened_ahead`."""
     with session() as current:
         before = current.ahead
@@ -411,7 +405,7 @@ def opened_ahead(url: str, leave_out: Callable[[str, list[str]], bool]) -> Itera
             ahead.close()
 
 
-def _walk(url: str, leave_out: Callable[[str, list[str]], bool]) -> Iterator[str]:
+def _walk(url: str, leave_out: Callable[[str], bool]) -> Iterator[str]:
     found = _listing(url)
     if found is None:
         return
@@ -420,7 +414,5 @@ def _walk(url: str, leave_out: Callable[[str, list[str]], bool]) -> Iterator[str
     while folders:
         folder = folders.pop()
         inner = tree.entries(folder)
-        if leave_out(tree.url(folder), [entry.name for entry in inner]):
-            continue
-        yield from (entry.path for entry in inner if entry.nbytes)
+        yield from (entry.path for entry in inner if entry.nbytes and not leave_out(entry.name))
         folders += [f"{folder}/{entry.name}" if folder else entry.name for entry in reversed(inner) if entry.is_dir()]

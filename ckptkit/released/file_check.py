@@ -47,7 +47,6 @@ from ckptkit.released.results import (
     whole_finding,
 )
 from ckptkit.released.selection import size_of
-from ckptkit.remote import RemoteSource, current_session
 from ckptkit.report import Report, split_member
 
 __all__ = ["Task", "held", "held_from", "stamp_of", "with_model"]
@@ -240,11 +239,7 @@ def _stamp_of_source(path: str) -> str:
     """What the source of a path says of itself; at a URL it stays open for whoever looks into it next."""
     source = source_of(path)
     stamp = repr(source.identity)
-    session = current_session() if places.is_url(path) else None
-    if session is not None and isinstance(source, RemoteSource):
-        session.keep(path, source)
-    else:
-        source.close()
+    places.put_back(source, path)
     return stamp
 
 

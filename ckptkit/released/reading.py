@@ -15,14 +15,14 @@ import hashlib
 import struct
 import threading
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from queue import SimpleQueue
 from typing import Any, Protocol
 
-from ckptkit.bytesource import GAP_NBYTES, ByteRange, Source, SourceFile
+from ckptkit.bytesource import GAP_NBYTES, ByteRange, Source, SourceFile, at_once, first_changed
 from ckptkit.checkpoint import Checkpoint, Storage, TensorEntry, as_tensor
 from ckptkit.digests import digest_text
 from ckptkit.dtypes import DTYPES
@@ -40,7 +40,7 @@ from ckptkit.stats import NonFinite, count_all
 from ckptkit.transfer.checksums import Checksums, Damage
 from ckptkit.transfer.passing import InOrder, each_of
 from ckptkit.transfer.values import lying_in, stream, will_read
-from ckptkit.transfer.workers import MANY_NBYTES, Background, in_parallel
+from ckptkit.transfer.workers import MANY_NBYTES, Background
 
 __all__ = ["OtherValue", "Reading", "Values", "file_sha256", "is_opaque", "other_values_in", "read_through"]
 
@@ -83,13 +83,17 @@ class Values:
 class Reading:
     """What was read.
 
+    Args:
+        digested: tensors that are to be digested.
+        counted: those whose NaN and Inf are counted.
+
     Attributes:
         files: the SHA-256 of each file in hexadecimal, by ``id``.
         damages: of the storages whose recorded checksums were held, those whose bytes are others.
         sums: the CRC-32 of what came of far files for values that do not lie in them as they are.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, digested: Iterable[TensorEntry] = (), counted: Iterable[TensorEntry] = ()) -> None:
         self.files: dict[int, str] = {}
         self.damages: list[Damage] = []
         self.sums = Checksums()
@@ -97,6 +101,10 @@ class Reading:
         """Of the first tensor of each storage, by its ``id``."""
         self._others: dict[tuple[object, ...], Values] = {}
         """Of other views of them."""
+        for entry in digested:
+            self.want(entry, digest=True)
+        for entry in counted:
+            self.want(entry, counts=True)
 
     def want(self, entry: TensorEntry, *, digest: bool = False, counts: bool = False) -> None:
         """Something is to be computed of a tensor, once however many names it has."""
@@ -157,11 +165,7 @@ def read_through(
         LimitError: the tensors repeat the file's bytes beyond all use.
         FileAccessError: a file cannot be read.
     """
-    reading = Reading()
-    for entry in entries if digest else ():
-        reading.want(entry, digest=True)
-    for entry in counted:
-        reading.want(entry, counts=True)
+    reading = Reading(entries if digest else (), counted)
     spans, apart = _lying(reading, files)
     _check_sizes(files, spans, apart)
     sums = {id(file): Checksums() for file in files}
@@ -188,6 +192,15 @@ def read_through(
         reading.damages.extend(checksums.damages(keep=bool(apart)))
         if file is not files[0]:  # of many files systems allow some to be open at once
             file.release()
+    _read_apart(reading, files, apart, in_order)
+    _require_unchanged(files)
+    return reading
+
+
+def _read_apart(
+    reading: Reading, files: Sequence[Source], apart: list[Values], in_order: Mapping[int, InOrder]
+) -> None:
+    """Read what does not lie in the files as it is; far files that are still to be hashed are, as they come."""
     unreadable = {id(damage.storage) for damage in reading.damages if not isinstance(damage.storage.source, ByteRange)}
 
     def along(file: Source) -> Callable[[int, memoryview], object]:
@@ -206,8 +219,6 @@ def read_through(
         for chunk in () if values.is_lost else stream(values.entry):
             values.update(chunk)
     reading.files |= {id(file): in_order[id(file)].hexdigest(file) for file in files if id(file) in in_order}
-    _require_unchanged(files)
-    return reading
 
 
 def files_of(file: Source) -> tuple[list[Source], dict[str, Source]]:
@@ -223,8 +234,7 @@ def look_at_ends(files: Sequence[Source]) -> None:
         AmbiguousError: one is.
         FileAccessError: one cannot be read.
     """
-    ends = [partial(file.settle, [(file.size, 0)]) for file in files if file.is_far]
-    in_parallel(ends, nbytes=MANY_NBYTES)
+    at_once([partial(file.settle, [(file.size, 0)]) for file in files if file.is_far])
 
 
 def damages_of(storages: Sequence[Storage], known: Checksums) -> list[Damage]:
@@ -235,9 +245,8 @@ def damages_of(storages: Sequence[Storage], known: Checksums) -> list[Damage]:
 
 
 def _require_unchanged(files: Sequence[Source]) -> None:
-    for file in files:
-        if file.changed():
-            raise CorruptError("the file was changed while it was being read", path=file.path)
+    if (file := first_changed(files)) is not None:
+        raise CorruptError("the file was changed while it was being read", path=file.path)
 
 
 def _lying(reading: Reading, files: Sequence[Source]) -> tuple[dict[int, list[_Span]], list[Values]]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from ckptkit.bytesource import Source
+from ckptkit.bytesource import Source, at_once
 from ckptkit.errors import CkptkitError, CorruptError
 from ckptkit.remote.retries import masked
-from ckptkit.remote.source import RemoteSource, side_by_side
+from ckptkit.remote.source import RemoteSource
 from ckptkit.remote.store import Store
 
 __all__ = ["ListedSource", "look_ahead"]
@@ -107,4 +107,4 @@ class ListedSource(Source):
 
 def look_ahead(files: Iterable[Source]) -> None:
     """Look into files of a listing side by side, before each is asked for what is in it."""
-    side_by_side([file.look_ahead for file in files if isinstance(file, ListedSource)])
+    at_once([file.look_ahead for file in files if isinstance(file, ListedSource)])

@@ -11,6 +11,7 @@ and ``ETag``), and ``IfMatch`` makes the server itself refuse to give bytes of a
 from __future__ import annotations
 
 import errno
+import logging
 import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -51,8 +52,14 @@ _PASSING = re.compile(
 )
 """Names of errors, and codes of S3, of what may go better another time."""
 
+_LASTING = re.compile(r"DNS|gaierror|SSL|Certificate")
+"""Of what will not: a name that is unknown, a certificate that is not trusted."""
+
 _REFUSED = re.compile(r"Credential|Auth|TokenRe|SSO|ProfileNotFound|AccessDenied|ExpiredToken|InvalidToken|Forbidden")
 """Of what somebody must sign in for."""
+
+_DENIED = re.compile(r"(?i)\b(forbidden|unauthorized|access denied|anonymous|invalid credentials)\b")
+"""The same, in the words of gcsfs and others."""
 
 _SIGN_IN = {
     "s3fs": "set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (and AWS_SESSION_TOKEN); for a public "
@@ -200,6 +207,10 @@ class ObjectStore(Store):
         self._class = _class_of(scheme)
         from fsspec.registry import known_implementations
 
+        # Without a handler what packages log would stand beside our one line; who has set one up still gets it.
+        for name in (self._package, "fsspec", "azure", "botocore"):
+            if not logging.getLogger(name).handlers:
+                logging.getLogger(name).addHandler(logging.NullHandler())
         of_schemes = {name for name in known_implementations if isinstance(options.get(name), Mapping)}
         self._options = {name: value for name, value in options.items() if name not in of_schemes}
         self._options |= options[scheme] if scheme in of_schemes else {}
@@ -260,6 +271,8 @@ class ObjectStore(Store):
         if advice := _advice(self._package, error):
             return FileAccessError(f"{shown}: access is refused: {self._said(error)}; {advice}", path=shown)
         hint = self._named() if isinstance(error, TypeError | ValueError) else ""
+        if not hint and _LASTING.search(_names(error)):
+            hint = f"check {_REACHED.get(self._package, 'the network')}"
         told = f"cannot be read over {self.scheme}://: {self._said(error)}{hint and '; '}{hint}"
         return FileAccessError(f"{shown}: {told}", path=shown)
 
@@ -364,7 +377,9 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
     seen: BaseException | None = error
     while seen is not None:
         yield seen
-        seen = seen.__cause__
+        told = getattr(seen, "kwargs", None)  # botocore's
+        cause = told.get("error") if isinstance(told, Mapping) else None
+        seen = cause if isinstance(cause, BaseException) else seen.__cause__
 
 
 def _code(error: BaseException) -> str:
@@ -386,7 +401,7 @@ def _names(error: BaseException) -> str:
 
 def _passes(error: Exception) -> bool:
     """Whether the same may go well another time."""
-    if isinstance(error, CkptkitError | FileNotFoundError | PermissionError | IsADirectoryError):
+    if isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError) or _LASTING.search(_names(error)):
         return False
     code = _code(error)
     if code.isdigit() and is_passing(int(code)):
@@ -398,7 +413,7 @@ def _passes(error: Exception) -> bool:
 
 def _advice(package: str, error: BaseException) -> str:
     """What to set where access is refused; ``""``: it is something else."""
-    if isinstance(error, PermissionError) or _REFUSED.search(_names(error)) or "anonymous" in str(error).lower():
+    if isinstance(error, PermissionError) or _REFUSED.search(_names(error)) or _DENIED.search(str(error)):
         return _SIGN_IN.get(package, "give what it signs in with as --storage-option KEY=VALUE")
     return ""
 

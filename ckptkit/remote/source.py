@@ -21,12 +21,12 @@ from dataclasses import replace
 from functools import partial
 from operator import itemgetter
 
-from ckptkit.bytesource import GAP_NBYTES, Source
+from ckptkit.bytesource import GAP_NBYTES, Source, at_once
 from ckptkit.errors import CkptkitError, FileAccessError
 from ckptkit.remote.ahead import Passing, ReadAhead
 from ckptkit.remote.store import FarFile, Store, arrived
 
-__all__ = ["RemoteSource", "side_by_side"]
+__all__ = ["RemoteSource"]
 
 _HEAD_NBYTES = 96 << 10
 """First bytes that come with the size, or are read where none do."""
@@ -51,9 +51,6 @@ _ALONG_NBYTES = 256 << 10
 
 _TOGETHER_NBYTES = 8 << 20
 """The most bytes of a request for several ranges."""
-
-_TRIPS = 16
-"""Requests that are on their way at the same time."""
 
 _RECORD = b"PK\x03\x04"
 _LONG_PICKLE = re.compile(rb"PK\x03\x04.{26}[^/]{1,255}/data\.pkl", re.DOTALL)
@@ -200,7 +197,7 @@ class RemoteSource(Source):
         def get(begin: int, end: int) -> None:
             self._fetched(begin, end - begin)
 
-        side_by_side([partial(get, *run) for run in runs])
+        at_once([partial(get, *run) for run in runs])
 
     def _missing(self, area: tuple[int, int]) -> tuple[int, int]:
         """Where what is not kept of a range begins and ends; nowhere, of a large one."""
@@ -316,7 +313,7 @@ class RemoteSource(Source):
 
     def will_open(self, names: Sequence[str]) -> None:
         """As `Source.will_open`: they are opened side by side, with what is read of each at first."""
-        side_by_side([partial(self._open, name) for name in names])
+        at_once([partial(self._open, name) for name in names])
 
     def _open(self, name: str) -> None:
         opened: RemoteSource | CkptkitError
@@ -442,17 +439,3 @@ def _merged(areas: Sequence[tuple[int, int]], gap: int) -> list[tuple[int, int]]
         else:
             runs.append((begin, end))
     return runs
-
-
-def side_by_side(trips: Sequence[Callable[[], None]]) -> None:
-    """Make trips at the same time; the first error of them, in their order, is raised once all are back."""
-    if len(trips) < 2:
-        for trip in trips:
-            trip()
-        return
-    from concurrent.futures import ThreadPoolExecutor
-
-    with ThreadPoolExecutor(min(_TRIPS, len(trips)), thread_name_prefix="ckptkit-trips") as pool:
-        made = [pool.submit(trip) for trip in trips]
-    for each in made:
-        each.result()

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
-from ckptkit.bytesource import ByteRange, Source
+from ckptkit.bytesource import ByteRange, Source, first_changed
 from ckptkit.checkpoint import StateDict, Storage, TensorEntry
 from ckptkit.computed import ConvertedRange, DenseRange, files_of, is_made, piece_nbytes, read_into
 from ckptkit.dtypes import DTYPES, dtype
@@ -321,9 +321,8 @@ class Loader:
         self._read_all()
         for staging in self._staging.values():
             staging.finish()
-        for file in self._files.values():
-            if file.changed():
-                raise CorruptError("the file was changed while it was being read; read it again", path=file.path)
+        if (file := first_changed(self._files.values())) is not None:
+            raise CorruptError("the file was changed while it was being read; read it again", path=file.path)
 
 
 def _private_map(file: Source, begin: int = 0, nbytes: int = 0) -> tuple[mmap.mmap, torch.UntypedStorage] | None:

@@ -7,10 +7,10 @@ way: `Passed` keeps the SHA-256 of every piece that was written, and `ckptkit.co
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import MappingProxyType
+from typing import Any
 
 from ckptkit.bytesource import ByteRange, Source
 from ckptkit.checkpoint import Checkpoint, Storage, TensorEntry
@@ -52,8 +52,11 @@ class InOrder:
     """
 
     def __init__(self, nbytes: int) -> None:
+        from hashlib import sha256  # not there where nothing is hashed
+
         self._nbytes = nbytes
-        self._digest = hashlib.sha256()
+        self._new: Callable[[], Any] = sha256
+        self._digest = sha256()
         self._at = 0
         self._waiting: dict[int, memoryview] = {}
         self._is_busy = False
@@ -106,7 +109,7 @@ class InOrder:
         while at < (at := self._reached()) < self._nbytes:
             file.read(at, 1)  # brings more, which comes here
         if at < self._nbytes:  # nothing has been brought at all, or not in order
-            self._digest, self._at = hashlib.sha256(), self._nbytes
+            self._digest, self._at = self._new(), self._nbytes
             file.will_read([(0, self._nbytes)])
             for part in file.views(0, self._nbytes):
                 self._digest.update(part)
@@ -137,9 +140,11 @@ class DigestsInPassing:
         self._thread = Background(lambda: self._hash(near), threading.Event()) if near else None
 
     def _hash(self, files: Iterable[Source]) -> None:
+        from hashlib import sha256
+
         buffer = bytearray(_HASHED_NBYTES)
         for file in files:
-            digest = hashlib.sha256()
+            digest = sha256()
             for start in range(0, file.size, len(buffer)):
                 if self._stop.is_set():
                     return
@@ -190,13 +195,16 @@ class Passed:
     """
 
     def __init__(self, storages: Iterable[Storage] = ()) -> None:
+        from hashlib import sha256
+
+        self._sha256: Callable[[Buffer], Any] = sha256
         self._digests: dict[tuple[object, ...], bytes] = {}
         self.sums = Checksums()
         self.sums.want(storages)
 
     def note(self, source: ByteSource, data: Buffer) -> None:
         """These are the bytes of a piece, as they were written."""
-        self.note_digest(source, hashlib.sha256(data).digest())
+        self.note_digest(source, self._sha256(data).digest())
 
     def note_digest(self, source: ByteSource | TensorEntry, digest: bytes) -> None:
         """This is the SHA-256 of a piece, or of what was gathered of a tensor."""

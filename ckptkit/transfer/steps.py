@@ -25,7 +25,7 @@ from itertools import groupby
 from operator import itemgetter
 from typing import TYPE_CHECKING
 
-from ckptkit.bytesource import CHUNK_NBYTES, ByteRange, Source, byte_range, read_at, write_at
+from ckptkit.bytesource import CHUNK_NBYTES, ByteRange, Source, byte_range, first_changed, read_at, write_at
 from ckptkit.computed import Buffer, ConvertedRange, DenseRange, DTypeConversion, files_of, piece_nbytes, read_into
 from ckptkit.errors import CorruptError, FileAccessError
 from ckptkit.plan import Cast, Checksum, Copy, Digest, Gather, LiteralBytes, Plan, Step
@@ -247,9 +247,8 @@ def require_unchanged(plan: Plan) -> None:
         if isinstance(step, (Copy, Cast, Gather)):
             source = step.entry.storage.source if isinstance(step, Gather) else step.source
             sources.update((id(file), file) for file in files_of(source))
-    for file in sources.values():
-        if file.changed():
-            raise CorruptError("the file was changed while it was being converted; nothing was written", path=file.path)
+    if (file := first_changed(sources.values())) is not None:
+        raise CorruptError("the file was changed while it was being converted; nothing was written", path=file.path)
 
 
 def reserve(fd: int, nbytes: int) -> None:

@@ -132,12 +132,12 @@ def test_lists_that_cannot_be_read() -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--json"], [], ["--flat"], ["--format", "markdown"], ["--depth", "1", "-q"], ["--filter", "b*"], ["--stats"]],
+    [["--json", "--stats"], ["--depth", "1"], ["--flat", "--filter", "b*"], ["--format", "markdown", "-q"]],
 )
 def test_inspect_shows_the_same_whoever_looks(arguments: list[str]) -> None:
     Path("broken.pth").write_bytes(b"PK\x03\x04")
     one, two = (output_of(inspect, ".", "nope.pth", *arguments, "--jobs", jobs, code=2) for jobs in ("1", "2"))
-    assert one == two and (one or arguments[:1] == ["--filter"] or "-q" in arguments)
+    assert one == two and (one or "--filter" in arguments)
 
 
 def test_bad_values() -> None:

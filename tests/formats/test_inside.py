@@ -31,7 +31,7 @@ from safetensors.torch import save as safetensors_save
 from torch import nn
 
 import ckptkit
-from ckptkit import formats
+from ckptkit import computed, formats
 from ckptkit.bytesource import ByteRange, SourceFile
 from ckptkit.errors import (
     AmbiguousError,
@@ -44,7 +44,8 @@ from ckptkit.errors import (
     UnknownFormatError,
     UnsupportedError,
 )
-from ckptkit.formats import inside, sources
+from ckptkit.formats import compression as compressions
+from ckptkit.formats import inside
 from ckptkit.formats.folder import Surveyor
 from ckptkit.formats.inside import member_of
 from ckptkit.formats.tar_archive import BLOCK_NBYTES
@@ -235,8 +236,8 @@ def test_bombs_end_soon_and_take_little_room(put: Put, monkeypatch: pytest.Monke
         "nested": gzip.compress(b"".join([gzip.compress(zeros)] * 40)),
     }
     rooms: list[int] = []
-    real = sources.Source.spool
-    monkeypatch.setattr(sources.Source, "spool", lambda self, nbytes: rooms.append(nbytes) or real(self, nbytes))
+    real = computed.spool_room
+    monkeypatch.setattr(computed, "spool_room", lambda file, nbytes: rooms.append(nbytes) or real(file, nbytes))
 
     def ends_soon(most: int, work: Callable[[], object]) -> None:
         rooms.clear()
@@ -294,7 +295,7 @@ def test_memory_is_bounded_too(put: Put) -> None:
 def test_zstd_says_what_to_install(put: Put, monkeypatch: pytest.MonkeyPatch) -> None:
     path = put("m.zst", zstandard.compress(MODEL))
     monkeypatch.setitem(sys.modules, "zstandard", None)
-    monkeypatch.setattr(sources, "_zstd", sources._Zstandard)
+    monkeypatch.setattr(compressions, "_zstd", compressions._Zstandard)
     with pytest.raises(MissingDependencyError, match=r"zstandard, which is not installed; .*pip install '.\[zstd\]'"):
         ckptkit.open(path)
 

@@ -29,7 +29,7 @@ from support.conformance import Conformance
 from support.files import read, repacked, tarred
 
 import ckptkit
-from ckptkit import formats
+from ckptkit import computed, formats
 from ckptkit.bytesource import SourceFile
 from ckptkit.checkpoint import Checkpoint
 from ckptkit.computed import DeflatedRange
@@ -387,9 +387,9 @@ def test_the_temporary_file_is_closed_with_the_checkpoint(deflated: Path) -> Non
 
 def test_a_storage_inflates_once(deflated: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made, rooms = [], []
-    real, room = tempfile.TemporaryFile, SourceFile.spool
+    real, room = tempfile.TemporaryFile, computed.spool_room
     monkeypatch.setattr(tempfile, "TemporaryFile", lambda *a, **k: made.append(1) or real(*a, **k))
-    monkeypatch.setattr(SourceFile, "spool", lambda *a: rooms.append(1) or room(*a))
+    monkeypatch.setattr(computed, "spool_room", lambda *a: rooms.append(1) or room(*a))
     ckptkit.convert(deflated, deflated.with_name("out.pth"))
     assert len(rooms) == 4, "one for each storage that has bytes, and the empty one"
     assert len(made) == 1

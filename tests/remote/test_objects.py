@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -273,6 +274,23 @@ def test_who_may_not_read_is_told_what_to_set(s3: ObjectServer, save: SaveAs, pa
     assert len(s3.asked) == 1
 
 
+def test_what_packages_say_and_log(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    def refused(self: Any, path: str, **options: Any) -> Any:
+        logging.getLogger("azure.identity").warning("four lines of how to sign in")
+        raise OSError("Forbidden: b/models/o/m.pth\n Anonymous caller may not")
+
+    monkeypatch.setattr(MemoryFileSystem, "info", refused)
+    with pytest.raises(ckptkit.FileAccessError) as caught:
+        ckptkit.open("memory://m.pth")
+    assert str(caught.value) == (
+        "memory://m.pth: access is refused: Forbidden: b/models/o/m.pth Anonymous caller may not; "
+        "give what it signs in with as --storage-option KEY=VALUE"
+    )
+    assert capsys.readouterr().err == ""
+
+
 def test_without_credentials(s3: ObjectServer, save: SaveAs, monkeypatch: pytest.MonkeyPatch) -> None:
     url = s3.put("public.pth", save({"a": torch.ones(3)}), acl="public-read")
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
@@ -294,13 +312,16 @@ def test_what_is_not_there(s3: ObjectServer, pauses: list[float]) -> None:
     assert not pauses
 
 
-def test_a_server_that_is_not_there(s3: ObjectServer, monkeypatch: pytest.MonkeyPatch, pauses: list[float]) -> None:
-    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+@pytest.mark.parametrize(("host", "tries"), [("127.0.0.1", retries.RETRIES), ("there-is-none.invalid", 0)])
+def test_a_server_that_is_not_there(
+    s3: ObjectServer, monkeypatch: pytest.MonkeyPatch, pauses: list[float], host: str, tries: int
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:9")
     with pytest.raises(ckptkit.FileAccessError) as caught:
         ckptkit.open("s3://models/m.pth")
-    assert "127.0.0.1:9" in str(caught.value)
-    assert "AWS_ENDPOINT_URL" in str(caught.value)
-    assert len(pauses) == retries.RETRIES
+    assert f"{host}:9" in str(caught.value)
+    assert "check the network, AWS_ENDPOINT_URL and --storage-option endpoint_url=URL" in str(caught.value)
+    assert len(pauses) == tries
 
 
 def test_a_server_without_ranges_is_refused(s3: ObjectServer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,7 +36,7 @@ from ckptkit.formats.unpacked import is_unpacked, packing_of
 from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.report import Finding, count_of, listed
 
-__all__ = ["POINTERS", "Found", "describe_folder", "found_in", "may_be_sharded", "pointed", "sharded_at", "sharded_in"]
+__all__ = ["POINTERS", "Found", "describe_folder", "found_in", "pointed", "sharded_at", "sharded_in"]
 
 POINTERS = ("latest", "latest_checkpointed_iteration.txt", "latest_universal")
 """Files that name the last step: DeepSpeed's, Megatron's, and DeepSpeed's of universal checkpoints."""
@@ -135,7 +135,7 @@ def sharded_at(folder: str, inside: Sequence[str] | None = None) -> Found | None
             inside = places.listdir(folder)
         except OSError as error:
             raise places.unreadable_folder(folder, error) from error
-    if not may_be_sharded(inside):
+    if not any(map(_NAMED.fullmatch, inside)):
         return None
     names = listing(folder)
     for layout in LAYOUTS:
@@ -144,11 +144,6 @@ def sharded_at(folder: str, inside: Sequence[str] | None = None) -> Found | None
             is_lightning = layout.format == "dcp" and "meta.pt" in names
             return Found(folder, layout.format, names, own, ("meta.pt",) if is_lightning else ())
     return _accelerate(folder, names) or _shards(folder, names)
-
-
-def may_be_sharded(inside: Sequence[str]) -> bool:
-    """Whether a folder with these names in it may be a sharded checkpoint."""
-    return any(map(_NAMED.fullmatch, inside))
 
 
 def _own(layout: str, names: Sequence[str]) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from ckptkit import places
-from ckptkit.bytesource import Source
+from ckptkit.bytesource import Source, first_changed
 from ckptkit.errors import CorruptError, FormatError, LimitError
 from ckptkit.formats.containers import CONTAINERS, identify
 from ckptkit.formats.format import Probe
@@ -171,7 +171,7 @@ class FolderSource(Source):
     def changed(self) -> bool:
         """As `Source.changed`, of any file that was opened."""
         self._require_open()
-        return any(part.changed() for part in self.parts.values())
+        return first_changed(self.parts.values()) is not None
 
 
 def listing(folder: str) -> tuple[str, ...]:
