@@ -257,13 +257,12 @@ def size(url: str) -> int:
         if inside in tree.files:
             return tree.files[inside]
         raise MissingFileError(f"{masked(url)}: no such file", path=masked(url))
-    if _is_there(url):
-        with session() as current:
-            kept = current.opened.get(url)
-            if kept is not None:
-                return kept.size
-    with contextlib.closing(opened_at(url)) as source:
-        return source.size
+    with session():
+        source = source_at(url)
+        try:
+            return source.size
+        finally:
+            put_back(source, url)
 
 
 def head(url: str, nbytes: int) -> bytes:
