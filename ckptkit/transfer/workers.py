@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import copy_context
 from functools import partial
+from itertools import chain, islice
 from typing import TypeVar
 
 __all__ = [
@@ -64,11 +65,14 @@ def in_parallel(
         BaseException: what a task raised first, or an interrupt; no further task is begun.
     """
     workers = min(most, os.cpu_count() or 1) if nbytes >= MANY_NBYTES else 1
-    if workers == 1:
-        for task in tasks:
+    remaining = iter(tasks)
+    first = list(islice(remaining, min(workers, 2)))
+    remaining = chain(first, remaining)
+    if len(first) < 2:  # a single task has nothing beside it
+        for task in remaining:
             task()
         return
-    remaining, lock, failures = iter(tasks), threading.Lock(), list[BaseException]()
+    lock, failures = threading.Lock(), list[BaseException]()
     halt = stop or threading.Event()
 
     def work() -> None:
