@@ -28,7 +28,6 @@ from typing import NamedTuple
 
 from ckptkit.bytesource import ByteRange, Source
 from ckptkit.errors import AmbiguousError, CorruptError, FormatError, LimitError, UnsupportedError
-from ckptkit.formats.zip_far import told_by_directory
 from ckptkit.formats.zip_records import (
     CENTRAL,
     DEFLATED,
@@ -125,7 +124,11 @@ def read_directory(file: Source | ByteRange, limits: Limits = DEFAULT_LIMITS) ->
     listed = _listed(area.read(offset, nbytes), count, limits)
     check_names([record[2] for record in listed])
     by_place = sorted(listed)
-    begins = told_by_directory(area, by_place, offset) if area.file.is_far else []
+    begins: list[int] = []
+    if area.file.is_far:
+        from ckptkit.formats.zip_far import told_by_directory
+
+        begins = told_by_directory(area, by_place, offset)
     begins = _LeftForLater(area, by_place, begins, offset).begins if begins else _located(area, by_place, offset)
     _, _, names, _, methods, crcs, packed, sizes = zip(*by_place, strict=True) if by_place else [()] * 8
     found = Records(area, names, begins, packed, sizes, methods, crcs)
