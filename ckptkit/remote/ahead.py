@@ -20,8 +20,8 @@ from typing import ClassVar, NamedTuple
 __all__ = ["GAP_NBYTES", "MOST_NBYTES", "Brought", "Passing", "ReadAhead"]
 
 GAP_NBYTES, _LEAST_GAP = 1 << 20, 16 << 10
-"""The most bytes between two ranges that are fetched along, as a trip takes as long: fewer where there is little to read,
-so that what is known already, or not wanted, does not add up to much.
+"""The most bytes between two ranges that are fetched along, as a trip takes as long; and of files with little to read,
+of which what is known already, or not wanted, would add up to much.
 """
 
 _LEAST_BLOCK, _LARGE_BLOCK = 8 << 20, 16 << 20
