@@ -17,7 +17,8 @@ knows which models have a checkpoint's names and shapes, `arguments` what values
 declares what each command can be asked for.  `conversion` turns options into rewriters, plans and carries out one
 output, or those of a folder, and tells what came of it; `checkpoint_file` is what `open` gives.
 `remote` makes a byte source of a file on another machine, one module a kind of server, and `places` answers what a path
-is, and what lies below it, of paths and URLs alike.  `fleet` has work done for very many tasks in several processes, and knows nothing of checkpoints.
+is, and what lies below it, of paths and URLs alike.  `fleet` has work done for very many tasks in several processes,
+and knows nothing of checkpoints.
 `documents` has the types of what commands print as JSON; `differences` is what `ckptkit.diff` tells; `released` what
 `ckptkit.manifest` records and `ckptkit.check` holds files against; `digests` says when two files hold the same tensors.
 Inside `normalize` stand the one enumeration of everything in a file that has bytes (`tensors`) and the one comparison
