@@ -159,5 +159,7 @@ def _through(
 ) -> Iterator[tuple[T, Outcome[R]]]:
     from ckptkit.fleet.driver import pickled, shared_out
     from ckptkit.fleet.executors import Given
+    from ckptkit.fleet.pool import Pool
 
-    return shared_out(tasks, pickled(work), partial(Given, executor), seconds, _GIVEN_BATCH_SECONDS, length_hint(tasks))
+    start = partial(Given, executor, partial(Pool, cores()))
+    return shared_out(tasks, pickled(work), start, seconds, _GIVEN_BATCH_SECONDS, length_hint(tasks))

@@ -1,13 +1,15 @@
 """Batches through an executor that a user has: `concurrent.futures`' own, dask's, or what has their ``submit``.
 
 Of an executor only ``submit`` is used, of its futures ``add_done_callback``, ``result`` and ``cancel``.  It is never
-shut down: it is the user's.
+shut down: it is the user's.  A `ProcessPoolExecutor` takes nothing any more once one of its workers has died; what is
+left is then done by processes of our own, which are on the same machine.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +18,8 @@ from ckptkit.fleet.worker import SLACK, SLICE, Call, Lost, RefusedError, Reply, 
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor, Future
+
+    from ckptkit.fleet.pool import Pool
 
 __all__ = ["Given"]
 
@@ -28,14 +32,17 @@ class Given:
 
     Args:
         executor: the user's.
+        spare: makes processes of our own, called with the limit.
         limit: seconds that a batch takes at most once it has begun; ``None``: there is no limit.
 
     Attributes:
         most: how many batches it is given.
     """
 
-    def __init__(self, executor: Executor, limit: float | None) -> None:
+    def __init__(self, executor: Executor, spare: Callable[[float | None], Pool], limit: float | None) -> None:
         self._executor = executor
+        self._own: Pool | None = None
+        self._spare = partial(spare, limit)
         self._limit = None if limit is None else 2 * limit + SLACK
         self._futures: dict[int, Future[Reply]] = {}
         self._since: dict[int, float] = {}
@@ -45,7 +52,7 @@ class Given:
     @property
     def free(self) -> int:
         """How many more batches it is given now."""
-        return self.most - len(self._futures)
+        return self.most - len(self._futures) if self._own is None else self._own.free
 
     def submit(self, ticket: int, call: Call) -> None:
         """Hand over a batch.
@@ -53,6 +60,9 @@ class Given:
         Raises:
             RefusedError: the executor does not take it.
         """
+        if self._own is not None:
+            self._own.submit(ticket, call)
+            return
         try:
             future = self._executor.submit(run, *call)
             self._futures[ticket] = future
@@ -60,10 +70,16 @@ class Given:
             future.add_done_callback(lambda _: self._came.put(ticket))
         except Exception as error:
             self._futures.pop(ticket, None)
-            raise RefusedError(f"the executor takes no work: {told(error)}") from error
+            if not _is_broken_pool(error):
+                raise RefusedError(f"the executor takes no work: {told(error)}") from error
+            self._own = self._spare()
+            self._own.submit(ticket, call)
 
     def wait(self, timeout: float) -> Iterator[tuple[int, Reply | Lost]]:
         """The batches that came back, or are given up; waits for one, so many seconds at most."""
+        if self._own is not None and not self._futures:
+            yield from self._own.wait(timeout)
+            return
         try:
             came = [self._came.get(timeout=min(timeout, SLICE))] if timeout else [self._came.get_nowait()]
             while not self._came.empty():
@@ -100,6 +116,14 @@ class Given:
         futures, self._futures = list(self._futures.values()), {}
         for future in futures:
             future.cancel()
+        if self._own is not None:
+            self._own.close()
+
+
+def _is_broken_pool(error: Exception) -> bool:
+    from concurrent.futures.process import BrokenProcessPool
+
+    return isinstance(error, BrokenProcessPool)
 
 
 def _reply(future: Future[Reply]) -> Reply | Lost:
@@ -116,6 +140,6 @@ def _reply(future: Future[Reply]) -> Reply | Lost:
         return Lost(text=f"the executor lost its worker: {told(error)}")
     except Exception as error:
         return Lost(text=f"the executor lost it: {told(error)}")
-    if not isinstance(reply, tuple):
+    if not (isinstance(reply, tuple) and len(reply) == 4 and isinstance(reply[0], tuple) and isinstance(reply[1], list)):
         return Lost(text=f"the executor answered {reply!r:.80}, which is not what a worker returns")
     return reply
