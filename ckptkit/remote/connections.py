@@ -140,7 +140,7 @@ class _Raw(io.RawIOBase):
             return
         end = time.monotonic() + seconds
         while (left := end - time.monotonic()) > 0:
-            if not _is_quiet(self._sock, min(left, _LOOK_SECONDS)):
+            if _comes(self._sock, min(left, _LOOK_SECONDS)):
                 return
             require_wanted()
         raise TimeoutError
@@ -314,16 +314,21 @@ class _Idle:
                 connection.close()
 
 
-def _is_quiet(sock: socket.socket, seconds: float = 0.0) -> bool:
-    """Whether nothing comes within a while: nothing that nobody asked for, such as the end."""
+def _is_quiet(sock: socket.socket) -> bool:
+    """Whether nothing came that nobody asked for, such as the end."""
+    return not _comes(sock, 0)
+
+
+def _comes(sock: socket.socket, seconds: float) -> bool:
+    """Whether something comes within a while, be it the end."""
     try:
         if hasattr(select, "poll"):
             poll = select.poll()
             poll.register(sock, select.POLLIN)
-            return not poll.poll(seconds * 1000)
-        return not select.select([sock], [], [], seconds)[0]
+            return bool(poll.poll(seconds * 1000))
+        return bool(select.select([sock], [], [], seconds)[0])
     except (OSError, ValueError):
-        return False
+        return True
 
 
 _idle = _Idle()

@@ -450,7 +450,7 @@ class Spoken:
     def settimeout(self, *_: object) -> None:
         pass
 
-    sendall = close = settimeout
+    sendall = close = gettimeout = settimeout
 
 
 @pytest.fixture
