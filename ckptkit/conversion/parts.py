@@ -223,7 +223,9 @@ def _finished(job: _Job, options: ConvertOptions, parts: Parts) -> Tally:
 
         metadata = {key: value for key, value in job.checkpoint.metadata.items() if key != KEY}  # digests are in it
         try:  # what was written to has the same values where it was copied, or touched
-            return check_output(job.checkpoint.replace(metadata=metadata), path, values=options.check and bool(modified))
+            return check_output(
+                job.checkpoint.replace(metadata=metadata), path, values=options.check and bool(modified)
+            )
         except CorruptError as error:
             if not modified:
                 raise

@@ -140,6 +140,8 @@ def _reply(future: Future[Reply]) -> Reply | Lost:
         return Lost(text=f"the executor lost its worker: {told(error)}")
     except Exception as error:
         return Lost(text=f"the executor lost it: {told(error)}")
-    if not (isinstance(reply, tuple) and len(reply) == 4 and isinstance(reply[0], tuple) and isinstance(reply[1], list)):
+    if not (
+        isinstance(reply, tuple) and len(reply) == 4 and isinstance(reply[0], tuple) and isinstance(reply[1], list)
+    ):
         return Lost(text=f"the executor answered {reply!r:.80}, which is not what a worker returns")
     return reply

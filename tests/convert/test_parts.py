@@ -336,7 +336,7 @@ def test_a_source_that_was_written_to_between_parts_is_compared_as_a_whole(tmp_p
         ckptkit.convert(source, out / "model.safetensors", finish=True, **given)
         assert (out / "model.safetensors.index.json").exists()
         return
-    with pytest.raises(RewriteError, match="the source was changed .* with --force: tensor"):
+    with pytest.raises(RewriteError, match=r"the source was changed .* with --force: tensor"):
         ckptkit.convert(source, out / "model.safetensors", finish=True, **given)
     assert len(listed(out)) == 1
     for asked in ({"part": "1/2", "force": True}, {"part": "2/2", "force": True}, {"finish": True}):
