@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import compileall
+import copyreg
 import gc
 import os
 import re
@@ -105,6 +106,8 @@ def _no_power_fails() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def dask_executor() -> Iterator[Any]:
     """The executor of a real cluster of dask's, of two processes, which gives up a task that kills its worker."""
+    # Both change the process they are in: its environment, and how exceptions are pickled.
+    environment, pickled = dict(os.environ), dict(copyreg.dispatch_table)
     import dask
     from distributed import Client, LocalCluster
 
@@ -117,6 +120,10 @@ def dask_executor() -> Iterator[Any]:
             n_workers=2, threads_per_worker=1, processes=True, dashboard_address=":0", memory_limit=None
         )
         with cluster, Client(cluster) as client:
+            os.environ.clear()
+            os.environ.update(environment)
+            copyreg.dispatch_table.clear()
+            copyreg.dispatch_table.update(pickled)
             yield client.get_executor()
 
 

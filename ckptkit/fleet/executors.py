@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ckptkit.fleet.outcome import told
 from ckptkit.fleet.worker import SLACK, SLICE, Call, Lost, RefusedError, Reply, run
@@ -140,8 +140,7 @@ def _reply(future: Future[Reply]) -> Reply | Lost:
         return Lost(text=f"the executor lost its worker: {told(error)}")
     except Exception as error:
         return Lost(text=f"the executor lost it: {told(error)}")
-    if not (
-        isinstance(reply, tuple) and len(reply) == 4 and isinstance(reply[0], tuple) and isinstance(reply[1], list)
-    ):
+    kinds = tuple(map(type, reply)) if isinstance(reply, tuple) else ()
+    if kinds[:2] != (tuple, list) or len(kinds) != 4:
         return Lost(text=f"the executor answered {reply!r:.80}, which is not what a worker returns")
-    return reply
+    return cast(Reply, reply)

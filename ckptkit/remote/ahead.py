@@ -19,8 +19,10 @@ from typing import ClassVar, NamedTuple
 
 __all__ = ["GAP_NBYTES", "MOST_NBYTES", "Brought", "Passing", "ReadAhead"]
 
-GAP_NBYTES = 1 << 20
-"""Bytes between two ranges that are fetched along: a trip takes as long."""
+GAP_NBYTES, _LEAST_GAP = 1 << 20, 16 << 10
+"""The most bytes between two ranges that are fetched along, as a trip takes as long; and of files with little to read,
+of which what is known already, or not wanted, would add up to much.
+"""
 
 _LEAST_BLOCK, _LARGE_BLOCK = 8 << 20, 16 << 20
 """Bytes of a block, of files up to some 100 MiB and of larger ones; what is left over is shared out among them."""
@@ -170,6 +172,16 @@ class ReadAhead:
         at = bisect_right(self._starts, offset) - 1
         return at >= 0 and offset < self._lying[at].end and self._lying[at].state != "gone"
 
+    def next_block(self, offset: int, end: int) -> int:
+        """Where the first block behind a position begins, before some end."""
+        at = bisect_right(self._starts, offset)
+        return min([end, *(block.start for block in self._lying[at : at + 1] if block.state != "gone")])
+
+    def here(self) -> list[tuple[int, memoryview]]:
+        """The blocks that are here: where each begins, and its bytes."""
+        with _changed:
+            return [(block.start, block.data) for block in self._here]
+
     def _begin(self, block: _Block) -> None:
         block.state = "coming"
         _Room.nbytes += block.end - block.start
@@ -266,9 +278,11 @@ class ReadAhead:
 
 def _blocks(areas: Sequence[tuple[int, int]]) -> Iterator[_Block]:
     """The blocks of some ranges, in their order; no two have a byte in common."""
-    size = min(max(sum(nbytes for _, nbytes in areas) // 16, _LEAST_BLOCK), _LARGE_BLOCK)
+    total = sum(nbytes for _, nbytes in areas)
+    size = min(max(total // 16, _LEAST_BLOCK), _LARGE_BLOCK)
+    gap = min(max(total // 64, _LEAST_GAP), GAP_NBYTES)
     made: list[_Block] = []
-    for start, nbytes in _disordered(_together(areas), size):
+    for start, nbytes in _disordered(_together(areas, gap), size, gap):
         count = max(1, nbytes // size)
         cuts = [start + nbytes * number // count for number in range(count + 1)]
         made += [_Block(a, b) for a, b in pairwise(cuts)]
@@ -279,11 +293,11 @@ def _blocks(areas: Sequence[tuple[int, int]]) -> Iterator[_Block]:
     return (block for block in made if block.start < block.end)
 
 
-def _together(areas: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+def _together(areas: Iterable[tuple[int, int]], gap: int) -> Iterator[tuple[int, int]]:
     """The ranges, offset and size in bytes of each; those that nearly follow one another are one."""
     start = end = 0
     for offset, nbytes in areas:
-        if start < end and start <= offset <= end + GAP_NBYTES:
+        if start < end and start <= offset <= end + gap:
             end = max(end, offset + nbytes)
         elif nbytes:
             if start < end:
@@ -293,7 +307,7 @@ def _together(areas: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
         yield start, end - start
 
 
-def _disordered(runs: Iterable[tuple[int, int]], size: int) -> Iterator[tuple[int, int]]:
+def _disordered(runs: Iterable[tuple[int, int]], size: int, gap: int) -> Iterator[tuple[int, int]]:
     """The same, but that of short runs as many as make a block are put in the order in which they lie."""
     short: list[tuple[int, int]] = []
     total = 0
@@ -303,8 +317,8 @@ def _disordered(runs: Iterable[tuple[int, int]], size: int) -> Iterator[tuple[in
             total += nbytes
             if total < size:
                 continue
-        yield from _together(sorted(short))
+        yield from _together(sorted(short), gap)
         short, total = [], 0
         if nbytes >= size:
             yield start, nbytes
-    yield from _together(sorted(short))
+    yield from _together(sorted(short), gap)

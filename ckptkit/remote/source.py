@@ -184,7 +184,8 @@ class RemoteSource(Source):
                 nbytes, last = nbytes + wanted[last][1], last + 1
             part = wanted[first:last]
             self._fetch(part)
-            yield from super().ranges(part)
+            for area in part:  # what lies between two may be nowhere here
+                yield self.read(*area)
             first = last
 
     def _fetch(self, wanted: Sequence[tuple[int, int]]) -> None:
@@ -206,8 +207,10 @@ class RemoteSource(Source):
             return end, end
         while begin < end and (known := len(self._known(begin, end - begin))):
             begin += known
-        if self._ahead is not None and self._ahead.brings(begin):
-            return end, end
+        if self._ahead is not None:
+            if self._ahead.brings(begin):
+                return end, end
+            end = self._ahead.next_block(begin, end)
         with self._within:
             at = bisect_left(self._starts, end) - 1
             if at >= 0 and begin < self._starts[at] and self._starts[at] + len(self._spans[self._starts[at]]) >= end:
@@ -351,7 +354,10 @@ class RemoteSource(Source):
     # What is fetched ahead.
 
     def will_read(self, areas: Sequence[tuple[int, int]], passing: Passing | None = None) -> None:
-        """As `Source.will_read`."""
+        """As `Source.will_read`; of what is here of an earlier call some is kept."""
+        if areas and self._ahead is not None:
+            for start, data in self._ahead.here():
+                self._keep(start, bytes(data))
         unknown: list[tuple[int, int]] = []
         for offset, nbytes in areas:
             end = offset + nbytes

@@ -210,15 +210,19 @@ class Checksums:
                 continue
             nbytes += storage.nbytes
         runs = [run for _, run in unread]
-        for run in runs:
-            if run.nbytes > _SMALL_NBYTES:
+        far = any(run.file.is_far for run in runs)
+
+        def kind(run: ByteRange) -> tuple[int, bool]:
+            return id(run.file), run.nbytes <= _SMALL_NBYTES
+
+        runs.sort(key=lambda run: (id(run.file), not far and run.nbytes <= _SMALL_NBYTES, run.offset))
+        will_read(runs)
+        for (_, is_small), alike in groupby(runs, key=kind):
+            while is_small and (some := list(islice(alike, _MANY))):
+                tasks.append(partial(self._read_small, some))
+            for run in alike:
                 for start in range(0, run.nbytes, SUMMED_NBYTES):
                     tasks.append(partial(self._read, run.part(start, min(SUMMED_NBYTES, run.nbytes - start))))
-        small = sorted((run for run in runs if run.nbytes <= _SMALL_NBYTES), key=lambda run: (id(run.file), run.offset))
-        for _, of_file in groupby(small, key=lambda run: id(run.file)):
-            while some := list(islice(of_file, _MANY)):
-                tasks.append(partial(self._read_small, some))
-        far = will_read(runs)
         in_parallel(near_together(tasks, _APART) if far else tasks, nbytes=nbytes)
         for storage, run in unread:
             self._is_known(storage, run, broken)

@@ -35,6 +35,9 @@ _APART = 4
 _SPARE = 8
 """A file is read as a whole where what is not moved of it is at most this part of it: its hash is worth that."""
 
+_SMALL_NBYTES = 1 << 20
+"""Bytes of a file that cost little more than the trips for parts of it."""
+
 _Moving = Copy | Cast | Gather
 _Placed = tuple[int, int, int, _Moving]
 """Where it lies: number of the file and position; the output's descriptor; the step."""
@@ -44,7 +47,7 @@ def is_nearly_whole(plan: Plan, files: Iterable[Source]) -> bool:
     """Whether a plan moves nearly all bytes of some files, so that the rest may be fetched to hash them."""
     runs = {(id(run.file), run.offset): run.nbytes for step in _moving(plan) for run in _lying(step)}
     size = sum(file.size for file in files)
-    return size - sum(runs.values()) <= size // _SPARE
+    return size <= _SMALL_NBYTES or size - sum(runs.values()) <= size // _SPARE
 
 
 def _moving(plan: Plan) -> Iterator[_Moving]:

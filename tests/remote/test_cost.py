@@ -180,3 +180,34 @@ def test_one_value_takes_its_own_header_and_no_other(tmp_path: Path) -> None:
             assert torch.equal(file.state_dict[name].torch(), state[name])
         assert len(store.asked) <= 9
         assert store.nbytes <= 3 * (160_000 + 64 * KIB)
+
+
+def _overlapping() -> dict[str, torch.Tensor]:
+    base = torch.arange(300_000, dtype=torch.float32)
+    return {"a": base[200_000:], "b": base[:250_000].view(50, 5000).t(), "c": base[10:150_000], "d": base}
+
+
+def _apart() -> dict[str, torch.Tensor]:
+    """Small tensors around where the first bytes of a file end, and again behind a larger one."""
+    return {**weights(200, 100), "middle": torch.rand(50_000), **{f"behind.{i}": torch.rand(100) for i in range(200)}}
+
+
+@pytest.mark.parametrize("options", [{}, {"no_nan": True}], ids=["checksums", "values"])
+@pytest.mark.parametrize(
+    "data",
+    [
+        saved(_overlapping(), _use_new_zipfile_serialization=False),
+        saved(_overlapping()),
+        saved(_apart()),
+        saved(_apart(), _use_new_zipfile_serialization=False),
+        saved(nn.Sequential(*(nn.Conv2d(64, 64, 3) for _ in range(6)))),
+    ],
+    ids=["overlapping legacy", "overlapping", "apart", "apart legacy", "model"],
+)
+def test_what_is_read_through_is_read_once(data: bytes, options: dict[str, bool]) -> None:
+    with serving({URL + "model.pth": data}) as store:
+        assert ckptkit.check([URL + "model.pth"], max_trust="needs_trust", **options).ok
+        assert store.nbytes <= len(data) + 100
+        store.asked.clear()
+        ckptkit.manifest([URL + "model.pth"])
+        assert store.nbytes <= len(data) + 100

@@ -426,6 +426,17 @@ def test_manifest_and_check_take_one_pass(
     assert sum(each.nbytes for each in store.asked) <= len(files[PTH]) + 2 * SPARE
 
 
+@pytest.mark.parametrize("command", [ckptkit.check, ckptkit.manifest])
+def test_small_and_large_tensors_side_by_side(command: Callable[[list[str]], object]) -> None:
+    tensors = {f"layers.{i}.{name}": torch.randn(n) for i in range(40) for name, n in (("weight", 25_000), ("bias", 9))}
+    buffer = io.BytesIO()
+    torch.save(tensors, buffer)
+    with serving({PTH: buffer.getvalue()}) as served:
+        command([PTH])
+        at_most_once(served, PTH)
+        assert len(served.asked) <= len(buffer.getvalue()) // BLOCK + 10
+
+
 def test_one_tensor_is_a_few_requests(store: FarStore, state: dict[str, torch.Tensor]) -> None:
     with ckptkit.open(SAFE) as opened:
         store.asked.clear()
