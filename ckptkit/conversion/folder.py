@@ -11,6 +11,7 @@ lock.  Large ones are moved by the threads of one process as fast, one after the
 from __future__ import annotations
 
 import contextlib
+import filecmp
 import os
 import time
 from collections import Counter
@@ -21,9 +22,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 from ckptkit import formats, places, rewrite
 from ckptkit.conversion.options import renamers_of
 from ckptkit.conversion.outputs import Item, ending_of, require_fitting, require_names
-from ckptkit.errors import CkptkitError, FileAccessError, RewriteError
+from ckptkit.errors import CkptkitError, DestinationExistsError, FileAccessError, RewriteError
 from ckptkit.fleet.shares import paths_from
 from ckptkit.report import Finding, Report, parse_size, without_endings
+from ckptkit.transfer.folders import temporary_folder
 from ckptkit.transfer.many import Workers
 from ckptkit.transfer.names import is_temporary_name, names_flushed_together, remove_stale
 from ckptkit.transfer.workers import MANY_NBYTES
@@ -117,11 +119,31 @@ def _outcomes(
         if told is not None:
             told(1, 1)
         if done.problem is None:
-            yield done.result()
+            file = done.result()
+            is_there = file["error"] is not None and file["error"]["type"] == DestinationExistsError.__name__
+            yield (_written_before(task, convert, plain) if is_there else None) or file
             continue
         if done.problem == "died":
             remove_stale(os.path.dirname(task.destination) or os.curdir)
         yield _unconverted(task.source, task.destination, done.error or CkptkitError(done.text), task.nbytes, 0.0)
+
+
+def _written_before(task: _Task, convert: Convert, options: ConvertOptions) -> ConvertedFile | UnconvertedFile | None:
+    """The document of a file whose output came to be meanwhile, by a worker that died before it could tell of it.
+
+    No output was there at first.  What is there now is taken for this file's where it is the same to the byte.
+    """
+    above, name = os.path.split(task.destination)
+    folder = temporary_folder(os.path.join(os.path.realpath(above), name), task.destination)
+    try:
+        file = outcome(convert, task.source, os.path.join(folder.temporary, name), task.nbytes, options)
+        made = [os.path.join(inside, each) for inside, _, names in os.walk(folder.temporary) for each in names]
+        there = [os.path.join(above, os.path.relpath(path, folder.temporary)) for path in made]
+        is_same = file["error"] is None and all(os.path.isfile(path) for path in there)
+        is_same = is_same and all(map(partial(filecmp.cmp, shallow=False), made, there))
+    finally:
+        folder.close()
+    return cast("ConvertedFile", {**file, "destination": task.destination}) if is_same else None
 
 
 def _are_others(tasks: list[_Task], options: ConvertOptions, plain: ConvertOptions) -> bool:

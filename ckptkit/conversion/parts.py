@@ -25,9 +25,9 @@ from ckptkit.normalize.selection import KEY
 from ckptkit.places import shown
 from ckptkit.plan import Plan
 from ckptkit.remote import carried
-from ckptkit.report import count_of, human_size
+from ckptkit.report import count_of, human_size, listed
 from ckptkit.transfer.folders import temporary_folder
-from ckptkit.transfer.part_records import shares_of, tally_of
+from ckptkit.transfer.part_records import modified_of, shares_of, tally_of
 from ckptkit.transfer.parts import Parts
 from ckptkit.transfer.passing import passed_of
 from ckptkit.transfer.steps import Tally
@@ -215,11 +215,22 @@ def finish(job: _Job, options: ConvertOptions, given: str | None) -> Tally:
 
 
 def _finished(job: _Job, options: ConvertOptions, parts: Parts) -> Tally:
+    now = modified_of(parts.files)
+    modified = {name for each in parts.records().values() for name in now if each["modified"].get(name) != now[name]}
+
     def opened(path: str) -> object:
         from ckptkit.compare import check_output
 
         metadata = {key: value for key, value in job.checkpoint.metadata.items() if key != KEY}  # digests are in it
-        return check_output(job.checkpoint.replace(metadata=metadata), path, values=False)
+        try:  # what was written to has the same values where it was copied, or touched
+            return check_output(
+                job.checkpoint.replace(metadata=metadata), path, values=options.check and bool(modified)
+            )
+        except CorruptError as error:
+            if not modified:
+                raise
+            told = f"the source was changed after a part was written ({listed(sorted(modified), 4)}); write all anew"
+            raise RewriteError(f"{job.path}: {told}, with --force: {error}", path=job.path) from error
 
     return parts.finish(force=options.force, flush=options.check, opened=opened, replaces=job.stale, source=job.source)
 

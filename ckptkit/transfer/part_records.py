@@ -40,6 +40,7 @@ __all__ = [
     "identity_of",
     "late_fields",
     "losses_of",
+    "modified_of",
     "read_record",
     "shard_digest",
     "shares_of",
@@ -102,6 +103,7 @@ class PartRecord(TypedDict):
         checked: whether it was compared with the source.
         shards: its shards, by name.
         digests: SHA-256 of source files, by name.
+        modified: when the source's files had been written to, by name (`modified_of`).
         losses: what casts lost: the place of each among those of the plan, then the fields of `ckptkit.casting.Losses`.
     """
 
@@ -112,6 +114,7 @@ class PartRecord(TypedDict):
     checked: bool
     shards: dict[str, ShardRecord]
     digests: dict[str, str]
+    modified: dict[str, str]
     losses: list[list[int]]
 
 
@@ -213,6 +216,16 @@ def _sample(file: Source) -> str:
     for data in file.ranges(wanted):
         digest.update(data)
     return digest.hexdigest()
+
+
+def modified_of(files: Mapping[str, Source]) -> dict[str, str]:
+    """When files of the source on a disk were last written to, by name; a sample does not tell all that may differ."""
+    found = {}
+    for name, file in files.items():
+        stamp: Any = file.identity
+        if isinstance(stamp, tuple) and not file.is_far:  # of a file, or of each in a folder
+            found[name] = ",".join(str(each[-1]) for each in (stamp if isinstance(stamp[0], tuple) else (stamp,)))
+    return found
 
 
 def _steps_digest(plan: Plan, files: Mapping[str, Source]) -> str:
@@ -355,6 +368,7 @@ def _is_record(record: Any) -> bool:
         plan["steps"],
         *plan["options"].values(),
         *record["digests"].values(),
+        *record["modified"].values(),
     ]
     return (
         record["schema_version"] == SCHEMA_VERSION

@@ -48,6 +48,7 @@ from ckptkit.transfer.part_records import (
     identity_of,
     late_fields,
     losses_of,
+    modified_of,
     read_record,
     shard_digest,
     shares_of,
@@ -99,7 +100,7 @@ class Parts:
         staging: the folder the parts are put into, which is there, and not ours to remove; ``None``: `staging_of`.
 
     Attributes:
-        plan, identity: of the output.
+        plan, identity, files: of the output and its source.
         staging: the folder.
     """
 
@@ -118,7 +119,7 @@ class Parts:
         self.staging = staging_of(os.path.join(os.path.realpath(above), name)) if staging is None else staging
         self._is_ours = staging is None
         self._shown = destination
-        self._files = files
+        self.files = files
         self._hashed: dict[int, list[list[str]]] = {}
 
     @property
@@ -193,6 +194,7 @@ class Parts:
                 "checked": check is not None,
                 "shards": {n: {"nbytes": self.plan.shards[n].nbytes, "sha256": sums.get(n)} for n in names},
                 "digests": {name: digests.of(file).decode() for name, file in hashes.items()},
+                "modified": modified_of(self.files),
                 "losses": losses_of(self.plan, tally),
             }
             for file in hashes.values():
@@ -230,9 +232,9 @@ class Parts:
         """The source files whose digests are wanted, and which this part computes."""
         if self._hashed.get(share.count) is None:
             wanted = {id(file) for file in digested(self.plan)}
-            files = {name: file for name, file in self._files.items() if id(file) in wanted}
+            files = {name: file for name, file in self.files.items() if id(file) in wanted}
             self._hashed[share.count] = hashed_by(self.plan, files, share.count)
-        return {name: self._files[name] for name in self._hashed[share.count][share.index - 1]}
+        return {name: self.files[name] for name in self._hashed[share.count][share.index - 1]}
 
     def _record_path(self, share: Share) -> str:
         return os.path.join(self.staging, f"part-{share.index:05d}-of-{share.count:05d}.json")
@@ -386,7 +388,7 @@ class Parts:
         """Those of the source, as the parts computed them."""
         hexes = {name: digest for record in records.values() for name, digest in record["digests"].items()}
         wanted = {id(file) for file in digested(self.plan)}
-        known = {id(file): hexes.get(name, "").encode() for name, file in self._files.items() if id(file) in wanted}
+        known = {id(file): hexes.get(name, "").encode() for name, file in self.files.items() if id(file) in wanted}
         return DigestsInPassing((), threading.Event(), known)
 
     def _is_published(self, digests: DigestsInPassing) -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors.torch import save_file
 from support.far import below, serving
 from support.files import same_files
 from torch import nn
@@ -314,6 +315,32 @@ def test_parts_of_another_plan_are_refused(
         assert listed(hidden) == before
     shutil.rmtree(hidden)
     monkeypatch.undo()
+
+
+@pytest.mark.parametrize("is_other", [True, False])
+def test_a_source_that_was_written_to_between_parts_is_compared_as_a_whole(tmp_path: Path, is_other: bool) -> None:
+    source, out = tmp_path / "source.safetensors", tmp_path / "out"
+    out.mkdir()
+    save_file({f"{number:02}": torch.full((25_000,), float(number)) for number in range(20)}, source)
+    given: dict[str, Any] = {"max_shard_size": 250_000, "dtype": "bfloat16"}
+    ckptkit.convert(source, out / "model.safetensors", part="1/2", **given)
+    with open(source, "r+b") as file:  # a byte of each of four shards, none of those that tell states apart
+        for place in (1_050_001, 1_550_001, 550_001, 250_001):
+            file.seek(-place, os.SEEK_END)
+            byte = file.read(1)
+            file.seek(-1, os.SEEK_CUR)
+            file.write(b"\x43" if is_other else byte)
+    os.utime(source, (1, 1))
+    ckptkit.convert(source, out / "model.safetensors", part="2/2", **given)
+    if not is_other:
+        ckptkit.convert(source, out / "model.safetensors", finish=True, **given)
+        assert (out / "model.safetensors.index.json").exists()
+        return
+    with pytest.raises(RewriteError, match=r"the source was changed .* with --force: tensor"):
+        ckptkit.convert(source, out / "model.safetensors", finish=True, **given)
+    assert len(listed(out)) == 1
+    for asked in ({"part": "1/2", "force": True}, {"part": "2/2", "force": True}, {"finish": True}):
+        ckptkit.convert(source, out / "model.safetensors", **given, **asked)
 
 
 def test_what_is_there_is_replaced_at_the_end(convert, save, source: Path, state: dict[str, torch.Tensor]) -> None:

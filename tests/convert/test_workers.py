@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 from support.files import same_files
-from support.killed import killed_by_one, part_killed_always, part_killed_once
+from support.killed import killed_after_one, killed_by_one, part_killed_always, part_killed_once
 from support.range_server import range_server
 
 import ckptkit
@@ -343,3 +343,20 @@ def test_a_file_that_kills_its_worker(runs: Path, tmp_path: Path) -> None:
     assert sorted(trees(tmp_path / "out")) == [
         "a/one.safetensors", "a/two.safetensors", "b/c/five.safetensors", "b/c/four.safetensors", "six.safetensors",
     ]  # fmt: skip
+
+
+def test_a_file_that_was_converted_before_its_worker_died(runs: Path, tmp_path: Path) -> None:
+    """It is not taken for an output of others; one that others wrote meanwhile is."""
+    from ckptkit.conversion.folder import convert_folder
+    from ckptkit.options import ConvertOptions
+
+    (tmp_path / "out/b/c").mkdir(parents=True)
+    options = ConvertOptions(to="safetensors", jobs=2)
+    report = convert_folder(str(runs), str(tmp_path / "out"), options, killed_after_one)
+    assert (runs / "a/two.pth.killed").exists()
+    files = {os.path.basename(file["source"]): file for file in report.details["files"]}
+    assert [name for name, file in files.items() if file["error"] is not None] == ["broken.pth", "four.pth"]
+    assert files["four.pth"]["error"]["type"] == "DestinationExistsError"
+    assert (tmp_path / "out/b/c/four.safetensors").read_bytes() == b"of others"
+    assert files["two.pth"]["destination"] == str(tmp_path / "out/a/two.safetensors")
+    assert len(trees(tmp_path / "out")) == 6

@@ -100,6 +100,21 @@ def killed_by_one(source: str, destination: str, options: Any) -> Any:
     return conversion.convert_file(source, destination, options)
 
 
+def killed_after_one(source: str, destination: str, options: Any) -> Any:
+    """The same; the first process that converts `two.pth` is killed once it has, and `four.pth` is written by others."""
+    from ckptkit import conversion
+    from ckptkit.fleet import worker
+
+    if source.endswith("four.pth") and worker.is_one:
+        with open(destination, "wb") as file:
+            file.write(b"of others")
+    report = conversion.convert_file(source, destination, options)
+    if source.endswith("two.pth") and not os.path.exists(mark := f"{source}.killed"):
+        os.mkdir(mark)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return report
+
+
 if __name__ == "__main__":
     from forked import preload
 
