@@ -109,6 +109,7 @@ OUTPUTS = ("text", "json", *(name for name in RENDERERS if name != "text"))
     epilog=ui.with_examples(
         "ckptkit check --manifest weights/weights.lock.json",
         "ckptkit check weights/ --no-pickle --max-size 2GB --no-nan",
+        "ckptkit check hf://user/repo --no-pickle --max-trust safe",
         "ckptkit check model.pth --max-trust safe --allow-dtype float32 --allow-dtype int64 --location cpu",
         "ckptkit check model.safetensors --fits torchvision:resnet18 --forward",
         "ckptkit check weights/ --manifest weights/weights.lock.json --format junit > check.xml",
@@ -220,7 +221,8 @@ def command(
     """Hold checkpoints against a manifest and a policy, without running or loading them.
 
     A folder stands for the checkpoints below it, found by their content; what else lies there is counted, and under
-    --no-pickle and --max-trust its pickles count too. An index stands for its shards, and so does each of them.
+    --no-pickle and --max-trust its pickles count too. An index stands for its shards, and so does each of them. Files
+    and folders may be URLs (https://, s3://, gs://, az://, hf://user/repo).
     Without PATHS, all that the manifest names is checked, and nothing else may lie in the folders it was made of.
     Whatever is asked for, a file must be readable and may not be hostile.
 

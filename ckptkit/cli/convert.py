@@ -176,6 +176,7 @@ _rename_file = click.option(
         "ckptkit convert ddp.pth clean.safetensors --strip-module",
         "ckptkit convert resume.pth weights.safetensors --weights-only --dtype bfloat16 --keep-dtype '*norm*'",
         "ckptkit convert ddp.pth clean.pth --strip-module --map-location cpu",
+        "ckptkit convert s3://bucket/model.pth model.safetensors",
         "ckptkit convert big.pth out/model.safetensors --max-shard-size 5GB",
         "ckptkit convert run/step-9 out/model.safetensors --max-shard-size 5GB --part 3/8",
         "ckptkit convert run/step-9 out/model.safetensors --max-shard-size 5GB --finish",
@@ -211,8 +212,9 @@ def command(
     DST's ending chooses the container: .safetensors, or .pth .pt .pkl .ckpt .bin. A .pth keeps
     everything that is in SRC (optimizer, epoch, arguments, unknown objects). DST is either the old
     file or the complete new one, whatever happens. Before it gets its name every tensor is compared
-    with its source, byte for byte. SRC may be FILE/MEMBER or FILE!MEMBER of a zip or tar archive,
-    - for standard input, and compressed (.gz .xz .bz2 .zst).
+    with its source, byte for byte. SRC may be a URL (https://, s3://, gs://, az://, hf://user/repo/path),
+    FILE/MEMBER or FILE!MEMBER of a zip or tar archive, - for standard input, and compressed (.gz .xz
+    .bz2 .zst).
 
     DST may be a folder (one that is there, or with a slash at its end): the output is named after SRC, with the
     ending of --to. Of a folder SRC each checkpoint below it is converted to the same place below DST; --to is

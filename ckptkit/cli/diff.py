@@ -237,6 +237,7 @@ _top = click.option(
     epilog=ui.with_examples(
         "ckptkit diff epoch10.pth epoch11.pth",
         "ckptkit diff original.pth converted.safetensors",
+        "ckptkit diff hf://user/repo@v1/model.safetensors hf://user/repo/model.safetensors",
         "ckptkit diff ddp.pth clean.safetensors --strip-module",
         "ckptkit diff resume.pth ema.safetensors --section-a ema",
         "ckptkit diff gpu.pth cpu.pth --rtol 1e-5 --atol 1e-8",

@@ -35,6 +35,7 @@ RENDERERS: dict[str, ui.Renderer] = {"text": inspect_text.text, "markdown": ui.l
         "ckptkit inspect --flat --filter '*.bias' model.pth",
         "ckptkit inspect --json runs/ | jq '.files[].state_dict'",
         "ckptkit inspect archive.zip/a/model.pth",
+        "ckptkit inspect hf://user/repo s3://bucket/run/step-9",
     ),
 )
 @ui.path_argument("paths", nargs=-1, metavar="PATHS...")
@@ -83,7 +84,9 @@ def command(
     (all are with --stats). A folder stands for the checkpoints below it, whatever their names; what else lies there is
     counted. One that several processes wrote (FSDP, DeepSpeed, Megatron, torch.distributed.checkpoint) is one
     checkpoint, and one that names its last step stands for that. FILE/MEMBER or FILE!MEMBER is a file in a zip or tar
-    archive, - is standard input, and what is compressed by gzip, xz, bzip2 or zstd is read through.
+    archive, - is standard input, and what is compressed by gzip, xz, bzip2 or zstd is read through. Of a URL (https://,
+    s3://, gs://, az://, hf://user/repo[@revision][/path]) only what is needed is fetched; that of a bucket's prefix or
+    of a repository is a folder.
     """
     if not paths and files_from is None:
         raise click.MissingParameter(param=_paths_of(click.get_current_context()))

@@ -94,6 +94,7 @@ RENDERERS: dict[str, ui.Renderer] = {"text": text, "markdown": ui.later("markdow
     "manifest",
     epilog=ui.with_examples(
         "ckptkit manifest weights/ -o weights/weights.lock.json",
+        "ckptkit manifest s3://bucket/models/ -o models.lock.json",
         "ckptkit manifest --update -o weights/weights.lock.json",
         "ckptkit manifest model.pth -o model.lock.json --golden golden.safetensors --digests total",
         "ckptkit check --manifest weights/weights.lock.json",
@@ -141,7 +142,8 @@ def command(
 
     A folder stands for the checkpoint files below it, and paths are recorded relative to the manifest's folder. The
     content digest of a file is the same for the same tensors in any container. Nothing is executed. In a folder that
-    is named, ckptkit check lets no other checkpoint lie; files that are named stand for themselves.
+    is named, ckptkit check lets no other checkpoint lie; files that are named stand for themselves. Files and folders
+    may be URLs (https://, s3://, gs://, az://, hf://user/repo).
     """
     if not paths and not update and files_from is None:
         raise click.UsageError("Missing argument 'PATH...'; only --update does without")

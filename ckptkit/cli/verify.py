@@ -87,6 +87,7 @@ RENDERERS: dict[str, ui.Renderer] = {"text": text, "markdown": ui.later("markdow
     "verify",
     epilog=ui.with_examples(
         "ckptkit verify clean.safetensors --model torchvision:resnet18",
+        "ckptkit verify hf://user/repo/model.safetensors --model timm:resnet50",
         "ckptkit verify head10.pth --model torchvision:resnet18 --model-arg num_classes=10",
         "ckptkit verify net.pth --model models/net.py:build --input-shape 1,3,64,64",
         "ckptkit verify half.safetensors --model torchvision:resnet18 --against original.pth",
