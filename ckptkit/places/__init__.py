@@ -36,6 +36,7 @@ __all__ = [
     "listdir",
     "listed_below",
     "look_ahead",
+    "may_exist",
     "notes",
     "opened",
     "opened_ahead",
@@ -198,6 +199,17 @@ def is_known(folder: str) -> bool:
 def exists(path: str) -> bool:
     """Whether anything has a path: a link that leads nowhere, too."""
     return isdir(path) or isfile(path) if is_url(path) else os.path.lexists(path)
+
+
+def may_exist(path: str) -> bool:
+    """As `exists`; and whether a server does not say: it cannot be reached, or refuses."""
+    if exists(path):
+        return True
+    if not is_url(path):
+        return False
+    from ckptkit.places import far
+
+    return far.is_untold(path)
 
 
 def identity(path: str) -> Hashable | None:

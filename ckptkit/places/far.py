@@ -34,6 +34,7 @@ __all__ = [
     "is_file",
     "is_folder",
     "is_known",
+    "is_untold",
     "names_below",
     "opened",
     "opened_ahead",
@@ -190,6 +191,13 @@ def is_file(url: str) -> bool:
     if found is not None:
         return found[1] in found[0].files and not url.endswith("/")
     return not url.endswith("/") and not is_folder(url) and _is_there(url)
+
+
+def is_untold(url: str) -> bool:
+    """Whether a server did not say what lies at a URL that it was asked for in this session."""
+    with session() as current:
+        told = [current.failed.get(asked) for asked in (url, f"{url.rstrip('/')}/*")]
+    return any(error is not None and not isinstance(error, MissingFileError) for error in told)
 
 
 def _is_there(url: str) -> bool:

@@ -87,7 +87,7 @@ class Task:
     @property
     def is_missing(self) -> bool:
         """Whether the manifest names it, and it is not there."""
-        return self.record is not None and not places.exists(self.path)
+        return self.record is not None and not places.may_exist(self.path)
 
     @property
     def may_be_same(self) -> bool:

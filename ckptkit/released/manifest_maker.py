@@ -259,7 +259,9 @@ def _may_be_unchanged(name: str, path: str, record: FileRecord) -> bool:
 
 def _unselected(old: Mapping[str, FileRecord], wanted: Mapping[str, str], folder: str) -> dict[str, FileRecord]:
     return {
-        name: record for name, record in old.items() if name not in wanted and places.exists(places.below(folder, name))
+        name: record
+        for name, record in old.items()
+        if name not in wanted and places.may_exist(places.below(folder, name))
     }
 
 
@@ -418,7 +420,7 @@ def _paths_of(previous: Manifest | None, folder: str) -> list[str]:
         return [folder]
     names = [*previous.folders, *(record.path for record in previous.files)]
     paths = [places.below(folder, name) for name in names]
-    return [path for path in paths if places.exists(path)]
+    return [path for path in paths if places.may_exist(path)]
 
 
 def _claimed(name: str) -> str:

@@ -199,3 +199,23 @@ def test_credentials_stand_in_no_manifest_report_or_message(command: Command) ->
         assert [each["path"] for each in written("c.json")["files"]] == ["m.pth"]
     for name in outputs:
         assert b"hunter2" not in Path(name).read_bytes() and b"0a1b2c3d" not in Path(name).read_bytes(), name
+
+
+@pytest.mark.parametrize("lists", [True, False])
+def test_what_a_server_does_not_give_is_not_missing(command: Command, lists: bool) -> None:
+    files = {f"{ROOT}/a.pth": pth(1), f"{ROOT}/b.pth": pth(2)}
+    with serving(files) as store:
+        assert command("manifest", *files, "-o", "lock.json").code == 0
+    recorded = Path("lock.json").read_text()
+    with serving(files, lists=lists) as store:
+        for path in files:
+            store.failing[path] = "access is denied"
+        done = command("check", "--manifest", "lock.json", "--json")
+        assert done.code == 2
+        assert codes(done) == ["file-unreadable"] * 2
+        assert command("manifest", "--update", "-o", "lock.json").code == 2
+        assert Path("lock.json").read_text() == recorded
+        store.failing.clear()
+        del store.files[f"{ROOT}/a.pth"]
+        done = command("check", "--manifest", "lock.json", "--json")
+        assert (done.code, codes(done)) == (1, ["file-missing"])
