@@ -16,8 +16,10 @@ from ckptkit.bytesource.source import (
     at_once,
     byte_range,
     first_changed,
+    given_up,
     made_by_position,
     outside,
+    require_wanted,
 )
 
 __all__ = [
@@ -30,9 +32,11 @@ __all__ = [
     "at_once",
     "byte_range",
     "first_changed",
+    "given_up",
     "made_by_position",
     "outside",
     "read_at",
+    "require_wanted",
     "spool_room",
     "write_at",
 ]

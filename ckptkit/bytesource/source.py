@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, NoReturn, TypeVar
 
@@ -20,8 +21,10 @@ __all__ = [
     "at_once",
     "byte_range",
     "first_changed",
+    "given_up",
     "made_by_position",
     "outside",
+    "require_wanted",
 ]
 
 CHUNK_NBYTES = 4 << 20
@@ -354,6 +357,21 @@ _TRIPS = 16
 """Requests to other machines that are on their way at the same time."""
 
 
+given_up: ContextVar[threading.Event | None] = ContextVar("ckptkit_given_up", default=None)
+"""Set once nobody wants any more what this thread reads: an interrupt is heard by the main thread alone."""
+
+
+def require_wanted() -> None:
+    """What waits for another machine asks now and then whether to go on.
+
+    Raises:
+        FileAccessError: it is to give up.
+    """
+    halt = given_up.get()
+    if halt is not None and halt.is_set():
+        raise FileAccessError("given up")
+
+
 def at_once(trips: Sequence[Callable[[], _Record]]) -> list[_Record]:
     """Make trips to other machines at the same time, and give what comes of them.
 
@@ -362,10 +380,18 @@ def at_once(trips: Sequence[Callable[[], _Record]]) -> list[_Record]:
     """
     if len(trips) < 2:
         return [trip() for trip in trips]
-    from concurrent.futures import ThreadPoolExecutor
+    from concurrent.futures import ThreadPoolExecutor, wait
 
-    with ThreadPoolExecutor(min(_TRIPS, len(trips)), thread_name_prefix="ckptkit-trips") as pool:
+    halt = given_up.get() or threading.Event()
+    with ThreadPoolExecutor(
+        min(_TRIPS, len(trips)), "ckptkit-trips", initializer=given_up.set, initargs=(halt,)
+    ) as pool:
         made = [pool.submit(trip) for trip in trips]
+        try:
+            wait(made)
+        except BaseException:
+            halt.set()
+            raise
     return [each.result() for each in made]
 
 

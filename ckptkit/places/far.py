@@ -18,7 +18,7 @@ import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from ckptkit.bytesource import Source
+from ckptkit.bytesource import Source, given_up
 from ckptkit.errors import FileAccessError, MissingFileError
 from ckptkit.remote import current_session, opened_at, revealed, session, source_at, store_of
 from ckptkit.remote.listed import ListedSource
@@ -346,6 +346,7 @@ class _Ahead:
         self._pool = ThreadPoolExecutor(_SIDE_BY_SIDE, thread_name_prefix="ckptkit-open")
         self._opening: dict[str, Future[RemoteSource]] = {}
         self._within = threading.Lock()
+        self._halt = threading.Event()
         self._fill()
 
     def _fill(self) -> None:
@@ -354,6 +355,7 @@ class _Ahead:
             if url is None:
                 return
             context = contextvars.copy_context()
+            context.run(given_up.set, self._halt)
             self._opening[url] = self._pool.submit(context.run, _looked_into, url)
 
     def take(self, url: str) -> RemoteSource | None:
@@ -371,6 +373,7 @@ class _Ahead:
         return None if future is None else future.result()
 
     def close(self) -> None:
+        self._halt.set()
         self._pool.shutdown(wait=False, cancel_futures=True)
         for future in self._opening.values():
             _drop(future)

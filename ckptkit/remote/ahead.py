@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import ClassVar, NamedTuple
 
+from ckptkit.bytesource import given_up, require_wanted
+
 __all__ = ["GAP_NBYTES", "MOST_NBYTES", "Brought", "Passing", "ReadAhead"]
 
 GAP_NBYTES, _LEAST_GAP = 1 << 20, 16 << 10
@@ -134,6 +136,7 @@ class ReadAhead:
         self._here: list[_Block] = []
         self._threads: list[threading.Thread] | None = None
         self._is_closed = False
+        self._halt = threading.Event()
 
     def find(self, offset: int, nbytes: int) -> Brought | None:
         """What a block brings of these bytes, from the first on; ``None``: none does, or it was let go of.
@@ -148,6 +151,7 @@ class ReadAhead:
         with _changed:
             while block.state == "coming" and not self._is_closed:
                 _changed.wait(0.2)  # an interrupt is heard meanwhile
+                require_wanted()
             if self._is_closed or block.state == "gone":
                 return None
             is_ours = block.state == "waiting"
@@ -234,6 +238,7 @@ class ReadAhead:
 
     def _fetch(self) -> None:
         """Fetch what comes next, until nothing does."""
+        given_up.set(self._halt)
         while True:
             with _changed:
                 block = self._following()
@@ -269,6 +274,7 @@ class ReadAhead:
         """Let go of all; what is under way is not waited for, and nothing further is begun."""
         with _changed:
             self._is_closed = True
+            self._halt.set()
             if self in _Room.readers:
                 _Room.readers.remove(self)
             for block in [*self._here]:

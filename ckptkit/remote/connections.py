@@ -16,6 +16,7 @@ import select
 import socket
 import ssl
 import threading
+import time
 from collections.abc import Mapping
 from functools import lru_cache
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection, RemoteDisconnected
@@ -23,7 +24,8 @@ from typing import Any, NamedTuple
 from urllib.parse import quote, unquote, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
-from ckptkit.errors import FileAccessError
+from ckptkit.bytesource import require_wanted
+from ckptkit.errors import CkptkitError, FileAccessError
 from ckptkit.extras import __version__
 from ckptkit.remote.retries import Passing
 
@@ -31,6 +33,9 @@ __all__ = ["Answer", "Target", "ask"]
 
 CONNECT_SECONDS, ANSWER_SECONDS = 10.0, 20.0
 """How long to wait for a connection, and for the next bytes on it."""
+
+_LOOK_SECONDS = 0.2
+"""How often whoever waits asks whether to go on."""
 
 _KEPT = 16
 """Connections to one server that are kept while nothing is asked on them."""
@@ -109,8 +114,8 @@ def _basic(user: str | None, password: str | None) -> str | None:
 class _Raw(io.RawIOBase):
     """A connection's bytes.  Where it breaks they end and ``broken`` says why: what came until then is not lost."""
 
-    def __init__(self, raw: io.RawIOBase) -> None:
-        self._raw = raw
+    def __init__(self, raw: io.RawIOBase, sock: socket.socket) -> None:
+        self._raw, self._sock = raw, sock
         self.broken: OSError | None = None
         self.ended = False
 
@@ -119,11 +124,26 @@ class _Raw(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int | None:
         try:
+            self._wait()
             count: int | None = self._raw.readinto(buffer)
+        except CkptkitError:
+            raise
         except OSError as error:
             self.broken, count = error, 0
         self.ended |= count == 0
         return count
+
+    def _wait(self) -> None:
+        """Until bytes come, as long as they are wanted."""
+        seconds = self._sock.gettimeout()
+        if not seconds or getattr(self._sock, "pending", int)():
+            return
+        end = time.monotonic() + seconds
+        while (left := end - time.monotonic()) > 0:
+            if not _is_quiet(self._sock, min(left, _LOOK_SECONDS)):
+                return
+            require_wanted()
+        raise TimeoutError
 
     def close(self) -> None:
         super().close()
@@ -139,7 +159,7 @@ class Answer(HTTPResponse):
 
     def __init__(self, sock: socket.socket, *args: Any, **named: Any) -> None:
         super().__init__(sock, *args, **named)
-        self._raw = _Raw(self.fp.detach())
+        self._raw = _Raw(self.fp.detach(), sock)
         self.fp = io.BufferedReader(self._raw, _BUFFER_NBYTES)
         self.is_cut = False
         self._left = 0  # of a chunk
@@ -294,14 +314,14 @@ class _Idle:
                 connection.close()
 
 
-def _is_quiet(sock: socket.socket) -> bool:
-    """Whether nothing came that nobody asked for, such as the end."""
+def _is_quiet(sock: socket.socket, seconds: float = 0.0) -> bool:
+    """Whether nothing comes within a while: nothing that nobody asked for, such as the end."""
     try:
         if hasattr(select, "poll"):
             poll = select.poll()
             poll.register(sock, select.POLLIN)
-            return not poll.poll(0)
-        return not select.select([sock], [], [], 0)[0]
+            return not poll.poll(seconds * 1000)
+        return not select.select([sock], [], [], seconds)[0]
     except (OSError, ValueError):
         return False
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import unquote
 
+from ckptkit.bytesource import given_up, require_wanted
 from ckptkit.errors import FileAccessError
 
 if TYPE_CHECKING:
@@ -67,7 +68,11 @@ def is_passing(status: int) -> bool:
 
 def sleep(seconds: float) -> None:
     """Wait; here alone."""
-    time.sleep(seconds)
+    halt = given_up.get()
+    if halt is None:
+        time.sleep(seconds)
+    else:
+        halt.wait(seconds)
 
 
 def retried(shown: str, work: Callable[[], _Value]) -> _Value:
@@ -83,6 +88,7 @@ def retried(shown: str, work: Callable[[], _Value]) -> _Value:
     tries = 0
     waited = 0.0
     while True:
+        require_wanted()
         try:
             return work()
         except Passing as error:

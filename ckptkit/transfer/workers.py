@@ -12,6 +12,8 @@ from functools import partial
 from itertools import chain, islice
 from typing import TypeVar
 
+from ckptkit.bytesource import given_up
+
 __all__ = [
     "MANY_NBYTES",
     "SIGNALS",
@@ -179,6 +181,7 @@ class Background(threading.Thread):
 
     def run(self) -> None:
         try:
+            self._context.run(given_up.set, self._stop_all)
             self._context.run(self._work)
         except BaseException as error:
             self._failure = error

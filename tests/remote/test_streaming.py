@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import random
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +20,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import save as safetensors_bytes
 from support.far import FarStore, below, serving
+from support.range_server import range_server
 
 import ckptkit
 from ckptkit.bytesource import SourceFile
@@ -624,3 +626,41 @@ def test_errors_of_far_files_are_ours(store: FarStore, tmp_path: Path) -> None:
     store.failing[SAFE] = "gone"
     with pytest.raises(CkptkitError, match="gone"):
         ckptkit.convert(SAFE, tmp_path / "out.pth")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        lambda url, out: ckptkit.convert(url, out),
+        lambda url, out: ckptkit.check([url]),
+        lambda url, out: ckptkit.manifest([url]),
+        lambda url, out: ckptkit.diff(url, url),
+        lambda url, out: ckptkit.load_state_dict(url),
+    ],
+    ids=["convert", "check", "manifest", "diff", "load_state_dict"],
+)
+def test_an_interrupt_is_heard_while_a_server_says_nothing(
+    command: Callable[[str, Path], object], files: dict[str, bytes], tmp_path: Path
+) -> None:
+    with range_server() as server:
+        server.files["model.pth"] = files[PTH]
+        ckptkit.inspect(f"{server.url}/model.pth")
+        looked = 2 * len(server.asked) + 1
+        server.before = lambda path: len(server.asked) <= looked or (stalled.set(), server.closing.wait(30))
+        stalled = threading.Event()
+        main = threading.main_thread().ident
+        assert main is not None
+
+        def interrupt() -> None:
+            if stalled.wait(10):
+                time.sleep(0.1)  # until others wait as well
+                signal.pthread_kill(main, signal.SIGINT)
+
+        other = threading.Thread(target=interrupt)
+        other.start()
+        began = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            command(f"{server.url}/model.pth", tmp_path / "out.safetensors")
+        assert time.monotonic() - began < 5
+        other.join()
+    assert list(tmp_path.iterdir()) == []
