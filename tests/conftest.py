@@ -120,10 +120,10 @@ def dask_executor() -> Iterator[Any]:
             n_workers=2, threads_per_worker=1, processes=True, dashboard_address=":0", memory_limit=None
         )
         with cluster, Client(cluster) as client:
-            os.environ.clear()
-            os.environ.update(environment)
-            copyreg.dispatch_table.clear()
-            copyreg.dispatch_table.update(pickled)
+            for known, now in ((environment, os.environ), (pickled, copyreg.dispatch_table)):
+                for name in [name for name in now if name not in known]:
+                    del now[name]  # type: ignore[attr-defined]
+                now.update(known)  # type: ignore[call-overload]
             yield client.get_executor()
 
 

@@ -245,7 +245,7 @@ def _told_missing(job: _Job, options: ConvertOptions, given: str | None, count: 
     more = [f"and {len(lines) - _LISTED:,} more"] if len(lines) > _LISTED else []
     told = f"{len(missing)} of {count_of(count, 'part')} {'is' if len(missing) == 1 else 'are'} missing or not whole"
     return "\n  ".join(
-        [f"{job.path}: {told}; nothing was changed; write them, and then again --finish:", *lines[:_LISTED], *more]
+        [f"{job.path}: {told}; nothing was changed; write them, then run --finish again:", *lines[:_LISTED], *more]
     )
 
 

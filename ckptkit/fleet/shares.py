@@ -25,6 +25,10 @@ _LONGEST = 1 << 16
 """Bytes of a path; what has more is not a list of paths."""
 
 
+_CONTROL = re.compile(rb"[\x01-\x08\x0e-\x1a\x1c-\x1f]")
+"""What no name has; a checkpoint that is taken for a list has it, and bytes in it may be those of a folder's path."""
+
+
 @dataclass(frozen=True, slots=True)
 class Share:
     """The I-th of N shares of any paths: together they are all of them, each once, in whatever order they come.
@@ -106,6 +110,8 @@ def _paths(stream: BinaryIO, name: str) -> Iterator[str]:
 def _split(head: bytes, stream: BinaryIO, separator: bytes, name: str) -> Iterable[bytes]:
     rest, chunk = b"", head
     while chunk:
+        if _CONTROL.search(chunk):
+            raise FormatError("is not text; expected a list of paths, one a line or each before a NUL", path=name)
         *whole, rest = (rest + chunk).split(separator)
         yield from whole
         if len(rest) > _LONGEST:

@@ -186,6 +186,9 @@ def test_an_interrupt_leaves_a_stream_that_is_taken_up(jobs: str) -> None:
     with Path("runs.jsonl").open("a") as file:
         file.write(output_of(check, ".", "--json-lines", "--resume", "runs.jsonl"))
     assert output_of(report, "runs.jsonl").splitlines()[-1] == "5 files passed"
+    Path("s.safetensors").unlink()  # nor is a file that has gone since told of
+    assert appended("--resume", "runs.jsonl") == 0
+    assert output_of(report, "runs.jsonl").splitlines()[-1] == "4 files passed"
 
 
 def appended(*arguments: str) -> int:

@@ -191,14 +191,11 @@ def test_what_a_worker_raises_is_raised(folders: Path, source: Path, threads: Ex
 
     def changed(job: Any, options: Any, share: Share, task: Any) -> Any:
         if share.index == 2:
-            source.touch()
-            with source.open("r+b") as file:
-                file.seek(-100, os.SEEK_END)
-                file.write(b"0")
+            os.utime(source, (1, 1))
         return real(job, options, share, task)
 
     monkeypatch.setattr(parts, "write_part", changed)
-    with pytest.raises(CkptkitError, match=r"changed|plans something else"):
+    with pytest.raises(CkptkitError, match="the file was changed while it was being"):
         ckptkit.convert(source, folders / "many/model.bin", **GIVEN, executor=threads)
     assert list((folders / "many").iterdir()) == []
 

@@ -92,3 +92,6 @@ def test_what_cannot_be_a_list(tmp_path: Path) -> None:
     (tmp_path / "long").write_bytes(b"x" * (1 << 18))
     with pytest.raises(FormatError, match="has a line of over 65,536 bytes"):
         [*paths_from(str(tmp_path / "long"))]
+    (tmp_path / "model.pth").write_bytes(b"PK\x03\x04\0\0/\0")  # a checkpoint, and "/" would be all there is
+    with pytest.raises(FormatError, match="is not text; expected a list of paths"):
+        [*paths_from(str(tmp_path / "model.pth"))]

@@ -101,7 +101,7 @@ def killed_by_one(source: str, destination: str, options: Any) -> Any:
 
 
 def killed_after_one(source: str, destination: str, options: Any) -> Any:
-    """The same; the first process that converts `two.pth` is killed once it has, and `four.pth` is written by others."""
+    """The same; the first that converts `two.pth` is killed once it has; `four.pth` is written by others meanwhile."""
     from ckptkit import conversion
     from ckptkit.fleet import worker
 

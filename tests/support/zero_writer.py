@@ -14,8 +14,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
+import pytest
 import torch
 
 PADDING = 777.0
@@ -59,7 +59,9 @@ def deepspeeds_classes() -> Iterator[None]:
         for name in (".".join(place.split(".")[:n]) for n in range(1, place.count(".") + 2)):
             modules.setdefault(name, types.ModuleType(name))
         setattr(modules[place], cls.__name__, cls)
-    with mock.patch.dict(sys.modules, modules):
+    with pytest.MonkeyPatch.context() as patch:  # one by one: threads of others import meanwhile
+        for name, module in modules.items():
+            patch.setitem(sys.modules, name, module)
         yield
 
 

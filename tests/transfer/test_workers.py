@@ -37,6 +37,15 @@ def test_they_run_side_by_side_where_there_is_much_to_do(threads: int) -> None:
     assert seen == {threading.current_thread()}
 
 
+def test_none_and_one_start_no_thread(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of each of very many small files: to start a thread takes as long as to look into one."""
+    monkeypatch.setattr(workers, "Background", None)
+    seen: list[threading.Thread] = []
+    for count in (0, 1):
+        in_parallel([lambda: seen.append(threading.current_thread())] * count, nbytes=workers.MANY_NBYTES)
+    assert seen == [threading.current_thread()]
+
+
 def test_a_processor_nobody_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.cpu_count", lambda: None)
     seen: set[threading.Thread] = set()
