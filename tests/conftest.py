@@ -106,24 +106,22 @@ def _no_power_fails() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def dask_executor() -> Iterator[Any]:
     """The executor of a real cluster of dask's, of two processes, which gives up a task that kills its worker."""
-    # Both change the process they are in: its environment, and how exceptions are pickled.
-    environment, pickled = dict(os.environ), dict(copyreg.dispatch_table)
+    pickled = dict(copyreg.dispatch_table)
     import dask
     from distributed import Client, LocalCluster
 
     settings = {
         "distributed.scheduler.allowed-failures": 0,
         "distributed.comm.timeouts.connect": "3s",
+        "distributed.nanny.pre-spawn-environ": {},  # else it is ours that it changes
     }
     with dask.config.set(settings):
         cluster = LocalCluster(
             n_workers=2, threads_per_worker=1, processes=True, dashboard_address=":0", memory_limit=None
         )
         with cluster, Client(cluster) as client:
-            for known, now in ((environment, os.environ), (pickled, copyreg.dispatch_table)):
-                for name in [name for name in now if name not in known]:
-                    del now[name]  # type: ignore[attr-defined]
-                now.update(known)  # type: ignore[call-overload]
+            for name in copyreg.dispatch_table.keys() - pickled.keys():  # how it has exceptions pickled
+                del copyreg.dispatch_table[name]
             yield client.get_executor()
 
 

@@ -119,7 +119,8 @@ def test_a_script_without_a_guard_runs_once(thread: str, tmp_path: Path) -> None
     """
     script.write_text("\n".join(line.strip() for line in code.splitlines()))
     done = subprocess.run([sys.executable, "-W", "error", script], capture_output=True, text=True, timeout=60)
-    assert (done.stdout, done.stderr) == ("begun\n328350\n[1, 'died', 2]\nkept ['noise', 'noise']\n", "noise\n" * 2)
+    assert done.stdout == "begun\n328350\n[1, 'died', 2]\nkept ['noise', 'noise']\n"
+    assert sorted(done.stderr) == sorted("noise\n" * 2), "of two that write at the same time"
 
 
 def test_memory_stays_flat_over_100_000_tasks() -> None:
