@@ -113,7 +113,7 @@ def dask_executor() -> Iterator[Any]:
     settings = {
         "distributed.scheduler.allowed-failures": 0,
         "distributed.comm.timeouts.connect": "3s",
-        "distributed.nanny.pre-spawn-environ": {},  # else it is ours that it changes
+        "distributed.nanny.pre-spawn-environ": {},  # which it would put into our own environment
     }
     with dask.config.set(settings):
         cluster = LocalCluster(

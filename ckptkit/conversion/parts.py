@@ -296,11 +296,19 @@ def over_workers(
             for number in range(1, count + 1)
         ]
         done = 0
+        failed = None
         for _, outcome in each(tasks, carried(work), jobs=options.jobs, executor=options.executor):
+            if failed is not None or outcome.problem is not None:
+                failed = (
+                    failed or outcome
+                )  # told once no other part is written any more: all that they wrote is removed
+                continue
             record = outcome.result()
             done += sum(shard["nbytes"] for shard in record["shards"].values())
             if options.progress is not None:
                 options.progress(done, job.plan.total_nbytes)
+        if failed is not None:
+            failed.result()
         _, missing = parts.missing(hashed=False)
         if missing:
             number, what = next(iter(missing.items()))
