@@ -126,13 +126,13 @@ every_file = pytest.mark.parametrize("name", NAMES)
 FAR = "far://bucket/"
 
 
-@pytest.fixture(params=["memory", "far", "far, little by little"])
+@pytest.fixture(params=["memory", "far, little by little"])
 def both(
     request: pytest.FixtureRequest, folder: Path, files: dict[str, bytes]
 ) -> Iterator[Callable[[str, Callable[[str], object]], tuple[str, str]]]:
     """What comes of a file elsewhere and of the one on disk, or which error, told without where they lie."""
     place = SCHEME if request.param == "memory" else FAR
-    with serving({}) as store, little_by_little() if "little" in request.param else contextlib.nullcontext():
+    with serving({}) as store, little_by_little():
         yield partial(_outcomes, [place, f"{folder}/"], files, store.files)
 
 
