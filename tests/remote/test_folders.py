@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import gc
 import io
 import json
 import pickle
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 from safetensors.torch import save as safetensors_bytes
+from support.commands import Done
 from support.far import Asked, FarStore, below, serving
 from support.files import SameBits
 from support.hub import hub
@@ -24,7 +24,6 @@ from support.sharded import Samples
 
 import ckptkit
 from ckptkit import places, remote
-from ckptkit.cli import main
 from ckptkit.errors import CkptkitError, CorruptError, FileAccessError, MissingFileError
 from ckptkit.remote.store import FarFile
 
@@ -54,32 +53,6 @@ class Runs:
 
 
 EVIL = pickle.dumps(Runs())
-
-
-class Done(NamedTuple):
-    """What a command left."""
-
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def command(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Callable[..., Done]]:
-    """``command("inspect", ...)``: the whole command line, in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-    threshold = gc.get_threshold()
-
-    def run(*arguments: object) -> Done:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main([*map(str, arguments)])
-        return Done(int(ended.value.code or 0), *capsys.readouterr())
-
-    yield run
-    gc.set_threshold(*threshold)
 
 
 def told(work: Callable[[str], object], path: str, root: str) -> str:

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import gc
 import io
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
+from support.commands import Done
 from support.far import below, serving
 
 import ckptkit
-from ckptkit.cli import main
 from ckptkit.errors import CorruptError, FileAccessError, VerifyError
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
@@ -23,31 +22,7 @@ ROOT = "far://bucket/models"
 GIVEN = "far://user:hunter2@bucket/models"
 
 
-class Done(NamedTuple):
-    """What a command left."""
-
-    code: int
-    out: str
-    err: str
-
-
 Command = Callable[..., Done]
-
-
-@pytest.fixture
-def command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Command]:
-    """``command("check", ...)``: the whole command line, in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-    threshold = gc.get_threshold()
-
-    def run(*arguments: object) -> Done:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main([*map(str, arguments)])
-        return Done(int(ended.value.code or 0), *capsys.readouterr())
-
-    yield run
-    gc.set_threshold(*threshold)
 
 
 def pth(seed: int) -> bytes:

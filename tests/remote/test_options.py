@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import pickle
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
+from support.commands import Done
 from support.object_server import ObjectServer
 
 import ckptkit
 from ckptkit import remote
-from ckptkit.cli import main
 from ckptkit.options import ConvertOptions, DiffOptions, LoadOptions, VerifyOptions
 from ckptkit.options.storage import local, typed_options
 from ckptkit.remote.objects import ObjectStore
@@ -28,28 +27,6 @@ from ckptkit.transfer.workers import Background
 SaveAs = Callable[..., Path]
 
 HIDDEN = "not-to-be-shown-either"
-
-
-class Done(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """``command("inspect", ...)``: the whole command line, in this process."""
-    monkeypatch.chdir(tmp_path)
-    threshold = gc.get_threshold()
-
-    def run(*arguments: object) -> Done:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main([*map(str, arguments)])
-        return Done(int(ended.value.code or 0), *capsys.readouterr())
-
-    yield run
-    gc.set_threshold(*threshold)
 
 
 @pytest.fixture

@@ -292,7 +292,7 @@ def test_bits_flipped_it_is_refused_as_the_local_file_is(name: str, store: FarSt
         return None
 
     data = (FIXTURES / name).read_bytes()
-    step = max(1, len(data) // 20)
+    step = max(1, len(data) // 40)
     refused = 0
     with little_by_little():
         for place in [*range(0, 40, 3), *range(40, len(data), step), *range(len(data) - 22, len(data))]:

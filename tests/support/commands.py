@@ -4,12 +4,21 @@ from __future__ import annotations
 
 from inspect import signature
 from pathlib import Path
+from typing import NamedTuple
 
 import click
 from click.testing import CliRunner
 
 RUNNER = CliRunner(**({"mix_stderr": False} if "mix_stderr" in signature(CliRunner).parameters else {}))
 """Keeps stderr apart, which click does by itself since 8.2."""
+
+
+class Done(NamedTuple):
+    """What the whole command line left."""
+
+    code: int
+    out: str
+    err: str
 
 
 def output_of(
