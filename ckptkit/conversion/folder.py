@@ -171,7 +171,7 @@ def _are_others(tasks: list[_Task], options: ConvertOptions, plain: ConvertOptio
 def _converted(convert: Convert, options: ConvertOptions, folder: str, task: _Task) -> ConvertedFile | UnconvertedFile:
     """What comes of one file, as a worker: paths are relative to ``folder``, where that is not its own."""
     above = "" if os.getcwd() == folder else folder
-    source, destination = (path if "://" in path else os.path.join(above, path) for path in task[:2])
+    source, destination = (path if places.is_url(path) else os.path.join(above, path) for path in task[:2])
     return outcome(convert, source, destination, task.nbytes, options)
 
 

@@ -22,7 +22,7 @@ from ckptkit.errors import CorruptError, RewriteError
 from ckptkit.fleet.shares import Share
 from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.normalize.selection import KEY
-from ckptkit.places import shown
+from ckptkit.places import is_url, shown
 from ckptkit.plan import Plan
 from ckptkit.remote import carried
 from ckptkit.report import count_of, human_size, listed
@@ -87,7 +87,7 @@ class PartTask:
 
     def path(self, given: str) -> str:
         """A path as the worker opens it: as it was given, where it is relative to the same folder."""
-        is_same = "://" in given or os.path.isabs(given) or os.getcwd() == self.folder
+        is_same = is_url(given) or os.path.isabs(given) or os.getcwd() == self.folder
         return given if is_same else os.path.join(self.folder, given)
 
 

@@ -153,7 +153,7 @@ def _looked_into(task: Task, threads: int) -> tuple[Examined, list[CheckFinding]
     )
     may_be_same = task.may_be_same
     # What is far is read once, for all that may be needed.
-    at_once = not may_be_same or "://" in path
+    at_once = not may_be_same or places.is_url(path)
     examined = digested = look(
         hash_file=record is not None,
         digest=record is not None and at_once,

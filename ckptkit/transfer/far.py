@@ -44,7 +44,7 @@ _Placed = tuple[int, int, int, _Moving]
 
 
 def is_nearly_whole(plan: Plan, files: Iterable[Source]) -> bool:
-    """Whether a plan moves nearly all bytes of some files, so that the rest may be fetched to hash them."""
+    """Whether a plan moves nearly all bytes of some files, or they are small: the rest may be fetched to hash them."""
     runs = {(id(run.file), run.offset): run.nbytes for step in _moving(plan) for run in _lying(step)}
     size = sum(file.size for file in files)
     return size <= _SMALL_NBYTES or size - sum(runs.values()) <= size // _SPARE
