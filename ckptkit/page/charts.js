@@ -102,6 +102,9 @@ Page.treemap = (() => {
 
     const share = (node) => (value(root) ? `${((100 * value(node)) / value(root)).toPrecision(3)} %` : "");
     const text = (node) => measures[measure].show(value(node));
+    const nameOf = (node) => node.name || (node === root ? rootName : "(no name)");
+    const namesOf = (node) => (node === root ? [] : [...namesOf(node.parent), node.name]);
+    const fullName = (node) => namesOf(node).join(".") || rootName;
 
     const chart = Page.chart(left, {
       label: `${label}; the list beside it has the same`, caption: "",
@@ -135,10 +138,6 @@ Page.treemap = (() => {
       return false;
     });
 
-    const nameOf = (node) => node.name || (node === root ? rootName : "(no name)");
-    const namesOf = (node) => (node === root ? [] : [...namesOf(node.parent), node.name]);
-    const fullName = (node) => namesOf(node).join(".") || rootName;
-
     function go(node) {
       if (!node.kids.size) { if (node.leaf !== null && leaf) leaf(node.leaf); return; }
       while (node.kids.size === 1 && node.leaf === null && [...node.kids.values()][0].kids.size) node = [...node.kids.values()][0];
@@ -147,7 +146,7 @@ Page.treemap = (() => {
       announce(`${fullName(at)}: ${text(at)}`);
     }
 
-    function show() {
+    function show(isFirst) {
       const way = [];
       for (let node = at; node; node = node.parent) way.unshift(node);
       crumbs.replaceChildren(...way.map((node) => el("li", {}, node === at
@@ -160,13 +159,13 @@ Page.treemap = (() => {
       if (kids.length > mostListed) inside.append(el("li", { class: "none" }, `and ${count(kids.length - mostListed)} more`));
       const told = about && about(namesOf(at));
       chart.say(`${fullName(at)}: ${text(at)}${at === root ? "" : `, ${share(at)} of all`}${told ? `, ${Page.cut(told, 200)}` : ""}. Choose a tile or a line to go into it.`);
-      chart.redraw();
+      if (!isFirst) chart.redraw();
     }
     function up(node) { at = node; show(); const first = inside.querySelector("button"); if (first) first.focus(); }
     body.addEventListener("keydown", (event) => {
       if ((event.key === "Escape" || event.key === "Backspace") && at.parent && event.target.tagName !== "INPUT") { event.preventDefault(); up(at.parent); }
     });
-    show();
+    show(true);
     return { go, at: () => at };
   };
 })();
