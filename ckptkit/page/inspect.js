@@ -57,10 +57,10 @@
 
   function figures(file) {
     if (file.error) return [];
-    const made = [], weights = file.state_dict;
+    const made = [], weights = file.state_dict, whole = (number) => Number(number.toPrecision(3)) !== number && count(number);
     if (weights) {
-      made.push({ label: "parameters", value: short(weights.parameters), note: weights.parameters > 999 && count(weights.parameters) });
-      if (weights.buffers) made.push({ label: "in buffers", value: short(weights.buffers), note: weights.buffers > 999 && count(weights.buffers) });
+      made.push({ label: "parameters", value: short(weights.parameters), note: whole(weights.parameters) });
+      if (weights.buffers) made.push({ label: "in buffers", value: short(weights.buffers), note: whole(weights.buffers) });
     }
     made.push({ label: "tensors", value: count(file.tensors.names.length) });
     if (weights) made.push({ label: "weights", value: size(weights.nbytes) });
@@ -119,12 +119,12 @@
     const columns = [{ name: "tensor", mono: true, width: 300, show: (i) => tensors.names[i] || "(no name)", key: (i) => tensors.names[i] }];
     if (hasSections) columns.push({ name: "section", mono: true, width: 130, show: (i) => tensors.kind(i).section || "", key: (i) => tensors.kind(i).section });
     columns.push(
-      { name: "dtype", width: 100, show: (i) => tensors.kind(i).dtype, key: (i) => tensors.kind(i).dtype },
-      { name: "shape", width: 160, number: true, show: (i) => tensors.kind(i).text, key: (i) => tensors.kind(i).numel, hint: "sorted by the number of elements" },
-      { name: "bytes", width: 90, number: true, show: (i) => size(tensors.kind(i).nbytes), key: (i) => tensors.kind(i).nbytes });
+      { name: "dtype", width: 92, show: (i) => tensors.kind(i).dtype, key: (i) => tensors.kind(i).dtype },
+      { name: "shape", width: 150, number: true, show: (i) => tensors.kind(i).text, key: (i) => tensors.kind(i).numel, hint: "sorted by the number of elements" },
+      { name: "bytes", width: 84, number: true, show: (i) => size(tensors.kind(i).nbytes), key: (i) => tensors.kind(i).nbytes });
     if (tensors.stats)
       for (const name of STATS)
-        columns.push({ name: { nan: "NaN", inf: "Inf" }[name] || name, width: 96, number: true,
+        columns.push({ name: { nan: "NaN", inf: "Inf" }[name] || name, width: { zeros: 84, nan: 66, inf: 66 }[name] || 94, number: true,
           show: (i) => figure(tensors.stat(i, name)), key: (i) => { const value = tensors.stat(i, name); return value === null ? null : Number(value); },
           bad: name === "nan" || name === "inf" ? (i) => tensors.stat(i, name) > 0 : null });
     else columns.push({ name: "role", width: 100, show: (i) => (tensors.isTied(i) ? "tied" : tensors.kind(i).form || (tensors.kind(i).role === "unknown" ? "" : tensors.kind(i).role)), key: (i) => tensors.kind(i).role });
@@ -183,6 +183,10 @@
     const { bins, width } = binsOf(histogram);
     const sum = bins.reduce((all, bin) => all + bin.count, 0);
     const most = bins.reduce((a, b) => (b.count > a.count ? b : a));
+    if (bins.length === 1) {
+      body.append(el("p", { class: "none" }, `All ${countOf(sum, "finite value")} lie from ${figure(most.from)} to ${figure(most.to)}.`));
+      return;
+    }
     let isLog = most.count > 200 * (bins.map((bin) => bin.count).sort((a, b) => a - b)[Math.floor(bins.length / 2)] || 1);
     const chart = { redraw: () => {} };
     const tools = el("div", { class: "tools" }, el("strong", { class: "grow" }, "Values"),
@@ -195,7 +199,7 @@
         traces: [{ type: "bar", x: bins.map((bin) => bin.middle), y: bins.map((bin) => bin.count), width: bins.map(() => width),
           marker: { color: colors.series(0), line: { width: 0 } }, hoverinfo: "text", textposition: "none",
           hovertext: bins.map((bin) => `${figure(bin.from)} to ${figure(bin.to)}<br>${countOf(bin.count, "value")}, ${((100 * bin.count) / sum).toPrecision(3)} %`) }],
-        layout: { bargap: 0.04, xaxis: { ...colors.axis, tickformat: ".4~g" }, yaxis: { ...colors.axis, type: isLog ? "log" : "linear", exponentformat: "SI", dtick: isLog ? 1 : undefined } },
+        layout: { bargap: 0.04, xaxis: { ...colors.axis, tickformat: ".4~g" }, yaxis: { ...colors.axis, type: isLog ? "log" : "linear", tickformat: "~s", dtick: isLog ? 1 : undefined } },
       }),
     }));
   }
@@ -253,7 +257,7 @@
             hovertext: bad.map(([i]) => `${Page.inert(tensors.names[i])}<br>${count(tensors.stat(i, "nan"))} NaN, ${count(tensors.stat(i, "inf"))} Inf`), marker: { color: colors.error, size: 9, symbol: "x" } });
         return { traces, layout: { showlegend: true, legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0, font: { color: colors.soft } }, margin: { l: 56, r: 12, t: 30, b: 40 },
           xaxis: { ...colors.axis, title: { text: "tensor, in file order", font: { color: colors.soft, size: 12 } } },
-          yaxis: { ...colors.axis, type: isLog ? "log" : "linear", exponentformat: "power", dtick: isLog ? 1 : undefined },
+          yaxis: { ...colors.axis, type: isLog ? "log" : "linear", tickformat: "~g", dtick: isLog ? 1 : undefined },
           yaxis2: { overlaying: "y", range: [0, 1.04], visible: false, fixedrange: true } } };
       },
     }));
