@@ -162,7 +162,8 @@
       el("header", {}, el("h3", {}, name), el("button", { type: "button", class: "quiet", onclick: close }, "Close")),
       el("div", { class: "two" }, Page.facts(told), right));
     const histogram = tensors.histograms && tensors.histograms[i];
-    if (histogram) requestAnimationFrame(() => drawHistogram(right, histogram, name));
+    if (histogram && tensors.stat(i, "min") === tensors.stat(i, "max")) right.append(el("p", { class: "none" }, `All ${countOf(binsOf(histogram).sum, "finite value")} are ${figure(tensors.stat(i, "min"))}.`));
+    else if (histogram) requestAnimationFrame(() => drawHistogram(right, histogram, name));
     else if (tensors.stats) right.append(el("p", { class: "none" }, kind.dtype.includes("complex") ? "Complex values have no order, and so no histogram." : "There is no finite value to draw."));
     return made;
   }
@@ -176,17 +177,12 @@
       bins.push({ from: at * width, to: (at + 1) * width, middle: at * width + width / 2, count: number });
       at++;
     }
-    return { bins, width };
+    return { bins, width, sum: bins.reduce((all, bin) => all + bin.count, 0) };
   }
 
   function drawHistogram(body, histogram, name) {
-    const { bins, width } = binsOf(histogram);
-    const sum = bins.reduce((all, bin) => all + bin.count, 0);
+    const { bins, width, sum } = binsOf(histogram);
     const most = bins.reduce((a, b) => (b.count > a.count ? b : a));
-    if (bins.length === 1) {
-      body.append(el("p", { class: "none" }, `All ${countOf(sum, "finite value")} lie from ${figure(most.from)} to ${figure(most.to)}.`));
-      return;
-    }
     let isLog = most.count > 200 * (bins.map((bin) => bin.count).sort((a, b) => a - b)[Math.floor(bins.length / 2)] || 1);
     const chart = { redraw: () => {} };
     const tools = el("div", { class: "tools" }, el("strong", { class: "grow" }, "Values"),
@@ -206,7 +202,6 @@
 
   // How the values of tensors spread, layer by layer in file order.
   function spread(tensors, hasSections, into, reveal) {
-    const body = Page.part("Spread by layer", { note: "in file order" }, into);
     const groups = new Map([["matrices", "Weights of 2 dimensions or more"], ["all", "All floating tensors"]]);
     const isFloat = (i) => /^(b?float)/.test(tensors.kind(i).dtype) && !tensors.isTied(i) && tensors.stat(i, "zeros") !== null;
     const weightsOf = (group) => {
@@ -214,9 +209,10 @@
       for (let i = 0; i < tensors.total; i++) if (isFloat(i) && (group === "all" || tensors.kind(i).shape.length > 1)) found.push(i);
       return found;
     };
-    let group = weightsOf("matrices").length ? "matrices" : "all";
+    let group = weightsOf("matrices").length > 1 ? "matrices" : "all";
     let places = weightsOf(group), isLog = true;
-    if (!places.length) { body.append(el("p", { class: "none" }, "No floating tensor has statistics.")); return; }
+    if (places.length < 2) return;
+    const body = Page.part("Spread by layer", { note: "in file order" }, into);
     const chart = { redraw: () => {} };
     const sayAll = () => {
       const known = places.filter((i) => typeof tensors.stat(i, "std") === "number").sort((a, b) => tensors.stat(a, "std") - tensors.stat(b, "std"));
@@ -313,11 +309,10 @@
   const howMany = Page.howMany("head");
   let place = el("div", {});
   Page.main.append(place);
-  const passed = Object.entries(Page.data("passed-over"));
-  const passedText = passed.length ? `Passed over: ${passed.map(([kind, number]) => `${count(number)} ${kind}`).join(", ")}.` : "";
+  const passedOver = Page.data("passed-over");
   if (howMany > 1) {
     const heads = Array.from({ length: howMany }, (_, n) => Page.data("head", n));
-    const body = Page.part("Files", { id: "files", note: [countOf(howMany, "file"), size(heads.reduce((sum, head) => sum + (head.size || 0), 0)), passedText].filter(Boolean).join(", ") }, Page.main);
+    const body = Page.part("Files", { id: "files", note: [countOf(howMany, "file"), size(heads.reduce((sum, head) => sum + (head.size || 0), 0)), passedOver].filter(Boolean).join("; ") }, Page.main);
     place.before(document.getElementById("files"));
     const worst = (head) => (head.error ? "unreadable" : Object.keys(head.severities)[0] || "nothing found");
     const tone = { unreadable: "error", error: "error", warning: "warning", info: "info" };
@@ -331,13 +326,13 @@
         { name: "tensors", width: 90, number: true, show: (i) => (heads[i].error ? "" : count(heads[i].tensors)), key: (i) => heads[i].tensors },
         { name: "parameters", width: 120, number: true, show: (i) => (heads[i].parameters === null ? "" : count(heads[i].parameters)), key: (i) => heads[i].parameters },
         { name: "size", width: 90, number: true, show: (i) => (heads[i].size === null ? "" : size(heads[i].size)), key: (i) => heads[i].size },
-        { name: "trust", width: 120, show: (i) => (heads[i].trust ? el("span", { class: `badge ${TRUST[heads[i].trust][1]}` }, words(heads[i].trust)) : ""), key: (i) => heads[i].trust },
-        { name: "found", width: 140, show: (i) => el("span", { class: `badge ${tone[worst(heads[i])] || "good"}` }, worst(heads[i])), key: (i) => worst(heads[i]) },
+        { name: "trust", width: 135, show: (i) => (heads[i].trust ? el("span", { class: `badge ${TRUST[heads[i].trust][1]}` }, words(heads[i].trust)) : ""), key: (i) => heads[i].trust },
+        { name: "found", width: 150, show: (i) => el("span", { class: `badge ${tone[worst(heads[i])] || "good"}` }, worst(heads[i])), key: (i) => worst(heads[i]) },
       ],
     });
-    list.reveal(0);
+    list.choose(0);
   } else if (howMany) {
     show(0);
-    if (passedText) Page.main.append(el("p", { class: "none" }, passedText));
-  } else Page.main.append(el("p", { class: "none" }, `There is no checkpoint. ${passedText}`));
+    if (passedOver) Page.main.append(el("p", { class: "none" }, passedOver));
+  } else Page.main.append(el("p", { class: "none" }, `There is no checkpoint. ${passedOver}`));
 })();

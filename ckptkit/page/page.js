@@ -3,7 +3,7 @@
 
 const Page = (() => {
   const root = document.documentElement;
-  const elements = (name) => document.getElementsByClassName(name);
+  const elements = (name) => document.querySelectorAll(`script[data-name="${name}"]`);
   const data = (name, number = 0) => JSON.parse(elements(name)[number].textContent);
   const howMany = (name) => elements(name).length;
 

@@ -207,6 +207,7 @@ Page.table = (() => {
         focusRow(at);
         choose(at);
       },
+      choose,
       focus: () => focusRow(active),
     };
   };
