@@ -69,7 +69,7 @@ def device_problem(given: str) -> str | None:
         from difflib import get_close_matches  # every command starts faster without
 
         near = _MEANT.get(kind) or next(iter(get_close_matches(kind, DEVICE_TYPES, n=1)), None)
-        meant = f"did you mean {near!r}?" if near else "expected 'cpu', 'cuda:0', 'mps' or the like"
+        meant = f"did you mean {near!r}?" if near else "expected 'cpu', 'cuda:0', 'mps' or similar"
         return f"{given!r:.80} is not a device location; {meant}"
     if found is None or int(found[2] or 0) > _MAX_INDEX:
         return f"{given!r:.80} is not a device location; expected {kind!r} or '{kind}:N', N from 0 to {_MAX_INDEX}"
@@ -111,7 +111,7 @@ def shapes(name: str, given: Any) -> tuple[tuple[int, ...], ...]:
         if not sizes or not all(hasattr(size, "__index__") and size is not True and size >= 0 for size in sizes):
             raise VerifyError(
                 f"{name}: {shape!r:.80} is not a shape; expected a list of shapes of whole numbers, "
-                "as [[1, 3, 224, 224]]"
+                "such as [[1, 3, 224, 224]]"
             )
         made.append(tuple(map(int, sizes)))
     return tuple(made)
@@ -250,7 +250,7 @@ class Options:
         """See that the options go together."""
 
     def __setattr__(self, name: str, value: object) -> None:
-        raise AttributeError(f"options do not change; cannot set {name!r}")
+        raise AttributeError(f"options cannot be changed; cannot set {name!r}")
 
     def __repr__(self) -> str:
         given = {name: value for name, value in vars(self).items() if value != self.declared[name].default}
