@@ -18,7 +18,7 @@ from ckptkit import api
 from ckptkit.cli import ending
 from ckptkit.cli import options as ui
 from ckptkit.cli.explain import complete_reference
-from ckptkit.cli.outputs import findings_of, github, junit, sarif
+from ckptkit.cli.outputs import add_summary, findings_of, github, gitlab, junit, sarif
 from ckptkit.dtypes import DTYPES
 from ckptkit.formats.folder import passed_over_text
 from ckptkit.options.storage import local, session_of
@@ -98,6 +98,7 @@ RENDERERS: dict[str, ui.Renderer] = {
     "junit": junit,
     "sarif": sarif,
     "github": github,
+    "gitlab": gitlab,
     "markdown": ui.later("markdown.check"),
 }
 
@@ -280,7 +281,10 @@ def show(report: CheckReport, wanted: str, view: ui.View) -> int:
     if wanted in ("text", "json"):
         ui.show(document, wanted, RENDERERS, view)
     else:  # programs that read these expect UTF-8
-        ending.write("".join(f"{line}\n" for line in RENDERERS[wanted](document, view)).encode("utf-8"))
+        lines = [*RENDERERS[wanted](document, view)]
+        if wanted == "github" and (summary := os.environ.get("GITHUB_STEP_SUMMARY")):
+            lines[-1:-1] = add_summary(document, view, summary)
+        ending.write("".join(f"{line}\n" for line in lines).encode("utf-8"))
     return code
 
 

@@ -38,7 +38,7 @@ from ckptkit.normalize.selection import BESIDE
 from ckptkit.normalize.tensors import other_tensors, storage_names
 from ckptkit.pickling.inert import InertDict
 from ckptkit.pickling.trust import merge_uses
-from ckptkit.report import Finding, count_of, html_block, human_size, listed
+from ckptkit.report import Finding, count_of, human_size, listed
 from ckptkit.tensor import unused_nbytes
 
 if TYPE_CHECKING:
@@ -78,6 +78,9 @@ _ROWS_AT_A_TIME = 2000
 
 _MAX_PLACES = 8
 """Places listed where a name occurs in a pickle."""
+
+_MAX_TREE = 40
+"""Lines of a tree whose top level is more than a notebook folds."""
 
 
 def describe(
@@ -241,6 +244,7 @@ def surveyed(document: InspectedFile | Survey) -> Survey:
 
 def html_screen(checkpoint: Checkpoint) -> str:
     """What a notebook shows of a checkpoint: what it is, what is remarkable, and the head of the module tree."""
+    from ckptkit.display import MOST_LINES, TreeLine, html_block
     from ckptkit.inspection.outline import outline_of
     from ckptkit.normalize.adapters import adapter_text
 
@@ -261,19 +265,25 @@ def html_screen(checkpoint: Checkpoint) -> str:
 
         lines.append(quantized_text(quantization))
     found = document["findings"]
-    lines += [f"{each['severity']}: {each['message']} [{each['code']}]" for each in found[:_MAX_PLACES]]
-    tree, left_out = outline_of(document) if document["tensors"] else ([], 0)
+    for each in found[:_MAX_PLACES]:
+        lines += [f"{each['severity']}: {each['message']} [{each['code']}]"]
+        lines += [f"    fix: {each['fix']}"] if each["fix"] else []
+    lines += [f"and {count_of(len(found) - _MAX_PLACES, 'more finding')}"] * (len(found) > _MAX_PLACES)
+    tree, left_out = outline_of(document, most=MOST_LINES) if document["tensors"] else ([], 0)
+    left_out += len(tree[_MAX_TREE:]) if left_out else 0
     rows = [
-        (
-            "  " * line.level + (line.label or "(tensor)") + f"  {line.copies:,} x" * (line.copies > 1),
-            f"{line.tensors:,}",
-            f"{line.parameters + line.buffers + line.others:,}",
-            human_size(line.nbytes),
+        TreeLine(
+            line.level,
+            (line.label or "(tensor)") + f"  {line.copies:,} x" * (line.copies > 1),
+            0 if line.is_tensor else line.tensors,
+            line.parameters + line.buffers + line.others,
+            line.nbytes,
             line.note,
         )
-        for line in tree
+        for line in (tree[:_MAX_TREE] if left_out else tree)
     ]
-    return html_block(document["path"], lines, ("", "tensors", "elements", "bytes", ""), rows, left_out)
+    state = next((each for each in ("error", "warning") if any(f["severity"] == each for f in found)), "ok")
+    return html_block(document["path"], lines, state=state, tree=rows, tree_left_out=left_out)
 
 
 def json_chunks(document: Survey | UnreadFile) -> Iterator[str]:
