@@ -162,6 +162,37 @@ class Way:
             self.follow(looking, before)
 
 
+def follow_at_once(command: list[str], *looking: str) -> set[str]:
+    """Run the combined fix of a file, if it has one; the codes that it does not fix.
+
+    What it says is fixed is gone from the output, and nothing graver than it knew of has come.
+    """
+    code, document = run(command)
+    if code == 2:
+        return set()
+    told = document["files"][0] if "files" in document else document
+    findings, combined = document.get("findings") or told["findings"], told["combined_fix"]
+    advised = {each["code"] for each in findings if (each["fix"] or "").startswith("ckptkit convert ")}
+    assert (combined is None) <= (advised <= {"not-a-plain-tensor"}), advised
+    if combined is None:
+        return advised
+    assert set(combined["codes"]) <= advised
+    fix = shlex.split(combined["command"])[1:]
+    code, done = run(fix)
+    assert code == 0 and done["written"], (combined, done)
+    kept = [] if {"--weights-only", "--like"} & {*fix} or fix[2].endswith(".safetensors") else command[2:]
+    look = looked_at(command, fix[1], fix[2]) if command[0] != "inspect" else ["inspect", fix[2], *kept]
+    code, after = run(look)
+    assert code != 2, (look, after)
+    left = after["findings"] if "findings" in after else after["files"][0]["findings"]
+    assert not {each["code"] for each in left} & {*combined["codes"]}, (combined, left)
+    graver = {each["code"] for each in left if each["severity"] != "info"}
+    assert graver <= {each["code"] for each in findings}, (combined, left)
+    undone = advised - {*combined["codes"]}
+    assert all(each in combined["keeps"] for each in undone), combined
+    return undone
+
+
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "nets.py").write_text(NETS)
@@ -175,6 +206,7 @@ def test_every_fix_of_a_file_leads_on(path: Path, folder: Path) -> None:
         return
     for each in path.parent.glob("model*") if path.name.startswith("model") else [path]:
         shutil.copy(each, folder)
+    follow_at_once(["inspect", path.name])
     Way().follow(["inspect", path.name])
     for known in run(["inspect", path.name])[1]["files"][0].get("architecture") or []:
         args = [part for name, value in known["args"].items() for part in ("--model-arg", f"{name}={value}")]
@@ -221,10 +253,12 @@ def test_every_fix_of_a_kind_leads_on(name: str, neighbours: bool, folder: Path)
         for ending in (".safetensors", ".pth", ".clean.pth"):
             if stem + ending != name:
                 (folder / (stem + ending)).write_bytes(b"another's")
+    follow_at_once(["inspect", name])
     Way().follow(["inspect", name])
     Way().follow(["check", name, "--no-pickle", "--no-prefix", "--no-optimizer", "--location", "cpu"])
     for section in [part["path"] for part in run(["inspect", name])[1]["files"][0]["sections"] if part["path"]]:
         if run(["inspect", name, "--section", section])[0] != 2:  # an optimizer's
+            follow_at_once(["inspect", name, "--section", section])
             way = Way()
             way.follow(["inspect", name, "--section", section])
             converted = [command for command in way.run if command[:2] == ["convert", name]]
