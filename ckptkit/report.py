@@ -234,6 +234,8 @@ def convert_command(
     import shlex
     from itertools import chain, count
 
+    if path.startswith("-") and path != "-":  # no option
+        path = os.path.join(os.curdir, path)
     member = split_member(path)
     folder, name = os.path.split(path.rstrip("/"))
     if member is not None:

@@ -120,7 +120,8 @@ class FileResult:
     @property
     def combined_fix(self) -> CombinedFix | None:
         """The one command that does what the findings advise."""
-        return combined_fix(self.findings)
+        wrapped = any(finding.code == "prefix-not-allowed" and finding.fix is not None for finding in self.findings)
+        return combined_fix(self.findings, needs=lambda _: ["--strip-module"] * wrapped)
 
     @classmethod
     def from_dict(cls, file: CheckedFile, findings: Sequence[CheckFindingDocument], **others: Any) -> FileResult:
