@@ -329,7 +329,7 @@ def advised(severity: str, code: str, *options: str, suffix: str = ".safetensors
         ),
         (
             [("a", "--weights-only", ".pth"), ("b", "--map-location", "cpu", ".pth")],
-            "x.clean.pth --map-location cpu --weights-only",
+            "x.clean-3.pth --map-location cpu --weights-only",
             "keeps the weights, moved to cpu; drops epoch and args",
             "a b",
         ),
@@ -341,7 +341,7 @@ def advised(severity: str, code: str, *options: str, suffix: str = ".safetensors
         ),
         (
             [("a", "--section", "ema", "--weights-only"), ("b", "--weights-only")],
-            "x.safetensors --weights-only",
+            "x.clean.safetensors --weights-only",
             "keeps the weights; drops epoch and args; does not fix all of a",
             "b",
         ),
