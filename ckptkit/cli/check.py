@@ -17,6 +17,7 @@ import click
 from ckptkit import api
 from ckptkit.cli import ending
 from ckptkit.cli import options as ui
+from ckptkit.cli.closing import combined_lines
 from ckptkit.cli.explain import complete_reference
 from ckptkit.cli.outputs import add_summary, findings_of, github, gitlab, junit, sarif
 from ckptkit.dtypes import DTYPES
@@ -58,6 +59,7 @@ def _lines(file: CheckedFile, findings: Sequence[CheckFindingDocument], view: ui
     yield _head(file, findings, view.style)
     for finding in findings:
         yield from _finding(finding, view.style)
+    yield from combined_lines(file.get("combined_fix"), findings, indent="  ")
 
 
 def _last_lines(passed_over: Mapping[str, int], verdict: str, code: int, view: ui.View) -> Iterator[str]:

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+from ckptkit.cli.closing import combined_lines
 from ckptkit.cli.options import Style, View, finding_lines, printable
 from ckptkit.cli.tables import columns, wrapped
 from ckptkit.formats import format_named
@@ -103,6 +104,8 @@ def text(document: InspectedFile | Survey, view: View) -> Iterator[str]:
     if document["findings"]:
         yield ""
     yield from finding_lines(document["findings"], style, width)
+    combined = [*combined_lines(document.get("combined_fix"), document["findings"], width)]
+    yield from ["", style(combined[0], bold=True), *combined[1:]] if combined else ()
 
 
 def flat(document: InspectedFile | Survey, view: View) -> Iterator[str]:

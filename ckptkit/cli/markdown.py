@@ -11,11 +11,12 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, cast
 
 from ckptkit.cli import inspect_text as as_text
+from ckptkit.cli.closing import combined_title
 from ckptkit.cli.options import View, printable
 from ckptkit.formats.folder import passed_over_text
 from ckptkit.inspection import surveyed
 from ckptkit.inspection.state import printed_model
-from ckptkit.report import FindingDocument, count_of, human_size
+from ckptkit.report import CombinedFix, FindingDocument, count_of, human_size
 
 if TYPE_CHECKING:
     from ckptkit.conversion.document import ConvertFolderDocument
@@ -69,6 +70,7 @@ def inspect(document: InspectedFile | Survey, view: View) -> Iterator[str]:
         yield f"\n### {training[0].capitalize()}\n"
         yield from (f"- {escaped(line.strip())}" for line in training[1:])
     yield from findings(document["findings"])
+    yield from combined(document.get("combined_fix"), document["findings"])
     if document["modules"]:
         yield from folded("print(model)", _printed(document))
     if document["tensors"]:
@@ -169,6 +171,7 @@ def verify(document: VerifyDocument, view: View) -> Iterator[str]:
     ]
     yield from table(rows, ["check", "", ""], "lll")
     yield from fixes(document["findings"])
+    yield from combined(document.get("combined_fix"), document["findings"])
 
 
 def diff(document: DiffDocument, view: View) -> Iterator[str]:
@@ -216,6 +219,9 @@ def check(document: CheckDocument, view: View) -> Iterator[str]:
         yield from table(rows, ["file", "rule", "expected", "found", ""], "lllll")
         yield from and_more(len(found) - len(rows))
     yield from fixes(found[:_MAX_ROWS])
+    for each in document["files"][:_MAX_ROWS]:
+        own = [finding for finding in found if finding["path"] == each["path"]] if each.get("combined_fix") else []
+        yield from combined(each.get("combined_fix"), own)
     files = document["files"]
     outcomes = {(True, True): "ok", (False, True): "**failed**"}
     rows = [
@@ -315,6 +321,14 @@ def fixes(found: Sequence[FindingDocument]) -> Iterator[str]:
     if told:
         yield "\n### To fix it\n"
         yield from (f"- {code(fix, _MAX_CELL)}" for fix in told)
+
+
+def combined(fix: CombinedFix | None, found: Sequence[FindingDocument]) -> Iterator[str]:
+    """The command that does what all findings advise, where it is not the only one."""
+    title = combined_title(fix, found)
+    if fix is not None and title is not None:
+        yield f"\n{title} {code(fix['command'])}"
+        yield f"({escaped(fix['keeps'])})"
 
 
 def code(text: str, most: int | None = None) -> str:
