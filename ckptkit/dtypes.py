@@ -9,11 +9,13 @@ ckptkit speaks of a dtype by torch's name without the prefix: ``"float32"``, ``"
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import NamedTuple
 
 from ckptkit.errors import DTypeError
+from ckptkit.nearness import did_you_mean
 
-__all__ = ["BY_SAFETENSORS", "BY_STORAGE_CLASS", "DTYPES", "DType", "dtype"]
+__all__ = ["BY_SAFETENSORS", "BY_STORAGE_CLASS", "DTYPES", "DType", "canonical", "dtype", "meant_dtype"]
 
 
 class DType(NamedTuple):
@@ -104,4 +106,35 @@ def dtype(name: str) -> DType:
     try:
         return DTYPES[name]
     except KeyError:
-        raise DTypeError(f"unknown dtype {name!r}; known: {', '.join(DTYPES)}") from None
+        raise DTypeError(f"unknown dtype {name!r}; known: {', '.join(DTYPES)}{meant_dtype(name)}") from None
+
+
+_ALIASES = {
+    "half": "float16", "float": "float32", "double": "float64", "short": "int16", "int": "int32", "long": "int64",
+    "chalf": "complex32", "cfloat": "complex64", "cdouble": "complex128",
+    "fp16": "float16", "fp32": "float32", "fp64": "float64",
+}  # fmt: skip
+"""Other names: torch's own (``torch.half``), and those that everybody uses."""
+
+_CALLED = {
+    "single": "float32", "bfloat": "bfloat16", "brain": "bfloat16", "fp8": "float8_e4m3fn", "f8": "float8_e4m3fn",
+    "float8": "float8_e4m3fn", "e4m3": "float8_e4m3fn", "e5m2": "float8_e5m2", "fp8-e4m3": "float8_e4m3fn",
+    "fp8-e5m2": "float8_e5m2", "float8-e4m3": "float8_e4m3fn", "byte": "uint8", "char": "int8", "boolean": "bool",
+}  # fmt: skip
+"""Names that are no dtype's, and which is meant."""
+
+
+def canonical(given: object) -> str:
+    """The name by which torch knows a dtype that was given: a ``torch.dtype``, its name, or another name that it has.
+
+    Names of torch (``half``, ``float``, ``double``, ``int``, ``long``), those of safetensors headers (``BF16``) and
+    ``fp16``, ``fp32``, ``fp64``, ``bf16`` are taken, in any case; anything else is left as it is.
+    """
+    name = str(given).removeprefix("torch.")
+    known = BY_SAFETENSORS.get(name.upper())
+    return name if name in DTYPES else _ALIASES.get(name.lower()) or (name if known is None else known.name)
+
+
+def meant_dtype(given: str, known: Collection[str] = DTYPES) -> str:
+    """The end of a message about a dtype that is none: ``"; did you mean float16?"``, or nothing."""
+    return did_you_mean(given, known, called={name: of for name, of in _CALLED.items() if of in known})

@@ -73,7 +73,9 @@ class _Commands(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         # click 8.1 takes what begins with a slash for an option, and shows the help.
         if args[0] not in COMMANDS and not ctx.resilient_parsing:
-            ctx.fail(f"No such command {args[0]!r}.")
+            from ckptkit.cli.usage import fail_command
+
+            fail_command(ctx, args[0], COMMANDS)
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -128,8 +130,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             code = _called(arguments)
             ending.write()
     except click.ClickException as error:
-        with suppress(OSError, ValueError):
-            error.show()
+        from ckptkit.cli.usage import tell
+
+        tell(error, arguments)
         code = 2
     except (ending.OutputLostError, ending.SignalledError, KeyboardInterrupt) as error:
         code = ending.exit_code(error)

@@ -1,0 +1,98 @@
+"""A command line that is wrong: what is said of it, on stderr, and as a document on stdout where JSON is asked for.
+
+click finds what is wrong; what was probably meant is said here, for commands, options and values alike
+(`ckptkit.nearness`).
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from itertools import takewhile
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ckptkit.cli import ending
+from ckptkit.nearness import did_you_mean
+
+if TYPE_CHECKING:
+    _Choice = click.Choice[str]
+else:
+    _Choice = click.Choice  # which click 8.1 gives no type
+
+__all__ = ["Choice", "fail_command", "tell", "wants_json"]
+
+_CALLED = {
+    "info": "inspect", "show": "inspect", "ls": "inspect", "list": "inspect", "dump": "inspect", "print": "inspect",
+    "summary": "inspect", "save": "convert", "export": "convert", "strip": "convert", "rename": "convert",
+    "cast": "convert", "compare": "diff", "cmp": "diff", "lock": "manifest", "hash": "manifest", "test": "verify",
+    "run": "verify", "validate": "check", "lint": "check", "scan": "check", "merge": "report",
+}  # fmt: skip
+"""What people call commands."""
+
+
+class Choice(_Choice):
+    """One of several values; of another it is said which is near.
+
+    Args:
+        choices: the values.
+        canonical: makes the value of what was typed, where it has other names too.
+    """
+
+    def __init__(self, choices: Iterable[str], *, canonical: Callable[[str], str] = str) -> None:
+        super().__init__(list(choices))
+        self._canonical = canonical
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """As click's."""
+        try:
+            return super().convert(self._canonical(value), param, ctx)
+        except click.BadParameter as error:
+            if meant := did_you_mean(str(value), self.choices):
+                error.message = error.message.removesuffix(".") + meant
+            raise
+
+
+def fail_command(ctx: click.Context, name: str, commands: Iterable[str]) -> None:
+    """Say that there is no such command; of what is a file, that one must be named before it.
+
+    Raises:
+        click.UsageError: always.
+    """
+    meant = did_you_mean(name, commands, called=_CALLED)
+    if not meant and os.path.exists(name):
+        meant = f"; did you mean ckptkit inspect {shlex.quote(name)}?"
+    ctx.fail(f"No such command {name!r}{meant or '.'}")
+
+
+def tell(error: click.ClickException, arguments: Sequence[str]) -> None:
+    """Show the error, with the option that was probably meant; and where JSON is asked for, a document."""
+    if isinstance(error, click.NoSuchOption) and error.ctx is not None:
+        command = error.ctx.command
+        options = [name for option in command.params for name in (*option.opts, *option.secondary_opts)]
+        meant = did_you_mean(error.option_name, [name for name in options if name.startswith("--")])
+        if not meant and isinstance(command, click.Group):
+            meant = "; options stand after the command"
+        error.possibilities = None
+        error.message = error.message.removesuffix(".") + (meant or ".")
+    with suppress(OSError, ValueError):
+        error.show()
+    if wants_json(arguments):
+        from ckptkit.cli.options import echo_error
+
+        with suppress(ending.OutputLostError):
+            echo_error("UsageError", error.format_message())
+
+
+def wants_json(arguments: Sequence[str]) -> bool:
+    """Whether JSON is asked for, anywhere on a line that could not be taken apart."""
+    words = [*takewhile(lambda word: word != "--", arguments)]
+    pairs = zip(words, [*words[1:], ""], strict=True)
+    formats = [following if word == "--format" else word[9:] for word, following in pairs if word[:9] in _FORMAT]
+    return "--json" in words or formats[-1:] == ["json"]
+
+
+_FORMAT = ("--format", "--format=")
