@@ -11,6 +11,7 @@ from ckptkit import api
 from ckptkit.cli import ending
 from ckptkit.cli import options as ui
 from ckptkit.cli.ending import progress_line
+from ckptkit.cli.tables import columns, wrapped
 from ckptkit.options import DiffOptions
 from ckptkit.report import count_of, human_size, printable
 
@@ -32,7 +33,7 @@ class Table(NamedTuple):
     """A list of the document as a table.
 
     Attributes:
-        title: above it; ``rows``, ``headers``, ``align``: as `ckptkit.cli.options.columns` takes them.
+        title: above it; ``rows``, ``headers``, ``align``: as `ckptkit.cli.tables.columns` takes them.
         names: the columns that hold text from the files.
         left_out: rows that are not shown.
     """
@@ -49,14 +50,14 @@ def text(document: DiffDocument, view: ui.View) -> Iterator[str]:
     """Both files, the verdict, what changed by module, and the largest changes."""
     style, width = view.style, view.width
     for side, facts in (("A", document["a"]), ("B", document["b"])):
-        yield from ui.wrapped(f"{style(side, bold=True)}  {file_line(facts)}", width)
+        yield from wrapped(f"{style(side, bold=True)}  {file_line(facts)}", width)
     label = style("same", fg="green", bold=True) if document["ok"] else style("different", fg="red", bold=True)
-    yield from ui.wrapped(f"{label}: {printable(document['summary'])}", width)
+    yield from wrapped(f"{label}: {printable(document['summary'])}", width)
     for table in tables(document, view.top):
         yield ""
         yield style(table.title, bold=True)
         if table.rows:
-            lines = ui.columns(table.rows, table.headers, table.align, None if width is None else width - 2)
+            lines = columns(table.rows, table.headers, table.align, None if width is None else width - 2)
             yield "  " + style(lines[0], dim=True)
             yield from (f"  {line}" for line in lines[1:])
         if table.left_out:

@@ -15,6 +15,7 @@ from click.shell_completion import BashComplete, CompletionItem, add_completion_
 from ckptkit.architectures.index import LIBRARIES, load
 from ckptkit.cli import ending
 from ckptkit.cli import options as ui
+from ckptkit.cli.tables import columns
 from ckptkit.codes import CODES
 from ckptkit.nearness import did_you_mean
 from ckptkit.report import SCHEMA_VERSION
@@ -84,7 +85,7 @@ def text(document: ExplainDocument, view: ui.View) -> Iterator[str]:
     """A code, or the list of all with their titles."""
     codes = document["codes"]
     if len(codes) > 1:
-        yield from ui.columns([[name, codes[name]["title"]] for name in sorted(codes)], [], "ll")
+        yield from columns([[name, codes[name]["title"]] for name in sorted(codes)], [], "ll")
         return
     for name, said in codes.items():
         yield f"{view.style(name, bold=True)}: {said['title']}"

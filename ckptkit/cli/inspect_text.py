@@ -8,7 +8,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from ckptkit.cli.options import Style, View, columns, finding_lines, printable, wrapped
+from ckptkit.cli.options import Style, View, finding_lines, printable
+from ckptkit.cli.tables import columns, wrapped
 from ckptkit.formats import format_named
 from ckptkit.inspection import surveyed
 from ckptkit.inspection.listing import TensorRow, each_kind

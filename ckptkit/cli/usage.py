@@ -52,7 +52,7 @@ class Choice(_Choice):
             return super().convert(self._canonical(value), param, ctx)
         except click.BadParameter as error:
             if meant := did_you_mean(str(value), self.choices):
-                error.message = error.message.removesuffix(".") + meant
+                raise click.BadParameter(error.message.removesuffix(".") + meant, ctx, param) from None
             raise
 
 
@@ -76,8 +76,7 @@ def tell(error: click.ClickException, arguments: Sequence[str]) -> None:
         meant = did_you_mean(error.option_name, [name for name in options if name.startswith("--")])
         if not meant and isinstance(command, click.Group):
             meant = "; options stand after the command"
-        error.possibilities = None
-        error.message = error.message.removesuffix(".") + (meant or ".")
+        error = click.UsageError(error.message.removesuffix(".") + (meant or "."), error.ctx)
     with suppress(OSError, ValueError):
         error.show()
     if wants_json(arguments):

@@ -20,7 +20,8 @@ from torch import nn
 
 from ckptkit.cli import COMMANDS, inspect_text
 from ckptkit.cli.inspect import lines as inspect_lines
-from ckptkit.cli.options import View, columns
+from ckptkit.cli.options import View
+from ckptkit.cli.tables import columns
 from ckptkit.conversion.document import ConvertFolderDocument
 from ckptkit.differences.difference import DiffDocument
 from ckptkit.documents import (

@@ -19,7 +19,8 @@ import ckptkit
 from ckptkit.cli import inspect_text
 from ckptkit.cli.inspect_text import TIMES
 from ckptkit.cli.markdown import inspect as as_markdown
-from ckptkit.cli.options import View, columns, encodable, wrapped
+from ckptkit.cli.options import View, encodable
+from ckptkit.cli.tables import columns, wrapped
 from ckptkit.inspection import json_chunks, survey
 
 
