@@ -7,7 +7,7 @@ The layers, each importing only from those to its right; a test enforces it:
     cli, testing > api > checkpoint_file, released > verifier > torch_bridge > differences > inspection, conversion
         > diagnose, compare, stats, architectures, digests, options > rewrite > formats > transfer > normalize
         > pickling > plan, casting > checkpoint > tensor > computed > places > remote > bytesource
-        > codes, documents, fleet > arguments > report, dtypes, limits, extras > nearness > errors
+        > codes, documents, fleet > report, arguments, dtypes, limits, extras > nearness > errors
 
 Some rooms are more than the first sketch had: `plan`, because writers make plans and `transfer`
 executes them and neither should know the other; `compare`, because the proof that an output

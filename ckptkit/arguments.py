@@ -16,7 +16,6 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Protocol, TypeVar, cast, overload
 
-from ckptkit.dtypes import canonical
 from ckptkit.errors import RewriteError, VerifyError
 from ckptkit.nearness import did_you_mean, nearest
 
@@ -311,7 +310,7 @@ def path(metavar: str, line: str, meaning: str) -> Option[str | None]:
 
 def dtype(line: str, meaning: str) -> Option[str | None]:
     """One with a dtype, torch's own or by its name."""
-    return Option("text", None, line, meaning, "DTYPE", taken=canonical)
+    return Option("text", None, line, meaning, "DTYPE", taken=lambda given: str(given).removeprefix("torch."))
 
 
 def texts(metavar: str, line: str, meaning: str) -> Option[tuple[str, ...]]:

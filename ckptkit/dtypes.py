@@ -15,7 +15,7 @@ from typing import NamedTuple
 from ckptkit.errors import DTypeError
 from ckptkit.nearness import did_you_mean
 
-__all__ = ["BY_SAFETENSORS", "BY_STORAGE_CLASS", "DTYPES", "DType", "canonical", "dtype", "meant_dtype"]
+__all__ = ["BY_SAFETENSORS", "BY_STORAGE_CLASS", "DTYPES", "DType", "dtype", "meant_dtype"]
 
 
 class DType(NamedTuple):
@@ -109,32 +109,18 @@ def dtype(name: str) -> DType:
         raise DTypeError(f"unknown dtype {name!r}; known: {', '.join(DTYPES)}{meant_dtype(name)}") from None
 
 
-_ALIASES = {
-    "half": "float16", "float": "float32", "double": "float64", "short": "int16", "int": "int32", "long": "int64",
-    "chalf": "complex32", "cfloat": "complex64", "cdouble": "complex128",
-    "fp16": "float16", "fp32": "float32", "fp64": "float64",
-}  # fmt: skip
-"""Other names: torch's own (``torch.half``), and those that everybody uses."""
-
 _CALLED = {
-    "single": "float32", "bfloat": "bfloat16", "brain": "bfloat16", "fp8": "float8_e4m3fn", "f8": "float8_e4m3fn",
-    "float8": "float8_e4m3fn", "e4m3": "float8_e4m3fn", "e5m2": "float8_e5m2", "fp8-e4m3": "float8_e4m3fn",
-    "fp8-e5m2": "float8_e5m2", "float8-e4m3": "float8_e4m3fn", "byte": "uint8", "char": "int8", "boolean": "bool",
+    "half": "float16", "float": "float32", "single": "float32", "double": "float64", "bfloat": "bfloat16",
+    "fp16": "float16", "fp32": "float32", "fp64": "float64", "fp8": "float8_e4m3fn", "float8": "float8_e4m3fn",
+    "f8": "float8_e4m3fn", "e4m3": "float8_e4m3fn", "e5m2": "float8_e5m2", "fp8-e4m3": "float8_e4m3fn",
+    "fp8-e5m2": "float8_e5m2", "float8-e4m3": "float8_e4m3fn", "short": "int16", "int": "int32", "long": "int64",
+    "char": "int8", "byte": "uint8", "boolean": "bool", "chalf": "complex32", "cfloat": "complex64",
+    "cdouble": "complex128", **{name.lower().replace("_", "-"): each.name for name, each in BY_SAFETENSORS.items()},
 }  # fmt: skip
-"""Names that are no dtype's, and which is meant."""
-
-
-def canonical(given: object) -> str:
-    """The name by which torch knows a dtype that was given: a ``torch.dtype``, its name, or another name that it has.
-
-    Names of torch (``half``, ``float``, ``double``, ``int``, ``long``), those of safetensors headers (``BF16``) and
-    ``fp16``, ``fp32``, ``fp64``, ``bf16`` are taken, in any case; anything else is left as it is.
-    """
-    name = str(given).removeprefix("torch.")
-    known = BY_SAFETENSORS.get(name.upper())
-    return name if name in DTYPES else _ALIASES.get(name.lower()) or (name if known is None else known.name)
+"""What else dtypes are called: by torch (``torch.half``), in headers of safetensors, and by everybody."""
 
 
 def meant_dtype(given: str, known: Collection[str] = DTYPES) -> str:
     """The end of a message about a dtype that is none: ``"; did you mean float16?"``, or nothing."""
-    return did_you_mean(given, known, called={name: of for name, of in _CALLED.items() if of in known})
+    name = given.removeprefix("torch.")
+    return did_you_mean(name, known, called={name: of for name, of in _CALLED.items() if of in known})

@@ -20,8 +20,7 @@ PACKAGE = Path(ckptkit.__file__).parent
 LAYERS = (
     {"errors"},
     {"nearness"},
-    {"report", "dtypes", "limits", "extras"},
-    {"arguments"},
+    {"report", "arguments", "dtypes", "limits", "extras"},
     {"codes", "documents", "fleet"},
     {"bytesource"},
     {"remote"},
@@ -216,7 +215,7 @@ def test_all_is_sorted_and_complete() -> None:
 
 def test_the_package_has_few_files_and_none_too_short_or_too_long() -> None:
     lines = {path.relative_to(PACKAGE): len(path.read_text(encoding="utf-8").splitlines()) for path in MODULES.values()}
-    assert len(lines) <= 254
+    assert len(lines) <= 257
     assert {path: n for path, n in lines.items() if n < 50 and path.name not in ("__init__.py", "__main__.py")} == {}
     assert {path: n for path, n in lines.items() if n > 500} == {}
 

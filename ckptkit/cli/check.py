@@ -20,7 +20,7 @@ from ckptkit.cli import options as ui
 from ckptkit.cli.explain import complete_reference
 from ckptkit.cli.outputs import findings_of, github, junit, sarif
 from ckptkit.cli.usage import Choice
-from ckptkit.dtypes import DTYPES, canonical
+from ckptkit.dtypes import DTYPES, meant_dtype
 from ckptkit.formats.folder import passed_over_text
 from ckptkit.options.storage import local, session_of
 from ckptkit.released import Run
@@ -137,7 +137,7 @@ OUTPUTS = ("text", "json", *(name for name in RENDERERS if name != "text"))
 @click.option(
     "--allow-dtype",
     multiple=True,
-    type=Choice(DTYPES, canonical=canonical),
+    type=Choice(DTYPES, meant=meant_dtype),
     metavar="DTYPE",
     help="A dtype tensors may have; repeatable.",
 )

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import suppress
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from ckptkit.cli import ending
 from ckptkit.nearness import did_you_mean
 
 if TYPE_CHECKING:
@@ -39,19 +38,19 @@ class Choice(_Choice):
 
     Args:
         choices: the values.
-        canonical: makes the value of what was typed, where it has other names too.
+        meant: what is said of another value, as `did_you_mean`.
     """
 
-    def __init__(self, choices: Iterable[str], *, canonical: Callable[[str], str] = str) -> None:
+    def __init__(self, choices: Iterable[str], *, meant: Callable[[str, Collection[str]], str] = did_you_mean) -> None:
         super().__init__(list(choices))
-        self._canonical = canonical
+        self._meant = meant
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """As click's."""
         try:
-            return super().convert(self._canonical(value), param, ctx)
+            return super().convert(value, param, ctx)
         except click.BadParameter as error:
-            if meant := did_you_mean(str(value), self.choices):
+            if meant := self._meant(str(value), self.choices):
                 raise click.BadParameter(error.message.removesuffix(".") + meant, ctx, param) from None
             raise
 
@@ -68,8 +67,8 @@ def fail_command(ctx: click.Context, name: str, commands: Iterable[str]) -> None
     ctx.fail(f"No such command {name!r}{meant or '.'}")
 
 
-def tell(error: click.ClickException, arguments: Sequence[str]) -> None:
-    """Show the error, with the option that was probably meant; and where JSON is asked for, a document."""
+def tell(error: click.ClickException) -> str:
+    """Show the error on stderr, with the option that was probably meant; its message."""
     if isinstance(error, click.NoSuchOption) and error.ctx is not None:
         command = error.ctx.command
         options = [name for option in command.params for name in (*option.opts, *option.secondary_opts)]
@@ -79,11 +78,7 @@ def tell(error: click.ClickException, arguments: Sequence[str]) -> None:
         error = click.UsageError(error.message.removesuffix(".") + (meant or "."), error.ctx)
     with suppress(OSError, ValueError):
         error.show()
-    if wants_json(arguments):
-        from ckptkit.cli.options import echo_error
-
-        with suppress(ending.OutputLostError):
-            echo_error("UsageError", error.format_message())
+    return error.format_message()
 
 
 def wants_json(arguments: Sequence[str]) -> bool:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
 
 from ckptkit.arguments import device_problem, several, shapes
 from ckptkit.checkpoint import Trust
-from ckptkit.dtypes import DTYPES, canonical
+from ckptkit.dtypes import DTYPES, meant_dtype
 from ckptkit.errors import RewriteError, VerifyError
 from ckptkit.formats import FORMATS
 from ckptkit.nearness import did_you_mean
@@ -83,7 +83,6 @@ class Policy:
         for name in _LISTS:
             object.__setattr__(self, name, _texts(name, getattr(self, name)))
         _among("max_trust", self.max_trust, ("safe", "needs_trust"))
-        object.__setattr__(self, "allow_dtype", tuple(map(canonical, self.allow_dtype)))
         for given in self.allow_dtype:
             _among("allow_dtype", given, DTYPES)
         for given in self.require_format:
@@ -164,7 +163,8 @@ def close_match(given: str, known: Sequence[str]) -> str:
 
 def _among(name: str, given: object, known: Sequence[str] | Mapping[str, object]) -> None:
     if not isinstance(given, str) or given not in known:
-        meant = did_you_mean(given, known) if isinstance(given, str) else ""
+        near = meant_dtype if known is DTYPES else did_you_mean
+        meant = near(given, known) if isinstance(given, str) else ""
         raise _refused(name, given, f"one of {', '.join(known)}{meant}")
 
 

@@ -23,7 +23,7 @@ from ckptkit.arguments import several
 from ckptkit.casting import CAST_TARGETS, cast_storage, caster
 from ckptkit.checkpoint import Checkpoint, StateDict, Storage, TensorEntry
 from ckptkit.computed import ConvertedRange
-from ckptkit.dtypes import DTYPES, canonical
+from ckptkit.dtypes import DTYPES
 from ckptkit.errors import DTypeError
 from ckptkit.normalize.quantized import scaled_pairs
 from ckptkit.pickling.inert import walk
@@ -51,8 +51,7 @@ class CastDtype:
     What has the dtype already stays the very same object.
 
     Args:
-        dtype: torch's name, with or without ``torch.``, or ``"fp16"``, ``"half"``, ``"bf16"``: see
-            `ckptkit.dtypes.canonical` and `ckptkit.casting.CAST_TARGETS`.
+        dtype: torch's name, with or without ``torch.``: see `ckptkit.casting.CAST_TARGETS`.
         keep: globs (`fnmatch.fnmatchcase`) of names of the state_dict; a storage stays as it is when
             any of the names over it matches.
         rename: from a name to the one it will have once what follows was applied; a glob may match either.
@@ -75,7 +74,7 @@ class CastDtype:
     scaled: Mapping[str, str] | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "dtype", canonical(self.dtype))
+        object.__setattr__(self, "dtype", str(self.dtype).removeprefix("torch."))
         object.__setattr__(self, "keep", several(self.keep))
         caster("float32", self.dtype)
 
