@@ -112,9 +112,12 @@ def _near_files(path: str) -> Iterator[str]:
         return
     with os.scandir(folder or os.curdir) as listing:
         names = [each.name for each in islice(listing, _MOST) if each.name[0] != "." or wanted[0] == "."]
-    stem = wanted.partition(".")[0].casefold()
-    same = sorted(name for name in names if stem and name.partition(".")[0].casefold() == stem)
-    for name in (same or nearest(wanted, sorted(names)))[:3]:
+    stems: dict[str, list[str]] = {}
+    for name in sorted(names):
+        stems.setdefault(name.lstrip(".").partition(".")[0].casefold(), []).append(name)
+    stem = wanted.lstrip(".").partition(".")[0].casefold()
+    same = stems.get(stem) or [name for near in nearest(stem, stems) for name in stems[near]]
+    for name in ((len(same) > 1 and nearest(wanted, same)) or same)[:3]:
         near = os.path.join(folder, name, rest.rstrip(os.sep)) if rest else os.path.join(folder, name)
         if os.path.lexists(near):
             yield near

@@ -126,7 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     try:
         ending.begin(known=0)
         with ending.signals_heard(), ending.arrivals_line(arguments):
-            code = _called(arguments)
+            code = _called([*arguments])
             ending.write()
     except click.ClickException as error:
         told = tell(error)

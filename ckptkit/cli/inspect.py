@@ -91,11 +91,12 @@ def command(
     """
     if not paths and files_from is None:
         raise click.MissingParameter(param=_paths_of(click.get_current_context()))
-    given = ui.with_listed(paths, files_from)
-    if not given:
-        raise FileAccessError(f"{files_from}: lists no files to inspect", path=files_from)
-    click.get_current_context().with_resource(session_of(storage_options, *given))
-    given = local(given)
+    with ui.json_errors(output == "json"):
+        given = ui.with_listed(paths, files_from)
+        if not given:
+            raise FileAccessError(f"{files_from}: lists no files to inspect", path=files_from)
+        click.get_current_context().with_resource(session_of(storage_options, *given))
+        given = local(given)
     opening: dict[str, Any] = {"section": section, "ignore_checksums": ignore_checksums}
     of_folders = {**opening, "tag": tag, "tp_rules": tp_rules}
     passed_over: Counter[str] = Counter()

@@ -71,14 +71,21 @@ def tell(error: click.ClickException) -> str:
     """Show the error on stderr, with the option that was probably meant; its message."""
     if isinstance(error, click.NoSuchOption) and error.ctx is not None:
         command = error.ctx.command
-        options = [name for option in command.params for name in (*option.opts, *option.secondary_opts)]
-        meant = did_you_mean(error.option_name, [name for name in options if name.startswith("--")])
-        if not meant and isinstance(command, click.Group):
-            meant = "; options stand after the command"
+        meant = did_you_mean(error.option_name, _options(command))
+        if isinstance(command, click.Group):
+            commands = filter(None, (command.get_command(error.ctx, name) for name in command.list_commands(error.ctx)))
+            if any(error.option_name in _options(each) for each in commands):
+                meant = f"; it stands after the command: ckptkit COMMAND {error.option_name}"
         error = click.UsageError(error.message.removesuffix(".") + (meant or "."), error.ctx)
     with suppress(OSError, ValueError):
         error.show()
     return error.format_message()
+
+
+def _options(command: click.Command) -> list[str]:
+    """The options of a command, all but those of one letter."""
+    names = [name for option in command.params for name in (*option.opts, *option.secondary_opts)]
+    return [name for name in names if name.startswith("--")]
 
 
 def wants_json(arguments: Sequence[str]) -> bool:
