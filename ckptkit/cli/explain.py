@@ -7,7 +7,6 @@ ckptkit knows (references of models, codes of findings), and what bash needs for
 from __future__ import annotations
 
 from collections.abc import Iterator
-from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 import click
@@ -18,6 +17,7 @@ from ckptkit.cli import ending
 from ckptkit.cli import options as ui
 from ckptkit.cli.tables import columns
 from ckptkit.codes import CODES
+from ckptkit.nearness import did_you_mean
 from ckptkit.report import SCHEMA_VERSION
 
 if TYPE_CHECKING:
@@ -101,8 +101,7 @@ RENDERERS: dict[str, ui.Renderer] = {"text": text, "markdown": ui.later("markdow
 def command(code: str | None, output: str, quiet: bool, color: str) -> int:
     """Explain a finding's CODE; without one, list all codes."""
     if code is not None and code not in CODES:
-        near = get_close_matches(code, CODES, n=3)
-        hint = f"; did you mean {', '.join(near)}?" if near else "; 'ckptkit explain' lists all"
+        hint = did_you_mean(code, CODES) or "; 'ckptkit explain' lists all"
         raise click.UsageError(f"there is no code {code!r}{hint}")
     verdict = ending.verdict(0)
     shown = CODES if code is None else {code: CODES[code]}

@@ -12,6 +12,7 @@ import click
 from ckptkit import api, places
 from ckptkit.cli import ending, inspect_text
 from ckptkit.cli import options as ui
+from ckptkit.cli.usage import Choice
 from ckptkit.errors import CkptkitError, FileAccessError
 from ckptkit.inspection import describe_error, json_chunks, plain_document, survey
 from ckptkit.options.storage import local, session_of
@@ -46,14 +47,14 @@ RENDERERS: dict[str, ui.Renderer] = {
 @click.option("--depth", type=click.IntRange(1), help="Levels of the module tree; default: as many as are readable.")
 @click.option("--flat", is_flag=True, help="One line a tensor, fields separated by tabs, for grep and cut.")
 @click.option("--filter", "filters", multiple=True, metavar="GLOB", help="Only tensors whose name matches; repeatable.")
-@click.option("--sort", type=click.Choice(["name", "size", "file"]), default="file", show_default=True, help="Order.")
+@click.option("--sort", type=Choice(["name", "size", "file"]), default="file", show_default=True, help="Order.")
 @click.option("--section", metavar="NAME", help="The weights to select, where a file holds several.")
 @ui.tag_option
 @ui.tp_rules_option
 @click.option("--stats", is_flag=True, help="Read the data: min, max, mean, std, zeros, NaN, Inf of each tensor.")
 @click.option(
     "--fail-on",
-    type=click.Choice(["warning", "error", "never"]),
+    type=Choice(["warning", "error", "never"]),
     default="error",
     show_default=True,
     help="Exit 1 from this severity on.",
@@ -94,11 +95,12 @@ def command(
     """
     if not paths and files_from is None:
         raise click.MissingParameter(param=_paths_of(click.get_current_context()))
-    given = ui.with_listed(paths, files_from)
-    if not given:
-        raise FileAccessError(f"{files_from}: lists no files to inspect", path=files_from)
-    click.get_current_context().with_resource(session_of(storage_options, *given))
-    given = local(given)
+    with ui.json_errors(output == "json"):
+        given = ui.with_listed(paths, files_from)
+        if not given:
+            raise FileAccessError(f"{files_from}: lists no files to inspect", path=files_from)
+        click.get_current_context().with_resource(session_of(storage_options, *given))
+        given = local(given)
     opening: dict[str, Any] = {"section": section, "ignore_checksums": ignore_checksums}
     of_folders = {**opening, "tag": tag, "tp_rules": tp_rules}
     passed_over: Counter[str] = Counter()
