@@ -141,7 +141,7 @@ def _filled(markdown: str) -> str:
     rows = ["| container | what writes it | written |", "|---|---|---|"]
     for each in FORMATS:
         is_written = (each if each.shards is None else format_named(each.shards)).writer is not None
-        rows.append(f"| {each.name} | `{each.title}` | {'yes' if is_written else ''} |")
+        rows.append(f"| `{each.name}` | {each.title} | {'yes' if is_written else ''} |")
     return markdown.replace(_CONTAINERS, "\n".join(rows))
 
 
