@@ -17,7 +17,7 @@ from pathlib import Path
 import click
 import pytest
 
-from ckptkit.codes import TOPICS, topic
+from ckptkit.codes import CODES, TOPICS, topic
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -108,11 +108,32 @@ def test_the_python_examples(page: str, clone: Path, python: Callable[..., subpr
 # What the README says of what stands elsewhere.
 
 
-def test_it_is_short_and_has_a_link_to_every_topic_that_it_leans_on() -> None:
+def test_it_is_short() -> None:
     assert len(README.splitlines()) <= 260
-    for page, text in {"README.md": README, ".github/x": (ROOT / ".github" / "CONTRIBUTING.md").read_text()}.items():
-        for target in re.findall(r"\]\(([^)#:]+)\)", text):
-            assert ((ROOT / page).parent / target).is_file(), f"{page}: {target}"
+
+
+@pytest.mark.parametrize("page", ["README.md", ".github/CONTRIBUTING.md", "tests/bench/README.md"])
+def test_what_pages_name_is_there(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert ((ROOT / page).parent / target).is_file(), f"{page}: {target}"
+    for target in re.findall(r"`((?:ckptkit|tests|\.ci)/[\w/.-]+)`", text):
+        assert (ROOT / target).exists(), f"{page}: {target}"
+
+
+@pytest.mark.parametrize("name", TOPICS)
+def test_what_topics_name_is_there(name: str) -> None:
+    text = topic(name)
+    for target in re.findall(r"`((?:ckptkit|tests|\.ci)/[\w/.-]+)`", text):
+        assert (ROOT / target).exists(), f"{name}: {target}"
+    named = {each for group in re.findall(r"`(?:ckptkit )?explain ([\w-]+)`((?:, `[\w-]+`)*)", text) for each in group}
+    assert {word for each in named for word in re.findall(r"[\w-]+", each)} <= {*TOPICS, *CODES}
+
+
+def test_the_commands_of_contributing_name_tests_that_there_are() -> None:
+    text = (ROOT / ".github" / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    for target in re.findall(r"pytest (tests/\S+)", text):
+        assert (ROOT / target).exists(), target
 
 
 def test_it_lists_the_topics() -> None:
