@@ -9,7 +9,6 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -36,9 +35,9 @@ def clone(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def shell(script: str, cwd: Path, ckptkit: str) -> str:
+def shell(script: str, cwd: Path, programs: str) -> str:
     """Run a block with ``ckptkit`` and ``python`` being this interpreter's; gives what it printed."""
-    prelude = f"set -euo pipefail\n{ckptkit}python() {{ '{sys.executable}' \"$@\"; }}\n"
+    prelude = f"set -euo pipefail\n{programs}"
     done = subprocess.run(
         ["bash", "-c", prelude + script],
         cwd=cwd,
@@ -57,26 +56,26 @@ def without_install(script: str) -> str:
 
 
 def test_the_main_job_and_every_command_after_it(clone: Path, forks) -> None:
-    ckptkit = forks(with_torch=True).shell("ckptkit", "-m", "ckptkit")
+    programs = forks(with_torch=True).shell("ckptkit", "-m", "ckptkit") + forks(with_torch=True).shell("python")
     install, _tests, *more = blocks("sh")
     assert "pip install '.[torch]'" in install
-    shell(without_install(install), clone, ckptkit)
+    shell(without_install(install), clone, programs)
     assert more
     shown = re.findall(r"^```sh\n(.*?)^```\n+```text\n(.*?)^```$", PAGES["README.md"], re.DOTALL | re.MULTILINE)
     assert len(shown) == 5
     for script in more:
-        printed = shell(script, clone, ckptkit).splitlines()
+        printed = shell(script, clone, programs).splitlines()
         expected = dict(shown).get(script, "").splitlines()
         assert [line for line in expected if line not in printed] == [], "\n".join(printed)
 
 
 def test_every_command_of_the_topics(clone: Path, forks) -> None:
-    ckptkit = forks(with_torch=True).shell("ckptkit", "-m", "ckptkit")
-    shell(without_install(blocks("sh")[0]).rpartition("&&")[0], clone, ckptkit)  # without its last step, verify
+    programs = forks(with_torch=True).shell("ckptkit", "-m", "ckptkit") + forks(with_torch=True).shell("python")
+    shell(without_install(blocks("sh")[0]).rpartition("&&")[0], clone, programs)  # without its last step, verify
     for name in PAGES.keys() - {"README.md"}:
         assert not re.search(r"^    \w", re.sub(r"^```.*?^```$", "", PAGES[name], flags=re.DOTALL | re.MULTILINE))
     for script in (script for name in TOPICS if name in PAGES for script in blocks("sh", name)):
-        shell(script, clone, ckptkit)
+        shell(script, clone, programs)
 
 
 def test_what_needs_the_network_has_options_that_there_are() -> None:
