@@ -42,6 +42,7 @@ LAYERS = (
     {"checkpoint_file"},
     {"api"},
     {""},  # the package itself: the public names
+    {"page"},
     {"cli", "testing"},
     {"__main__"},
 )

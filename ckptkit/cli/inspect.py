@@ -24,7 +24,11 @@ if TYPE_CHECKING:
 
 __all__ = ["RENDERERS", "command", "lines"]
 
-RENDERERS: dict[str, ui.Renderer] = {"text": inspect_text.text, "markdown": ui.later("markdown.inspect")}
+RENDERERS: dict[str, ui.Renderer] = {
+    "text": inspect_text.text,
+    "markdown": ui.later("markdown.inspect"),
+    "html": ui.later("html.inspect"),
+}
 """Of one file."""
 
 
@@ -134,7 +138,12 @@ def command(
 
             ending.say(passed_over_text(passed_over))
         return _exit_code(seen, fail_on)
-    for line in lines(documents(), passed_over, render, view):
+    shown = lines(documents(), passed_over, render, view)
+    if output == "html":
+        from ckptkit.cli import html
+
+        shown = html.inspected((render(document, view) for document in documents()), passed_over)
+    for line in shown:
         ui.echo(line)
     return _exit_code(seen, fail_on)
 
@@ -172,7 +181,10 @@ def _surveyed(asked: _Asked) -> Survey | UnreadFile:
         if asked.error is not None:
             raise asked.error
         with api.open(asked.path, **asked.opening) as file:
-            return survey(file.checkpoint, filters=asked.filters, sort=asked.sort, stats=asked.stats)
+            checkpoint, drawn = file.checkpoint, asked.output == "html"
+            return survey(
+                checkpoint, filters=asked.filters, sort=asked.sort, stats=asked.stats, histograms=drawn and asked.stats
+            )
     except CkptkitError as error:
         return describe_error(asked.path, error)
 
@@ -206,7 +218,7 @@ def _with_lines(document: Survey | UnreadFile, asked: _Asked) -> dict[str, Any]:
     lines: Iterable[str] = ()
     if asked.output == "json":
         lines = ["".join(json_chunks(document))]
-    elif document["error"] is None:
+    elif document["error"] is None or asked.output == "html":
         lines = (inspect_text.flat if asked.output == "flat" else RENDERERS[asked.output])(document, view)
     findings = [{"severity": finding["severity"]} for finding in document["findings"]]
     told = {"path": document["path"], "error": document["error"], "findings": findings}

@@ -94,8 +94,15 @@ def describe(
     return plain_document(survey(checkpoint, filters=filters, sort=sort, stats=stats))
 
 
-def survey(checkpoint: Checkpoint, *, filters: Sequence[str] = (), sort: str = "file", stats: bool = False) -> Survey:
-    """As `describe`, with the tensors as rows."""
+def survey(
+    checkpoint: Checkpoint,
+    *,
+    filters: Sequence[str] = (),
+    sort: str = "file",
+    stats: bool = False,
+    histograms: bool = False,
+) -> Survey:
+    """As `describe`, with the tensors as rows; ``histograms`` adds that of its values to the ``stats`` of each."""
     checkpoint = judged(checkpoint) if stats else checkpoint
     everything = other_tensors(checkpoint, values=True)
     listing = list_tensors(checkpoint, everything)
@@ -116,7 +123,7 @@ def survey(checkpoint: Checkpoint, *, filters: Sequence[str] = (), sort: str = "
     training = training_document(whole.rest, checkpoint.sections)
     damages: list[Finding] = []
     if stats:
-        rows, damages = _with_stats(checkpoint, rows)
+        rows, damages = _with_stats(checkpoint, rows, histograms)
     return {
         "path": origin.path,
         "size": origin.size,
@@ -281,10 +288,12 @@ def json_chunks(document: Survey | UnreadFile) -> Iterator[str]:
     yield f"]{tail}"
 
 
-def _with_stats(checkpoint: Checkpoint, rows: Sequence[TensorRow]) -> tuple[list[TensorRow], list[Finding]]:
+def _with_stats(
+    checkpoint: Checkpoint, rows: Sequence[TensorRow], histograms: bool
+) -> tuple[list[TensorRow], list[Finding]]:
     """The rows with the statistics of their data, of tied tensors read once; and what recorded checksums show of it."""
     from ckptkit.computed import files_of
-    from ckptkit.stats import NO_STATS, tensor_stats
+    from ckptkit.stats import NO_STATS, Histogram, tensor_stats
     from ckptkit.transfer.checksums import Checksums, damage_text
     from ckptkit.transfer.values import will_read
 
@@ -301,7 +310,10 @@ def _with_stats(checkpoint: Checkpoint, rows: Sequence[TensorRow]) -> tuple[list
         view = row.entry.view
         if view not in known:
             try:
-                known[view] = cast("StatsDocument", tensor_stats(row.entry, checksums))
+                bins = Histogram(row.entry.dtype) if histograms else None
+                known[view] = cast("StatsDocument", tensor_stats(row.entry, checksums, bins))
+                if bins is not None:
+                    known[view]["histogram"] = bins.to_list()
             except CorruptError:
                 if not checksums.is_broken(row.entry.storage):
                     raise
