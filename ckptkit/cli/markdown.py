@@ -259,14 +259,20 @@ def manifest(document: ManifestDocument, view: View) -> Iterator[str]:
 
 
 def explain(document: ExplainDocument, view: View) -> Iterator[str]:
-    """A code, or the table of all."""
-    codes = document["codes"]
-    if len(codes) > 1:
+    """A code, a topic, or the tables of all."""
+    from ckptkit.cli.explain import titled
+
+    codes, topics = document["codes"], document.get("topics", {})
+    if codes and topics:
+        yield from table([[code(name), escaped(titled(topics[name]))] for name in topics], ["topic", ""], "ll")
+        yield ""
         yield from table([[code(name), escaped(codes[name]["title"])] for name in sorted(codes)], ["code", ""], "ll")
         return
     for name, said in codes.items():
         yield f"## {code(name)}: {escaped(said['title'])}"
         yield from (f"\n{escaped(part)}" for part in (said["meaning"], said["remedy"]) if part != "-")
+    for text in topics.values():
+        yield from text.splitlines()
 
 
 # The vocabulary.
