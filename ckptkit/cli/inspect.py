@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import click
 
 from ckptkit import api, places
-from ckptkit.cli import ending, inspect_text
+from ckptkit.cli import ending, inspect_text, tensor_tables
 from ckptkit.cli import options as ui
 from ckptkit.errors import CkptkitError, FileAccessError
 from ckptkit.inspection import describe_error, json_chunks, plain_document, survey
@@ -123,7 +123,7 @@ def command(
     if output == "json":
         _echo_documents(documents(), passed_over)
         return _exit_code(seen, fail_on)
-    render = _as_shown if is_shared else inspect_text.flat if flat else RENDERERS[output]
+    render = _as_shown if is_shared else tensor_tables.flat if flat else RENDERERS[output]
     if flat:
         for document in documents():
             if document["error"] is None:
@@ -207,7 +207,7 @@ def _with_lines(document: Survey | UnreadFile, asked: _Asked) -> dict[str, Any]:
     if asked.output == "json":
         lines = ["".join(json_chunks(document))]
     elif document["error"] is None:
-        lines = (inspect_text.flat if asked.output == "flat" else RENDERERS[asked.output])(document, view)
+        lines = (tensor_tables.flat if asked.output == "flat" else RENDERERS[asked.output])(document, view)
     findings = [{"severity": finding["severity"]} for finding in document["findings"]]
     told = {"path": document["path"], "error": document["error"], "findings": findings}
     return {**told, "tensors": [True] * bool(document["tensors"]), "lines": [*lines]}

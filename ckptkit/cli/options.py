@@ -75,6 +75,8 @@ class View(NamedTuple):
         depth: levels of a tree; ``None``: as many as are still readable.
         sort: the order of a tree: ``"file"``, ``"name"`` or ``"size"``.
         top: rows of each list.
+        largest: how many of the largest tensors are listed in place of the tree; 0: the tree is shown.
+        paths: columns of the longest path, where each file is one line.
         written: the file that was written; ``None``: none.
         started: when, in UTC, as ISO 8601 without a zone.
         seconds: how long each file took, by path.
@@ -86,6 +88,8 @@ class View(NamedTuple):
     depth: int | None = None
     sort: str = "file"
     top: int = 10
+    largest: int = 0
+    paths: int = 0
     written: str | None = None
     started: str = "1970-01-01T00:00:00"
     seconds: Mapping[str, float] = MappingProxyType({})
@@ -407,7 +411,8 @@ def finding_lines(findings: Sequence[FindingDocument], style: Style, width: int 
     """One line a finding, and its fix below it."""
     for finding in findings:
         severity = finding["severity"]
-        label = style(severity, fg=COLORS[severity], bold=severity == "error")
-        yield from wrapped(f"{label}: {printable(finding['message'])} [{finding['code']}]", width)
+        label = style(severity, fg=COLORS[severity], bold=True)
+        code = style(f"[{finding['code']}]", dim=True)
+        yield from wrapped(f"{label}: {printable(finding['message'])} {code}", width)
         if finding["fix"]:
             yield f"    {printable(finding['fix'])}"
