@@ -492,7 +492,8 @@ class ExplanationDocument(TypedDict):
 
 
 class ExplainDocument(TypedDict):
-    """What ``ckptkit explain`` tells: the code that was asked for, or all."""
+    """What ``ckptkit explain`` tells: the code or the topic (its text, as markdown) that was asked for, or all."""
 
     schema_version: int
     codes: dict[str, ExplanationDocument]
+    topics: dict[str, str]
