@@ -53,8 +53,9 @@ _MAX_VALUE = 80
 _GRAVITY = {"error": 0, "warning": 1, "info": 2}
 
 _WIDEST = (
-    "safetensors", "whole model", "9,999 tensors", Cell("999,999,999 parameters", "99.9 M parameters"),
-    "bfloat16 +1", "99.9 MB", "needs trust", "warning: foreign-objects",
+    "safetensors", "whole model", "9,999 tensors", Cell("999,999,999 parameters", "99.9 M"),
+    "bfloat16 +1", "99.9 MB", "needs trust",
+    Cell("warning: torchscript-program", "torchscript-program"),
 )  # fmt: skip
 """What takes most of the fields of a file on one line, so that those of several stand below one another."""
 
@@ -109,23 +110,24 @@ def brief(document: InspectedFile | Survey, view: View) -> Iterator[str]:
         document["format"],
         document["kind"].replace("_", " "),
         count_of(len(rows), "tensor"),
-        _counted(0 if weights is None else weights["parameters"]),
+        _parameters(0 if weights is None else weights["parameters"]),
         main + (f" +{len(sizes) - 1}" if len(sizes) > 1 else ""),
         human_size(document["size"]),
         document["trust"].replace("_", " ") if document["trust"] != "hostile" else "HOSTILE",
-        "" if finding is None else f"{finding['severity']}: {finding['code']}",
+        "" if finding is None else Cell(f"{finding['severity']}: {finding['code']}", finding["code"]),
     ]
     widest = ["x" * view.paths, *_WIDEST]
-    line = columns([cells], widest, "nllrrlrll", view.width, last=(3, 1, 2))[1]
-    if finding is not None and (at := line.rfind(finding["severity"])) > 0:
-        line = line[:at] + view.style(line[at:], fg=COLORS[finding["severity"]])
-    yield line
+    line = columns([cells], widest, "nllrrlrll", view.width, first=(3,), last=(1, 2))[1]
+    if finding is None:
+        yield line
+        return
+    before, gap, told = line.rpartition("  ")
+    yield before + gap + view.style(told, fg=COLORS[finding["severity"]])
 
 
-def _counted(parameters: int) -> str:
-    cell = count_cell(parameters)
-    forms = (f"{form} parameters" for form in (cell.forms if isinstance(cell, Cell) else (cell,)))
-    return Cell(count_of(parameters, "parameter"), *forms) if parameters else "-"
+def _parameters(count: int) -> str:
+    cell = count_cell(count)
+    return Cell(count_of(count, "parameter"), *(cell.forms if isinstance(cell, Cell) else (cell,))) if count else "-"
 
 
 def headline(document: Survey, style: Style) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib import import_module
 from types import MappingProxyType
@@ -120,14 +120,31 @@ _NARROWEST = 40
 """Columns of a terminal below which nothing is cut: whoever says so is no terminal."""
 
 
-def common_options(renderers: Mapping[str, Renderer], **format_option: Any) -> Callable[[F], F]:
-    """``--format``, ``--json``, ``-q``, ``--color``, ``--debug``; and that the command is at work once it is called.
+_output_option = click.option(
+    "-o", "--output", "output_file", metavar="FILE", help="Write the output to FILE, whole or not at all."
+)
+
+
+def _texts(values: Iterable[Any]) -> Iterator[str]:
+    """Every text among values that may be several."""
+    for value in values:
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, tuple | list):
+            yield from _texts(value)
+
+
+def common_options(
+    renderers: Mapping[str, Renderer], *, writes_file: bool = True, **format_option: Any
+) -> Callable[[F], F]:
+    """``--format``, ``--json``, ``--output``, ``-q``, ``--color``, ``--debug``; a command works once it is called.
 
     The command is given the ``output`` that is asked for: the name of a renderer, or ``"json"``; where ``--format`` may
     be repeated, all that are.
 
     Args:
         renderers: of the command.
+        writes_file: whether the output may go to a file; not where the command has such an option of its own.
         format_option: what is special about its ``--format``.
     """
     text, *others = renderers
@@ -135,11 +152,12 @@ def common_options(renderers: Mapping[str, Renderer], **format_option: Any) -> C
 
     def decorated(function: F) -> F:
         @functools.wraps(function)
-        def command(*args: Any, as_json: bool, output: Any, **options: Any) -> Any:
+        def command(*args: Any, as_json: bool, output: Any, output_file: str | None = None, **options: Any) -> Any:
             ending.begin(known=None)
             if as_json:
                 output = (*output, "json") if isinstance(output, tuple) else "json"
-            return function(*args, output=output, **options)
+            with ending.into_file(output_file, _texts([*args, *options.values()])):
+                return function(*args, output=output, **options)
 
         made = cast(F, command)
         for option in (
@@ -152,6 +170,7 @@ def common_options(renderers: Mapping[str, Renderer], **format_option: Any) -> C
             ),
             click.option("-q", "--quiet", is_flag=True, help="No messages and no progress on stderr."),
             click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout."),
+            *([_output_option] if writes_file else ()),
             click.option("--format", "output", **format_option),
         ):
             made = option(made)
