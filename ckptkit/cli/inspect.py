@@ -152,12 +152,7 @@ def command(
 
             ending.say(passed_over_text(passed_over))
         return _exit_code(seen, fail_on)
-    told = lines(documents(), passed_over, render, view)
-    if output == "html":
-        from ckptkit.cli import html
-
-        told = html.inspected((render(document, view) for document in documents()), passed_over)
-    for line in told:
+    for line in (_page if output == "html" else lines)(documents(), passed_over, render, view):
         ui.echo(line)
     return _exit_code(seen, fail_on)
 
@@ -263,6 +258,13 @@ def lines(
 
         yield ""
         yield passed_over_text(passed_over)
+
+
+def _page(files: Iterable[Any], passed_over: Mapping[str, int], render: ui.Renderer, view: ui.View) -> Iterator[str]:
+    """The same as a page."""
+    from ckptkit.cli import html
+
+    return html.inspected((render(document, view) for document in files), passed_over)
 
 
 def _expanded(path: str, asked: str | None, passed_over: Counter[str]) -> Iterator[tuple[str, CkptkitError | None]]:

@@ -1,6 +1,6 @@
 """The page of ``ckptkit inspect``: elements of an inspect document, as ``inspect.js`` reads them.
 
-Of each file there are two: ``head``, by which the list of files shows it, and ``file``, which is read when it is chosen.
+Each file has two: ``head``, by which the list of files shows it, and ``file``, which is read when it is chosen.
 Tensors are columns, and what many have in common stands once: a file may have 100,000, of few kinds.
 """
 

@@ -390,7 +390,5 @@ def test_printed_it_has_the_rows(browser: Browser, inspected: Pages) -> None:
 def test_files_that_several_processes_read_make_the_same_page(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(files)
     names = sorted(os.listdir(files))
-    one, two = (
-        output_of(inspect_command, *names, "--format", "html", "--jobs", jobs, code=2) for jobs in ("1", "2")
-    )
+    one, two = (output_of(inspect_command, *names, "--format", "html", "--jobs", jobs, code=2) for jobs in ("1", "2"))
     assert one == two
