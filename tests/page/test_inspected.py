@@ -119,7 +119,8 @@ def test_it_draws_what_is_in_the_file(browser: Browser, inspected: Pages) -> Non
     assert browser.texts("nav a") == browser.texts("section.part h2")
     (document,) = json.loads(output_of(inspect_command, str(RESUME), "--json"))["files"]
     assert browser.texts("#findings .code") == [each["code"] for each in document["findings"]]
-    assert browser.texts("#findings .copyable code") == [each["fix"] for each in document["findings"] if each["fix"]]
+    fixes = [document["combined_fix"]["command"], *(each["fix"] for each in document["findings"] if each["fix"])]
+    assert browser.texts("#findings .copyable code") == fixes
     assert browser.column("sections") == [each["path"] for each in document["sections"]]
     assert browser.text("#tensors .count") == f"{len(document['tensors'])} tensors"
     assert browser.column("names") and "argparse.Namespace" in browser.column("names")
