@@ -26,7 +26,8 @@
     kind(i) { return this.kinds[this.kindOf[i]]; }
     stat(i, name) { return this.stats[i][STATS.indexOf(name)]; }
     isTied(i) { return i in this.tiedTo; }
-    // Nested values and what they are made of are both listed; the bytes are those of the parts.
+    // Whether its bytes are another's too: it is tied, or is made of tensors that have rows of their own.
+    isCounted(i) { return this.isTied(i) || (i in this.values && this.kinds.length > 1); }
     path(i, hasSections) {
       const names = this.names[i].split(".");
       return hasSections ? [this.kind(i).section || "(in no section)", ...names] : names;
@@ -87,7 +88,7 @@
       label: "Treemap of bytes and parameters by module", rootName: "all tensors", total: tensors.total,
       path: (i) => tensors.path(i, hasSections),
       measures: [
-        { name: "Bytes", of: (i) => (tensors.isTied(i) ? 0 : tensors.kind(i).nbytes), show: size },
+        { name: "Bytes", of: (i) => (tensors.isCounted(i) ? 0 : tensors.kind(i).nbytes), show: size },
         { name: "Parameters", of: (i) => (tensors.isTied(i) || tensors.kind(i).role !== "parameter" ? 0 : tensors.kind(i).numel), show: (n) => `${short(n)} parameter${n === 1 ? "" : "s"}` },
       ],
       about: (names) => file.modules[(hasSections ? names.slice(1) : names).join(".")], leaf: reveal,
