@@ -16,7 +16,7 @@ from click.shell_completion import BashComplete, CompletionItem, add_completion_
 from ckptkit.architectures.index import LIBRARIES, load
 from ckptkit.cli import ending
 from ckptkit.cli import options as ui
-from ckptkit.cli.tables import columns
+from ckptkit.cli.tables import wrapped
 from ckptkit.codes import CODES
 from ckptkit.report import SCHEMA_VERSION
 
@@ -85,11 +85,16 @@ def text(document: ExplainDocument, view: ui.View) -> Iterator[str]:
     """A code, or the list of all with their titles."""
     codes = document["codes"]
     if len(codes) > 1:
-        yield from columns([[name, codes[name]["title"]] for name in sorted(codes)], [], "ll")
+        widest = max(map(len, codes))
+        for name in sorted(codes):
+            yield from wrapped(f"{name:{widest}}  {codes[name]['title']}", view.width, widest + 2)
         return
     for name, said in codes.items():
-        yield f"{view.style(name, bold=True)}: {said['title']}"
-        yield from (f"\n{part}" for part in (said["meaning"], said["remedy"]) if part != "-")
+        yield from wrapped(f"{view.style(name, bold=True)}: {said['title']}", view.width)
+        for part in (said["meaning"], said["remedy"]):
+            if part != "-":
+                yield ""
+                yield from wrapped(part, None if part.startswith("ckptkit ") else view.width, 0)  # to copy whole
 
 
 RENDERERS: dict[str, ui.Renderer] = {"text": text, "markdown": ui.later("markdown.explain")}
@@ -112,5 +117,5 @@ def command(code: str | None, output: str, quiet: bool, color: str) -> int:
             name: {"title": said.title, "meaning": said.meaning, "remedy": said.remedy} for name, said in shown.items()
         },
     }
-    ui.show(document, output, RENDERERS, ui.View(ui.styler(color)))
+    ui.show(document, output, RENDERERS, ui.View(ui.styler(color), ui.terminal_width()))
     return verdict

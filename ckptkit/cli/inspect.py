@@ -12,7 +12,7 @@ import click
 from ckptkit import api, places
 from ckptkit.cli import ending, inspect_text, tensor_tables
 from ckptkit.cli import options as ui
-from ckptkit.cli.tables import width_of
+from ckptkit.cli.tables import width_of, wrapped
 from ckptkit.errors import CkptkitError, FileAccessError
 from ckptkit.inspection import describe_error, json_chunks, plain_document, survey
 from ckptkit.options.storage import local, session_of
@@ -115,7 +115,9 @@ def command(
     one_line = "flat" if flat else "brief" if brief else None
     shown = one_line if one_line and output != "json" else output
     is_shared = len(files) > 1 and _are_shared(len(files), jobs)
-    as_typed = _Asked("", None, opening, filters, stats, shown, view.style is click.style, view._replace(style=_plain))
+    as_typed = _Asked(
+        "", None, opening, filters, stats, shown, view.style is click.style, view._replace(style=_plain, seconds={})
+    )
     seen: list[_Seen] = []
 
     def documents() -> Iterator[Survey | UnreadFile]:
@@ -249,7 +251,7 @@ def lines(
         from ckptkit.formats.folder import passed_over_text
 
         yield ""
-        yield passed_over_text(passed_over)
+        yield from wrapped(passed_over_text(passed_over), view.width)
 
 
 def _expanded(path: str, asked: str | None, passed_over: Counter[str]) -> Iterator[tuple[str, CkptkitError | None]]:

@@ -4,9 +4,10 @@ Columns are counted as terminals count them, by ``wcwidth``: two for a wide char
 another, one or two for a whole sequence of emoji; escape codes of colours have none.  Text is cut between what a reader
 sees as characters, never inside of one.
 
-Where a table is wider than the terminal, its columns give way in this order: very long names, notes, columns that are spared first
-(bars), long names, counts (``11.7 M`` for ``11,689,512``), names, columns that are spared last.  What no cell gives up
-is the last of its forms, which for a tensor is its shape: where not even that finds room, it stands below its row.
+Where a table is wider than the terminal, its columns give way in this order: very long names, notes, columns that are
+spared first (bars), long names, counts (``11.7 M`` for ``11,689,512``), names, columns that are spared last.  What no
+cell gives up is the last of its forms, which for a tensor is its shape: where not even that finds room, it stands below
+its row.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from typing import NamedTuple
 
 __all__ = ["Cell", "bar", "columns", "count_cell", "padded", "seen", "width_of", "wrapped"]
 
-_LONGEST_NAME, _LEAST_NOTE, _LONG_NAME, _LEAST_NAME = 48, 12, 30, 16
-"""Columns that names keep before notes are cut; that notes keep; that names keep before and after counts are shortened."""
+_LONGEST_NAME, _LEAST_NOTE, _LONG_NAME, _LEAST_NAME = 36, 12, 30, 16
+"""Columns that names keep before notes are cut; that notes keep; that names keep before and after counts are."""
 
 _GAP = 2
 """Spaces between columns."""
@@ -273,23 +274,31 @@ def _tell_apart(cut: dict[str, str], names: Sequence[str], width: int, known: in
         _tell_apart(cut, group, width, at)
 
 
-def wrapped(text: str, width: int | None) -> Iterator[str]:
-    """The text in lines of at most so many columns, all but the first indented; a word that is longer is broken."""
+def wrapped(text: str, width: int | None, indent: int | None = None) -> Iterator[str]:
+    """The text in lines of at most so many columns, all but the first indented; a word that is longer is broken.
+
+    Args:
+        text: one line, perhaps coloured.
+        width: columns of the terminal; ``None``: it stays one line.
+        indent: columns before all lines but the first; ``None``, or more than half of them: four more than before that.
+    """
     if width is None or seen(text) <= width:
         yield text
         return
     colors = ""
-    for line in _lines(text, width):
+    if indent is None or indent > width // 2:
+        indent = len(text) - len(text.lstrip(" ")) + len(_INDENT)
+    for line in _lines(text, width, " " * indent):
         started = colors
         for code in _CODE.findall(line):
             colors = "" if code == _RESET else colors + code
         yield started + line + _RESET * bool(colors)
 
 
-def _lines(text: str, width: int) -> Iterator[str]:
+def _lines(text: str, width: int, indent: str) -> Iterator[str]:
     bare = text.lstrip(" ")
     line = text[: len(text) - len(bare)]
-    indent, used, is_empty = line + _INDENT, len(line), True
+    used, is_empty = len(line), True
     for spaces, word in _WORD.findall(bare):
         for number, piece in enumerate(_pieces(word, max(width - len(indent), _LEAST_NOTE))):
             gap = "" if is_empty else spaces
