@@ -45,7 +45,12 @@ RENDERERS: dict[str, ui.Renderer] = {"text": inspect_text.text, "markdown": ui.l
 @click.option("--flat", is_flag=True, help="One line a tensor, fields separated by tabs, for grep and cut.")
 @click.option("--brief", is_flag=True, help="One line a file.")
 @click.option(
-    "--top", "largest", type=click.IntRange(1), metavar="N", help="The N largest tensors in place of the tree."
+    "--top",
+    "largest",
+    type=click.IntRange(0),
+    default=0,
+    metavar="N",
+    help="The N largest tensors in place of the tree.",
 )
 @click.option("--filter", "filters", multiple=True, metavar="GLOB", help="Only tensors whose name matches; repeatable.")
 @click.option("--sort", type=click.Choice(["name", "size", "file"]), default="file", show_default=True, help="Order.")
@@ -70,7 +75,7 @@ def command(
     depth: int | None,
     flat: bool,
     brief: bool,
-    largest: int | None,
+    largest: int,
     filters: tuple[str, ...],
     sort: str,
     section: str | None,
@@ -108,11 +113,9 @@ def command(
     passed_over: Counter[str] = Counter()
     files = [each for path in given for each in _expanded(path, tag or tp_rules, passed_over)]
     named = set(given)
-    if flat and brief:
-        raise click.UsageError("--flat and --brief: give one of them")
-    paths_width = max((width_of(printable(path)) for path, _ in files), default=0) if brief else 0
-    view = ui.View(ui.styler(color), ui.terminal_width(), quiet, depth, sort, largest=largest or 0, paths=paths_width)
-    one_line = "flat" if flat else "brief" if brief else None
+    one_line = _one_line(flat, brief)
+    widest = max((width_of(printable(path)) for path, _ in files), default=0)
+    view = ui.View(ui.styler(color), ui.terminal_width(), quiet, depth, sort, largest=largest, paths=widest)
     shown = one_line if one_line and output != "json" else output
     is_shared = len(files) > 1 and _are_shared(len(files), jobs)
     as_typed = _Asked(
@@ -138,19 +141,34 @@ def command(
         _echo_documents(documents(), passed_over)
         return _exit_code(seen, fail_on)
     render = _as_shown if is_shared else _RENDERERS[shown]
-    if one_line:
-        for document in documents():
-            if document["error"] is None:
-                for line in render(document, view):
-                    ui.echo(line)
-        if passed_over and not quiet:
-            from ckptkit.formats.folder import passed_over_text
-
-            ending.say(passed_over_text(passed_over))
-        return _exit_code(seen, fail_on)
-    for line in lines(documents(), passed_over, render, view):
-        ui.echo(line)
+    _echo_text(documents(), passed_over, render, view, is_one_line=one_line is not None)
     return _exit_code(seen, fail_on)
+
+
+def _one_line(flat: bool, brief: bool) -> str | None:
+    """The renderer of a line a tensor or a file, where one is asked for."""
+    if flat and brief:
+        raise click.UsageError("--flat and --brief: give one of them")
+    return "flat" if flat else "brief" if brief else None
+
+
+def _echo_text(
+    documents: Iterator[Any], passed_over: Mapping[str, int], render: ui.Renderer, view: ui.View, *, is_one_line: bool
+) -> None:
+    """Print the files' lines as they come; those that programs read are all that stdout gets."""
+    if not is_one_line:
+        for line in lines(documents, passed_over, render, view):
+            ui.echo(line)
+        return
+    for document in documents:
+        if document["error"] is None:
+            for line in render(document, view):
+                ui.echo(line)
+    if passed_over and not view.quiet:
+        from ckptkit.formats.folder import passed_over_text
+
+        for line in wrapped(passed_over_text(passed_over), view.width):
+            ending.say(line)
 
 
 def _paths_of(context: click.Context) -> click.Parameter:
