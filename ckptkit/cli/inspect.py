@@ -13,6 +13,7 @@ from ckptkit import api, places
 from ckptkit.cli import ending, inspect_text, tensor_tables
 from ckptkit.cli import options as ui
 from ckptkit.cli.tables import width_of, wrapped
+from ckptkit.cli.usage import Choice
 from ckptkit.errors import CkptkitError, FileAccessError
 from ckptkit.inspection import describe_error, json_chunks, plain_document, survey
 from ckptkit.options.storage import local, session_of
@@ -25,7 +26,11 @@ if TYPE_CHECKING:
 
 __all__ = ["RENDERERS", "command", "lines"]
 
-RENDERERS: dict[str, ui.Renderer] = {"text": inspect_text.text, "markdown": ui.later("markdown.inspect")}
+RENDERERS: dict[str, ui.Renderer] = {
+    "text": inspect_text.text,
+    "markdown": ui.later("markdown.inspect"),
+    "html": ui.later("html.inspect"),
+}
 """Of one file."""
 
 
@@ -53,14 +58,14 @@ RENDERERS: dict[str, ui.Renderer] = {"text": inspect_text.text, "markdown": ui.l
     help="The N largest tensors in place of the tree.",
 )
 @click.option("--filter", "filters", multiple=True, metavar="GLOB", help="Only tensors whose name matches; repeatable.")
-@click.option("--sort", type=click.Choice(["name", "size", "file"]), default="file", show_default=True, help="Order.")
+@click.option("--sort", type=Choice(["name", "size", "file"]), default="file", show_default=True, help="Order.")
 @click.option("--section", metavar="NAME", help="The weights to select, where a file holds several.")
 @ui.tag_option
 @ui.tp_rules_option
 @click.option("--stats", is_flag=True, help="Read the data: min, max, mean, std, zeros, NaN, Inf of each tensor.")
 @click.option(
     "--fail-on",
-    type=click.Choice(["warning", "error", "never"]),
+    type=Choice(["warning", "error", "never"]),
     default="error",
     show_default=True,
     help="Exit 1 from this severity on.",
@@ -103,11 +108,12 @@ def command(
     """
     if not paths and files_from is None:
         raise click.MissingParameter(param=_paths_of(click.get_current_context()))
-    given = ui.with_listed(paths, files_from)
-    if not given:
-        raise FileAccessError(f"{files_from}: lists no files to inspect", path=files_from)
-    click.get_current_context().with_resource(session_of(storage_options, *given))
-    given = local(given)
+    with ui.json_errors(output == "json"):
+        given = ui.with_listed(paths, files_from)
+        if not given:
+            raise FileAccessError(f"{files_from}: lists no files to inspect", path=files_from)
+        click.get_current_context().with_resource(session_of(storage_options, *given))
+        given = local(given)
     opening: dict[str, Any] = {"section": section, "ignore_checksums": ignore_checksums}
     of_folders = {**opening, "tag": tag, "tp_rules": tp_rules}
     passed_over: Counter[str] = Counter()
@@ -141,7 +147,7 @@ def command(
         _echo_documents(documents(), passed_over)
         return _exit_code(seen, fail_on)
     render = _as_shown if is_shared else _RENDERERS[shown]
-    _echo_text(documents(), passed_over, render, view, is_one_line=one_line is not None)
+    _echo_text(documents(), passed_over, render, view, output if one_line is None else one_line)
     return _exit_code(seen, fail_on)
 
 
@@ -153,22 +159,27 @@ def _one_line(flat: bool, brief: bool) -> str | None:
 
 
 def _echo_text(
-    documents: Iterator[Any], passed_over: Mapping[str, int], render: ui.Renderer, view: ui.View, *, is_one_line: bool
+    documents: Iterator[Any], passed_over: Mapping[str, int], render: ui.Renderer, view: ui.View, output: str
 ) -> None:
     """Print the files' lines as they come; those that programs read are all that stdout gets."""
-    if not is_one_line:
-        for line in lines(documents, passed_over, render, view):
-            ui.echo(line)
-        return
-    for document in documents:
-        if document["error"] is None:
-            for line in render(document, view):
-                ui.echo(line)
-    if passed_over and not view.quiet:
-        from ckptkit.formats.folder import passed_over_text
+    if output not in RENDERERS:
+        for document in documents:
+            if document["error"] is None:
+                for line in render(document, view):
+                    ui.echo(line)
+        if passed_over and not view.quiet:
+            from ckptkit.formats.folder import passed_over_text
 
-        for line in wrapped(passed_over_text(passed_over), view.width):
-            ending.say(line)
+            for line in wrapped(passed_over_text(passed_over), view.width):
+                ending.say(line)
+        return
+    told = lines(documents, passed_over, render, view)
+    if output == "html":
+        from ckptkit.cli import html
+
+        told = html.inspected((render(document, view) for document in documents), passed_over)
+    for line in told:
+        ui.echo(line)
 
 
 def _paths_of(context: click.Context) -> click.Parameter:
@@ -209,7 +220,9 @@ def _surveyed(asked: _Asked) -> Survey | UnreadFile:
         if asked.error is not None:
             raise asked.error
         with api.open(asked.path, **asked.opening) as file:
-            return survey(file.checkpoint, filters=asked.filters, sort=asked.view.sort, stats=asked.stats)
+            histograms = asked.stats and asked.output == "html"
+            order = asked.view.sort
+            return survey(file.checkpoint, filters=asked.filters, sort=order, stats=asked.stats, histograms=histograms)
     except CkptkitError as error:
         return describe_error(asked.path, error)
 
@@ -241,7 +254,7 @@ def _with_lines(document: Survey | UnreadFile, asked: _Asked) -> dict[str, Any]:
     lines: Iterable[str] = ()
     if asked.output == "json":
         lines = ["".join(json_chunks(document))]
-    elif document["error"] is None:
+    elif document["error"] is None or asked.output == "html":
         lines = _RENDERERS[asked.output](document, view)
     findings = [{"severity": finding["severity"]} for finding in document["findings"]]
     told = {"path": document["path"], "error": document["error"], "findings": findings}

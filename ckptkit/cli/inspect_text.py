@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ckptkit.cli.closing import combined_lines
 from ckptkit.cli.options import COLORS, Style, View, finding_lines, printable
 from ckptkit.cli.tables import Cell, bar, columns, count_cell, wrapped
 from ckptkit.cli.tensor_tables import BAR, PARAMETERS, TIMES, shape, styled_table, tensor_lines
@@ -94,6 +95,8 @@ def text(document: InspectedFile | Survey, view: View) -> Iterator[str]:
     if document["findings"]:
         yield ""
     yield from finding_lines(document["findings"], style, width)
+    combined = [*combined_lines(document.get("combined_fix"), document["findings"], width)]
+    yield from ["", style(combined[0], bold=True), *combined[1:]] if combined else ()
 
 
 def brief(document: InspectedFile | Survey, view: View) -> Iterator[str]:

@@ -21,6 +21,7 @@ import click
 from ckptkit.arguments import Option, Options, device_problem, tolerance
 from ckptkit.cli import ending
 from ckptkit.cli.tables import wrapped
+from ckptkit.cli.usage import Choice
 from ckptkit.errors import CkptkitError
 from ckptkit.options.storage import local, storage_options, typed_options
 from ckptkit.report import SCHEMA_VERSION, FindingDocument, printable
@@ -34,6 +35,7 @@ __all__ = [
     "checked_devices",
     "common_options",
     "echo",
+    "echo_error",
     "echo_json",
     "files_from_option",
     "finding_lines",
@@ -148,7 +150,7 @@ def common_options(
         format_option: what is special about its ``--format``.
     """
     text, *others = renderers
-    format_option = {"type": click.Choice([text, "json", *others]), "default": text, "help": "Output.", **format_option}
+    format_option = {"type": Choice([text, "json", *others]), "default": text, "help": "Output.", **format_option}
 
     def decorated(function: F) -> F:
         @functools.wraps(function)
@@ -164,7 +166,7 @@ def common_options(
             click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error."),
             click.option(
                 "--color",
-                type=click.Choice(["auto", "always", "never"]),
+                type=Choice(["auto", "always", "never"]),
                 default="auto",
                 help="Colour of the text output.",
             ),
@@ -204,7 +206,7 @@ def options_of(
 def _click_option(option: Option[Any], further: Mapping[str, Any]) -> Decorator:
     told: dict[str, Any] = {"help": option.line, "metavar": option.metavar, **_CLICK.get(option.kind, {}), **further}
     if option.choices:
-        told["type"] = click.Choice(option.choices)
+        told["type"] = Choice(option.choices)
     if option.kind != "flag" and option.default not in (None, ()):
         told |= {"default": option.default, "show_default": option.shows_default}
     switch = f"{option.typed}/--no-{option.name}" if option.kind == "switch" else option.typed
@@ -390,10 +392,14 @@ def json_errors(as_json: bool) -> Iterator[None]:
         yield
     except CkptkitError as error:
         if as_json:
-            failure = {"type": type(error).__name__, "message": str(error)}
             with suppress(ending.OutputLostError):  # that it failed is what is to be told
-                echo_json({"schema_version": SCHEMA_VERSION, "ok": False, "error": failure})
+                echo_error(type(error).__name__, str(error))
         raise
+
+
+def echo_error(kind: str, message: str) -> None:
+    """The document of an error on stdout."""
+    echo_json({"schema_version": SCHEMA_VERSION, "ok": False, "error": {"type": kind, "message": message}})
 
 
 def key_values(option: str, given: tuple[str, ...]) -> dict[str, str]:
