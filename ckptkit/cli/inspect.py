@@ -173,12 +173,7 @@ def _echo_text(
             for line in wrapped(passed_over_text(passed_over), view.width):
                 ending.say(line)
         return
-    told = lines(documents, passed_over, render, view)
-    if output == "html":
-        from ckptkit.cli import html
-
-        told = html.inspected((render(document, view) for document in documents), passed_over)
-    for line in told:
+    for line in (_page if output == "html" else lines)(documents, passed_over, render, view):
         ui.echo(line)
 
 
@@ -283,6 +278,13 @@ def lines(
 
         yield ""
         yield from wrapped(passed_over_text(passed_over), view.width)
+
+
+def _page(files: Iterable[Any], passed_over: Mapping[str, int], render: ui.Renderer, view: ui.View) -> Iterator[str]:
+    """The same as a page."""
+    from ckptkit.cli import html
+
+    return html.inspected((render(document, view) for document in files), passed_over)
 
 
 def _expanded(path: str, asked: str | None, passed_over: Counter[str]) -> Iterator[tuple[str, CkptkitError | None]]:
