@@ -225,7 +225,7 @@ def _shown(value: object) -> str:
     return shown if len(shown) <= _MAX_VALUE else shown[:_MAX_VALUE] + "…"
 
 
-RENDERERS: dict[str, ui.Renderer] = {"text": text, "markdown": ui.later("markdown.diff")}
+RENDERERS: dict[str, ui.Renderer] = {"text": text, "markdown": ui.later("markdown.diff"), "html": ui.later("html.diff")}
 
 
 _top = click.option(

@@ -30,6 +30,7 @@ Page.chart = (body, { label, caption, draw, height, onclick }) => {
 
 // A treemap of what names separated by dots lie in, with the same as a list that keys reach.
 // total: how many leaves; path(i) -> [names from the root]; measures: [{name, of(i) -> number, show(number) -> text}];
+// A measure without show is no choice: it is there for tone(sums) -> name of a colour, by which tiles are filled.
 // leaf(i): when one is chosen; about(names) -> what there is to say of such a module, or nothing.
 Page.treemap = (() => {
   const { el, announce, count } = Page;
@@ -60,14 +61,14 @@ Page.treemap = (() => {
     return root;
   }
 
-  return function treemap(body, { label, rootName, total, path, measures, leaf, about }) {
+  return function treemap(body, { label, rootName, total, path, measures, leaf, about, tone }) {
     const root = grow(total, path, measures);
     let at = root, measure = 0;
     const crumbs = el("ol", { class: "crumbs" });
     const left = el("div", {}), inside = el("ul", { class: "inside", "aria-label": "What is in it" });
     body.append(
       el("div", { class: "tools" }, el("nav", { class: "grow", "aria-label": "Where the map is" }, crumbs),
-        measures.length > 1 && Page.choice("Measure", measures.map((each, m) => [m, each.name]), 0, (m) => { measure = m; show(); })),
+        measures.filter((each) => each.show).length > 1 && Page.choice("Measure", measures.map((each, m) => [m, each.name]).filter(([m]) => measures[m].show), 0, (m) => { measure = m; show(); })),
       el("div", { class: "map" }, left, inside));
     let drawn = [];
     const value = (node) => node.sums[measure];
@@ -113,6 +114,7 @@ Page.treemap = (() => {
         drawn = nodes;
         const order = new Map(kidsOf(at).map((kid, n) => [kid, n]));
         const fill = (node) => {
+          if (tone) return node === at ? colors.line : Page.color(tone(node.sums));
           let top = node;
           while (top.parent && top.parent !== at) top = top.parent;
           return node === at || !order.has(top) ? colors.line : colors.series(order.get(top));
@@ -155,7 +157,7 @@ Page.treemap = (() => {
       const kids = kidsOf(at), most = value(at) || 1;
       inside.replaceChildren(...kids.slice(0, mostListed).map((kid, n) => el("li", {}, el("button", { type: "button", class: "row", onclick: () => go(kid) },
         el("span", { class: "name" }, Page.cut(kid.name || "(no name)", 200)), el("span", { class: "value" }, text(kid)),
-        el("span", { class: "share" }, el("i", { style: { width: `${(100 * value(kid)) / most}%`, background: `var(--series-${(n % 8) + 1})` } }))))));
+        el("span", { class: "share" }, el("i", { style: { width: `${(100 * value(kid)) / most}%`, background: `var(--${tone ? tone(kid.sums) : `series-${(n % 8) + 1}`})` } }))))));
       if (kids.length > mostListed) inside.append(el("li", { class: "none" }, `and ${count(kids.length - mostListed)} more`));
       const told = about && about(namesOf(at));
       chart.say(`${fullName(at)}: ${text(at)}${at === root ? "" : `, ${share(at)} of all`}${told ? `, ${Page.cut(told, 200)}` : ""}. Choose a tile or a line to go into it.`);

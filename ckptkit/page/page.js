@@ -137,7 +137,7 @@ const Page = (() => {
     }
   }
 
-  // Findings, gravest first: [{severity, code, message, fix, where}]; what codes mean: {code: {title, meaning, remedy}};
+  // Findings, gravest first: [{severity, code, message, fix, where, told: [[label, text]]}]; what codes mean: {code: {title, meaning, remedy}};
   // combined: {command, keeps} that does all that they advise, or null.
   const mostFindings = 200;
   function findings(body, found, meanings, combined) {
@@ -153,6 +153,7 @@ const Page = (() => {
             known && el("strong", {}, known.title), el("span", { class: "code" }, each.code)),
           each.where && el("div", { class: "where" }, each.where),
           el("div", { class: "message" }, each.message),
+          each.told && each.told.length && facts(each.told),
           each.fix && copyable(each.fix),
           known && el("details", {}, el("summary", {}, "What it means"), el("p", {}, known.meaning),
             known.remedy !== "-" && el("p", {}, known.remedy))));
