@@ -24,7 +24,9 @@ else:
     _Document = TypeVar("_Document", covariant=True)
 
 __all__ = [
+    "CONVERT",
     "SCHEMA_VERSION",
+    "CombinedFix",
     "Explanation",
     "Finding",
     "FindingDocument",
@@ -70,6 +72,20 @@ class FindingDocument(TypedDict):
     severity: Severity
     message: str
     fix: str | None
+
+
+class CombinedFix(TypedDict):
+    """The one conversion that does what all findings about a file advise (`ckptkit.fixes`).
+
+    Attributes:
+        command: ready to be pasted into a shell.
+        keeps: what its output has of the file, what it drops, and which findings it does not fix.
+        codes: of the findings that it fixes.
+    """
+
+    command: str
+    keeps: str
+    codes: list[str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -212,15 +228,24 @@ def without_endings(name: str) -> str:
     return stem + ending
 
 
-def convert_command(path: str, *options: str, suffix: str = ".safetensors", taken: Container[str] = ()) -> str:
+CONVERT = "ckptkit convert "
+"""How the commands begin that are made here."""
+
+
+def convert_command(
+    path: str, *options: str, suffix: str = ".safetensors", taken: Container[str] = (), is_clean: bool = False
+) -> str:
     """The command that rewrites ``path`` with these options, ready to be pasted into a shell.
 
     The destination is named after the source, beside it or the archive it lies in (here, where it is a URL), and is
-    none of ``taken`` and nothing that is there.  What is neither a file nor standard input is called FILE.
+    none of ``taken`` and nothing that is there; ``is_clean`` says so in its name, which has it anyway where only that
+    tells it from the source.  What is neither a file nor standard input is called FILE.
     """
     import shlex
     from itertools import chain, count
 
+    if path.startswith("-") and path != "-":  # no option
+        path = os.path.join(os.curdir, path)
     member = split_member(path)
     folder, name = os.path.split(path.rstrip("/"))
     if member is not None:
@@ -236,7 +261,7 @@ def convert_command(path: str, *options: str, suffix: str = ".safetensors", take
     endings = {ending} if stem + ending == name else set()
     bare = without_endings(stem)
     endings.update(f".{each}" for each in stem[len(bare) :].split("."))
-    stem = os.path.join(folder, f"{bare}.clean" if suffix in endings else bare)
+    stem = os.path.join(folder, f"{bare}.clean" if is_clean or suffix in endings else bare)
     paths = chain([stem + suffix], (f"{stem}-{number}{suffix}" for number in count(2)))
     destination = next(each for each in paths if each not in taken and not os.path.lexists(each))
     return shlex.join(["ckptkit", "convert", path, destination, *options])
@@ -267,7 +292,7 @@ def apart(findings: Iterable[_Finding], given: Sequence[str] = ()) -> Iterator[_
     taken: set[str] = set()
     for finding in findings:
         fix = finding.fix
-        if fix is not None and fix.startswith("ckptkit convert "):
+        if fix is not None and fix.startswith(CONVERT):
             if fix not in fixes:
                 import shlex  # inspecting starts faster without
 

@@ -153,7 +153,7 @@ FORMATS: tuple[Format, ...] = (
         claims=_index("torch-sharded"), reader="sharded", shards="torch-zip",
     ),
     Format(
-        name="dcp", title="torch.distributed.checkpoint: FSDP2, Lightning, torchtitan",
+        name="dcp", title="torch.distributed.checkpoint: FSDP2 and others",
         claims=_folder("dcp"), reader="distributed.dcp", writer="distributed.dcp_writer", is_folder=True,
         loader="torch.distributed.checkpoint.load",
     ),
@@ -162,11 +162,11 @@ FORMATS: tuple[Format, ...] = (
         claims=_folder("fsdp"), reader="distributed.fsdp", is_folder=True,
     ),
     Format(
-        name="deepspeed", title="DeepSpeed: ZeRO 0 to 3, pipelines, universal checkpoints",
+        name="deepspeed", title="DeepSpeed: ZeRO 0 to 3, universal checkpoints",
         claims=_folder("deepspeed"), reader="distributed.deepspeed", is_folder=True,
     ),
     Format(
-        name="megatron", title="Megatron: torch_dist, mp_rank_*; Llama's consolidated.*.pth",
+        name="megatron", title="Megatron's folders; Llama's consolidated.*.pth",
         claims=_folder("megatron"), reader="distributed.megatron", is_folder=True,
     ),
     Format(

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, cast
 
 from ckptkit import places
 from ckptkit.architectures import Architecture, identify
-from ckptkit.checkpoint import Checkpoint, GlobalUse, Part, Section, Spread, Storage
+from ckptkit.checkpoint import STATE_DICT, Checkpoint, GlobalUse, Part, Section, Spread, Storage
 from ckptkit.diagnose import diagnose, everything_in, hostile_finding
 from ckptkit.errors import AmbiguousError, CkptkitError, CorruptError, FormatError
 from ckptkit.formats import judged
@@ -33,12 +33,12 @@ from ckptkit.inspection.listing import (
 )
 from ckptkit.inspection.state import list_modules, training_document, training_state
 from ckptkit.normalize.adapters import adapter_in
-from ckptkit.normalize.modules import tensor_role
-from ckptkit.normalize.selection import BESIDE
-from ckptkit.normalize.tensors import other_tensors, storage_names
+from ckptkit.normalize.modules import tensor_role, unwrapped, wrapper_of
+from ckptkit.normalize.selection import BESIDE, other_parts
+from ckptkit.normalize.tensors import FoundTensor, other_tensors, storage_names
 from ckptkit.pickling.inert import InertDict
 from ckptkit.pickling.trust import merge_uses
-from ckptkit.report import Finding, count_of, human_size, listed
+from ckptkit.report import CONVERT, Finding, count_of, human_size, listed
 from ckptkit.tensor import unused_nbytes
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ if TYPE_CHECKING:
         WeightsDocument,
     )
     from ckptkit.inspection.listing import Survey as Survey
+    from ckptkit.report import CombinedFix
 
 __all__ = [
     "Totals",
@@ -127,6 +128,7 @@ def survey(
     damages: list[Finding] = []
     if stats:
         rows, damages = _with_stats(checkpoint, rows, histograms)
+    findings = (*damages, *diagnose(checkpoint, contents))
     return {
         "path": origin.path,
         "size": origin.size,
@@ -148,9 +150,46 @@ def survey(
         "adapter": adapter_in(checkpoint, contents.names),
         "quantization": contents.quantization,
         "layout": _layout(origin.spread),
-        "findings": [finding.to_dict() for finding in (*damages, *diagnose(checkpoint, contents))],
+        "findings": [finding.to_dict() for finding in findings],
+        "combined_fix": _combined_fix(checkpoint, findings, everything),
         "error": None,
     }
+
+
+def _combined_fix(
+    checkpoint: Checkpoint, findings: Sequence[Finding], everything: Sequence[FoundTensor]
+) -> CombinedFix | None:
+    """The command that does what the findings advise.
+
+    Args:
+        checkpoint: as it was read.
+        findings: all about it.
+        everything: what `other_tensors` finds in it, values too.
+    """
+    if not any((finding.fix or "").startswith(CONVERT) for finding in findings):
+        return None
+    from ckptkit.fixes import combined_fix  # few files need one, and the others are shown sooner without
+    from ckptkit.normalize.not_plain import can_be_dense
+
+    def needs(section: str) -> Iterator[str]:
+        if section == checkpoint.origin.state_path:
+            return
+        inside = [found for found in everything if found.section == section]
+        names = [found.name for found in inside if found.is_own]
+        if any(map(wrapper_of, names)) and len(set(map(unwrapped, names))) == len(names):
+            yield "--strip-module"
+        values = [found for found in inside if found.is_value]
+        if values and all(can_be_dense(found.name, found.node) for found in values):
+            yield "--densify"
+
+    is_dense = all(can_be_dense(name, value) for name, value in checkpoint.state_dict.extra.items())
+    return combined_fix(
+        findings,
+        other_parts(checkpoint),
+        is_model=checkpoint.module is not None and checkpoint.rest is STATE_DICT,
+        partly=() if is_dense else ("not-a-plain-tensor",),
+        needs=needs,
+    )
 
 
 def _part(part: Part) -> PartDocument:
@@ -214,6 +253,7 @@ def describe_error(path: str, error: CkptkitError) -> UnreadFile:
         "quantization": None,
         "layout": None,
         "findings": findings,
+        "combined_fix": None,
         "error": {"type": type(error).__name__, "message": message},
     }
 

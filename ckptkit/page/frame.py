@@ -74,7 +74,7 @@ def element(name: str, value: Any) -> str:
         value: as `plain` makes it.
     """
     text = json.dumps(value, separators=(",", ":"), allow_nan=False)
-    return f'<script type="application/json" class="{name}">{text.translate(_UNSAFE)}</script>'
+    return f'<script type="application/json" data-name="{name}">{text.translate(_UNSAFE)}</script>'
 
 
 def plain(value: Any) -> Any:

@@ -57,10 +57,10 @@
 
   function figures(file) {
     if (file.error) return [];
-    const made = [], weights = file.state_dict;
+    const made = [], weights = file.state_dict, whole = (number) => Number(number.toPrecision(3)) !== number && count(number);
     if (weights) {
-      made.push({ label: "parameters", value: short(weights.parameters), note: weights.parameters > 999 && count(weights.parameters) });
-      if (weights.buffers) made.push({ label: "in buffers", value: short(weights.buffers), note: weights.buffers > 999 && count(weights.buffers) });
+      made.push({ label: "parameters", value: short(weights.parameters), note: whole(weights.parameters) });
+      if (weights.buffers) made.push({ label: "in buffers", value: short(weights.buffers), note: whole(weights.buffers) });
     }
     made.push({ label: "tensors", value: count(file.tensors.names.length) });
     if (weights) made.push({ label: "weights", value: size(weights.nbytes) });
@@ -119,12 +119,12 @@
     const columns = [{ name: "tensor", mono: true, width: 300, show: (i) => tensors.names[i] || "(no name)", key: (i) => tensors.names[i] }];
     if (hasSections) columns.push({ name: "section", mono: true, width: 130, show: (i) => tensors.kind(i).section || "", key: (i) => tensors.kind(i).section });
     columns.push(
-      { name: "dtype", width: 100, show: (i) => tensors.kind(i).dtype, key: (i) => tensors.kind(i).dtype },
-      { name: "shape", width: 160, number: true, show: (i) => tensors.kind(i).text, key: (i) => tensors.kind(i).numel, hint: "sorted by the number of elements" },
-      { name: "bytes", width: 90, number: true, show: (i) => size(tensors.kind(i).nbytes), key: (i) => tensors.kind(i).nbytes });
+      { name: "dtype", width: 92, show: (i) => tensors.kind(i).dtype, key: (i) => tensors.kind(i).dtype },
+      { name: "shape", width: 150, number: true, show: (i) => tensors.kind(i).text, key: (i) => tensors.kind(i).numel, hint: "sorted by the number of elements" },
+      { name: "bytes", width: 84, number: true, show: (i) => size(tensors.kind(i).nbytes), key: (i) => tensors.kind(i).nbytes });
     if (tensors.stats)
       for (const name of STATS)
-        columns.push({ name: { nan: "NaN", inf: "Inf" }[name] || name, width: 96, number: true,
+        columns.push({ name: { nan: "NaN", inf: "Inf" }[name] || name, width: { zeros: 84, nan: 66, inf: 66 }[name] || 94, number: true,
           show: (i) => figure(tensors.stat(i, name)), key: (i) => { const value = tensors.stat(i, name); return value === null ? null : Number(value); },
           bad: name === "nan" || name === "inf" ? (i) => tensors.stat(i, name) > 0 : null });
     else columns.push({ name: "role", width: 100, show: (i) => (tensors.isTied(i) ? "tied" : tensors.kind(i).form || (tensors.kind(i).role === "unknown" ? "" : tensors.kind(i).role)), key: (i) => tensors.kind(i).role });
@@ -162,7 +162,8 @@
       el("header", {}, el("h3", {}, name), el("button", { type: "button", class: "quiet", onclick: close }, "Close")),
       el("div", { class: "two" }, Page.facts(told), right));
     const histogram = tensors.histograms && tensors.histograms[i];
-    if (histogram) requestAnimationFrame(() => drawHistogram(right, histogram, name));
+    if (histogram && tensors.stat(i, "min") === tensors.stat(i, "max")) right.append(el("p", { class: "none" }, `All ${countOf(binsOf(histogram).sum, "finite value")} are ${figure(tensors.stat(i, "min"))}.`));
+    else if (histogram) requestAnimationFrame(() => drawHistogram(right, histogram, name));
     else if (tensors.stats) right.append(el("p", { class: "none" }, kind.dtype.includes("complex") ? "Complex values have no order, and so no histogram." : "There is no finite value to draw."));
     return made;
   }
@@ -176,12 +177,11 @@
       bins.push({ from: at * width, to: (at + 1) * width, middle: at * width + width / 2, count: number });
       at++;
     }
-    return { bins, width };
+    return { bins, width, sum: bins.reduce((all, bin) => all + bin.count, 0) };
   }
 
   function drawHistogram(body, histogram, name) {
-    const { bins, width } = binsOf(histogram);
-    const sum = bins.reduce((all, bin) => all + bin.count, 0);
+    const { bins, width, sum } = binsOf(histogram);
     const most = bins.reduce((a, b) => (b.count > a.count ? b : a));
     let isLog = most.count > 200 * (bins.map((bin) => bin.count).sort((a, b) => a - b)[Math.floor(bins.length / 2)] || 1);
     const chart = { redraw: () => {} };
@@ -195,14 +195,13 @@
         traces: [{ type: "bar", x: bins.map((bin) => bin.middle), y: bins.map((bin) => bin.count), width: bins.map(() => width),
           marker: { color: colors.series(0), line: { width: 0 } }, hoverinfo: "text", textposition: "none",
           hovertext: bins.map((bin) => `${figure(bin.from)} to ${figure(bin.to)}<br>${countOf(bin.count, "value")}, ${((100 * bin.count) / sum).toPrecision(3)} %`) }],
-        layout: { bargap: 0.04, xaxis: { ...colors.axis, tickformat: ".4~g" }, yaxis: { ...colors.axis, type: isLog ? "log" : "linear", exponentformat: "SI", dtick: isLog ? 1 : undefined } },
+        layout: { bargap: 0.04, xaxis: { ...colors.axis, tickformat: ".4~g" }, yaxis: { ...colors.axis, type: isLog ? "log" : "linear", tickformat: "~s", dtick: isLog ? 1 : undefined } },
       }),
     }));
   }
 
   // How the values of tensors spread, layer by layer in file order.
   function spread(tensors, hasSections, into, reveal) {
-    const body = Page.part("Spread by layer", { note: "in file order" }, into);
     const groups = new Map([["matrices", "Weights of 2 dimensions or more"], ["all", "All floating tensors"]]);
     const isFloat = (i) => /^(b?float)/.test(tensors.kind(i).dtype) && !tensors.isTied(i) && tensors.stat(i, "zeros") !== null;
     const weightsOf = (group) => {
@@ -210,9 +209,10 @@
       for (let i = 0; i < tensors.total; i++) if (isFloat(i) && (group === "all" || tensors.kind(i).shape.length > 1)) found.push(i);
       return found;
     };
-    let group = weightsOf("matrices").length ? "matrices" : "all";
+    let group = weightsOf("matrices").length > 1 ? "matrices" : "all";
     let places = weightsOf(group), isLog = true;
-    if (!places.length) { body.append(el("p", { class: "none" }, "No floating tensor has statistics.")); return; }
+    if (places.length < 2) return;
+    const body = Page.part("Spread by layer", { note: "in file order" }, into);
     const chart = { redraw: () => {} };
     const sayAll = () => {
       const known = places.filter((i) => typeof tensors.stat(i, "std") === "number").sort((a, b) => tensors.stat(a, "std") - tensors.stat(b, "std"));
@@ -253,7 +253,7 @@
             hovertext: bad.map(([i]) => `${Page.inert(tensors.names[i])}<br>${count(tensors.stat(i, "nan"))} NaN, ${count(tensors.stat(i, "inf"))} Inf`), marker: { color: colors.error, size: 9, symbol: "x" } });
         return { traces, layout: { showlegend: true, legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0, font: { color: colors.soft } }, margin: { l: 56, r: 12, t: 30, b: 40 },
           xaxis: { ...colors.axis, title: { text: "tensor, in file order", font: { color: colors.soft, size: 12 } } },
-          yaxis: { ...colors.axis, type: isLog ? "log" : "linear", exponentformat: "power", dtick: isLog ? 1 : undefined },
+          yaxis: { ...colors.axis, type: isLog ? "log" : "linear", tickformat: "~g", dtick: isLog ? 1 : undefined },
           yaxis2: { overlaying: "y", range: [0, 1.04], visible: false, fixedrange: true } } };
       },
     }));
@@ -309,11 +309,10 @@
   const howMany = Page.howMany("head");
   let place = el("div", {});
   Page.main.append(place);
-  const passed = Object.entries(Page.data("passed-over"));
-  const passedText = passed.length ? `Passed over: ${passed.map(([kind, number]) => `${count(number)} ${kind}`).join(", ")}.` : "";
+  const passedOver = Page.data("passed-over");
   if (howMany > 1) {
     const heads = Array.from({ length: howMany }, (_, n) => Page.data("head", n));
-    const body = Page.part("Files", { id: "files", note: [countOf(howMany, "file"), size(heads.reduce((sum, head) => sum + (head.size || 0), 0)), passedText].filter(Boolean).join(", ") }, Page.main);
+    const body = Page.part("Files", { id: "files", note: [countOf(howMany, "file"), size(heads.reduce((sum, head) => sum + (head.size || 0), 0)), passedOver].filter(Boolean).join("; ") }, Page.main);
     place.before(document.getElementById("files"));
     const worst = (head) => (head.error ? "unreadable" : Object.keys(head.severities)[0] || "nothing found");
     const tone = { unreadable: "error", error: "error", warning: "warning", info: "info" };
@@ -327,13 +326,13 @@
         { name: "tensors", width: 90, number: true, show: (i) => (heads[i].error ? "" : count(heads[i].tensors)), key: (i) => heads[i].tensors },
         { name: "parameters", width: 120, number: true, show: (i) => (heads[i].parameters === null ? "" : count(heads[i].parameters)), key: (i) => heads[i].parameters },
         { name: "size", width: 90, number: true, show: (i) => (heads[i].size === null ? "" : size(heads[i].size)), key: (i) => heads[i].size },
-        { name: "trust", width: 120, show: (i) => (heads[i].trust ? el("span", { class: `badge ${TRUST[heads[i].trust][1]}` }, words(heads[i].trust)) : ""), key: (i) => heads[i].trust },
-        { name: "found", width: 140, show: (i) => el("span", { class: `badge ${tone[worst(heads[i])] || "good"}` }, worst(heads[i])), key: (i) => worst(heads[i]) },
+        { name: "trust", width: 135, show: (i) => (heads[i].trust ? el("span", { class: `badge ${TRUST[heads[i].trust][1]}` }, words(heads[i].trust)) : ""), key: (i) => heads[i].trust },
+        { name: "found", width: 150, show: (i) => el("span", { class: `badge ${tone[worst(heads[i])] || "good"}` }, worst(heads[i])), key: (i) => worst(heads[i]) },
       ],
     });
-    list.reveal(0);
+    list.choose(0);
   } else if (howMany) {
     show(0);
-    if (passedText) Page.main.append(el("p", { class: "none" }, passedText));
-  } else Page.main.append(el("p", { class: "none" }, `There is no checkpoint. ${passedText}`));
+    if (passedOver) Page.main.append(el("p", { class: "none" }, passedOver));
+  } else Page.main.append(el("p", { class: "none" }, `There is no checkpoint. ${passedOver}`));
 })();

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ckptkit.codes import CODES
+from ckptkit.formats.folder import passed_over_text
 from ckptkit.inspection import surveyed
 from ckptkit.page.frame import element, page, plain
 
@@ -38,7 +39,7 @@ def pages(files: Iterable[Iterable[str]], passed_over: Mapping[str, int]) -> Ite
     def all_elements() -> Iterator[str]:
         for lines in files:
             yield from lines
-        yield element("passed-over", dict(passed_over))
+        yield element("passed-over", plain(passed_over_text(passed_over)) if passed_over else "")
 
     yield from page("ckptkit inspect", "inspect.js", all_elements())
 

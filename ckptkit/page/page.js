@@ -3,7 +3,7 @@
 
 const Page = (() => {
   const root = document.documentElement;
-  const elements = (name) => document.getElementsByClassName(name);
+  const elements = (name) => document.querySelectorAll(`script[data-name="${name}"]`);
   const data = (name, number = 0) => JSON.parse(elements(name)[number].textContent);
   const howMany = (name) => elements(name).length;
 
@@ -16,7 +16,7 @@ const Page = (() => {
       else if (name === "style") Object.assign(made.style, value);
       else made.setAttribute(name, value === true ? "" : value);
     }
-    made.append(...children.flat().filter((child) => child !== null && child !== undefined && child !== false));
+    made.append(...children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== false));
     return made;
   }
 
@@ -61,6 +61,11 @@ const Page = (() => {
     probe.remove();
     return found;
   }
+  // A colour so far (0 to 1) on the way to another, both as the browser tells them: "rgb(1, 2, 3)".
+  function mixed(one, other, share) {
+    const [a, b] = [one, other].map((text) => text.match(/[\d.]+/g).map(Number));
+    return `rgb(${[0, 1, 2].map((n) => Math.round(a[n] + (b[n] - a[n]) * share)).join(", ")})`;
+  }
   function themeButton() {
     const label = () => (isDark() ? "Light" : "Dark");
     const button = el("button", { type: "button", class: "theme", onclick: () => {
@@ -85,7 +90,7 @@ const Page = (() => {
     const made = el("div", { class: "top" },
       el("div", { class: "folder" }, cut(told.path.slice(0, at), 400)),
       el("h1", {}, cut(told.path.slice(at), 400)),
-      told.sentence && el("p", { class: "sentence" }, told.sentence),
+      told.sentence && el("p", { class: "sentence" }, `${told.sentence[0].toUpperCase()}${told.sentence.slice(1)}.`),
       el("div", { class: "badges" }, (told.badges || []).map((badge) =>
         el("span", { class: `badge ${badge.tone || ""}`, title: badge.title }, badge.text))));
     if (told.figures && told.figures.length)
@@ -120,7 +125,7 @@ const Page = (() => {
       announce(button.textContent);
       setTimeout(() => { button.textContent = "Copy"; }, 1500);
     } }, "Copy");
-    return el("div", { class: "copyable" }, el("code", {}, text), button);
+    return el("div", { class: "copyable" }, el("code", { class: text.startsWith("ckptkit ") && "shell" }, text), button);
   }
   async function copied(text) {
     try {
@@ -181,5 +186,5 @@ const Page = (() => {
   }
 
   return { announce, anew, choice, color, copyable, count, countOf, cut, data, el, facts, figure, findings, header, howMany, isDark,
-    link, main, onTheme, part, short, size };
+    link, main, mixed, onTheme, part, short, size };
 })();

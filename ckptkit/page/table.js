@@ -64,6 +64,7 @@ Page.table = (() => {
         el("option", { value: "" }, "all"),
         values.map(([value, number]) => el("option", { value: `=${value}` }, `${Page.cut(value || "(none)", 60)} (${count(number)})`)))));
     });
+    const hasTools = tools.childElementCount > 0;
     tools.append(said);
 
     const heads = columns.map((column, n) => el("th", { scope: "col", class: column.number && "number", title: column.hint },
@@ -82,7 +83,7 @@ Page.table = (() => {
       el("thead", {}, el("tr", {}, heads)), rows);
     const scroll = el("div", { class: "scroll", style: { maxHeight: `${height}px` }, onscroll: () => draw() }, grid);
     const none = el("p", { class: "none", hidden: true }, `No ${thing} matches.`);
-    body.append(tools, scroll, none);
+    body.append(...(hasTools ? [tools] : []), scroll, none);
     rows.addEventListener("click", (event) => {
       const at = placeOf(event.target);
       if (at !== null) { active = at; choose(at); }
@@ -119,6 +120,17 @@ Page.table = (() => {
       draw(true);
     }
 
+    // How many characters of names, which are cut in the middle, each column has room for.
+    let room = [];
+    function measure() {
+      const cell = el("td", { class: "mono" }, el("span", {}, "0".repeat(20)));
+      rows.prepend(el("tr", {}, cell));
+      const character = cell.firstChild.getBoundingClientRect().width / 20 || 7;
+      cell.parentNode.remove();
+      room = heads.map((head) => Math.max(8, Math.floor((head.clientWidth - 24) / character)));
+    }
+    new ResizeObserver(() => { if (body.isConnected) draw(true); }).observe(scroll);
+
     // The rows in sight, between two gaps as tall as those that are not.
     function draw(anew) {
       const full = shown.length * rowHeight;
@@ -129,6 +141,7 @@ Page.table = (() => {
       if (isPrinting) [from, to] = [0, Math.min(shown.length, mostPrinted)];
       if (!anew && from === first && to === last) return;
       [first, last] = [from, to];
+      if (anew) measure();
       const made = [];
       for (let at = from; at < to; at++) made.push(row(at));
       above.firstChild.style.height = `${(from * rowHeight) / ratio}px`;
@@ -142,10 +155,10 @@ Page.table = (() => {
       const i = shown[at];
       return el("tr", { tabindex: open ? (at === active ? "0" : "-1") : null, "aria-rowindex": String(at + 2), "data-at": String(at),
         "aria-selected": open ? String(i === chosen) : null },
-      columns.map((column) => {
-        const value = column.show(i);
+      columns.map((column, n) => {
+        const value = column.show(i), fits = column.mono ? room[n] : 300;
         return el("td", { class: [column.number && "number", column.mono && "mono", column.bad && column.bad(i) && "bad"].filter(Boolean).join(" ") || null,
-          title: typeof value === "string" && value.length > 12 ? Page.cut(value, 500) : null }, typeof value === "string" ? Page.cut(value, 300) : value);
+          title: typeof value === "string" && value.length > Math.min(fits, 16) ? Page.cut(value, 500) : null }, typeof value === "string" ? Page.cut(value, fits) : value);
       }));
     }
 
@@ -194,6 +207,7 @@ Page.table = (() => {
         focusRow(at);
         choose(at);
       },
+      choose,
       focus: () => focusRow(active),
     };
   };
