@@ -27,7 +27,7 @@
   }
   const meter = (share, text, tone) => el("span", {}, text, el("span", { class: "meter", "aria-hidden": "true" },
     el("i", { style: { width: `${Math.min(100, 100 * share)}%`, background: tone ? `var(--${tone})` : "" } })));
-  const percent = (share) => (share === null || share === undefined ? "" : share >= 1 ? "100 %" : share > 0.9995 ? "< 100 %" : share > 0 && share < 0.0005 ? "> 0 %" : `${(100 * share).toFixed(1)} %`);
+  const percent = (share) => (share === null || share === undefined ? "" : share >= 1 ? "100 %" : share > 0.9995 ? "< 100 %" : share === 0 ? "0 %" : share < 0.0005 ? "> 0 %" : `${(100 * share).toFixed(1)} %`);
   const asText = (value) => (value === null || value === undefined ? "" : typeof value === "number" ? figure(value) : Array.isArray(value) ? value.map(asText).join(", ") : typeof value === "string" ? value : JSON.stringify(value));
 
   // A short table of our own words and a few values; rows: [cells, whether the row stands out].
@@ -75,6 +75,7 @@
     const size1 = (i) => { const shape = kind(i)[3] || kind(i)[2]; return shape ? Math.max(1, numel(shape)) : 0; };
     const mean = (sums) => (sums[3] ? sums[2] / sums[3] : null);
     const toneOf = (value) => (value === null ? ELSE : amount(value)[1]);
+    const by = (sums) => (mean(sums) === null ? "" : `, by ${portion(mean(sums))}`);
     const places = new Map(told.modules.map((each) => [each.module, [0, 0]]));
     for (let i = 0; i < total; i++) {
       if (share(i) === null) continue;
@@ -91,8 +92,8 @@
     Page.treemap(map, {
       label: "Treemap of tensors that differ, by module", rootName: "all that differs", total, path: (i) => rows.names[i].split("."),
       measures: [
-        { name: "Tensors", of: () => 1, show: (n) => countOf(n, "tensor") },
-        { name: "Elements", of: size1, show: (n) => `${short(n)} element${n === 1 ? "" : "s"}` },
+        { name: "Tensors", of: () => 1, show: (n, sums) => `${countOf(n, "tensor")}${by(sums)}` },
+        { name: "Elements", of: size1, show: (n, sums) => `${short(n)} element${n === 1 ? "" : "s"}${by(sums)}` },
         { of: (i) => (share(i) === null ? 0 : share(i) * size1(i)) }, { of: (i) => (share(i) === null ? 0 : size1(i)) },
       ],
       tone: (sums) => toneOf(mean(sums)), leaf: (i) => { document.getElementById("tensors").scrollIntoView(); table.reveal(i); },
@@ -145,8 +146,8 @@
         { name: "what", width: 130, show: (i) => badge(status(i), TONES[status(i)]), key: (i) => rows.statusOf[i] },
         { name: "dtype", width: 110, show: dtype, key: dtype },
         { name: "shape", width: 170, number: true, show: shape, key: (i) => (kind(i)[2] ? numel(kind(i)[2]) : null), hint: "sorted by the number of elements" },
-        { name: "max |b\u2212a|", width: 100, number: true, show: (i) => figure(number(i, 0)), key: (i) => number(i, 0) },
-        { name: "mean |b\u2212a|", width: 100, number: true, show: (i) => figure(number(i, 1)), key: (i) => number(i, 1) },
+        { name: "max |b\u2212a|", width: 120, number: true, show: (i) => figure(number(i, 0)), key: (i) => number(i, 0) },
+        { name: "mean |b\u2212a|", width: 120, number: true, show: (i) => figure(number(i, 1)), key: (i) => number(i, 1) },
         { name: "changed by", width: 170, number: true, hint: "norm of the difference as a share of the norm in A", show: (i) => (share(i) === null ? "" : meter(scale(share(i)), portion(share(i)), toneOf(share(i)))), key: share },
         { name: "equal", width: 80, number: true, hint: "share of the elements that are the same", show: (i) => percent(number(i, 4)), key: (i) => number(i, 4) },
       ],
@@ -190,7 +191,8 @@
 
   function check(told) {
     const total = told.paths.length, byState = STATES.map((_, n) => told.states.reduce((sum, each) => sum + (each === n), 0));
-    const tone = ["good", "error", "warning"][told.exit_code], word = ["Passed", "Failed", "Not all could be checked"][told.exit_code];
+    const tone = ["good", "error", byState[0] ? "error" : "warning"][told.exit_code];
+    const word = ["Passed", "Failed", byState[0] ? "Failed, and not all could be checked" : "Not all could be checked"][told.exit_code];
     document.title = `${word} \u2013 ckptkit check`;
     verdict(tone, word, `${told.verdict[0].toUpperCase()}${told.verdict.slice(1)}.`);
     figures([["files", count(total)], ["passed", count(byState[2])], byState[0] && ["failed", count(byState[0])], byState[1] && ["not checked", count(byState[1])], ["findings", count(told.findings.length)]]);
@@ -223,7 +225,7 @@
       Page.table(body, {
         label: "Rules", thing: "rule", total: rules.length, height: 330, columns: [
           { name: "rule", mono: true, show: (n) => rules[n], key: (n) => rules[n] },
-          ...GRAVITY.slice(0, 5).filter((each) => sums.some((counted) => counted[each])).map((each) => ({ name: each === "ok" ? "kept by" : each, width: 110, number: true, show: (n) => (sums[n][each] ? badge(count(sums[n][each]), toneOf[each]) : ""), key: (n) => sums[n][each] || 0 })),
+          ...GRAVITY.slice(0, 5).filter((each) => sums.some((counted) => counted[each])).map((each) => ({ name: each === "ok" ? "kept by" : each, width: 130, number: true, show: (n) => (sums[n][each] ? badge(count(sums[n][each]), toneOf[each]) : ""), key: (n) => sums[n][each] || 0 })),
         ],
       });
     }
@@ -244,9 +246,9 @@
         },
         columns: [
           { name: "file", mono: true, show: (i) => told.paths[i], key: (i) => told.paths[i] },
-          { name: "verdict", width: 120, show: (i) => badge(...STATES[told.states[i]]), key: (i) => told.states[i] },
+          { name: "verdict", width: 140, show: (i) => badge(...STATES[told.states[i]]), key: (i) => told.states[i] },
           { name: "size", width: 90, number: true, show: (i) => (told.sizes[i] === null ? "" : size(told.sizes[i])), key: (i) => told.sizes[i] },
-          ...rules.map((rule) => ({ name: rule, width: Math.max(110, 9 * rule.length + 24), show: (i) => { const each = outcome(i, rule); return each && badge(each, toneOf[each]); }, key: (i) => GRAVITY.indexOf(outcome(i, rule)) })),
+          ...rules.map((rule) => ({ name: rule, width: Math.max(140, 9 * rule.length + 24), show: (i) => { const each = outcome(i, rule); return each && badge(each, toneOf[each]); }, key: (i) => GRAVITY.indexOf(outcome(i, rule)) })),
         ],
       });
       body.append(detail);
@@ -274,11 +276,11 @@
     const foundBy = (name) => told.findings.filter((each) => each.check === name);
     const state = (each) => (!each.run ? ["not run", ""] : each.codes.includes("not-loaded") ? ["not loaded", "warning"] : each.severity === "error" ? ["failed", "error"] : each.severity === "warning" ? ["warning", "warning"] : ["ok", "good"]);
     const most = Math.max(...checks.map((each) => spent.get(each.name) || 0), 1e-9);
-    body.append(el("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Checks" }, el("table", { class: "compare" },
+    body.append(el("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Checks" }, el("table", { class: "compare wide" },
       el("colgroup", {}, ["8rem", "8rem", "", "11rem"].map((width) => el("col", { style: { width } }))),
       el("thead", {}, el("tr", {}, ["check", "outcome", "what it saw", "time"].map((head) => el("th", { scope: "col" }, head)))),
       el("tbody", {}, checks.map((each) => el("tr", {}, el("th", { scope: "row" }, each.name), el("td", {}, badge(...state(each))),
-        el("td", {}, foundBy(each.name).map((one) => one.message).join("; ") || each.note || (each.run ? "nothing is wrong" : "")),
+        el("td", {}, foundBy(each.name).map((one) => (one.severity === "info" || !told.meanings[one.code] ? one.message : told.meanings[one.code].title)).join("; ") || each.note || (each.run ? "nothing is wrong" : "")),
         el("td", {}, each.run && spent.has(each.name) ? meter(spent.get(each.name) / most, time(spent.get(each.name))) : "")))))));
 
     const wrong = told.findings.filter((each) => each.severity !== "info" || each.fix);
@@ -299,12 +301,12 @@
     const rows = [...told.missing_keys.map((name) => [name, "missing", "", ""]), ...told.unexpected_keys.map((name) => [name, "unexpected", "", ""]),
       ...told.shape_mismatches.map((each) => [each.name, "another shape", shapeText(each.checkpoint), shapeText(each.reference)])];
     const body = Page.part("Names", { note: `${count(tensors)} of the model's ${countOf(of, "tensor")} match` });
-    body.append(el("p", {}, meter(of ? tensors / of : 1, `${percent(of ? tensors / of : 1)} of the names, ${percent(told.coverage.parameters_share)} of the parameters `, tensors === of ? "good" : "warning")));
+    body.append(el("p", {}, `${percent(of ? tensors / of : 1)} of the names, ${percent(told.coverage.parameters_share)} of the parameters.`));
     if (!rows.length) { body.append(el("p", { class: "none" }, "No name is missing, none is unexpected, and every shape is the model's.")); return; }
     const tones = { missing: "error", unexpected: "warning", "another shape": "error" };
     Page.table(body, {
       label: "Names that do not match", thing: "name", total: rows.length, height: 420, search: (i) => rows[i][0], filters: [{ label: "what", value: (i) => rows[i][1] }],
-      columns: [{ name: "tensor", mono: true, show: (i) => rows[i][0], key: (i) => rows[i][0] }, { name: "what", width: 140, show: (i) => badge(rows[i][1], tones[rows[i][1]]), key: (i) => rows[i][1] },
+      columns: [{ name: "tensor", mono: true, show: (i) => rows[i][0], key: (i) => rows[i][0] }, { name: "what", width: 160, show: (i) => badge(rows[i][1], tones[rows[i][1]]), key: (i) => rows[i][1] },
         { name: "in the file", width: 170, number: true, show: (i) => rows[i][2] }, { name: "in the model", width: 170, number: true, show: (i) => rows[i][3] }],
     });
   }
@@ -328,8 +330,8 @@
       filters: [{ label: "check", value: (i) => rows[i].check }, { label: "verdict", value: (i) => verdictOf(rows[i])[0] }],
       columns: [
         { name: "check", width: 120, show: (i) => rows[i].check, key: (i) => rows[i].check }, { name: "with", mono: true, width: 220, show: (i) => rows[i].what, key: (i) => rows[i].what },
-        { name: "output", mono: true, show: (i) => rows[i].path || "(the whole)", key: (i) => rows[i].path }, { name: "verdict", width: 150, show: (i) => badge(...verdictOf(rows[i])), key: (i) => verdictOf(rows[i])[0] },
-        { name: "max |difference|", width: 130, number: true, show: (i) => figure(rows[i].max_abs), key: (i) => rows[i].max_abs }, { name: "relative", width: 110, number: true, show: (i) => figure(rows[i].max_rel), key: (i) => rows[i].max_rel },
+        { name: "output", mono: true, show: (i) => rows[i].path || "(the whole)", key: (i) => rows[i].path }, { name: "verdict", width: 180, show: (i) => badge(...verdictOf(rows[i])), key: (i) => verdictOf(rows[i])[0] },
+        { name: "max |difference|", width: 150, number: true, show: (i) => figure(rows[i].max_abs), key: (i) => rows[i].max_abs }, { name: "relative", width: 110, number: true, show: (i) => figure(rows[i].max_rel), key: (i) => rows[i].max_rel },
         { name: "allowed", width: 170, number: true, show: (i) => (typeof rows[i].allowed === "number" && rows[i].allowed > 0 ? meter(rows[i].max_abs / rows[i].allowed, figure(rows[i].allowed), rows[i].close ? "good" : "error") : figure(rows[i].allowed)), key: (i) => rows[i].allowed },
         { name: "why", width: 200, show: (i) => rows[i].reason || "" },
       ],

@@ -15,7 +15,7 @@ from ckptkit.released.results import NOT_CHECKED, exit_code_of, verdict_of
 
 if TYPE_CHECKING:
     from ckptkit.differences.difference import DiffDocument
-    from ckptkit.documents import CheckDocument, CheckedFile, VerifyDocument
+    from ckptkit.documents import CheckDocument, VerifyDocument
 
 __all__ = ["check", "diff", "verify"]
 
@@ -34,6 +34,9 @@ _STATUSES = (
 """What may have become of a tensor."""
 
 _GRAVITIES = ("error", "warning", "info")
+
+_STATES = ({False}, {False, True}, {True}, set[bool]())
+"""Of a file, the gravest first: whether its errors are that it could not be checked."""
 
 
 def diff(document: DiffDocument, notes: Callable[[Any], str]) -> Iterator[str]:
@@ -114,10 +117,11 @@ def _short(value: float | None) -> float | int | str | None:
 def check(document: CheckDocument) -> Iterator[str]:
     """The lines of the page of a check: files and findings, the gravest first."""
     rule_sets: dict[tuple[str, ...], int] = {}
-    found: dict[str, list[str]] = {}
+    errors: dict[str, set[bool]] = {}
     for finding in document["findings"]:
-        found.setdefault(finding["path"], []).append(finding["code"])
-    states = {id(file): _state(file, found.get(file["path"], [])) for file in document["files"]}
+        if finding["severity"] == "error":
+            errors.setdefault(finding["path"], set()).add(finding["code"] in NOT_CHECKED)
+    states = {id(file): _STATES.index(errors.get(file["path"], set())) for file in document["files"]}
     files = sorted(document["files"], key=lambda file: states[id(file)])
     data = {
         **{key: document.get(key) for key in ("manifest", "config", "part", "checked", "passed_over")},
@@ -126,7 +130,7 @@ def check(document: CheckDocument) -> Iterator[str]:
         "paths": [file["path"] for file in files],
         "sizes": [file["size"] for file in files],
         "digests": [file["sha256"] for file in files],
-        "states": [states[id(file)] for file in files],
+        "states": [max(0, states[id(file)] - 1) for file in files],
         "ruleSetOf": [rule_sets.setdefault(tuple(file["rules"]), len(rule_sets)) for file in files],
         "ruleSets": [*rule_sets],
         "findings": sorted(document["findings"], key=lambda finding: _GRAVITIES.index(finding["severity"])),
@@ -134,13 +138,6 @@ def check(document: CheckDocument) -> Iterator[str]:
         "meanings": _meanings(document["findings"]),
     }
     yield from page("ckptkit check", _SCRIPT, [element("check", plain(data))], has_charts=False)
-
-
-def _state(file: CheckedFile, codes: Iterable[str]) -> int:
-    """0: it failed, 1: it could not be checked, 2: it passed."""
-    if file["ok"]:
-        return 2
-    return 0 if file["checked"] or "file-missing" in codes else 1
 
 
 def verify(document: VerifyDocument) -> Iterator[str]:
