@@ -75,7 +75,7 @@ def diff(document: DiffDocument, notes: Callable[[Any], str]) -> Iterator[str]:
     told_of = {key: value for key, value in document.items() if key in (*keys, "tree_differences")}
     data = plain({**told_of, "meanings": _meanings(document["findings"]), "statuses": _STATUSES})
     data["rows"] = rows.columns()
-    sides = " and ".join(document[side]["path"].rpartition("/")[2] for side in ("a", "b"))  # type: ignore[literal-required]
+    sides = " and ".join(document[side]["path"].rpartition("/")[2] for side in ("a", "b"))
     yield from page(f"{sides} - ckptkit diff", _SCRIPT, [element("diff", data)])
 
 
@@ -111,7 +111,8 @@ class _Rows:
 
 def _short(value: float | None) -> float | int | str | None:
     """A figure with the digits that are read."""
-    return plain(float(f"{value:.{_DIGITS}g}")) if isinstance(value, float) else plain(value)
+    shown: float | int | str | None = plain(float(f"{value:.{_DIGITS}g}") if isinstance(value, float) else value)
+    return shown
 
 
 def check(document: CheckDocument) -> Iterator[str]:

@@ -76,9 +76,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return folder / "a.pth", folder / "b.pth"
 
 
-def test_a_difference_is_a_verdict_a_map_and_tables(
-    browser: Browser, made: Made, pair: tuple[Path, Path]
-) -> None:
+def test_a_difference_is_a_verdict_a_map_and_tables(browser: Browser, made: Made, pair: tuple[Path, Path]) -> None:
     browser.open(made(diff_command, *pair, code=1))
     assert browser.text("h1") == "Different" and browser.texts(".verdict.error")
     assert "11 tensors differ" in browser.text(".verdict p")
@@ -126,7 +124,8 @@ def test_a_difference_is_a_verdict_a_map_and_tables(
 
 
 def test_the_same_is_said_so(browser: Browser, made: Made, pair: tuple[Path, Path]) -> None:
-    browser.open(made(diff_command, pair[0], pair[0]), dark=True, width=420)
+    browser.open(made(diff_command, pair[0], pair[0]), dark=True)
+    browser.size(420)
     assert browser.text("h1") == "The same" and browser.texts(".verdict.good")
     assert not browser.all("#tensors") and not browser.all("#where-it-changed")
     assert browser.js("return document.documentElement.scrollWidth") <= 420
@@ -225,7 +224,8 @@ def test_a_check_is_drawn_without_charts_and_hostile_paths_are_text(
     browser.typed("#files input[type=search]", "onerror=window.pwned=3>/<\u2215script>")
     assert browser.text("h1") == "Failed" and len(browser.column("files")) == 1
     good = made(check_command, folder)
-    browser.open(good, width=420)
+    browser.open(good)
+    browser.size(420)
     assert browser.text("h1") == "Passed" and browser.texts(".verdict.good") and not browser.all("#findings")
     assert browser.js("return document.documentElement.scrollWidth") <= 420
     browser.open(written(tmp_path / "none.html", html.check(CheckReport.of((), started="").to_dict(), View())))
@@ -264,7 +264,8 @@ def test_a_verification_that_passes(browser: Browser, made: Made, model: Path) -
 
 def test_a_verification_that_fails(browser: Browser, made: Made, model: Path) -> None:
     given = ("--model", f"{model / 'net.py'}:net", "--input-shape", "2,4")
-    browser.open(made(verify_command, model / "wrong.pth", *given, code=1), dark=True, width=420)
+    browser.open(made(verify_command, model / "wrong.pth", *given, code=1), dark=True)
+    browser.size(420)
     assert browser.text("h1") == "Failed" and "it was not loaded" in browser.text(".verdict p")
     browser.typed("#names input[type=search]", "bias")
     assert dict(zip(browser.column("names"), browser.column("names", 2), strict=True)) == {
