@@ -106,6 +106,7 @@ RENDERERS: dict[str, ui.Renderer] = {
     "github": github,
     "gitlab": gitlab,
     "markdown": ui.later("markdown.check"),
+    "html": ui.later("html.check"),
 }
 
 OUTPUTS = ("text", "json", *(name for name in RENDERERS if name != "text"))

@@ -89,7 +89,11 @@ def check_rows(document: VerifyDocument) -> Iterator[Row]:
             yield Row(check["name"], None, "ok", check["note"] or _SOUND.get(check["name"], ""))
 
 
-RENDERERS: dict[str, ui.Renderer] = {"text": text, "markdown": ui.later("markdown.verify")}
+RENDERERS: dict[str, ui.Renderer] = {
+    "text": text,
+    "markdown": ui.later("markdown.verify"),
+    "html": ui.later("html.verify"),
+}
 
 
 @click.command(
