@@ -141,7 +141,8 @@ def common_options(renderers: Mapping[str, Renderer], **format_option: Any) -> C
             ending.begin(known=None)
             if as_json:
                 output = (*output, "json") if isinstance(output, tuple) else "json"
-            return function(*args, output=output, **options)
+            with ending.watched(quiet=options["quiet"] or "progress" in options):
+                return function(*args, output=output, **options)
 
         made = cast(F, command)
         for option in (
