@@ -9,9 +9,7 @@ here, and `ckptkit.cli` renders it.  Fields are added, never changed or taken aw
 Sizes (``size``, ``nbytes``) are in bytes; shapes, strides and counts of parameters and buffers in elements; times in
 seconds.  ``path`` is a file as it was named; of a section or a module it is keys joined with dots, ``""`` the whole.
 Dtypes have torch's names without the prefix (``"float32"``).  A number that JSON does not have (NaN, Inf) is ``None``,
-or in what a file says its name.
-
-Type checkers alone need this module; what makes a document does not import it when it runs.
+or in what a file says its name.  Type checkers alone need this module: it is not imported when a command runs.
 """
 
 from __future__ import annotations
@@ -493,8 +491,12 @@ class ExplanationDocument(TypedDict):
     remedy: str
 
 
-class ExplainDocument(TypedDict):
-    """What ``ckptkit explain`` tells: the code that was asked for, or all."""
-
+class _Explain(TypedDict):
     schema_version: int
     codes: dict[str, ExplanationDocument]
+
+
+class ExplainDocument(_Explain, total=False):
+    """What ``ckptkit explain`` tells: the code or the topic (its text, as markdown) that was asked for, or all."""
+
+    topics: dict[str, str]

@@ -11,6 +11,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, cast
 
 from ckptkit.cli import inspect_text as as_text
+from ckptkit.cli import tensor_tables as of_tensors
 from ckptkit.cli.closing import combined_title
 from ckptkit.cli.options import View, printable
 from ckptkit.formats.folder import passed_over_text
@@ -61,8 +62,8 @@ def inspect(document: InspectedFile | Survey, view: View) -> Iterator[str]:
         yield from _aligned([[code(c) if i == 1 else c for i, c in enumerate(row)] for row in rows], headers, align)
     if document["tensors"]:
         yield ""
-        lines, left_out = as_text.outline_of(document, view.depth, view.sort)
-        tree, headers, align = as_text.tree_table(lines)
+        lines, left_out = of_tensors.outline_of(document, view.depth, view.sort)
+        tree, headers, align = of_tensors.tree_table(lines)
         yield from _aligned([[_indented(row[0]), *row[1:-1], code(row[-1])] for row in tree], headers, align)
         yield from and_more(left_out)
     training = [line for line in as_text.training_lines(document, View().style) if line]
@@ -88,13 +89,13 @@ def _printed(document: Survey) -> Iterator[str]:
 
 def _tensors(document: Survey) -> Iterator[str]:
     rows = document["tensors"][:_MAX_TENSORS]
-    extra = as_text.STATS if rows[0].stats is not None else ()
+    extra = of_tensors.STATS if rows[0].stats is not None else ()
     several = ["section"] if document["state_dict"] is not None and len(document["sections"]) > 1 else []
     cells = []
     for row in rows:
-        names = [*(code(row.section or "") for _ in several), code(as_text.full_name(row, document))]
-        facts = [row.dtype, as_text.shape(row), human_size(row.nbytes), escaped(row.location)]
-        cells.append([*names, *facts, *as_text.stat_cells(row)])
+        names = [*(code(row.section or "") for _ in several), code(of_tensors.full_name(row, document))]
+        facts = [row.dtype, of_tensors.shape(row), human_size(row.nbytes), escaped(row.location)]
+        cells.append([*names, *facts, *of_tensors.stat_cells(row)])
     headers = [*several, "tensor", "dtype", "shape", "bytes", "device", *extra]
     yield from _aligned(cells, headers, "l" * len(several) + "lllrl" + "r" * len(extra))
     yield from and_more(len(document["tensors"]) - len(rows), " (--flat shows all)")
@@ -259,14 +260,20 @@ def manifest(document: ManifestDocument, view: View) -> Iterator[str]:
 
 
 def explain(document: ExplainDocument, view: View) -> Iterator[str]:
-    """A code, or the table of all."""
-    codes = document["codes"]
-    if len(codes) > 1:
+    """A code, a topic, or the tables of all."""
+    from ckptkit.cli.explain import titled
+
+    codes, topics = document["codes"], document.get("topics", {})
+    if codes and topics:
+        yield from table([[code(name), escaped(titled(topics[name]))] for name in topics], ["topic", ""], "ll")
+        yield ""
         yield from table([[code(name), escaped(codes[name]["title"])] for name in sorted(codes)], ["code", ""], "ll")
         return
     for name, said in codes.items():
         yield f"## {code(name)}: {escaped(said['title'])}"
         yield from (f"\n{escaped(part)}" for part in (said["meaning"], said["remedy"]) if part != "-")
+    for text in topics.values():
+        yield from text.splitlines()
 
 
 # The vocabulary.

@@ -38,7 +38,7 @@ from ckptkit.normalize.selection import BESIDE, other_parts
 from ckptkit.normalize.tensors import FoundTensor, other_tensors, storage_names
 from ckptkit.pickling.inert import InertDict
 from ckptkit.pickling.trust import merge_uses
-from ckptkit.report import CONVERT, Finding, count_of, html_block, human_size, listed
+from ckptkit.report import CONVERT, Finding, count_of, human_size, listed
 from ckptkit.tensor import unused_nbytes
 
 if TYPE_CHECKING:
@@ -80,6 +80,9 @@ _ROWS_AT_A_TIME = 2000
 _MAX_PLACES = 8
 """Places listed where a name occurs in a pickle."""
 
+_MAX_TREE = 40
+"""Lines of a tree whose top level is more than a notebook folds."""
+
 
 def describe(
     checkpoint: Checkpoint, *, filters: Sequence[str] = (), sort: str = "file", stats: bool = False
@@ -95,8 +98,15 @@ def describe(
     return plain_document(survey(checkpoint, filters=filters, sort=sort, stats=stats))
 
 
-def survey(checkpoint: Checkpoint, *, filters: Sequence[str] = (), sort: str = "file", stats: bool = False) -> Survey:
-    """As `describe`, with the tensors as rows."""
+def survey(
+    checkpoint: Checkpoint,
+    *,
+    filters: Sequence[str] = (),
+    sort: str = "file",
+    stats: bool = False,
+    histograms: bool = False,
+) -> Survey:
+    """As `describe`, with the tensors as rows; ``histograms`` adds that of its values to the ``stats`` of each."""
     checkpoint = judged(checkpoint) if stats else checkpoint
     everything = other_tensors(checkpoint, values=True)
     listing = list_tensors(checkpoint, everything)
@@ -117,7 +127,7 @@ def survey(checkpoint: Checkpoint, *, filters: Sequence[str] = (), sort: str = "
     training = training_document(whole.rest, checkpoint.sections)
     damages: list[Finding] = []
     if stats:
-        rows, damages = _with_stats(checkpoint, rows)
+        rows, damages = _with_stats(checkpoint, rows, histograms)
     findings = (*damages, *diagnose(checkpoint, contents))
     return {
         "path": origin.path,
@@ -274,6 +284,7 @@ def surveyed(document: InspectedFile | Survey) -> Survey:
 
 def html_screen(checkpoint: Checkpoint) -> str:
     """What a notebook shows of a checkpoint: what it is, what is remarkable, and the head of the module tree."""
+    from ckptkit.display import MOST_LINES, TreeLine, html_block
     from ckptkit.inspection.outline import outline_of
     from ckptkit.normalize.adapters import adapter_text
 
@@ -294,19 +305,25 @@ def html_screen(checkpoint: Checkpoint) -> str:
 
         lines.append(quantized_text(quantization))
     found = document["findings"]
-    lines += [f"{each['severity']}: {each['message']} [{each['code']}]" for each in found[:_MAX_PLACES]]
-    tree, left_out = outline_of(document) if document["tensors"] else ([], 0)
+    for each in found[:_MAX_PLACES]:
+        lines += [f"{each['severity']}: {each['message']} [{each['code']}]"]
+        lines += [f"    fix: {each['fix']}"] if each["fix"] else []
+    lines += [f"and {count_of(len(found) - _MAX_PLACES, 'more finding')}"] * (len(found) > _MAX_PLACES)
+    tree, left_out = outline_of(document, most=MOST_LINES) if document["tensors"] else ([], 0)
+    left_out += len(tree[_MAX_TREE:]) if left_out else 0
     rows = [
-        (
-            "  " * line.level + (line.label or "(tensor)") + f"  {line.copies:,} x" * (line.copies > 1),
-            f"{line.tensors:,}",
-            f"{line.parameters + line.buffers + line.others:,}",
-            human_size(line.nbytes),
+        TreeLine(
+            line.level,
+            (line.label or "(tensor)") + f"  {line.copies:,} x" * (line.copies > 1),
+            0 if line.is_tensor else line.tensors,
+            line.parameters + line.buffers + line.others,
+            line.nbytes,
             line.note,
         )
-        for line in tree
+        for line in (tree[:_MAX_TREE] if left_out else tree)
     ]
-    return html_block(document["path"], lines, ("", "tensors", "elements", "bytes", ""), rows, left_out)
+    state = next((each for each in ("error", "warning") if any(f["severity"] == each for f in found)), "ok")
+    return html_block(document["path"], lines, state=state, tree=rows, tree_left_out=left_out)
 
 
 def json_chunks(document: Survey | UnreadFile) -> Iterator[str]:
@@ -321,10 +338,12 @@ def json_chunks(document: Survey | UnreadFile) -> Iterator[str]:
     yield f"]{tail}"
 
 
-def _with_stats(checkpoint: Checkpoint, rows: Sequence[TensorRow]) -> tuple[list[TensorRow], list[Finding]]:
+def _with_stats(
+    checkpoint: Checkpoint, rows: Sequence[TensorRow], histograms: bool
+) -> tuple[list[TensorRow], list[Finding]]:
     """The rows with the statistics of their data, of tied tensors read once; and what recorded checksums show of it."""
     from ckptkit.computed import files_of
-    from ckptkit.stats import NO_STATS, tensor_stats
+    from ckptkit.stats import NO_STATS, Histogram, tensor_stats
     from ckptkit.transfer.checksums import Checksums, damage_text
     from ckptkit.transfer.values import will_read
 
@@ -341,7 +360,10 @@ def _with_stats(checkpoint: Checkpoint, rows: Sequence[TensorRow]) -> tuple[list
         view = row.entry.view
         if view not in known:
             try:
-                known[view] = cast("StatsDocument", tensor_stats(row.entry, checksums))
+                bins = Histogram(row.entry.dtype) if histograms else None
+                known[view] = cast("StatsDocument", tensor_stats(row.entry, checksums, bins))
+                if bins is not None:
+                    known[view]["histogram"] = bins.to_list()
             except CorruptError:
                 if not checksums.is_broken(row.entry.storage):
                     raise

@@ -77,14 +77,7 @@ class StorageDocument(TypedDict):
     unused_nbytes: int
 
 
-class StatsDocument(TypedDict):
-    """Figures of a tensor's values; ``None`` where they cannot be gone through.
-
-    Attributes:
-        min, max, mean, std: of the finite values; ``std`` is that of the population.
-        zeros, nan, inf: how many elements are so.
-    """
-
+class _Stats(TypedDict):
     min: float | None
     max: float | None
     mean: float | None
@@ -92,6 +85,18 @@ class StatsDocument(TypedDict):
     zeros: int | None
     nan: int | None
     inf: int | None
+
+
+class StatsDocument(_Stats, total=False):
+    """Figures of a tensor's values; ``None`` where they cannot be gone through.
+
+    Attributes:
+        min, max, mean, std: of the finite values; ``std`` is that of the population.
+        zeros, nan, inf: how many elements are so.
+        histogram: for pages alone; see `ckptkit.stats.Histogram`.
+    """
+
+    histogram: list[int] | None
 
 
 class _Tensor(TypedDict):
