@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import click
 
 from ckptkit import api
+from ckptkit.bytesource import pace
 from ckptkit.cli import ending
 from ckptkit.cli import options as ui
 from ckptkit.cli.closing import combined_lines
@@ -123,7 +124,8 @@ def command(path: str, output: str, quiet: bool, color: str, **given: Any) -> in
     another number of threads, in another batch and with other rounding; a golden keeps that of when it was written.
     """
     ending.keep_stdout()
-    with ui.json_errors(output == "json"):
+    with ui.json_errors(output == "json"), ending.ticking():
+        pace.enter("loading torch")
         report = api.verify(path, **ui.keywords_of(VerifyOptions, given))
     written = any(finding.code == "golden-written" for finding in report.findings)
     code = ending.verdict(0 if report.ok else 1, f"{printable(given['write_golden'])} was written" if written else "")

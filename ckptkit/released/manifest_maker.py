@@ -170,13 +170,17 @@ def _size(task: _Task) -> int:
     return size_of(task.path)
 
 
+def _is_far(task: _Task) -> bool:
+    return places.is_url(task.path)
+
+
 def _made(tasks: list[_Task], workers: Workers) -> list[FileRecord | CkptkitError | None]:
     """What is made of each file; workers of an executor, which may be in other folders, are told whole paths."""
     if workers.executor is not None:
         tasks = [
             replace(task, path=places.absolute(task.path), reading=_absolute_rules(task.reading)) for task in tasks
         ]
-    return list(side_by_side(tasks, _recorded, workers=workers, nbytes=_size, lost=_lost))
+    return list(side_by_side(tasks, _recorded, workers=workers, nbytes=_size, lost=_lost, is_far=_is_far))
 
 
 def _absolute_rules(reading: Mapping[str, bool | str | None]) -> Mapping[str, bool | str | None]:
