@@ -27,7 +27,7 @@ from ckptkit import formats
 from ckptkit.bytesource import Source
 from ckptkit.checkpoint import STATE_DICT, Checkpoint
 from ckptkit.conversion.options import Conversion, needs_weights, read_section, section_like, with_flat_cut
-from ckptkit.conversion.outputs import require_fitting
+from ckptkit.conversion.outputs import require_confirmed, require_fitting
 from ckptkit.errors import DestinationExistsError, RewriteError
 from ckptkit.extras import __version__
 from ckptkit.normalize.made_plain import devices_made_plain
@@ -141,6 +141,9 @@ class Job:
         if formats.is_part(self.source, self.path):
             told = "is a file of the checkpoint that is read, and that needs all of its files; name another"
             raise DestinationExistsError(f"{self.path}: {told}", path=self.path)
+        if self.plan.in_folder is None:
+            folder = os.path.dirname(self.path)
+            require_confirmed([self.asked, self.path, *(os.path.join(folder, s) for s in self.plan.shards)], options)
 
     def findings(self) -> Iterator[Finding]:
         """What the output is that was not asked for: one file, where shards and an index were."""
