@@ -216,7 +216,12 @@ def convert(
         RewriteError where the weights are not those of ``like``, or several files of a folder would get one name;
         VerifyError where ``like`` names no model.
     """
-    from ckptkit.conversion import convert_file, outputs, run  # reading alone starts faster without the writing half
+    from ckptkit.conversion import (
+        convert_file,
+        outputs,
+        replace_file,
+        run,
+    )  # reading alone starts faster without the writing half
 
     asked = ConvertOptions(**options)
     if destination is not None:
@@ -228,7 +233,7 @@ def convert(
             raise RewriteError(f"{os.fsdecode(destination)}: with --in-place there is no destination")
         from ckptkit.conversion.in_place import convert_in_place
 
-        return convert_in_place(source, asked)
+        return convert_in_place(source, asked, replace_file)
     if destination is None:
         raise TypeError("convert() missing 1 required positional argument: 'destination'")
     if isinstance(source, (list, tuple)):

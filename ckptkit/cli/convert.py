@@ -227,8 +227,8 @@ def command(
     DST may be a folder (one that is there, or with a slash at its end), and SRC several: each output is named after
     its source, with the ending of --to. Of a folder SRC each checkpoint below it is converted to the same place below
     DST; --to is needed. With --to dcp DST is the folder that is written, for torch.distributed.checkpoint: it must be
-    new or empty, --force or not. What is no checkpoint is passed over and counted, and a file that cannot be converted stops no
-    other.
+    new or empty, --force or not. What is no checkpoint is passed over and counted, and a file that cannot be converted
+    stops no other.
 
     Shards can be written by several processes, on one machine or on many: --jobs N, or --part I/N in each of N and
     then --finish, all with the same SRC, DST and options. Until then no reader sees any of it.
@@ -239,7 +239,9 @@ def command(
     Exit code 0: all is converted; 2: something could not be.
     """
     source, destination = _source_and_destination(paths, is_in_place=given["in_place"])
-    asks = not yes and sys.stdin.isatty() and sys.stderr.isatty()
+    asked = ui.keywords_of(ConvertOptions, given)
+    if not yes and sys.stdin.isatty() and sys.stderr.isatty():
+        asked["confirm"] = _confirmed
     with ui.json_errors(output == "json"), progress_line(progress, quiet=quiet) as moved:
         report = api.convert(
             source,
@@ -247,8 +249,7 @@ def command(
             rename=_rename_rules(rules),
             map_location=_map_location(map_location),
             progress=moved,
-            confirm=_confirmed if asks else None,
-            **ui.keywords_of(ConvertOptions, given),
+            **asked,
         )
     document = cast("ConvertDocument | ConvertFolderDocument", report.to_dict())
     if "files" in document:

@@ -47,7 +47,17 @@ if TYPE_CHECKING:
     from ckptkit.options import ConvertOptions
     from ckptkit.transfer.part_records import PartRecord
 
-__all__ = ["Job", "Outcome", "Tokens", "convert_file", "run", "with_digests", "with_receipt", "write_part"]
+__all__ = [
+    "Job",
+    "Outcome",
+    "Tokens",
+    "convert_file",
+    "replace_file",
+    "run",
+    "with_digests",
+    "with_receipt",
+    "write_part",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -420,6 +430,19 @@ def convert_file(source: str, destination: str, options: ConvertOptions) -> Repo
             return run(checkpoint, file, destination, options).report()
     finally:
         file.close()
+
+
+def replace_file(source: str, _: str, options: ConvertOptions) -> Report[ConvertDocument]:
+    """Convert a file by its path into itself; its second argument is the same path, as of `convert_file`.
+
+    Raises:
+        As `ckptkit.convert`.
+    """
+    from ckptkit.conversion.in_place import replacing
+
+    with replacing(source, options) as (checkpoint, file, own, backup):
+        report = run(checkpoint, file, source, own, given=source).report()
+    return Report(findings=report.findings, details={**report.details, "backup": backup})
 
 
 def _opened(source: str, options: ConvertOptions) -> tuple[Checkpoint, Source]:

@@ -17,30 +17,31 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ckptkit import formats, places
 from ckptkit.bytesource import Source, SourceFile
-from ckptkit.conversion import outputs, run
 from ckptkit.conversion.folder import common_folder, converted_all
+from ckptkit.conversion.outputs import Item, require_confirmed
 from ckptkit.errors import FileAccessError, RewriteError
 from ckptkit.report import Report
 from ckptkit.transfer.names import beside
 
 if TYPE_CHECKING:
     from ckptkit.checkpoint import Checkpoint
-    from ckptkit.documents import ConvertDocument
+    from ckptkit.conversion.folder import Convert
     from ckptkit.options import ConvertOptions
 
-__all__ = ["convert_in_place", "replace_file"]
+__all__ = ["Replacing", "convert_in_place", "replacing"]
 
 
-def convert_in_place(source: object, options: ConvertOptions) -> Report[Any]:
+def convert_in_place(source: object, options: ConvertOptions, convert: Convert) -> Report[Any]:
     """Convert a file, or several, into themselves.
 
     Args:
         source: the path of a file; or a list of paths, of which each is converted though others cannot be.
         options: for each.
+        convert: converts one file into itself.
 
     Returns:
         A report as of a conversion, whose ``details`` also hold the path of the ``backup``, ``None`` where none is
@@ -52,34 +53,43 @@ def convert_in_place(source: object, options: ConvertOptions) -> Report[Any]:
     if isinstance(source, (list, tuple)):
         started = time.monotonic()
         paths = [os.fsdecode(path) for path in source]
-        items = [outputs.Item(path, path, (path,)) for path in dict.fromkeys(paths)]
-        outputs.require_confirmed([] if options.backup else paths, options)
+        items = [Item(path, path, (path,)) for path in dict.fromkeys(paths)]
+        require_confirmed([] if options.backup else paths, options)
         above = common_folder(paths)
-        return converted_all(items, options.but(confirm=None), replace_file, started, above, above)
+        return converted_all(items, options.but(confirm=None), convert, started, above, above)
     if not isinstance(source, (str, os.PathLike)):
         raise RewriteError(f"--in-place replaces a file, and {type(source).__name__} is no path of one")
     path = os.fsdecode(source)
-    return replace_file(path, path, options)
+    return convert(path, path, options)
 
 
-def replace_file(source: str, _: str, options: ConvertOptions) -> Report[ConvertDocument]:
-    """Convert a file into itself, as `ckptkit.conversion.folder` has files converted.
+class Replacing(NamedTuple):
+    """A file that is to be converted into itself: what is in it, where its bytes lie, how, and where the old one is."""
+
+    checkpoint: Checkpoint
+    file: Source
+    options: ConvertOptions
+    backup: str | None
+
+
+@contextmanager
+def replacing(path: str, options: ConvertOptions) -> Iterator[Replacing]:
+    """Open a file that is to be converted into itself; the backup stays once the block has ended well.
 
     Raises:
         As `convert_in_place`.
     """
-    _require_file(source)
+    _require_file(path)
     given = {name: getattr(options, name) for name in ("section", "ignore_checksums")}
-    checkpoint, file = formats.read(source, **given)
+    checkpoint, file = formats.read(path, **given)
     try:
-        container = _container(source, checkpoint, file, options)
-        with _kept(source, options) as backup:
+        container = _container(path, checkpoint, file, options)
+        with _kept(path, options) as backup:
             confirm = None if options.backup else options.confirm
-            job = options.but(to=container, force=True, in_place=False, backup=False, confirm=confirm)
-            report = run(checkpoint, file, source, job, given=source).report()
+            own = options.but(to=container, force=True, in_place=False, backup=False, confirm=confirm)
+            yield Replacing(checkpoint, file, own, backup)
     finally:
         file.close()
-    return Report(findings=report.findings, details={**report.details, "backup": backup})
 
 
 def _require_file(path: str) -> None:

@@ -267,20 +267,22 @@ class ConvertOptions(Options):
         if self.finish and (self.part is not None or self.dry_run):
             other = "--dry-run" if self.part is None else f"--part {self.part}"
             raise RewriteError(f"--finish ends what the parts wrote; leave out {other}")
-        if self.backup and not self.in_place:
-            raise RewriteError("--backup keeps the old file of --in-place, which is not given")
-        if self.in_place:
-            useless = ("tag", "tp_rules", "max_shard_size", "ranks", "part", "finish", "files_from")
-            given = [self.declared[name].typed for name in useless if getattr(self, name) not in (None, False)]
-            if given:
-                told = "--in-place replaces single files; leave it out, and name a destination"
-                raise RewriteError(f"{', '.join(given)}: {told}")
+        self._check_in_place()
         if self.executor is not None and self.jobs is not None:
             raise RewriteError("jobs and executor both say who works; give one of them")
         if self.executor is not None and not callable(getattr(self.executor, "submit", None)):
             raise RewriteError(f"executor is {type(self.executor).__name__}; expected a concurrent.futures.Executor")
         if self.like is not None:
             vars(self)["weights_only"] = True
+
+    def _check_in_place(self) -> None:
+        if self.backup and not self.in_place:
+            raise RewriteError("--backup keeps the old file of --in-place, which is not given")
+        useless = ("tag", "tp_rules", "max_shard_size", "ranks", "part", "finish", "files_from")
+        given = [self.declared[name].typed for name in useless if getattr(self, name) not in (None, False)]
+        if self.in_place and given:
+            told = "--in-place replaces single files; leave it out, and name a destination"
+            raise RewriteError(f"{', '.join(given)}: {told}")
 
 
 class LoadOptions(Options):
