@@ -111,7 +111,7 @@ def shapes(name: str, given: Any) -> tuple[tuple[int, ...], ...]:
         if not sizes or not all(hasattr(size, "__index__") and size is not True and size >= 0 for size in sizes):
             raise VerifyError(
                 f"{name}: {shape!r:.80} is not a shape; expected a list of shapes of whole numbers, "
-                "as [[1, 3, 224, 224]]"
+                "such as [[1, 3, 224, 224]]"
             )
         made.append(tuple(map(int, sizes)))
     return tuple(made)
@@ -248,7 +248,7 @@ class Options:
         """See that the options go together."""
 
     def __setattr__(self, name: str, value: object) -> None:
-        raise AttributeError(f"options do not change; cannot set {name!r}")
+        raise AttributeError(f"options cannot be changed; cannot set {name!r}")
 
     def __repr__(self) -> str:
         given = {name: value for name, value in vars(self).items() if value != self.declared[name].default}

@@ -29,7 +29,7 @@ COMMANDS = {
     "check": "Hold files against a manifest and a policy.",
     "convert": "Rewrite a checkpoint: container, prefixes, devices.",
     "diff": "What changed between two checkpoints.",
-    "explain": "What a finding code means and how to fix it.",
+    "explain": "What a finding code means and how to fix it; or a topic, such as trust.",
     "inspect": "What is in a file, without running or loading it.",
     "manifest": "Record what released weights must be.",
     "report": "Put the results of several runs of check together.",

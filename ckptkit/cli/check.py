@@ -17,8 +17,9 @@ import click
 from ckptkit import api
 from ckptkit.cli import ending
 from ckptkit.cli import options as ui
+from ckptkit.cli.closing import combined_lines
 from ckptkit.cli.explain import complete_reference
-from ckptkit.cli.outputs import findings_of, github, junit, sarif
+from ckptkit.cli.outputs import add_summary, findings_of, github, gitlab, junit, sarif
 from ckptkit.cli.usage import Choice
 from ckptkit.dtypes import DTYPES, meant_dtype
 from ckptkit.formats.folder import passed_over_text
@@ -59,6 +60,7 @@ def _lines(file: CheckedFile, findings: Sequence[CheckFindingDocument], view: ui
     yield _head(file, findings, view.style)
     for finding in findings:
         yield from _finding(finding, view.style)
+    yield from combined_lines(file.get("combined_fix"), findings, indent="  ")
 
 
 def _last_lines(passed_over: Mapping[str, int], verdict: str, code: int, view: ui.View) -> Iterator[str]:
@@ -99,6 +101,7 @@ RENDERERS: dict[str, ui.Renderer] = {
     "junit": junit,
     "sarif": sarif,
     "github": github,
+    "gitlab": gitlab,
     "markdown": ui.later("markdown.check"),
 }
 
@@ -281,7 +284,10 @@ def show(report: CheckReport, wanted: str, view: ui.View) -> int:
     if wanted in ("text", "json"):
         ui.show(document, wanted, RENDERERS, view)
     else:  # programs that read these expect UTF-8
-        ending.write("".join(f"{line}\n" for line in RENDERERS[wanted](document, view)).encode("utf-8"))
+        lines = [*RENDERERS[wanted](document, view)]
+        if wanted == "github" and (summary := os.environ.get("GITHUB_STEP_SUMMARY")):
+            lines[-1:-1] = add_summary(document, view, summary)
+        ending.write("".join(f"{line}\n" for line in lines).encode("utf-8"))
     return code
 
 

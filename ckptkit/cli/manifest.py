@@ -120,7 +120,7 @@ RENDERERS: dict[str, ui.Renderer] = {"text": text, "markdown": ui.later("markdow
 @ui.jobs_option
 @ui.ignore_checksums
 @ui.storage_option
-@ui.common_options(RENDERERS)
+@ui.common_options(RENDERERS, writes_file=False)
 def command(
     paths: tuple[str, ...],
     destination: str | None,

@@ -190,7 +190,7 @@ class Rename:
             object.__setattr__(self, "rules", pairs)
             for old, new in pairs.items():
                 if not isinstance(old, str) or not isinstance(new, str):
-                    raise RewriteError(f"Rename: {old!r:.80}: {new!r:.80} is not a name and its new one")
+                    raise RewriteError(f"Rename: {old!r:.80}: {new!r:.80} is not a pair of an old name and a new name")
             return
         given = [parse_rule(rule) if isinstance(rule, str) else rule for rule in several(self.rules)]
         object.__setattr__(self, "rules", tuple((pattern, replacement) for pattern, replacement in given))
@@ -229,7 +229,7 @@ class Rename:
             if not isinstance(found, str):
                 raise RewriteError(
                     f"Rename: {_called(self.rules)} returned {found!r:.80} for the name {name[:_MAX_SHOWN]!r}; "
-                    "expected its new name, or the same",
+                    "expected its new name, or the same name",
                     names=(name,),
                 )
             new, emptied = found, _called(self.rules) if name and not found else None
@@ -240,7 +240,7 @@ class Rename:
             new, rule = self._applied(name)
             emptied = None if rule is None else f"rule {_shown(*rule)}"
         if emptied is not None:
-            raise RewriteError(f"{emptied} leaves nothing of the name {name[:_MAX_SHOWN]!r}", names=(name,))
+            raise RewriteError(f"{emptied} leaves the name {name[:_MAX_SHOWN]!r} empty", names=(name,))
         return new
 
     def _applied(self, name: str) -> tuple[str, tuple[str, str] | None]:
@@ -269,7 +269,7 @@ class Rename:
         if lacking:
             meant = did_you_mean(str(lacking[0]), names, 1, shown=repr)
             raise RewriteError(
-                f"Rename: {count_of(len(lacking), 'name')} of the dict {'is' if len(lacking) == 1 else 'are'} not in "
+                f"Rename: {count_of(len(lacking), 'name')} in the dict {'is' if len(lacking) == 1 else 'are'} not in "
                 f"the state_dict: {listed([repr(name)[:_MAX_SHOWN] for name in lacking], 8)}{meant}",
                 names=map(str, lacking),
             )
@@ -328,7 +328,9 @@ def read_rules(path: str | os.PathLike[str]) -> tuple[tuple[str, str], ...]:
             f"{name}: cannot be read: {getattr(error, 'strerror', None) or error}", path=name
         ) from error
     if len(data) > most:
-        raise FileAccessError(f"{name}: is larger than {most:,} bytes; a file of rules has one rule a line", path=name)
+        raise FileAccessError(
+            f"{name}: is larger than {most:,} bytes; a file of rules has one rule per line", path=name
+        )
     rules = []
     for number, raw in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
         try:

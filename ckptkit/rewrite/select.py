@@ -138,8 +138,8 @@ def _check_optimizer(checkpoint: Checkpoint, kept: dict[str, object]) -> None:
 
         remedy = " ".join(f"--leave-out {shlex.quote(path[:_MAX_NAME])}" for path in optimizers[:_MAX_LISTED])
         raise RewriteError(
-            f"{_listed(lost, len(lost))} would be dropped, but the optimizer's state is keyed by position among the "
-            f"parameters; {remedy} drops it",
+            f"{_listed(lost, len(lost))} would be left out, but the optimizer's state is keyed by the position of "
+            f"each parameter; {remedy} leaves it out",
             names=lost,
         )
 
@@ -226,8 +226,14 @@ class LeaveOut:
             if place.node is rest and isinstance(rest, tuple):
                 continue
             if not _removed(place):
-                stands = "stands in a tuple" if isinstance(place.node, tuple) else "is what an object is made from"
-                raise RewriteError(f"{path[:_MAX_PATH]!r} cannot be left out: it {stands}; leave out what holds it")
+                stands = (
+                    "is in a tuple"
+                    if isinstance(place.node, tuple)
+                    else ("is an argument that an object is built from")
+                )
+                raise RewriteError(
+                    f"{path[:_MAX_PATH]!r} cannot be left out: it {stands}; leave out the value that contains it"
+                )
         if isinstance(rest, tuple):
             gone = {place.key for place in found.values() if place.node is rest}
             rest = tuple(part for index, part in enumerate(rest) if index not in gone)
@@ -238,7 +244,7 @@ class LeaveOut:
                 place.node.items[:] = [item for item in place.node.items if item is not _GONE]
         if holds(checkpoint.rest, STATE_DICT) and not holds(rest, STATE_DICT):
             raise RewriteError(
-                f"{', '.join(map(repr, self.paths))}: the weights lie there; they cannot be left out",
+                f"{', '.join(map(repr, self.paths))}: the weights are there; they cannot be left out",
                 names=self.paths,
             )
         sections = tuple(section for section in checkpoint.sections if self._stays(section.path, rest))
@@ -280,7 +286,7 @@ def _place(checkpoint: Checkpoint, rest: object, path: str) -> _Place:
         raise RewriteError(f"there is no {shown} to leave out; there is {told}{meant}")
     place = found[number - 1]
     if place.value is STATE_DICT:
-        raise RewriteError(f"{shown} is the weights; they cannot be left out")
+        raise RewriteError(f"{shown} contains the weights, which cannot be left out")
     return place
 
 
