@@ -159,12 +159,6 @@ def _rename_rules(given: tuple[tuple[str, str], ...]) -> list[tuple[str, str]]:
     return rules
 
 
-def _complete_reference(*given: Any) -> Any:
-    from ckptkit.cli.explain import complete_reference  # converting starts faster without
-
-    return complete_reference(*given)
-
-
 _yes = click.option("-y", "--yes", is_flag=True, help="Replace files without asking.")
 
 _rename_file = click.option(
@@ -201,7 +195,6 @@ _rename_file = click.option(
     ConvertOptions,
     behind={"rename": _rename_file, "backup": _yes},
     rename={"expose_value": False},
-    like={"shell_complete": _complete_reference},
 )
 @ui.common_options(RENDERERS)
 def command(

@@ -11,7 +11,6 @@ from ckptkit import api
 from ckptkit.cli import ending
 from ckptkit.cli import options as ui
 from ckptkit.cli.closing import combined_lines
-from ckptkit.cli.explain import complete_reference
 from ckptkit.cli.tables import padded
 from ckptkit.options import VerifyOptions
 from ckptkit.report import printable
@@ -99,7 +98,7 @@ RENDERERS: dict[str, ui.Renderer] = {"text": text, "markdown": ui.later("markdow
     ),
 )
 @ui.path_argument("path")
-@ui.options_of(VerifyOptions, model={"shell_complete": complete_reference})
+@ui.options_of(VerifyOptions)
 @ui.common_options(RENDERERS)
 def command(path: str, output: str, quiet: bool, color: str, **given: Any) -> int:
     """Load PATH into a reference model, strictly, and examine what it computes.
