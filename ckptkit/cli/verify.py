@@ -12,7 +12,6 @@ from ckptkit.bytesource import pace
 from ckptkit.cli import ending
 from ckptkit.cli import options as ui
 from ckptkit.cli.closing import combined_lines
-from ckptkit.cli.explain import complete_reference
 from ckptkit.cli.tables import padded, wrapped
 from ckptkit.options import VerifyOptions
 from ckptkit.report import printable
@@ -110,7 +109,7 @@ RENDERERS: dict[str, ui.Renderer] = {
     ),
 )
 @ui.path_argument("path")
-@ui.options_of(VerifyOptions, model={"shell_complete": complete_reference})
+@ui.options_of(VerifyOptions)
 @ui.common_options(RENDERERS)
 def command(path: str, output: str, quiet: bool, color: str, **given: Any) -> int:
     """Load PATH into a reference model, strictly, and examine what it computes.

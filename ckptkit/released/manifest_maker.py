@@ -369,7 +369,7 @@ def make_at(
         raise FileAccessError("there is no manifest to update; name it with -o")
     if destination is not None:
         places.require_local(destination)
-    _require_none([error for path in paths if (error := _problem(path)) is not None])
+    _require_none([*filter(None, map(_problem, paths))])
     there = destination is not None and os.path.lexists(destination)
     if destination is not None and there and not (update or force):
         raise DestinationExistsError(
