@@ -262,7 +262,7 @@ def test_the_old_file_or_the_new_one(tmp_path: Path) -> None:
 
     with pytest.raises(CorruptError, match="'w': the output differs at byte"):
         ckptkit.save(state, path, force=True, progress=meddle)
-    with pytest.raises(RewriteError, match="chooses no container"):
+    with pytest.raises(RewriteError, match="does not belong to a known container"):
         ckptkit.save(state, tmp_path / "a.txt")
     with pytest.raises(RewriteError, match="is not text"):
         ckptkit.save(state, path, force=True, metadata={"a": 1})  # type: ignore[dict-item]

@@ -241,7 +241,7 @@ def source_of(path: Readable, tag: str | None = None, tp_rules: str | os.PathLik
     """
     given = os.fsdecode(path) if isinstance(path, (str, os.PathLike)) else None
     if tag is not None and (given is None or places.isfile(given) or given == STDIN):
-        what = "what was given" if given is None else given
+        what = "the source" if given is None else given
         raise FileAccessError(f"{what}: --tag {tag} chooses one of several steps in a folder, and this is a file")
     if tp_rules is not None and not (given is not None and places.isdir(given)):
         raise FileAccessError(
@@ -373,9 +373,10 @@ def format_for(destination: str | os.PathLike[str], name: str | None = None) -> 
             return container
     endings = ", ".join(suffix for container in writable for suffix in container.suffixes)
     if name is not None:
-        raise RewriteError(f"no container {name!r}; one of: {', '.join(c.name for c in writable)}")
+        raise RewriteError(f"unknown container {name!r}; choose from: {', '.join(c.name for c in writable)}")
     raise RewriteError(
-        f"{os.fsdecode(destination)}: the ending {ending!r} chooses no container; use {endings}, or --to",
+        f"{os.fsdecode(destination)}: the extension {ending!r} does not belong to a known container; use {endings}, "
+        "or --to",
         path=os.fsdecode(destination),
     )
 

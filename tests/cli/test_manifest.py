@@ -62,7 +62,7 @@ def test_what_is_passed_over_is_counted_and_not_written(run, weights: Path) -> N
     assert "passed_over" not in lock.read_text()
     (weights / "x.pth").symlink_to("nowhere")
     done = run("manifest", weights)
-    assert done.returncode == 2 and "x.pth: a link that leads to no file" in done.stderr
+    assert done.returncode == 2 and "x.pth: a broken link" in done.stderr
 
 
 def test_json(run, weights: Path) -> None:

@@ -240,7 +240,7 @@ def test_the_last_step(command: Command, saved: Callable[..., Path], tmp_path: P
     Path("runs/latest").write_text("step-30")
     for arguments in (("inspect", "runs"), ("check", "runs"), ("convert", "runs", "x.pth"), ("manifest", "runs")):
         done = command(*arguments)
-        assert done.code == 2 and "names 'step-30', and no such folder is there" in done.err + done.out, arguments
+        assert done.code == 2 and "names 'step-30', which does not exist" in done.err + done.out, arguments
     assert not Path("x.pth").exists()
 
 
@@ -280,7 +280,7 @@ def test_a_file_of_the_source_is_not_written_over(
 def test_what_is_wrong_inside_a_checkpoint_is_told_alone(command: Command, saved: Callable[..., Path]) -> None:
     folder = saved("step-10")
     done = command("inspect", folder, "--tag", "3")
-    assert (done.code, "it is one checkpoint itself: leave out --tag" in done.err) == (2, True), done.err
+    assert (done.code, "the folder itself is one checkpoint: omit --tag" in done.err) == (2, True), done.err
     (folder / "__0_0.distcp").unlink()
     (folder / "__0_0.distcp").symlink_to("__0_0.distcp")
     done = command("convert", folder, "o.pth")

@@ -83,9 +83,9 @@ def test_weights_only_and_leave_out(source: Path, converted, refused) -> None:
 def test_the_place_of_module_versions_is_taken(source: Path, save, refused, convert) -> None:
     for options in ([], ["--no-check"]):
         taken = ["--weights-only", "--metadata", "torch._metadata=mine", *options]
-        assert "'torch._metadata' is where module versions stand" in refused(source, "out.safetensors", *taken)
+        assert "'torch._metadata' is reserved for module versions" in refused(source, "out.safetensors", *taken)
     path = save({"w": torch.ones(1)}, "plain.pth")
-    assert "module versions stand" in refused(path, "out.safetensors", "--metadata", "torch._metadata={}")
+    assert "reserved for module versions" in refused(path, "out.safetensors", "--metadata", "torch._metadata={}")
     assert convert(path, "out.safetensors", "--metadata", "torch._metadata=free text").code == 0
     with safe_open("out.safetensors", "pt") as file:
         assert file.metadata()["torch._metadata"] == "free text"

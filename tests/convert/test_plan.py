@@ -163,8 +163,12 @@ def test_the_container(save, convert, agree, name: str, to: str | None, is_zip: 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["out.h5"], "the ending '.h5' chooses no container; use .pth, .pt, .pkl, .ckpt, .bin, .safetensors, or --to"),
-        (["out"], "the ending '' chooses no container"),
+        (
+            ["out.h5"],
+            "the extension '.h5' does not belong to a known container; use .pth, .pt, .pkl, .ckpt, .bin, "
+            ".safetensors, or --to",
+        ),
+        (["out"], "the extension '' does not belong to a known container"),
         (["out.pth", "--to", "onnx"], "no container 'onnx'; one of: torch-zip, safetensors"),
         (["folder.pth"], "folder.pth: "),
         (

@@ -147,8 +147,12 @@ def test_the_destination_chooses_the_container(destination: Any, name: str | Non
 @pytest.mark.parametrize(
     ("destination", "name", "words"),
     [
-        ("a.onnx", None, "the ending '.onnx' chooses no container; use .pth, .pt, .*.safetensors, or --to"),
-        ("noending", None, "the ending '' chooses no container"),
+        (
+            "a.onnx",
+            None,
+            "the extension '.onnx' does not belong to a known container; use .pth, .pt, .*.safetensors, or --to",
+        ),
+        ("noending", None, "the extension '' does not belong to a known container"),
         ("a.pth", "onnx", "no container 'onnx'; one of: .*torch-zip.*safetensors"),
     ],
 )

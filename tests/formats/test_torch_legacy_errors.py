@@ -81,7 +81,7 @@ def test_it_is_known_by_its_first_pickle_of_any_protocol(protocol: int, tmp_path
         (file(version=True), UnsupportedError, "protocol version True"),
         (file(info=[]), CorruptError, "sys_info: a dict is expected"),
         (file(info=Call(print, "x")), CorruptError, "plain values are expected, not the names __builtin__.print"),
-        (file(info=Pid("storage")), CorruptError, "sys_info, byte 21: plain values are expected: no torch wrote"),
+        (file(info=Pid("storage")), CorruptError, "sys_info, byte 21: plain values are expected: torch did not write"),
         (file(obj=Pid("other")), UnsupportedError, "object, byte [0-9]+: a persistent id that is not a torch storage"),
         (file(keys=("10", "11", "12")), CorruptError, "storage keys: a list of strings is expected"),
         (file(keys=[10, 11, 12]), CorruptError, "storage keys: a list of strings is expected"),
@@ -135,7 +135,7 @@ def test_a_truncated_file_is_told_what_is_whole(missing: int, words: str, tmp_pa
     with pytest.raises(CorruptError, match=words) as caught:
         opened(data[:-missing], tmp_path)
     if missing < 49:
-        assert f"has {len(data) - missing:,} bytes, at least {len(data):,} are expected" in str(caught.value)
+        assert f"has {len(data) - missing:,} bytes, but at least {len(data):,} are expected" in str(caught.value)
 
 
 def test_a_wrong_count_is_told_before_a_cut(tmp_path: Path) -> None:

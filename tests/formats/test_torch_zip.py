@@ -187,7 +187,7 @@ REFUSED: list[tuple[str, Callable[[Path], Path], type[FormatError], str]] = [
     ("no storage", lambda p: repacked(p, lambda n, d: None if n == "model/data/1" else (n, d)), CorruptError,
      "storage '1' has no record data/1"),
     ("short storage", lambda p: repacked(p, lambda n, d: (n, d[:-1] if n == "model/data/1" else d)), CorruptError,
-     "storage '1' is declared as 10 bytes, its record holds 9"),
+     "storage '1' is declared as 10 bytes, but its record has 9"),
     ("second pickle", lambda p: repacked(p, lambda n, d: (n, d + d if n.endswith("data.pkl") else d)), CorruptError,
      "bytes follow the pickle's STOP"),
     ("two roots", lambda p: repacked(p, keep, more=[("other/data.pkl", b"N.")]), AmbiguousError,
@@ -197,7 +197,7 @@ REFUSED: list[tuple[str, Callable[[Path], Path], type[FormatError], str]] = [
     ("case-equal", lambda p: repacked(p, keep, more=[("model/DATA.PKL", b"N.")]), CorruptError, "equal but for case"),
     ("leaves folder", lambda p: repacked(p, keep, more=[("model/../x", b"N.")]), CorruptError, "leaving its folder"),
     ("no pickle", lambda p: repacked(p, lambda n, d: (n.replace("data.pkl", ".data/0.storage"), d)),
-     UnknownFormatError, r"without a torch checkpoint; it holds \d+ files: 'model/.data/0.storage'"),
+     UnknownFormatError, r"without a torch checkpoint; it contains \d+ files: 'model/.data/0.storage'"),
     ("pickle at the top", lambda p: repacked(p, lambda n, d: ("data.pkl", d) if n.endswith("data.pkl") else None),
      UnknownFormatError, "without their folder"),
 ]  # fmt: skip
@@ -225,7 +225,7 @@ def test_duplicate_names(save: Save) -> None:
     [
         (lambda data: data + b"\n", CorruptError, "1 byte was appended"),
         (lambda data: b"junk" + data, UnknownFormatError, "something else before it"),
-        (lambda data: data + data, CorruptError, "two archives laid end to end"),
+        (lambda data: data + data, CorruptError, "two archives were joined"),
         (lambda data: data[:-30], CorruptError, "truncated"),
         (lambda data: data[: len(data) // 2], CorruptError, "truncated"),
         (lambda data: data[:4], CorruptError, "truncated"),
