@@ -28,6 +28,7 @@ from ckptkit.checkpoint import STATE_DICT, Checkpoint, Section, StateDict, Tenso
 from ckptkit.dtypes import DTYPES
 from ckptkit.errors import SectionError
 from ckptkit.limits import DEFAULT_LIMITS
+from ckptkit.nearness import did_you_mean
 from ckptkit.normalize.modules import unwrapped
 from ckptkit.normalize.sections import Candidate, brief, step
 from ckptkit.normalize.shapes import CUSTOMARY_KEYS, is_substantial
@@ -205,7 +206,8 @@ def require_section(sections: Sequence[Section], path: str) -> None:
     )
     kind = "" if asked is None else f" (it is of kind {asked.kind!r})"
     told = sections_listed(sections) or "none"
-    raise SectionError(f"{what}{kind}; sections that do: {told}", names=weights_paths(sections))
+    meant = did_you_mean(path, weights_paths(sections), shown=repr) if asked is None else ""
+    raise SectionError(f"{what}{kind}; sections that do: {told}{meant}", names=weights_paths(sections))
 
 
 def require_state_dict(checkpoint: Checkpoint, purpose: str) -> None:

@@ -27,6 +27,7 @@ from ckptkit.arguments import several
 from ckptkit.checkpoint import Checkpoint
 from ckptkit.errors import FileAccessError, MissingFileError, RewriteError
 from ckptkit.limits import DEFAULT_LIMITS
+from ckptkit.nearness import did_you_mean, meant_file
 from ckptkit.normalize.modules import MODULE, unwrapped, unwrapped_path
 from ckptkit.report import count_of, listed
 from ckptkit.rewrite.names import moved_versions, renamed, wrapper_versions
@@ -266,10 +267,7 @@ class Rename:
         """See that each name of the dict is there."""
         lacking = [name for name in self.rules if name not in names]  # type: ignore[union-attr]
         if lacking:
-            from difflib import get_close_matches
-
-            near = get_close_matches(str(lacking[0]), names, n=1)
-            meant = f"; did you mean {near[0]!r:.200}?" if near else ""
+            meant = did_you_mean(str(lacking[0]), names, 1, shown=repr)
             raise RewriteError(
                 f"Rename: {count_of(len(lacking), 'name')} in the dict {'is' if len(lacking) == 1 else 'are'} not in "
                 f"the state_dict: {listed([repr(name)[:_MAX_SHOWN] for name in lacking], 8)}{meant}",
@@ -324,7 +322,7 @@ def read_rules(path: str | os.PathLike[str]) -> tuple[tuple[str, str], ...]:
         with Path(name).open("rb") as file:
             data = file.read(most + 1)
     except FileNotFoundError:
-        raise MissingFileError(f"{name}: no such file", path=name) from None
+        raise MissingFileError(f"{name}: no such file{meant_file(name)}", path=name) from None
     except (OSError, ValueError) as error:
         raise FileAccessError(
             f"{name}: cannot be read: {getattr(error, 'strerror', None) or error}", path=name

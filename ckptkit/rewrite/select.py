@@ -14,6 +14,7 @@ from typing import Any, Final, NamedTuple
 from ckptkit.arguments import several
 from ckptkit.checkpoint import STATE_DICT, Checkpoint, StateDict, TensorEntry
 from ckptkit.errors import RewriteError
+from ckptkit.nearness import did_you_mean
 from ckptkit.normalize import origin_alone
 from ckptkit.normalize.modules import tensor_role
 from ckptkit.normalize.nested import NestedDicts
@@ -279,19 +280,21 @@ def _place(checkpoint: Checkpoint, rest: object, path: str) -> _Place:
         # A section's path is that of the first with tensors, or with the number, of those with tensors.
         found = [place for place in found if _holds_tensors(place.value)] or found
     if len(found) < number:
-        raise RewriteError(f"there is no {shown} to leave out; there is {_parts_listed(checkpoint)}")
+        known = _part_paths(checkpoint)
+        told = listed([repr(each[:_MAX_PATH]) for each in known], _MAX_PATHS) or "nothing beside the weights"
+        meant = did_you_mean(path, known, shown=repr)
+        raise RewriteError(f"there is no {shown} to leave out; there is {told}{meant}")
     place = found[number - 1]
     if place.value is STATE_DICT:
         raise RewriteError(f"{shown} contains the weights, which cannot be left out")
     return place
 
 
-def _parts_listed(checkpoint: Checkpoint) -> str:
+def _part_paths(checkpoint: Checkpoint) -> list[str]:
     """The parts that there are beside the weights."""
     top = (join("", key) for key, value in parts(checkpoint.rest) if value is not STATE_DICT)
     sections = (section.path for section in checkpoint.sections if not section.selected and section.path)
-    paths = list(dict.fromkeys([*top, *sections]))
-    return listed([repr(path[:_MAX_PATH]) for path in paths], _MAX_PATHS) or "nothing beside the weights"
+    return list(dict.fromkeys([*top, *sections]))
 
 
 def places(node: object, above: str, path: str, depth: int, seen: set[tuple[int, str]]) -> Iterator[_Place]:
