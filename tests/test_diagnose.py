@@ -166,7 +166,7 @@ def test_what_a_folder_leaves_for_later() -> None:
         state_dict=StateDict(), rest=None, origin=origin, unread=Pickles(), unvouched=(unread,), replicas=copies
     )
     found = {finding.code: finding for finding in diagnose(checkpoint)}
-    assert found["items-not-read"].message.startswith("3 items are pickles of their own and were not read;")
+    assert found["items-not-read"].message.startswith("3 items are separate pickles and were not read;")
     assert found["copies-not-compared"].message.startswith("1 copy was not compared")
     assert found["items-not-read"].fix == "ckptkit check 'a b' --tag 'step 1'"
 
@@ -339,7 +339,7 @@ def peft(names: str = "base_model.model.{}.q_proj.lora_{}.weight") -> dict[str, 
         ({"x": torch.ones(9, 3), "y": torch.ones(9)}, "a data set", "data = ckptkit.load_state_dict("),
         ({"input_ids": torch.ones(9, 3), "attention_mask": torch.ones(9, 3)}, "a data set", "data = "),
         ({"Images": torch.ones(9, 3), "labels": torch.ones(9)}, "a data set", "data = "),
-        (WEIGHTS, "build the model, then give it these", "model.load_state_dict("),
+        (WEIGHTS, "build the model, then load these into it", "model.load_state_dict("),
         ({"floral.weight": torch.ones(2), "x": torch.ones(2)}, "build the model", "model.load_state_dict("),
     ],
 )  # fmt: skip

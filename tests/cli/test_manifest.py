@@ -96,7 +96,7 @@ def test_golden_files(run, weights: Path) -> None:
         (["legacy.pth", "--golden", "a", "--golden", "b"], "each as FILE=GOLDEN"),
         (["legacy.pth", "--golden", "a=b", "--golden", "a=c"], "each FILE once"),
         (["none.pth", "-o", "m.json"], "no such file"),
-        (["legacy.pth", "-o", "there.json"], "exists already"),
+        (["legacy.pth", "-o", "there.json"], "already exists"),
         (["legacy.pth", "-o", "there.json", "--update"], "the manifest is not valid JSON"),
         (["legacy.pth", "-o", "none/m.json"], "not below the manifest's folder"),
         (["empty"], "a folder without checkpoint files"),

@@ -51,12 +51,12 @@ def test_any_sequence_will_do(source: Path, tmp_path: Path) -> None:
     [
         ({"metadata": {"epoch": 3}}, "metadata 'epoch': 3 is not text; metadata maps strings to strings"),
         ({"metadata": {3: "x"}}, "metadata 3: 'x' is not text"),
-        ({"max_shard_size": 0}, "0 is not a valid size of a file"),
-        ({"max_shard_size": -5}, "-5 is not a valid size of a file"),
+        ({"max_shard_size": 0}, "0 is not a valid file size"),
+        ({"max_shard_size": -5}, "-5 is not a valid file size"),
         ({"map_location": 5}, "'5' is not a device location"),
         ({"tied": "both"}, "no policy 'both' for tied tensors"),
         ({"dtype": torch.int8}, "values cannot be cast to 'int8'"),
-        ({"keep_dtype": "a.*"}, "--keep-dtype exempts from --dtype, which is not given"),
+        ({"keep_dtype": "a.*"}, "--keep-dtype makes exceptions to --dtype, which is not given"),
     ],
 )
 @pytest.mark.parametrize("check", [True, False])

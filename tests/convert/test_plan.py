@@ -186,7 +186,7 @@ def test_bad_destinations(save, refused, tmp_path: Path, arguments: list[str], w
 
 def test_force(source: Path, convert, refused) -> None:
     Path("out.pth").write_bytes(b"precious")
-    assert refused(source, "out.pth") == "ckptkit: error: out.pth: exists already; --force overwrites it"
+    assert refused(source, "out.pth") == "ckptkit: error: out.pth: already exists; --force overwrites it"
     assert Path("out.pth").read_bytes() == b"precious"
     assert convert(source, "out.pth", "--force").code == 0
     assert torch.load("out.pth")["epoch"] == 3
@@ -195,7 +195,7 @@ def test_force(source: Path, convert, refused) -> None:
 
 def test_onto_itself(source: Path, refused, convert) -> None:
     before = torch.load(source)
-    assert "exists already" in refused(source, source, "--strip-module")
+    assert "already exists" in refused(source, source, "--strip-module")
     assert convert(source, source, "--strip-module", "--force").code == 0
     after = torch.load(source)
     assert list(after["state_dict"]) == [name.removeprefix("module.") for name in before["state_dict"]]

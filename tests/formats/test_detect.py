@@ -117,7 +117,7 @@ def test_a_name_no_file_can_have(tmp_path: Path) -> None:
 
 
 def test_an_unknown_section_closes_the_file(save: Save) -> None:
-    with pytest.raises(SectionError, match="no section 'ema' holds weights; sections that do: 'model'"):
+    with pytest.raises(SectionError, match="no section 'ema' contains weights; sections that do: 'model'"):
         formats.read(save({"model": WEIGHTS, "epoch": 1}), section="ema")
 
 

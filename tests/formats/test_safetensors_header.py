@@ -56,7 +56,7 @@ REFUSED: dict[str, tuple[bytes, type[FormatError], str]] = {
     "a deep list": (file_bytes(b'{"a":' + DEEP + b"}"), CorruptError, "nested too deeply|described by a list"),
     "a deep object": (file_bytes(b'{"a":' * 100_000 + b"1" + b"}" * 100_000), CorruptError, "nested too deep|missing"),
     "a deep unknown field": (file_bytes({"a": info() | {"x": json.loads("[" * 150 + "]" * 150)}}, b"abcd"),
-        CorruptError, "tensor 'a', field 'x': nested more than 100 deep"),
+        CorruptError, "tensor 'a', field 'x': nested more than 100 levels deep"),
     "a number of 5,000 digits": (file_bytes(b'{"a":{"dtype":"U8","shape":[1' + b"0" * 5000 + b']}}'), CorruptError,
         "a number with too many digits"),
     "an endless number": (file_bytes(b'{"a":{"dtype":"U8","shape":[4],"data_offsets":[0,4],"x":1e999}}', b"abcd"),
@@ -117,7 +117,7 @@ REFUSED: dict[str, tuple[bytes, type[FormatError], str]] = {
         "incomplete one is 'b'. Download or copy the file again"),
     "data missing": (file_bytes(A), CorruptError, "0 of 4 bytes of data are present .4 missing.; 0 of 1 tensor is"),
     "an empty header": (file_bytes(b""), UnknownFormatError, "8 bytes of zeros"),
-    "no header": (file_bytes(b"", b"abcd", size=1), UnknownFormatError, "named .safetensors, but it is none"),
+    "no header": (file_bytes(b"", b"abcd", size=1), UnknownFormatError, "named .safetensors, but it is not one"),
     "no brace": (file_bytes(b"[1]     "), UnknownFormatError, "say that 8 bytes of header follow .* begins with b'.1"),
     "too short for a length": (b"\x08\0\0\1", UnknownFormatError, "4 bytes are too few for the length of its header"),
 }  # fmt: skip
@@ -211,7 +211,7 @@ def test_a_name_given_twice_among_very_many_is_found(tmp_path: Path) -> None:
     path = tmp_path / "m.safetensors"
     names = ",".join(f'"{n}":1' for n in range(100_000))
     path.write_bytes(file_bytes(f'{{{names},"99999":1}}'.encode()))
-    with pytest.raises(CorruptError, match="'99999' stands twice"):
+    with pytest.raises(CorruptError, match="'99999' appears twice"):
         formats.read(path)
 
 

@@ -324,7 +324,7 @@ def test_what_shards_cannot_hold(name: str, save: Save) -> None:
     container = CONTAINERS[name]
     resume = {"model": {f"w{n}": torch.rand(500) for n in range(9)}, "epoch": 3, "optimizer": {"state": {}}}
     with opened(save(resume)) as checkpoint:
-        with pytest.raises(RewriteError, match=r"cannot hold .*\(epoch, optimizer\): --weights-only leaves it out"):
+        with pytest.raises(RewriteError, match=r"cannot store .*\(epoch, optimizer\): --weights-only leaves it out"):
             plan_shards(checkpoint, container, name, 6000)
         assert plan_shards(checkpoint.rewrite(ckptkit.WeightsOnly()), container, name, 6000).shards
     for empty in ({}, {"epoch": "x" * 9000}):
@@ -343,8 +343,8 @@ def test_programs_give_their_weights(tmp_path: Path, same_bits: Same) -> None:
 @pytest.mark.parametrize(
     ("name", "container", "words"),
     [
-        ("model.bin", SAFETENSORS, r"of safetensors files it must be one of \.safetensors"),
-        ("model.safetensors", TORCH_ZIP, r"of torch-zip files it must be one of \.pth"),
+        ("model.bin", SAFETENSORS, r"for safetensors files it must be one of \.safetensors"),
+        ("model.safetensors", TORCH_ZIP, r"for torch-zip files it must be one of \.pth"),
         ("a\\b.bin", TORCH_ZIP, "an index cannot contain such shard names"),
         ("model.bin", LEGACY, "torch-legacy cannot be written"),
     ],

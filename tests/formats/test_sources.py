@@ -672,7 +672,7 @@ def test_standard_input_of_verify_is_no_file_that_is_run(tmp_path: Path, run: Ru
     for given in (saved(nn.Linear(2, 1)), gzip.compress(saved(nn.Linear(2, 1)))):
         done = run("verify", "-", "--unsafe-load", "--input-shape", "1,2", stdin=given)
         assert done.returncode == 2
-        assert "-: is not a file of its own, as --unsafe-load needs it; unpack it first" in done.stderr
+        assert "-: is not a separate file, which --unsafe-load requires; unpack it first" in done.stderr
     given = saved(nn.Linear(3, 2).state_dict())
     done = run("verify", "-", "--model", "torch.nn:Identity", "--no-forward", "--json", stdin=given)
     assert (done.returncode, json.loads(done.stdout)["path"]) == (1, "-")

@@ -143,7 +143,7 @@ STORED_SIZE = len(b"first")
         (b"x" * 10 + ONE, CorruptError, "two archives were joined, or bytes were cut out"),
         (ONE + ONE, CorruptError, "two archives were joined, or bytes were cut out"),
         (ONE[:5] + ONE[6:], CorruptError, "bytes were cut out"),
-        (renamed(b"root/a", b"root/a"), CorruptError, "'root/a' and 'root/a' are equal"),
+        (renamed(b"root/a", b"root/a"), CorruptError, "'root/a' and 'root/a' have equal names"),
         (renamed(b"root/a", b"root/A"), CorruptError, "'root/a' and 'root/A' have equal names, or"),
         (renamed(b"/root/"), CorruptError, "absolute, empty, or leaving its folder"),
         (renamed(b"../root"), CorruptError, "leaving its folder"),
@@ -155,14 +155,14 @@ STORED_SIZE = len(b"first")
         (both(renamed(b"root/\xff"), 6, 8, "<H", 0x800), CorruptError, "declared as UTF-8 but is not: .*; unpack it"),
         (with_second_name(), CorruptError, "a second name in its extra field"),
         (hidden_first_record(), AmbiguousError, "begins with a record that the zip directory does not list"),
-        (hidden_record_between(), AmbiguousError, "bytes behind record 'root/a' belong to no record"),
-        (hidden_record_behind(), AmbiguousError, "bytes behind record 'root/a' belong to no record"),
+        (hidden_record_between(), AmbiguousError, "bytes after record 'root/a' belong to no record"),
+        (hidden_record_behind(), AmbiguousError, "bytes after record 'root/a' belong to no record"),
         (with_descriptor(b"PK\x07\x08", "<III", 1, 5, 5), AmbiguousError, "belong to no record"),
         (with_descriptor(b"PK\x07\x08", "<IQQ", None, 5, 6), AmbiguousError, "belong to no record"),
         (with_descriptor(b"PK\x07\x07", "<III", None, 5, 5), AmbiguousError, "belong to no record"),
         (with_descriptor(b"xxxx", "<III", None, 5, 5, flag=0), AmbiguousError, "belong to no record"),
         (with_local_second_name(), AmbiguousError, "a second name in its extra field"),
-        (patched(ONE, CENTRAL, 34, "<H", 3), UnsupportedError, "several volumes"),
+        (patched(ONE, CENTRAL, 34, "<H", 3), UnsupportedError, "multi-volume"),
         (both(ONE, 6, 8, "<H", 0x1), UnsupportedError, "'root/a' is encrypted; unpack it .*-pPASSWORD"),
         (both(ONE, 6, 8, "<H", 0x20), UnsupportedError, "'root/a' is patched"),
         (both(ONE, 6, 8, "<H", 0x40), UnsupportedError, "'root/a' is strongly encrypted"),
@@ -176,16 +176,16 @@ STORED_SIZE = len(b"first")
         (both(ONE, 18, 20, "<II", 500, 500), CorruptError, "reaches into the zip directory"),
         (patched(ONE, LOCAL, 28, "<H", 500), CorruptError, "reaches into the zip directory"),
         (patched(ONE, LOCAL, 0, "<I", 0), CorruptError, "no record begins at byte 0"),
-        (patched(ONE, LOCAL, 34, "<B", 0x41), CorruptError, "another name or method"),
-        (patched(ONE, LOCAL, 8, "<H", 8), CorruptError, "another name or method"),
+        (patched(ONE, LOCAL, 34, "<B", 0x41), CorruptError, "different name or method"),
+        (patched(ONE, LOCAL, 8, "<H", 8), CorruptError, "different name or method"),
         (patched(ONE, LOCAL, 6, "<H", 0x2), CorruptError, "different flags"),
-        (patched(ONE, LOCAL, 14, "<I", 1), CorruptError, "another size or checksum"),
-        (patched(ONE, LOCAL, 14, "<I", 0xFFFFFFFF), CorruptError, "another size or checksum"),
-        (patched(ONE, LOCAL, 18, "<I", 4), CorruptError, "another size or checksum"),
-        (patched(ONE, LOCAL, 22, "<I", 4), CorruptError, "another size or checksum"),
+        (patched(ONE, LOCAL, 14, "<I", 1), CorruptError, "different size or checksum"),
+        (patched(ONE, LOCAL, 14, "<I", 0xFFFFFFFF), CorruptError, "different size or checksum"),
+        (patched(ONE, LOCAL, 18, "<I", 4), CorruptError, "different size or checksum"),
+        (patched(ONE, LOCAL, 22, "<I", 4), CorruptError, "different size or checksum"),
         (patched(patched(TWO, LOCAL, 18, "<II", 9, 9), CENTRAL, 20, "<II", 9, 9), CorruptError, "overlap"),
-        (patched(ONE, END, 10, "<H", 2), UnsupportedError, "several volumes"),
-        (patched(ONE, END, 4, "<H", 1), UnsupportedError, "several volumes"),
+        (patched(ONE, END, 10, "<H", 2), UnsupportedError, "multi-volume"),
+        (patched(ONE, END, 4, "<H", 1), UnsupportedError, "multi-volume"),
         (patched(ONE, END, 8, "<HH", 2, 2), CorruptError, "ends after 1 of 2 records"),
         (patched(TWO, END, 8, "<HH", 1, 1), CorruptError, "more than its 1 record$"),
         (patched(ONE, END, 12, "<I", 1), CorruptError, "two archives were joined"),
@@ -242,7 +242,7 @@ def test_sizes_in_the_records_own_zip64_field_must_agree(opened: Opened) -> None
     at = data.index(struct.pack("<HHQQ", 1, 16, 5, 5))
     assert content(read_directory(opened(data))) == {"root/a": b"first"}
     wrong = data[: at + 4] + struct.pack("<Q", 6) + data[at + 12 :]
-    with pytest.raises(AmbiguousError, match="another size or checksum"):
+    with pytest.raises(AmbiguousError, match="different size or checksum"):
         read_directory(opened(wrong))
 
 
@@ -301,7 +301,7 @@ def test_a_record_that_cannot_be_inflated(opened: Opened) -> None:
 
 def test_a_record_that_does_not_match_its_checksum(opened: Opened) -> None:
     record = read_directory(opened(ONE.replace(b"first", b"f1rst")))["root/a"]
-    with pytest.raises(CorruptError, match=r"its CRC-32 is [0-9a-f]{8}, recorded is [0-9a-f]{8}: damaged"):
+    with pytest.raises(CorruptError, match=r"its CRC-32 is [0-9a-f]{8}, but [0-9a-f]{8} is recorded: damaged"):
         read_record(record, 100)
 
 
