@@ -4,9 +4,9 @@
 the plan, the copying or the reader shows before the file gets its name.  The source's recorded
 checksums are checked as its bytes pass by.
 
-A source that is far is not fetched twice.  What each piece of the output must be is known by the SHA-256 of the bytes
-that were read, or converted, when it was written (`ckptkit.transfer.passing.Passed`); where the output's own reader
-finds a tensor, there must be exactly those.
+A source that is far is not fetched twice.  Each piece was read back from the output, and compared with the bytes that
+were read, or converted, as soon as it was written (`ckptkit.transfer.passing.Passed`); where the output's own reader
+finds a tensor, that must have been done with exactly those, and nothing been written since.
 """
 
 from __future__ import annotations
@@ -25,19 +25,16 @@ from ckptkit.formats.torch_zip_writer import written_tree
 from ckptkit.normalize import lower_state_dict
 from ckptkit.normalize.sections import brief
 from ckptkit.normalize.trees import Identical, Place, side_by_side
-from ckptkit.plan import moved
+from ckptkit.plan import Copy, moved
 from ckptkit.transfer.checksums import Checksums, damage_error, damage_of, first_difference
 from ckptkit.transfer.passing import Passed, pieces_of
-from ckptkit.transfer.values import SMALL_NBYTES, Ahead, same_values, stream
-from ckptkit.transfer.workers import buffer, in_parallel
+from ckptkit.transfer.values import SMALL_NBYTES, Ahead, same_values
+from ckptkit.transfer.workers import in_parallel
 
 __all__ = ["check_output"]
 
 _BATCH_NBYTES, _EACH_NBYTES = 4 << 20, 1 << 10
 """Bytes of storages that one thread compares before it looks for other work, and what each costs beside its own."""
-
-_HASHED_NBYTES = 1 << 20
-"""Bytes of one read that are hashed while they are in a core's own cache."""
 
 Compared = Callable[[int], object]
 """Called with the number of bytes that were just compared; from several threads."""
@@ -141,6 +138,7 @@ class _Comparison:
         if self._passed is not None:  # all were summed as they came
             others |= {id(s.original or s): (place, s.original or s) for place, s, _ in whole if _covers_original(s)}
             checked = set()
+            self._passed.settle()
         unchecked = Checksums(None if self._passed is None else self._passed.sums)
         unchecked.want(s for key, (_, s) in others.items() if key not in checked)
         tasks: list[Callable[[], object]] = [partial(self._same_storages, part) for part in _in_batches(whole)]
@@ -157,7 +155,7 @@ class _Comparison:
         for place, source, written in batch:
             a, b, nbytes = source.source, written.source, source.nbytes
             if self._passed is not None:
-                self._same_as_passed(self._passed, place, a, b.plain(), theirs)
+                self._same_as_passed(self._passed, place, a, b)
                 continue
             if (
                 nbytes >= SMALL_NBYTES
@@ -182,19 +180,17 @@ class _Comparison:
             raise _differs(place, difference)
         self._require_sound(place, source, crc)
 
-    def _same_as_passed(self, passed: Passed, place: _At, source: ByteSource, written: ByteRange, ahead: Ahead) -> None:
-        """Hold the output against what was read when it was written; what did not pass by is read again."""
+    def _same_as_passed(self, passed: Passed, place: _At, source: ByteSource, written: ByteSource) -> None:
+        """See that the output was compared when it was written; what was not, or not here, is read again."""
         if source.nbytes != written.nbytes:
             raise _differs(place, min(source.nbytes, written.nbytes))
         for step in moved(0, source):
             for start, part in pieces_of(step.source):
-                digest = passed.digest(part)
                 theirs = written.part(step.target + start, part.nbytes)
-                if digest is None:
+                difference = _known(passed, part, theirs)
+                if difference is None:
                     difference, _ = first_difference(part, theirs, summed=False)
-                else:
-                    difference = None if _sha256(theirs, ahead) == digest else 0
-                if difference is not None:
+                if difference is not None and difference < part.nbytes:
                     raise _differs(place, step.target + start + difference)
                 self._compared(part.nbytes)
 
@@ -211,39 +207,26 @@ class _Comparison:
             ours, theirs = (
                 each.storage.source.part(each.storage_offset * each.itemsize, each.nbytes) for each in (source, written)
             )
-            self._same_as_passed(passed, place, ours, theirs.plain(), Ahead())
+            self._same_as_passed(passed, place, ours, theirs)
             return
-        digest = None if passed is None else passed.digest(source)
-        if digest is not None:
-            from hashlib import sha256
-
-            found = sha256()
-            for chunk in stream(written):
-                found.update(chunk)
-            is_same = found.digest() == digest
-        else:
-            is_same = same_values(source, written)
-        if not is_same:
+        same = None
+        if passed is not None and written.is_plain_bytes:
+            lying = written.storage.source.part(written.storage_offset * written.itemsize, written.nbytes)
+            same = _known(passed, source, lying)
+        if same != source.nbytes if same is not None else not same_values(source, written):
             raise CorruptError(f"{_told(place)}: the output's values differ; nothing was written")
         self._compared(source.nbytes)
 
 
+def _known(passed: Passed, source: ByteSource | TensorEntry, written: ByteSource) -> int | None:
+    """As `Passed.same`, of what a reader gives for a range of a file, be it by way of a tensor in pieces."""
+    steps = moved(0, written)
+    lies_as_one = len(steps) == 1 and isinstance(steps[0], Copy) and steps[0].nbytes == written.nbytes
+    return passed.same(source, steps[0].source.plain()) if lies_as_one else None
+
+
 def _differs(place: _At, at: int) -> CorruptError:
     return CorruptError(f"{_told(place)}: the output differs at byte {at:,} of the storage; nothing was written")
-
-
-def _sha256(run: ByteRange, ahead: Ahead) -> bytes:
-    """The SHA-256 of a range; of a small one with what lies around it."""
-    from hashlib import sha256
-
-    if run.nbytes < SMALL_NBYTES:
-        return sha256(ahead.read(run)).digest()
-    digest = sha256()
-    for start in range(0, run.nbytes, _HASHED_NBYTES):
-        piece = buffer("hashed", _HASHED_NBYTES)[: run.nbytes - start]
-        run.file.read_into(run.offset + start, piece)
-        digest.update(piece)
-    return digest.digest()
 
 
 def _in_batches(storages: Iterable[_Whole]) -> Iterator[list[_Whole]]:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from typing import Any, TypedDict
 
-from ckptkit.report import FindingDocument, Severity
+from ckptkit.report import CombinedFix, FindingDocument, Severity
 
 __all__ = [
     "ChangesDocument", "CheckDetails", "CheckDocument", "CheckFindingDocument", "CheckedFile", "ConvertDetails",
@@ -283,10 +283,10 @@ class VerifyDetails(TypedDict):
         outputs: of the first pass.
         passes: forward passes on the first device, less those that measure noise.
         checks: every check, in the order they ran.
-        seconds: how long each part took.
-        steps: how long each check took.
+        seconds, steps: how long each part took; and each check.
         peak_memory_nbytes: the most memory that was held.
         versions: of ckptkit, Python and the packages that computed.
+        combined_fix: the one conversion that the findings advise; ``None``: they advise none.
     """
 
     path: str
@@ -307,6 +307,7 @@ class VerifyDetails(TypedDict):
     steps: list[TimedDocument]
     peak_memory_nbytes: int | None
     versions: dict[str, str]
+    combined_fix: CombinedFix | None
 
 
 class VerifyDocument(VerifyDetails):
@@ -341,9 +342,9 @@ class CheckedFile(TypedDict):
     Attributes:
         size: bytes; ``None``: it could not be read, or is not there.
         sha256: of the file, where it was computed.
-        ok: whether it is as all rules want it.
-        checked: whether every rule could be applied.
+        ok, checked: whether it is as all rules want it; whether every rule could be applied.
         rules: those applied, in order.
+        combined_fix: the one conversion that its findings advise; ``None``: they advise none.
     """
 
     path: str
@@ -352,6 +353,7 @@ class CheckedFile(TypedDict):
     ok: bool
     checked: bool
     rules: list[str]
+    combined_fix: CombinedFix | None
 
 
 class _CheckDetails(TypedDict):

@@ -124,14 +124,18 @@ class Histogram:
             exponent = max(exponent, math.frexp(high / 2 - low / 2)[1] - 5)  # where not even a 64th of the range fits
         while True:
             wider = exponent - self._exponent
-            first, last = (math.floor(math.ldexp(end, -exponent)) for end in (low, high))
+            # Of a value below 0 the quotient may be too small for float64; its bin is the first below 0 all the same.
+            first, last = (math.floor(math.ldexp(end, -exponent)) or -(end < 0) for end in (low, high))
             if self._counts:
                 first = min(first, self._first >> wider)
                 last = max(last, (self._first + len(self._counts) - 1) >> wider)
             if last - first < self.BINS:
                 break
             exponent += 1
-        places = numpy.floor(numpy.ldexp(values, -exponent)).astype(numpy.int64) - first
+        places = numpy.floor(numpy.ldexp(values, -exponent)).astype(numpy.int64)
+        if exponent > 0 and low < 0:
+            places[(places == 0) & (values < 0)] = -1
+        places -= first
         counts = (numpy.bincount(places, minlength=last - first + 1) * copies).tolist()
         for at, count in enumerate(self._counts, self._first):
             counts[(at >> wider) - first] += count

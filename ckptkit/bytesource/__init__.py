@@ -6,7 +6,7 @@ here moves a file position, so ranges can be read from several threads.  Bytes t
 wanted are in `ckptkit.computed`.
 """
 
-from ckptkit.bytesource.local import SourceFile, read_at, spool_room, write_at
+from ckptkit.bytesource.local import SourceFile, fill_from, read_at, spool_room, write_at
 from ckptkit.bytesource.source import (
     CHUNK_NBYTES,
     GAP_NBYTES,
@@ -31,6 +31,7 @@ __all__ = [
     "SourceFile",
     "at_once",
     "byte_range",
+    "fill_from",
     "first_changed",
     "given_up",
     "made_by_position",

@@ -10,7 +10,7 @@ import threading
 from ckptkit.bytesource.source import ByteRange, Source
 from ckptkit.errors import CorruptError, FileAccessError, MissingFileError
 
-__all__ = ["SourceFile", "read_at", "spool_room", "write_at"]
+__all__ = ["SourceFile", "fill_from", "read_at", "spool_room", "write_at"]
 
 _PAGE = 4096
 """What is made of a file begins at a multiple of this in its spool, so that it can be mapped."""
@@ -30,6 +30,26 @@ def read_at(fd: int, nbytes: int, offset: int) -> bytes:
     with _position:
         os.lseek(fd, offset, os.SEEK_SET)
         return os.read(fd, nbytes)
+
+
+def fill_from(fd: int, buffer: bytearray | memoryview, offset: int) -> int:
+    """Fill a buffer from a position of an open file; returns how many bytes there were.
+
+    Raises:
+        OSError: it could not be read.
+    """
+    view, filled = memoryview(buffer), 0
+    while filled < len(view):
+        if hasattr(os, "preadv"):
+            count = os.preadv(fd, [view[filled:]], offset + filled)
+        else:
+            part = read_at(fd, len(view) - filled, offset + filled)
+            count = len(part)
+            view[filled : filled + count] = part
+        if not count:
+            break
+        filled += count
+    return filled
 
 
 def write_at(fd: int, data: bytes | bytearray | memoryview, offset: int) -> None:
@@ -119,7 +139,8 @@ class SourceFile(Source):
         except FileAccessError as error:
             if isinstance(error.__cause__, OSError) and error.__cause__.errno in (errno.EMFILE, errno.ENFILE):
                 raise FileAccessError(
-                    f"{self.path}: too many files are open at once for all shards; allow more (ulimit -n 8192)",
+                    f"{self.path}: too many shards for the number of open files allowed; raise the limit (ulimit -n "
+                    "8192)",
                     path=self.path,
                 ) from error
             raise
@@ -143,17 +164,14 @@ class SourceFile(Source):
             return
         if offset < 0 or offset + len(buffer) > self.size:
             self.read(offset, len(buffer))  # raises
-        view = memoryview(buffer)
-        while view:
-            try:
-                count = os.preadv(self.fileno(), [view], offset)
-            except OSError as error:
-                if isinstance(error, FileAccessError):
-                    raise
-                raise FileAccessError(f"{self.path}: cannot be read: {error.strerror}", path=self.path) from error
-            if not count:
-                raise self._shorter(offset)
-            view, offset = view[count:], offset + count
+        try:
+            filled = fill_from(self.fileno(), buffer, offset)
+        except OSError as error:
+            if isinstance(error, FileAccessError):
+                raise
+            raise FileAccessError(f"{self.path}: cannot be read: {error.strerror}", path=self.path) from error
+        if filled < len(buffer):
+            raise self._shorter(offset + filled)
 
     def stamp(self) -> tuple[int, int, int, int]:
         """As `identity`, by now."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 import click
@@ -19,6 +18,7 @@ from ckptkit.cli import ending
 from ckptkit.cli import options as ui
 from ckptkit.cli.tables import columns
 from ckptkit.codes import CODES, TOPICS, topic
+from ckptkit.nearness import did_you_mean
 from ckptkit.report import SCHEMA_VERSION
 
 if TYPE_CHECKING:
@@ -156,8 +156,7 @@ RENDERERS: dict[str, ui.Renderer] = {"text": text, "markdown": ui.later("markdow
 def command(subject: str | None, output: str, quiet: bool, color: str) -> int:
     """Explain a finding's CODE, or a TOPIC; without one, list all of both."""
     if subject is not None and subject not in CODES and subject not in TOPICS:
-        near = get_close_matches(subject, (*TOPICS, *CODES), n=3)
-        hint = f"; did you mean {', '.join(near)}?" if near else "; 'ckptkit explain' lists all"
+        hint = did_you_mean(subject, (*TOPICS, *CODES)) or "; 'ckptkit explain' lists all"
         raise click.UsageError(f"there is no code or topic {subject!r}{hint}")
     verdict = ending.verdict(0)
     shown = CODES if subject is None else {subject: CODES[subject]} if subject in CODES else {}

@@ -10,6 +10,7 @@ import click
 from ckptkit import api
 from ckptkit.cli import ending
 from ckptkit.cli import options as ui
+from ckptkit.cli.closing import combined_lines
 from ckptkit.cli.explain import complete_reference
 from ckptkit.cli.tables import padded
 from ckptkit.options import VerifyOptions
@@ -60,6 +61,7 @@ def text(document: VerifyDocument, view: ui.View) -> Iterator[str]:
         yield f"{padded(row.name, width)}{_GAP}{label}{_GAP}{printable(row.text)}"
         if row.fix:
             yield " " * (width + len(_GAP) + labels) + _GAP + _GAP + printable(row.fix)
+    yield from combined_lines(document.get("combined_fix"), document["findings"])
     if not view.quiet:
         verdict = style("passed", fg="green", bold=True) if document["ok"] else style("FAILED", fg="red", bold=True)
         yield f"{printable(document['path'])}: {verdict} against {printable(document['reference'])}"

@@ -8,7 +8,7 @@ from ckptkit.checkpoint import Kind, Trust, Verdict
 from ckptkit.documents import ErrorDocument
 from ckptkit.normalize.adapters import AdapterDocument
 from ckptkit.normalize.quantized import LayoutDocument, QuantizationDocument
-from ckptkit.report import FindingDocument
+from ckptkit.report import CombinedFix, FindingDocument
 
 __all__ = ["AdapterDocument", "FileFacts", "InspectDocument", "InspectedFile", "LayoutDocument", "ModuleDocument",
            "QuantizationDocument", "SectionDocument", "StorageDocument", "TensorDocument", "TrainingDocument",
@@ -281,6 +281,7 @@ class FileFacts(TypedDict):
     quantization: QuantizationDocument | None
     layout: SpreadDocument | None
     findings: list[FindingDocument]
+    combined_fix: CombinedFix | None
     error: None
 
 
@@ -308,6 +309,7 @@ class InspectedFile(FileFacts):
         quantization: how the weights are quantized; ``None``: they are not, or have no scales beside them.
         layout: of a folder that several processes wrote, how it is spread over files; ``None``: it is none.
         findings: what is remarkable, gravest first.
+        combined_fix: the one command that does what the findings advise; ``None``: none advises a conversion.
         error: why it could not be read: it could; see `UnreadFile`.
     """
 
@@ -341,6 +343,7 @@ class UnreadFile(TypedDict):
     quantization: None
     layout: None
     findings: list[Any]
+    combined_fix: None
     error: ErrorDocument
 
 

@@ -12,7 +12,7 @@ Page.chart = (body, { label, caption, draw, height, onclick, isLater }) => {
   const still = matchMedia("(prefers-reduced-motion: reduce)").matches;
   function redraw() {
     const ink = color("ink"), soft = color("soft"), line = color("line");
-    const axis = { gridcolor: line, zerolinecolor: line, linecolor: line, tickfont: { color: soft, size: 12 }, titlefont: { color: soft }, automargin: true, fixedrange: true };
+    const axis = { gridcolor: line, zerolinecolor: line, linecolor: line, tickfont: { color: soft, size: 12 }, automargin: true, fixedrange: true };
     const { traces, layout } = draw({ ink, soft, line, ground: color("sheet"), raised: color("raised"), series: (n) => color(`series-${(n % 8) + 1}`), error: color("error"), axis });
     const whole = {
       margin: { l: 48, r: 12, t: 8, b: 36 }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", hovermode: "closest",

@@ -2,24 +2,23 @@
 
 A file on this machine is read by position, and where the next bytes lie costs nothing.  Of one that is far each byte is
 fetched once, in long runs and ahead of whoever moves it (`ckptkit.bytesource.Source.will_read`), in bounded memory: so
-the steps of all files of an output are carried out in the order of the source.  What was written is kept as digests
-(`ckptkit.transfer.passing.Passed`), which the output is held against; values that are converted are converted a second
-time before that, of the same bytes, and must be the same.
+the steps of all files of an output are carried out in the order of the source.  What was written is read back at once
+and compared (`ckptkit.transfer.passing.Passed`), while it is in a core's own cache; values that are converted are
+converted a second time before that, of the same bytes, and must be the same.
 """
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from operator import itemgetter
 
 from ckptkit.bytesource import ByteRange, Source, write_at
-from ckptkit.computed import ByteSource, ConvertedRange, DenseRange, is_made, read_into
+from ckptkit.computed import Buffer, ByteSource, ConvertedRange, DenseRange, is_made, read_into
 from ckptkit.errors import CorruptError
-from ckptkit.plan import Cast, Copy, Gather, LiteralBytes, Plan
-from ckptkit.transfer.passing import DigestsInPassing, Passed, each_of, pieces_of
+from ckptkit.plan import Cast, Checksum, Copy, Digest, Gather, LiteralBytes, Plan
+from ckptkit.transfer.passing import READ_BACK_NBYTES, DigestsInPassing, Passed, each_of, pieces_of
 from ckptkit.transfer.steps import Progress, Small, Tally
 from ckptkit.transfer.values import SMALL_NBYTES, lying_in, stream
 from ckptkit.transfer.workers import buffer, in_parallel, near_together
@@ -73,7 +72,7 @@ def move_far(
         tally: counts what conversions lose.
         moved: called with the number of bytes as they are written.
         digests: of source files, which are fetched as a whole for it.
-        passed: gets the digests of what is written; ``None``: it is not compared.
+        passed: reads back and compares what is written; ``None``: it is not compared.
         stop: set when a thread fails.
 
     Raises:
@@ -87,7 +86,10 @@ def move_far(
         for step in plan.steps:
             if isinstance(step, LiteralBytes):
                 literals.add(step.data, step.target)
-            elif isinstance(step, (Copy, Cast, Gather)):
+            elif isinstance(step, (Checksum, Digest)):
+                if passed is not None:
+                    passed.will_write(fd, step.target, step.nbytes)
+            else:
                 runs = [*_lying(step)]
                 for run in runs:
                     files.setdefault(id(run.file), run.file)
@@ -138,29 +140,36 @@ class _Mover:
                     yield partial(carry_out, fd, part, step.target + start)  # type: ignore[arg-type]
         yield partial(self._copy_small, small)
 
+    def _write(self, fd: int, data: Buffer, target: int) -> None:
+        """Write, and prove it."""
+        if self._passed is None:
+            write_at(fd, data, target)
+            return
+        view = memoryview(data)
+        for start in range(0, len(view), READ_BACK_NBYTES):
+            piece = view[start : start + READ_BACK_NBYTES]
+            write_at(fd, piece, target + start)
+            self._passed.read_back(fd, piece, target + start)
+
     def _copy_small(self, steps: Sequence[tuple[int, Copy]]) -> None:
         outputs: dict[int, Small] = {}
         for fd, step in steps:
             run = step.source.plain()
-            data = run.read()
-            if self._passed is not None:
-                self._passed.note(step.source, data)
             if fd not in outputs:
-                outputs[fd] = Small(fd, self._moved)
-            outputs[fd].add(data, step.target)
+                outputs[fd] = Small(fd, self._moved, self._write)
+            outputs[fd].add(run.read(), step.target)
+            if self._passed is not None:
+                self._passed.note(step.source, fd, step.target)
         for small in outputs.values():
             small.flush()
 
     def _copy(self, fd: int, source: ByteSource, target: int) -> None:
         run = source.plain()
-        digest = hashlib.sha256()
-        for view in run.file.views(run.offset, run.nbytes):
-            write_at(fd, view, target)
-            if self._passed is not None:
-                digest.update(view)
-            target += len(view)
         if self._passed is not None:
-            self._passed.note_digest(source, digest.digest())
+            self._passed.note(source, fd, target)
+        for view in run.file.views(run.offset, run.nbytes):
+            self._write(fd, view, target)
+            target += len(view)
         self._moved(source.nbytes)
 
     def _make(self, fd: int, source: ConvertedRange | DenseRange, target: int) -> None:
@@ -170,20 +179,21 @@ class _Mover:
             source.into(after, before)
             self._tally.add(source.whole, before, after)
             if self._passed is not None and source.whole.function(before) != bytes(after):
-                raise CorruptError(f"{source.whole.name}: converted twice, it is not the same; nothing was written")
+                raise CorruptError(
+                    f"{source.whole.name}: converting it twice gave different bytes; nothing was written"
+                )
         else:
             read_into(source, after)
-        write_at(fd, after, target)
+        self._write(fd, after, target)
         if self._passed is not None:
-            self._passed.note(source, after)
+            self._passed.note(source, fd, target)
         self._moved(source.nbytes)
 
     def _gather(self, fd: int, step: Gather) -> None:
-        small, target, digest = Small(fd, self._moved), step.target, hashlib.sha256()
+        small, target = Small(fd, self._moved, self._write), step.target
         for chunk in stream(step.entry, self._tally.add):
             small.add(chunk, target)
-            digest.update(chunk)
             target += len(chunk)
         small.flush()
         if self._passed is not None:
-            self._passed.note_digest(step.entry, digest.digest())
+            self._passed.note(step.entry, fd, step.target)

@@ -1,25 +1,40 @@
-"""What is computed of bytes as they pass by: the SHA-256 of source files, and what an output is held against.
+"""What is computed of bytes as they pass by: the SHA-256 of source files, and the proof that they reached an output.
 
 A file on this machine is hashed by a thread of its own, which reads it again: it is in memory by then.  One that is far
-is hashed as it comes (`InOrder`), so that no byte of it is fetched twice; and what was read of it is proved the same
-way: `Passed` keeps the SHA-256 of every piece that was written, and `ckptkit.compare` finds it in the output.
+is hashed as it comes (`InOrder`), so that no byte of it is fetched twice; and that what was read of it is in the output
+is proved on the way too: `Passed` reads every piece back as soon as it is written and compares it with what is still
+in memory, and `ckptkit.compare` sees that the output's reader finds each tensor exactly where that was done.
 """
 
 from __future__ import annotations
 
+import os
 import threading
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import pairwise
+from operator import itemgetter
 from types import MappingProxyType
 from typing import Any
 
-from ckptkit.bytesource import ByteRange, Source
+from ckptkit.bytesource import ByteRange, Source, SourceFile, fill_from
 from ckptkit.checkpoint import Checkpoint, Storage, TensorEntry
 from ckptkit.computed import Buffer, ByteSource, is_made, piece_nbytes
 from ckptkit.normalize.tensors import every_tensor
 from ckptkit.transfer.checksums import Checksums
 from ckptkit.transfer.workers import Background
 
-__all__ = ["CONVERTED_NBYTES", "DigestsInPassing", "InOrder", "Passed", "each_of", "is_far", "passed_of", "pieces_of"]
+__all__ = [
+    "CONVERTED_NBYTES",
+    "READ_BACK_NBYTES",
+    "DigestsInPassing",
+    "InOrder",
+    "Passed",
+    "each_of",
+    "is_far",
+    "passed_of",
+    "pieces_of",
+]
 
 _HASHED_NBYTES = 1 << 20
 """Bytes hashed at a time: they fit into a core's own cache."""
@@ -28,7 +43,10 @@ CONVERTED_NBYTES = 256 << 10
 """Bytes that conversion makes at a time: with what they are made from they fit there too."""
 
 _PIECE_NBYTES = 8 << 20
-"""Bytes that one thread moves, and one digest is of."""
+"""Bytes that one thread moves, and that are known as one piece."""
+
+READ_BACK_NBYTES = 512 << 10
+"""Bytes written, read back and compared at a time: they, and what was read, fit into a core's own cache."""
 
 _WAITING_NBYTES = 32 << 20
 """Bytes that wait to be hashed, from which on those that bring more wait too."""
@@ -184,8 +202,17 @@ def pieces_of(source: ByteSource) -> Iterator[tuple[int, ByteSource]]:
         yield start, source if source.nbytes <= size else source.part(start, min(size, source.nbytes - start))
 
 
+_File = tuple[int, int]
+"""A file that is being written: its device and inode."""
+
+_kept = threading.local()
+
+
 class Passed:
-    """What passed by on its way to an output, by where it came from: for what is too far to be read again.
+    """What passed by on its way to an output: read back from where it was written, and compared with what was read.
+
+    That is of use for what is too far to be read again.  It says of a piece that it is in the output only where nothing
+    else was written, and where all of it was found to be as it came; of everything else it knows nothing.
 
     Args:
         storages: those whose recorded checksums are to be held.
@@ -195,24 +222,81 @@ class Passed:
     """
 
     def __init__(self, storages: Iterable[Storage] = ()) -> None:
-        from hashlib import sha256
-
-        self._sha256: Callable[[Buffer], Any] = sha256
-        self._digests: dict[tuple[object, ...], bytes] = {}
+        self._places: dict[tuple[object, ...], list[tuple[_File, int]]] = {}
+        self._written: dict[_File, list[tuple[int, int]]] = {}
+        """First byte of each run that was written of a file, and the byte after its last."""
+        self._differing: dict[_File, list[int]] = {}
+        """Where the first byte of a run was that was read back as another."""
+        self._sound: dict[_File, list[tuple[int, int]]] = {}
+        """As `_written`, once all is; those that follow one another are one."""
         self.sums = Checksums()
         self.sums.want(storages)
 
-    def note(self, source: ByteSource, data: Buffer) -> None:
-        """These are the bytes of a piece, as they were written."""
-        self.note_digest(source, self._sha256(data).digest())
+    def read_back(self, fd: int, data: Buffer, target: int) -> None:
+        """Read what was just written at a position of an open file, and compare.
 
-    def note_digest(self, source: ByteSource | TensorEntry, digest: bytes) -> None:
-        """This is the SHA-256 of a piece, or of what was gathered of a tensor."""
-        self._digests[_key(source)] = digest
+        Raises:
+            OSError: it could not be read.
+        """
+        view = memoryview(data)
+        for start in range(0, len(view), READ_BACK_NBYTES):
+            ours = view[start : start + READ_BACK_NBYTES]
+            theirs: bytearray | None = getattr(_kept, "theirs", None)
+            if theirs is None or len(theirs) != len(ours):
+                theirs = _kept.theirs = bytearray(len(ours))
+            filled = fill_from(fd, theirs, target + start)
+            if filled < len(ours) or theirs != ours:  # of two views each byte would be compared by itself
+                same = next((i for i in range(filled) if theirs[i] != ours[i]), filled)
+                self._differing.setdefault(_file(fd), []).append(target + start + same)
+                break
+        self.will_write(fd, target, len(view))
 
-    def digest(self, source: ByteSource | TensorEntry) -> bytes | None:
-        """The SHA-256 of a piece, or of a tensor that was gathered; ``None``: it did not pass by."""
-        return self._digests.get(_key(source))
+    def will_write(self, fd: int, target: int, nbytes: int) -> None:
+        """Bytes at this position are written too: what was proved of them is so no longer."""
+        self._written.setdefault(_file(fd), []).append((target, target + nbytes))
+
+    def note(self, source: ByteSource | TensorEntry, fd: int, target: int) -> None:
+        """A piece, or what was gathered of a tensor, was written at this position."""
+        self._places.setdefault(_key(source), []).append((_file(fd), target))
+
+    def settle(self) -> None:
+        """All is written: where is it sound?"""
+        for file, written in self._written.items():
+            written.sort()
+            if all(end <= start for (_, end), (start, _) in pairwise(written)):  # nothing over something else
+                self._sound[file] = runs = written[:1]
+                for start, end in written[1:]:
+                    if start == runs[-1][1]:
+                        runs[-1] = runs[-1][0], end
+                    else:
+                        runs.append((start, end))
+
+    def same(self, source: ByteSource | TensorEntry, written: ByteRange) -> int | None:
+        """How many bytes of a piece, from the first on, are known to lie in a range of the output.
+
+        Args:
+            source: the piece, or a tensor that was gathered.
+            written: of the output, as its own reader has opened it.
+
+        Returns:
+            All of them where they were compared and are the same, fewer where one was another; ``None``: it was not
+            written there, or cannot be relied upon.
+        """
+        if not isinstance(written.file, SourceFile):
+            return None
+        file, start, end = written.file.identity[:2], written.offset, written.offset + written.nbytes
+        if (file, start) not in self._places.get(_key(source), ()):
+            return None
+        runs = self._sound.get(file, [])
+        at = bisect_right(runs, start, key=itemgetter(0)) - 1
+        if at < 0 or end > runs[at][1]:
+            return None
+        return min([each for each in self._differing.get(file, ()) if start <= each < end], default=end) - start
+
+
+def _file(fd: int) -> _File:
+    status = os.fstat(fd)
+    return status.st_dev, status.st_ino
 
 
 def passed_of(checkpoint: Checkpoint, source: Source) -> Passed | None:

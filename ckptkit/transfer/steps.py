@@ -139,7 +139,7 @@ class Copier:
             while held:
                 moved = os.splice(end, self._fd, held, offset_dst=target + done)
                 if moved == 0:
-                    raise OSError(errno.EINVAL, "nothing is taken from a pipe")
+                    raise OSError(errno.EINVAL, "a pipe cannot be read here")
                 held, done = held - moved, done + moved
         return done
 
@@ -272,11 +272,13 @@ class Small:
     Args:
         fd: where to; writable.
         moved: called with the number of bytes as they are written.
+        write: what writes them.
     """
 
-    def __init__(self, fd: int, moved: Progress) -> None:
+    def __init__(self, fd: int, moved: Progress, write: Callable[[int, Buffer, int], object] = write_at) -> None:
         self._fd = fd
         self._moved = moved
+        self._write = write
         self._ahead = Ahead()
         self._parts: list[bytes] = []
         self._start = self._end = 0
@@ -296,7 +298,7 @@ class Small:
     def flush(self) -> None:
         """Write what was taken."""
         if self._parts:
-            write_at(self._fd, b"".join(self._parts), self._start)
+            self._write(self._fd, b"".join(self._parts), self._start)
             self._parts.clear()
             self._moved(self._end - self._start)
 
@@ -368,7 +370,9 @@ def move(plan: Plan, fd: int, tally: Tally, progress: Progress | None = None) ->
     in_parallel(pieces(), nbytes=sum(step.nbytes for step in casts))
 
 
-def fill_file(plan: Plan, fd: int, digests: DigestsInPassing | None = None, *, checksums: bool = True) -> None:
+def fill_file(
+    plan: Plan, fd: int, digests: DigestsInPassing | None = None, *, checksums: bool = True, alone: bool = False
+) -> None:
     """Fill in the fields that depend on other bytes: digests, then checksums.
 
     Args:
@@ -376,6 +380,7 @@ def fill_file(plan: Plan, fd: int, digests: DigestsInPassing | None = None, *, c
         fd: the file.
         digests: of the sources; ``None``: those fields, and checksums over literals, are left for later.
         checksums: whether to fill in the checksums over bytes of the source.
+        alone: whether what lies between fields is not to be written once more, since it was compared.
 
     Raises:
         As `execute`.
@@ -393,7 +398,7 @@ def fill_file(plan: Plan, fd: int, digests: DigestsInPassing | None = None, *, c
     tasks = (partial(_checksums, fd, list(steps), found) for _, steps in pages)
     in_parallel(tasks, nbytes=sum(step.covers for step in wanted))
     for _, fields in groupby(sorted(found), key=lambda field: field[0] // _CACHED_NBYTES):
-        _fill(fd, list(fields))
+        _fill(fd, list(fields), _FEW if not alone else len(found))
 
 
 def _checksums(fd: int, steps: list[Checksum], found: list[tuple[int, int]]) -> None:
@@ -408,10 +413,10 @@ def _checksums(fd: int, steps: list[Checksum], found: list[tuple[int, int]]) -> 
         found.append((target, crc))
 
 
-def _fill(fd: int, fields: list[tuple[int, int]]) -> None:
-    """Write checksums to their fields in one page; many with what lies between them."""
+def _fill(fd: int, fields: list[tuple[int, int]], few: int) -> None:
+    """Write checksums to their fields in one page; more than a few with what lies between them."""
     first, nbytes = fields[0][0], fields[-1][0] + 4 - fields[0][0]
-    data = bytearray(read_at(fd, nbytes, first) if len(fields) > _FEW else b"")
+    data = bytearray(read_at(fd, nbytes, first) if len(fields) > few else b"")
     if len(data) == nbytes:
         for target, crc in fields:
             data[target - first : target - first + 4] = crc.to_bytes(4, "little")

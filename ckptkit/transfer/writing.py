@@ -83,7 +83,7 @@ def write_atomically(
         replaces: names of files beside the destination that the new ones make stale; removed at the end.
         source: the open file that the plan reads; where the system replaces no file that is open, and this is one to
             be replaced, it is closed once all of it is read.
-        passed: gets the digests of what passes by, where the source is far.
+        passed: compares what passes by with what was written, where the source is far.
         digests: of source files that the caller wants, beside those that the plan has; none: the plan's.
         progress: called as bytes are written, and again as they are compared.
 
@@ -166,7 +166,7 @@ def _filled(
             moves = (partial(move, *output, tally, counted) for output in outputs)
             in_parallel(moves, nbytes=plan.total_nbytes if plan.shards else 0, stop=stop)
         for file in data:
-            fill_file(file.plan, file.fd, checksums=check is not None)
+            fill_file(file.plan, file.fd, checksums=check is not None, alone=passed is not None)
         if plan.index is not None:
             overwrite(files[-1].fd, plan.index.to_bytes(_temporary_names(files, plan)))
         if check is not None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
+import os
 import random
 import signal
 import threading
@@ -23,6 +25,7 @@ from support.far import FarStore, below, serving
 from support.range_server import range_server
 
 import ckptkit
+from ckptkit import compare
 from ckptkit.bytesource import SourceFile
 from ckptkit.computed import Held
 from ckptkit.differences import pairs as pairs_of
@@ -286,6 +289,82 @@ def test_what_is_put_in_the_wrong_place_is_found(
     assert [*tmp_path.iterdir()] == []
 
 
+@pytest.mark.parametrize("options", [{}, {"dtype": "bfloat16"}, {"to": "torch-zip"}, {"max_shard_size": "300kB"}])
+@pytest.mark.parametrize("fault", ["another byte", "fewer bytes"])
+def test_what_is_read_back_as_something_else_is_found(
+    store: FarStore, options: dict[str, Any], fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that forgets: what was written is right."""
+    real, turns = passing.fill_from, itertools.count(1)
+
+    def fill(fd: int, buffer: bytearray, offset: int) -> int:
+        turn, filled = next(turns), real(fd, buffer, offset)
+        if turn == 7:
+            buffer[len(buffer) // 2] ^= 1
+            return filled if fault == "another byte" else filled // 2
+        return filled
+
+    monkeypatch.setattr(passing, "fill_from", fill)
+    with pytest.raises(CorruptError, match="the output differs at byte"):
+        ckptkit.convert(PTH, tmp_path / "out.safetensors", **options)
+    at_most_once(store, PTH)
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_what_is_written_over_afterwards_is_found(
+    store: FarStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, targets = far._Mover._copy, []
+
+    def copy(self: Any, fd: int, source: Any, target: int) -> None:
+        real(self, fd, source, target)
+        targets.append(target)
+        if len(targets) == 40:
+            self._write(fd, bytes(10), targets[0] + 100)
+
+    monkeypatch.setattr(far._Mover, "_copy", copy)
+    with pytest.raises(CorruptError, match="the output differs at byte"):
+        ckptkit.convert(SAFE, tmp_path / "out.safetensors")
+    assert [*tmp_path.iterdir()] == []
+
+
+WHOLE, COMPLEX = torch.randn(600, 300), torch.randn(30, 30, dtype=torch.complex64)
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"rows": WHOLE[100:200], "t": WHOLE.t(), "a": WHOLE, "b": WHOLE, "again": WHOLE[300:]},
+        {"a": torch.randn(500, 500), "b": torch.randn(7), "scalar": torch.tensor(3.0), "none": torch.empty(0)},
+        {"conj": COMPLEX.conj(), "imag": COMPLEX.clone().imag},
+        {"sparse": torch.eye(30).to_sparse()},
+    ],
+    ids=["views", "plain", "complex", "sparse"],
+)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"to": "safetensors", "tied": "duplicate", "densify": True},
+        {"to": "safetensors", "dtype": "float16", "densify": True},
+        {"to": "torch-zip"},
+        {"to": "torch-zip", "dtype": "float16"},
+        {"to": "dcp"},
+        {"to": "dcp", "dtype": "bfloat16"},
+    ],
+    ids=lambda options: " ".join(map(str, options.values())),
+)
+def test_all_of_it_is_compared_when_it_is_written(
+    tensors: dict[str, torch.Tensor], options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However tensors lie, none has to be fetched again to be compared."""
+    buffer = io.BytesIO()
+    torch.save(tensors, buffer)
+    for name in ("first_difference", "same_values"):
+        monkeypatch.setattr(compare, name, None)
+    with serving({PTH: buffer.getvalue()}):
+        ckptkit.convert(PTH, tmp_path / "out", **options)
+
+
 def test_a_conversion_that_is_not_the_same_twice(
     store: FarStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -299,7 +378,7 @@ def test_a_conversion_that_is_not_the_same_twice(
         out[0] ^= count[0] & 1
 
     monkeypatch.setattr(Caster, "into", into)
-    with pytest.raises(CorruptError, match="converted twice"):
+    with pytest.raises(CorruptError, match="converting it twice"):
         ckptkit.convert(SAFE, tmp_path / "out.safetensors", dtype="bfloat16")
     assert [*tmp_path.iterdir()] == []
 
@@ -614,12 +693,38 @@ def test_a_hash_of_runs_that_come_out_of_order(shift: int) -> None:
 def test_what_did_not_pass_by_is_not_known(tmp_path: Path) -> None:
     (tmp_path / "data").write_bytes(DATA)
     file = SourceFile(tmp_path / "data")
-    passed = Passed()
-    passed.note(file.whole.part(0, 100), DATA[:100])
-    assert passed.digest(file.whole.part(0, 100)) == hashlib.sha256(DATA[:100]).digest()
-    assert passed.digest(file.whole.part(0, 99)) is None
-    assert passed.digest(file.whole.part(1, 100)) is None
+    written = SourceFile(tmp_path / "data")
+    fd, known = os.open(tmp_path / "data", os.O_RDWR), Passed()
+    known.note(file.whole.part(0, 100), fd, 50)
+    known.note(file.whole.part(100, 100), fd, 150)
+    known.read_back(fd, DATA[50:150], 50)
+    known.read_back(fd, DATA[150:200] + bytes([DATA[200] ^ 1]) + DATA[201:250], 150)
+    known.note(file.whole.part(200, 100), fd, 250)  # but nothing was
+    known.settle()
+    for offset, nbytes, at, same in [
+        (0, 100, 50, 100), (100, 100, 150, 50), (200, 100, 250, None),
+        (0, 100, 51, None), (0, 99, 50, None), (1, 100, 50, None),
+    ]:  # fmt: skip
+        assert known.same(file.whole.part(offset, nbytes), written.whole.part(at, nbytes)) == same
+    assert known.same(file.whole.part(0, 100), Held(DATA, "data").whole.part(50, 100)) is None
+    os.close(fd)
     file.close()
+    written.close()
+
+
+def test_what_is_written_over_is_not_known(tmp_path: Path) -> None:
+    (tmp_path / "data").write_bytes(DATA)
+    with open(tmp_path / "data", "r+b") as output:
+        written = SourceFile(tmp_path / "data")
+        for over in range(90, 210, 10):
+            known = Passed()
+            known.note(written.whole.part(0, 100), output.fileno(), 100)
+            known.read_back(output.fileno(), DATA[100:200], 100)
+            known.will_write(output.fileno(), over, 4)
+            known.settle()
+            same = known.same(written.whole.part(0, 100), written.whole.part(100, 100))
+            assert same == (None if 100 <= over < 200 else 100)
+        written.close()
 
 
 def test_errors_of_far_files_are_ours(store: FarStore, tmp_path: Path) -> None:
