@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from ckptkit.cli.options import wrapped
+from ckptkit.cli.tables import wrapped
 from ckptkit.report import CONVERT, count_of, printable
 
 if TYPE_CHECKING:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ckptkit.cli import inspect_text
+from ckptkit.inspection import surveyed
 from ckptkit.page import inspected as page_of_files
 
 if TYPE_CHECKING:
@@ -24,8 +25,8 @@ def inspect(document: InspectedFile | Survey | UnreadFile, view: View) -> Iterat
     """The elements of one file, in the words that the terminal has for it."""
     if document["error"] is not None:
         return page_of_files.elements(document)
-    surveyed: Any = inspect_text.surveyed(document)
-    return page_of_files.elements(surveyed, inspect_text.what_it_is(surveyed), inspect_text.fact_lines(surveyed))
+    survey: Any = surveyed(document)
+    return page_of_files.elements(survey, inspect_text.what_it_is(survey), inspect_text.fact_lines(survey))
 
 
 def inspected(files: Iterable[Iterable[str]], passed_over: Mapping[str, int]) -> Iterator[str]:

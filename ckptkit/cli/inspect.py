@@ -152,12 +152,12 @@ def command(
 
             ending.say(passed_over_text(passed_over))
         return _exit_code(seen, fail_on)
-    shown = lines(documents(), passed_over, render, view)
+    told = lines(documents(), passed_over, render, view)
     if output == "html":
         from ckptkit.cli import html
 
-        shown = html.inspected((render(document, view) for document in documents()), passed_over)
-    for line in shown:
+        told = html.inspected((render(document, view) for document in documents()), passed_over)
+    for line in told:
         ui.echo(line)
     return _exit_code(seen, fail_on)
 
@@ -200,10 +200,9 @@ def _surveyed(asked: _Asked) -> Survey | UnreadFile:
         if asked.error is not None:
             raise asked.error
         with api.open(asked.path, **asked.opening) as file:
-            checkpoint, drawn = file.checkpoint, asked.output == "html"
-            return survey(
-                checkpoint, filters=asked.filters, sort=asked.view.sort, stats=asked.stats, histograms=drawn and asked.stats
-            )
+            histograms = asked.stats and asked.output == "html"
+            order = asked.view.sort
+            return survey(file.checkpoint, filters=asked.filters, sort=order, stats=asked.stats, histograms=histograms)
     except CkptkitError as error:
         return describe_error(asked.path, error)
 

@@ -11,8 +11,8 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, cast
 
 from ckptkit.cli import inspect_text as as_text
-from ckptkit.cli.closing import combined_title
 from ckptkit.cli import tensor_tables as of_tensors
+from ckptkit.cli.closing import combined_title
 from ckptkit.cli.options import View, printable
 from ckptkit.formats.folder import passed_over_text
 from ckptkit.inspection import surveyed
