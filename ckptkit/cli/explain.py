@@ -7,7 +7,8 @@ ckptkit knows (references of models, codes of findings), and what bash needs for
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from textwrap import wrap
 from typing import TYPE_CHECKING
 
 import click
@@ -94,13 +95,16 @@ def text(document: ExplainDocument, view: ui.View) -> Iterator[str]:
     codes, topics = document["codes"], document.get("topics", {})
     if codes and topics:
         yield view.style("topics", bold=True)
-        yield from columns([[name, titled(topics[name])] for name in topics], [], "ll")
+        yield from _listed({name: titled(text) for name, text in topics.items()}, view.width)
         yield f"\n{view.style('codes of findings', bold=True)}"
-        yield from columns([[name, codes[name]["title"]] for name in sorted(codes)], [], "ll")
+        yield from _listed({name: codes[name]["title"] for name in sorted(codes)}, view.width)
         return
     for name, said in codes.items():
         yield f"{view.style(name, bold=True)}: {said['title']}"
-        yield from (f"\n{part}" for part in (said["meaning"], said["remedy"]) if part != "-")
+        for part in (said["meaning"], said["remedy"]):
+            if part != "-":
+                yield ""
+                yield from _filling(part, view.width)
     for said_of_it in topics.values():
         yield from _plain(said_of_it, view)
 
@@ -110,11 +114,25 @@ def titled(topic: str) -> str:
     return topic.partition("\n")[0].partition(": ")[2]
 
 
+def _listed(titles: Mapping[str, str], width: int | None) -> Iterator[str]:
+    """Names with their titles in a column, which are not cut but go on below."""
+    indent = 2 + max(map(len, titles))
+    for name, title in titles.items():
+        first, *others = _filling(title, width and width - indent)
+        yield f"{name:{indent}}{first}"
+        yield from (" " * indent + line for line in others)
+
+
+def _filling(text: str, width: int | None) -> list[str]:
+    """The text in lines of at most so many characters; ``None``: in one."""
+    return [text] if width is None else wrap(text, width, break_long_words=False, break_on_hyphens=False)
+
+
 def _plain(markdown: str, view: ui.View) -> Iterator[str]:
     """A topic on a terminal: heads and what is stressed are bold, commands are indented, tables have columns."""
     in_block = False
     table: list[list[str]] = []
-    for line in (*markdown.splitlines(), ""):
+    for line in markdown.splitlines():
         if line.startswith("|"):
             table.append([cell.strip().replace("`", "") for cell in line.strip("|").split("|")])
             continue
@@ -134,10 +152,10 @@ def _plain(markdown: str, view: ui.View) -> Iterator[str]:
 
 def _filled(markdown: str) -> str:
     """A topic with the tables in it that are made from the code."""
-    from ckptkit.formats.containers import FORMATS, format_named
-
     if _CONTAINERS not in markdown:
         return markdown
+    from ckptkit.formats.containers import FORMATS, format_named
+
     rows = ["| container | what writes it | written |", "|---|---|---|"]
     for each in FORMATS:
         is_written = (each if each.shards is None else format_named(each.shards)).writer is not None
@@ -168,5 +186,5 @@ def command(subject: str | None, output: str, quiet: bool, color: str) -> int:
         },
         "topics": {name: _filled(topic(name)) for name in topics},
     }
-    ui.show(document, output, RENDERERS, ui.View(ui.styler(color)))
+    ui.show(document, output, RENDERERS, ui.View(ui.styler(color), ui.terminal_width()))
     return verdict

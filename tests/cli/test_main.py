@@ -177,6 +177,22 @@ def test_explain_every_topic(run) -> None:
     assert "did you mean guarantees" in run("explain", "guarantee").stderr
 
 
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_explain_fits_a_terminal_and_cuts_nothing(width: int) -> None:
+    from ckptkit.cli.explain import text
+    from ckptkit.cli.options import View
+    from ckptkit.codes import CODES, TOPICS, topic
+
+    said = {name: {"title": c.title, "meaning": c.meaning, "remedy": c.remedy} for name, c in CODES.items()}
+    both = {"schema_version": 1, "codes": said, "topics": {name: topic(name) for name in TOPICS}}
+    one = {"schema_version": 1, "codes": {"module-prefix": said["module-prefix"]}, "topics": {}}
+    for document in (both, one):
+        whole = list(text(document, View()))
+        lines = [part for line in text(document, View(width=width)) for part in line.splitlines()]
+        assert max(map(len, lines)) <= width
+        assert "".join("".join(lines).split()) == "".join("".join(whole).split())
+
+
 def test_the_topic_of_containers_has_each(run) -> None:
     from ckptkit.formats import FORMATS, format_named
 
