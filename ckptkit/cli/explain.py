@@ -156,7 +156,7 @@ def _filled(markdown: str) -> str:
         return markdown
     from ckptkit.formats.containers import FORMATS, format_named
 
-    rows = ["| container | what writes it | written |", "|---|---|---|"]
+    rows = ["| container | comes from | also written |", "|---|---|---|"]
     for each in FORMATS:
         is_written = (each if each.shards is None else format_named(each.shards)).writer is not None
         rows.append(f"| `{each.name}` | {each.title} | {'yes' if is_written else ''} |")
