@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from textwrap import wrap
 from typing import TYPE_CHECKING
 
 import click
@@ -17,7 +16,7 @@ from click.shell_completion import BashComplete, CompletionItem, add_completion_
 from ckptkit.architectures.index import LIBRARIES, load
 from ckptkit.cli import ending
 from ckptkit.cli import options as ui
-from ckptkit.cli.tables import columns
+from ckptkit.cli.tables import columns, wrapped
 from ckptkit.codes import CODES, TOPICS, topic
 from ckptkit.nearness import did_you_mean
 from ckptkit.report import SCHEMA_VERSION
@@ -95,18 +94,24 @@ def text(document: ExplainDocument, view: ui.View) -> Iterator[str]:
     codes, topics = document["codes"], document.get("topics", {})
     if codes and topics:
         yield view.style("topics", bold=True)
-        yield from _listed({name: titled(text) for name, text in topics.items()}, view.width)
+        yield from _titles({name: titled(topics[name]) for name in topics}, view)
         yield f"\n{view.style('codes of findings', bold=True)}"
-        yield from _listed({name: codes[name]["title"] for name in sorted(codes)}, view.width)
+        yield from _titles({name: codes[name]["title"] for name in sorted(codes)}, view)
         return
     for name, said in codes.items():
-        yield f"{view.style(name, bold=True)}: {said['title']}"
+        yield from wrapped(f"{view.style(name, bold=True)}: {said['title']}", view.width)
         for part in (said["meaning"], said["remedy"]):
             if part != "-":
                 yield ""
-                yield from _filling(part, view.width)
+                yield from wrapped(part, None if part.startswith("ckptkit ") else view.width, 0)  # to copy whole
     for said_of_it in topics.values():
         yield from _plain(said_of_it, view)
+
+
+def _titles(titles: Mapping[str, str], view: ui.View) -> Iterator[str]:
+    widest = max(map(len, titles))
+    for name, title in titles.items():
+        yield from wrapped(f"{name:{widest}}  {title}", view.width, widest + 2)
 
 
 def titled(topic: str) -> str:
@@ -114,30 +119,16 @@ def titled(topic: str) -> str:
     return topic.partition("\n")[0].partition(": ")[2]
 
 
-def _listed(titles: Mapping[str, str], width: int | None) -> Iterator[str]:
-    """Names with their titles in a column, which are not cut but go on below."""
-    indent = 2 + max(map(len, titles))
-    for name, title in titles.items():
-        first, *others = _filling(title, width and width - indent)
-        yield f"{name:{indent}}{first}"
-        yield from (" " * indent + line for line in others)
-
-
-def _filling(text: str, width: int | None) -> list[str]:
-    """The text in lines of at most so many characters; ``None``: in one."""
-    return [text] if width is None else wrap(text, width, break_long_words=False, break_on_hyphens=False)
-
-
 def _plain(markdown: str, view: ui.View) -> Iterator[str]:
     """A topic on a terminal: heads and what is stressed are bold, commands are indented, tables have columns."""
     in_block = False
     table: list[list[str]] = []
-    for line in markdown.splitlines():
+    for line in (*(markdown if view.width is None else _in_paragraphs(markdown)).splitlines(), ""):
         if line.startswith("|"):
             table.append([cell.strip().replace("`", "") for cell in line.strip("|").split("|")])
             continue
         if table:
-            head, *rows = columns(table[2:], table[0], "l" * len(table[0]))
+            head, *rows = columns(table[2:], table[0], "n" + "l" * (len(table[0]) - 1), view.width)
             yield from (view.style(head, bold=True), *rows)
             table = []
         if line.startswith("```"):
@@ -145,9 +136,17 @@ def _plain(markdown: str, view: ui.View) -> Iterator[str]:
         elif in_block:
             yield f"    {line}".rstrip()
         elif line.startswith("#"):
-            yield view.style(line.lstrip("# "), bold=True)
+            yield from wrapped(view.style(line.lstrip("# "), bold=True), view.width)
         else:
-            yield _STRESSED.sub(lambda found: view.style(found[1], bold=True) if found[1] else found[0], line)
+            stressed = _STRESSED.sub(lambda found: view.style(found[1], bold=True) if found[1] else found[0], line)
+            yield from wrapped(stressed, view.width, 2 * line.startswith("- "))
+
+
+def _in_paragraphs(markdown: str) -> str:
+    """A topic whose paragraphs are one line each; blocks of commands are as they were."""
+    blocks = re.split(r"(^```.*?^```$)", markdown, flags=re.MULTILINE | re.DOTALL)
+    blocks[::2] = [re.sub(r"(?<=[^\n|])\n *(?![ \n|#-]|\d+\. |$)", " ", text) for text in blocks[::2]]
+    return "".join(blocks)
 
 
 def _filled(markdown: str) -> str:
