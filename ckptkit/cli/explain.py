@@ -90,11 +90,11 @@ def _in_paragraphs(markdown: str) -> str:
 
 def _filled(markdown: str) -> str:
     """A topic with the tables in it that are made from the code."""
-    from ckptkit.formats.containers import FORMATS, format_named
-
     if _CONTAINERS not in markdown:
         return markdown
-    rows = ["| container | what writes it | written |", "|---|---|---|"]
+    from ckptkit.formats.containers import FORMATS, format_named
+
+    rows = ["| container | comes from | also written |", "|---|---|---|"]
     for each in FORMATS:
         is_written = (each if each.shards is None else format_named(each.shards)).writer is not None
         rows.append(f"| `{each.name}` | {each.title} | {'yes' if is_written else ''} |")
