@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Protocol, TypeVar, cast, overload
 
 from ckptkit.errors import RewriteError, VerifyError
+from ckptkit.nearness import did_you_mean, nearest
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -54,6 +55,8 @@ _ELSEWHERE = ("npu", "musa", "mlu", "gcu", "dml", "ort", "msnpu", "vsi", "rbln",
 _MEANT = {"gpu": "cuda", "nvidia": "cuda", "rocm": "cuda", "amd": "cuda", "tpu": "xla", "apple": "mps", "intel": "xpu"}
 """What people call devices."""
 
+_DEVICES = "; expected 'cpu', 'cuda:0', 'mps' or the like"
+
 _DEVICE = re.compile(r"([a-z][a-z0-9_]*)(?::(0|[1-9][0-9]{0,2}))?\Z")
 
 _MAX_INDEX = 127
@@ -66,11 +69,8 @@ def device_problem(given: str) -> str | None:
     kind = found[1] if found else given.partition(":")[0].strip().lower()
     types = (*DEVICE_TYPES, *_ELSEWHERE)
     if kind not in types:
-        from difflib import get_close_matches  # every command starts faster without
-
-        near = _MEANT.get(kind) or next(iter(get_close_matches(kind, DEVICE_TYPES, n=1)), None)
-        meant = f"did you mean {near!r}?" if near else "expected 'cpu', 'cuda:0', 'mps' or the like"
-        return f"{given!r:.80} is not a device location; {meant}"
+        meant = did_you_mean(kind, DEVICE_TYPES, 1, called=_MEANT, shown=repr)
+        return f"{given!r:.80} is not a device location{meant or _DEVICES}"
     if found is None or int(found[2] or 0) > _MAX_INDEX:
         return f"{given!r:.80} is not a device location; expected {kind!r} or '{kind}:N', N from 0 to {_MAX_INDEX}"
     return None
@@ -111,7 +111,7 @@ def shapes(name: str, given: Any) -> tuple[tuple[int, ...], ...]:
         if not sizes or not all(hasattr(size, "__index__") and size is not True and size >= 0 for size in sizes):
             raise VerifyError(
                 f"{name}: {shape!r:.80} is not a shape; expected a list of shapes of whole numbers, "
-                "as [[1, 3, 224, 224]]"
+                "such as [[1, 3, 224, 224]]"
             )
         made.append(tuple(map(int, sizes)))
     return tuple(made)
@@ -209,9 +209,7 @@ class Option(Generic[T]):
 
 def unexpected(function: str, name: str, known: Iterable[str]) -> TypeError:
     """What Python says of a keyword that a function does not take, with the one that was probably meant."""
-    from difflib import get_close_matches  # every command starts faster without
-
-    near = get_close_matches(name, known, n=1)
+    near = nearest(name, known, 1)
     meant = f". Did you mean {near[0]!r}?" if near else ""
     return TypeError(f"{function}() got an unexpected keyword argument {name!r}{meant}")
 
@@ -250,7 +248,7 @@ class Options:
         """See that the options go together."""
 
     def __setattr__(self, name: str, value: object) -> None:
-        raise AttributeError(f"options do not change; cannot set {name!r}")
+        raise AttributeError(f"options cannot be changed; cannot set {name!r}")
 
     def __repr__(self) -> str:
         given = {name: value for name, value in vars(self).items() if value != self.declared[name].default}

@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 from ckptkit.computed import ConvertedRange, DTypeConversion
-from ckptkit.dtypes import DTYPES
+from ckptkit.dtypes import DTYPES, meant_dtype
 from ckptkit.errors import DTypeError
 from ckptkit.tensor import Storage
 
@@ -166,7 +166,9 @@ def caster(before: str, after: str, *, byteorder: Literal["little", "big"] = "li
     if before not in CAST_SOURCES:
         raise DTypeError(f"values of {before!r} cannot be cast; possible: {', '.join(CAST_SOURCES)}")
     if after not in CAST_TARGETS:
-        raise DTypeError(f"values cannot be cast to {after!r}; possible: {', '.join(CAST_TARGETS)}")
+        raise DTypeError(
+            f"values cannot be cast to {after!r}; possible: {', '.join(CAST_TARGETS)}{meant_dtype(after, CAST_TARGETS)}"
+        )
     return Caster(before, after, byteorder)
 
 

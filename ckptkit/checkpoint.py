@@ -14,7 +14,7 @@ from itertools import islice
 from typing import Final, Literal, NamedTuple, Protocol, get_args
 
 from ckptkit.errors import KeyCollisionError, RewriteError
-from ckptkit.report import Finding, count_of, html_block, listed, printable
+from ckptkit.report import Finding, count_of, listed, printable
 from ckptkit.tensor import Storage, TensorEntry, as_tensor, contiguous_stride, shared_storages, tied_groups
 
 __all__ = [
@@ -42,9 +42,6 @@ __all__ = [
 
 _SHOWN, _MAX_REPR = 2, 190
 """Tensors that the ``repr`` of a state_dict names, and its characters."""
-
-_MAX_ROWS = 20
-"""Tensors of it that a notebook shows."""
 
 Kind = Literal["whole_model", "state_dict", "resume", "tensor", "collection", "other"]
 """What a file holds: a pickled ``nn.Module``; a state_dict; weights beside training state; one bare
@@ -128,10 +125,8 @@ class StateDict(Mapping[str, TensorEntry]):
         return printable(f"StateDict({count_of(len(self), 'tensor')}{told}")[:_MAX_REPR] + ")"
 
     def _repr_html_(self) -> str:
-        """What a notebook shows of it: the first tensors."""
-        rows = [(name, entry.dtype, f"{[*entry.shape]}") for name, entry in islice(self.items(), _MAX_ROWS)]
-        left_out = len(self) - len(rows)
-        return html_block(f"StateDict: {count_of(len(self), 'tensor')}", (), ("name", "dtype", "shape"), rows, left_out)
+        """What a notebook shows of it: the tree of its names."""
+        return _html(f"StateDict: {count_of(len(self), 'tensor')}", (), self)
 
     @property
     def is_plain(self) -> bool:
@@ -390,6 +385,18 @@ class Checkpoint:
     def __repr__(self) -> str:
         return f"<Checkpoint of {self.origin.path!r}: {self.origin.kind}, {count_of(len(self.state_dict), 'tensor')}>"
 
+    def _repr_html_(self) -> str:
+        """What a notebook shows of it: what it is, and the tree of the names of its weights."""
+        from ckptkit.report import human_size
+
+        origin, kind, trust = self.origin, self.origin.kind.replace("_", " "), self.trust.replace("_", " ")
+        lines = [
+            f"{origin.format}, {kind}, {human_size(origin.size)}, {trust}",
+            count_of(len(self.state_dict), "tensor"),
+        ]
+        lines += [f"rewritten: {listed(map(str, self.operations))}"] if self.operations else []
+        return _html(origin.path, lines, self.state_dict)
+
     @property
     def trust(self) -> Trust:
         """What a loader that executes pickles would have to be trusted with; see `Trust`."""
@@ -425,3 +432,17 @@ def _called(rewriter: object) -> str:
     """A rewriter as it would be written, without what differs from run to run."""
     name = getattr(rewriter, "__qualname__", None)
     return f"{name}()" if isinstance(name, str) else re.sub(r" at 0x[0-9a-fA-F]+", "", repr(rewriter))
+
+
+def _html(title: str, lines: Iterable[str], state_dict: StateDict) -> str:
+    """Title, lines, and the tree of names as a notebook shows them; what is tied counts once."""
+    from ckptkit.display import html_block, names_tree
+
+    first = {name: names[0] for names in tied_groups(state_dict) for name in names[1:]}
+    tree, left_out = names_tree(
+        (name, f"{entry.dtype} {[*entry.shape]}", entry.numel, entry.nbytes)
+        if name not in first
+        else (name, f"{entry.dtype} {[*entry.shape]} = {first[name]}", 0, 0)
+        for name, entry in state_dict.items()
+    )
+    return html_block(title, lines, tree=tree, tree_left_out=left_out)

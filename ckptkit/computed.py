@@ -60,7 +60,7 @@ def spooled(parts: Iterable[bytes], nbytes: int | None, source: Source, what: st
     import shutil
     import tempfile
 
-    remedy, needs = "set TMPDIR to a folder with room for it", ""
+    remedy, needs = "set TMPDIR to a folder with enough space", ""
 
     def reserve(more: int) -> tuple[int, ByteRange]:
         nonlocal needs
@@ -206,7 +206,7 @@ class Inflation(_Computed):
         if count != self.nbytes or not inflater.eof or inflater.unused_data:
             raise self._corrupt(f"does not inflate to the {self.nbytes:,} bytes it declares")
         if self.crc32 is not None and crc != self.crc32:
-            raise self._corrupt(f"its CRC-32 is {crc:08x}, recorded is {self.crc32:08x}: damaged")
+            raise self._corrupt(f"its CRC-32 is {crc:08x}, but the archive records {self.crc32:08x}: damaged")
 
     def _corrupt(self, what: str) -> CorruptError:
         return CorruptError(f"{self.name}: {what}", path=self.file.path)

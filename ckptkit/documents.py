@@ -9,23 +9,21 @@ here, and `ckptkit.cli` renders it.  Fields are added, never changed or taken aw
 Sizes (``size``, ``nbytes``) are in bytes; shapes, strides and counts of parameters and buffers in elements; times in
 seconds.  ``path`` is a file as it was named; of a section or a module it is keys joined with dots, ``""`` the whole.
 Dtypes have torch's names without the prefix (``"float32"``).  A number that JSON does not have (NaN, Inf) is ``None``,
-or in what a file says its name.
-
-Type checkers alone need this module; what makes a document does not import it when it runs.
+or in what a file says its name.  Type checkers alone need this module: it is not imported when a command runs.
 """
 
 from __future__ import annotations
 
 from typing import Any, TypedDict
 
-from ckptkit.report import FindingDocument, Severity
+from ckptkit.report import CombinedFix, FindingDocument, Severity
 
 __all__ = [
     "ChangesDocument", "CheckDetails", "CheckDocument", "CheckFindingDocument", "CheckedFile", "ConvertDetails",
     "ConvertDocument", "ErrorDocument", "ExplainDocument", "InputsDocument", "ManifestDocument", "ManifestFile",
     "ManifestOptions", "OutputDocument", "PartDocument", "PlanDocument", "ReportDocument", "StepsDocument",
-    "TimedDocument",
-    "VerifyCheckDocument", "VerifyDetails", "VerifyDocument", "VerifyFindingDocument", "WrittenManifest",
+    "TimedDocument", "VerifyCheckDocument", "VerifyDetails", "VerifyDocument", "VerifyFindingDocument",
+    "WrittenManifest",
 ]  # fmt: skip
 
 _From = TypedDict("_From", {"from": str})
@@ -285,10 +283,10 @@ class VerifyDetails(TypedDict):
         outputs: of the first pass.
         passes: forward passes on the first device, less those that measure noise.
         checks: every check, in the order they ran.
-        seconds: how long each part took.
-        steps: how long each check took.
+        seconds, steps: how long each part took; and each check.
         peak_memory_nbytes: the most memory that was held.
         versions: of ckptkit, Python and the packages that computed.
+        combined_fix: the one conversion that the findings advise; ``None``: they advise none.
     """
 
     path: str
@@ -309,6 +307,7 @@ class VerifyDetails(TypedDict):
     steps: list[TimedDocument]
     peak_memory_nbytes: int | None
     versions: dict[str, str]
+    combined_fix: CombinedFix | None
 
 
 class VerifyDocument(VerifyDetails):
@@ -343,9 +342,9 @@ class CheckedFile(TypedDict):
     Attributes:
         size: bytes; ``None``: it could not be read, or is not there.
         sha256: of the file, where it was computed.
-        ok: whether it is as all rules want it.
-        checked: whether every rule could be applied.
+        ok, checked: whether it is as all rules want it; whether every rule could be applied.
         rules: those applied, in order.
+        combined_fix: the one conversion that its findings advise; ``None``: they advise none.
     """
 
     path: str
@@ -354,6 +353,7 @@ class CheckedFile(TypedDict):
     ok: bool
     checked: bool
     rules: list[str]
+    combined_fix: CombinedFix | None
 
 
 class _CheckDetails(TypedDict):
@@ -491,8 +491,12 @@ class ExplanationDocument(TypedDict):
     remedy: str
 
 
-class ExplainDocument(TypedDict):
-    """What ``ckptkit explain`` tells: the code that was asked for, or all."""
-
+class _Explain(TypedDict):
     schema_version: int
     codes: dict[str, ExplanationDocument]
+
+
+class ExplainDocument(_Explain, total=False):
+    """What ``ckptkit explain`` tells: the code or the topic (its text, as markdown) that was asked for, or all."""
+
+    topics: dict[str, str]

@@ -9,11 +9,13 @@ ckptkit speaks of a dtype by torch's name without the prefix: ``"float32"``, ``"
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import NamedTuple
 
 from ckptkit.errors import DTypeError
+from ckptkit.nearness import did_you_mean
 
-__all__ = ["BY_SAFETENSORS", "BY_STORAGE_CLASS", "DTYPES", "DType", "dtype"]
+__all__ = ["BY_SAFETENSORS", "BY_STORAGE_CLASS", "DTYPES", "DType", "dtype", "meant_dtype"]
 
 
 class DType(NamedTuple):
@@ -104,4 +106,21 @@ def dtype(name: str) -> DType:
     try:
         return DTYPES[name]
     except KeyError:
-        raise DTypeError(f"unknown dtype {name!r}; known: {', '.join(DTYPES)}") from None
+        raise DTypeError(f"unknown dtype {name!r}; known: {', '.join(DTYPES)}{meant_dtype(name)}") from None
+
+
+_CALLED = {
+    "half": "float16", "float": "float32", "single": "float32", "double": "float64", "bfloat": "bfloat16",
+    "fp16": "float16", "fp32": "float32", "fp64": "float64", "fp8": "float8_e4m3fn", "float8": "float8_e4m3fn",
+    "f8": "float8_e4m3fn", "e4m3": "float8_e4m3fn", "e5m2": "float8_e5m2", "fp8-e4m3": "float8_e4m3fn",
+    "fp8-e5m2": "float8_e5m2", "float8-e4m3": "float8_e4m3fn", "short": "int16", "int": "int32", "long": "int64",
+    "char": "int8", "byte": "uint8", "boolean": "bool", "chalf": "complex32", "cfloat": "complex64",
+    "cdouble": "complex128", **{name.lower().replace("_", "-"): each.name for name, each in BY_SAFETENSORS.items()},
+}  # fmt: skip
+"""What else dtypes are called: by torch (``torch.half``), in headers of safetensors, and by everybody."""
+
+
+def meant_dtype(given: str, known: Collection[str] = DTYPES) -> str:
+    """The end of a message about a dtype that is none: ``"; did you mean float16?"``, or nothing."""
+    name = given.removeprefix("torch.")
+    return did_you_mean(name, known, called={name: of for name, of in _CALLED.items() if of in known})

@@ -11,7 +11,7 @@ import re
 
 from ckptkit.errors import MissingDependencyError
 
-__all__ = ["INSTALL_TORCH", "OLDEST_TORCH", "__version__", "require", "require_torch"]
+__all__ = ["INSTALL_TORCH", "OLDEST_TORCH", "__version__", "package_file", "require", "require_torch"]
 
 INSTALL_TORCH = "pip install '.[torch]'"
 """Installs both, when run in a clone of ckptkit (a package named ckptkit on PyPI is another project)."""
@@ -20,7 +20,7 @@ OLDEST_TORCH = (2, 1)
 """The first with ``Module.load_state_dict(assign=True)``; pyproject.toml asks for it too."""
 
 _INSTALL = {package: f"pip install '.[{package}]'" for package in ("timm", "transformers")}
-_EXTRAS = {"zstandard": "zstd", "fsspec": "remote", "s3fs": "s3", "gcsfs": "gs", "adlfs": "az"}
+_EXTRAS = {"zstandard": "zstd", "fsspec": "remote", "s3fs": "s3", "gcsfs": "gs", "adlfs": "az", "plotly": "report"}
 _INSTALL |= {package: f"pip install '.[{extra}]'" for package, extra in _EXTRAS.items()}
 """Installs what is an extra of its own."""
 
@@ -35,18 +35,37 @@ def require(package: str) -> None:
         MissingDependencyError: it is not installed, or does not import; the message holds the
             command that installs it.
     """
-    command = _INSTALL.get(package, INSTALL_TORCH)
     try:
         importlib.import_module(package)
     except ModuleNotFoundError as error:
         if error.name != package:
             raise _broken(package, error) from error
-        raise MissingDependencyError(
-            f"this needs {package}, which is not installed; in the clone of ckptkit run: {command}",
-            name=package,
-        ) from None
+        raise _missing(package) from None
     except (ImportError, OSError, RuntimeError) as error:
         raise _broken(package, error) from error
+
+
+def package_file(package: str, path: str) -> bytes:
+    """A file that an optional package brings along, read without importing the package.
+
+    Args:
+        package: as of `require`.
+        path: below the package's folder, with ``/``.
+
+    Raises:
+        MissingDependencyError: the package is not installed, or has no such file.
+    """
+    import importlib.util
+    from contextlib import suppress
+    from pathlib import Path
+
+    found = importlib.util.find_spec(package)
+    for folder in (found and found.submodule_search_locations) or ():
+        with suppress(FileNotFoundError):
+            return Path(folder, path).read_bytes()
+    if found is None:
+        raise _missing(package)
+    raise _broken(package, FileNotFoundError(path))
 
 
 def require_torch() -> None:
@@ -64,6 +83,12 @@ def require_torch() -> None:
             f"in the clone of ckptkit run: {INSTALL_TORCH}",
             name="torch",
         )
+
+
+def _missing(package: str) -> MissingDependencyError:
+    command = _INSTALL.get(package, INSTALL_TORCH)
+    message = f"this needs {package}, which is not installed; in the clone of ckptkit run: {command}"
+    return MissingDependencyError(message, name=package)
 
 
 def _broken(package: str, error: Exception) -> MissingDependencyError:

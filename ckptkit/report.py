@@ -13,6 +13,7 @@ from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, TypedDict, TypeVar
 
+from ckptkit.display import human_size, printable
 from ckptkit.errors import FailedReportError, RewriteError
 
 if TYPE_CHECKING:
@@ -23,7 +24,9 @@ else:
     _Document = TypeVar("_Document", covariant=True)
 
 __all__ = [
+    "CONVERT",
     "SCHEMA_VERSION",
+    "CombinedFix",
     "Explanation",
     "Finding",
     "FindingDocument",
@@ -35,7 +38,6 @@ __all__ = [
     "count_of",
     "glob_of",
     "gravest_first",
-    "html_block",
     "human_size",
     "listed",
     "parse_size",
@@ -52,6 +54,9 @@ Severity = Literal["info", "warning", "error"]
 
 _ORDER: dict[Severity, int] = {"info": 0, "warning": 1, "error": 2}
 
+_MAX_ROWS = 20
+"""Findings that a notebook shows."""
+
 
 class FindingDocument(TypedDict):
     """One thing worth telling.
@@ -67,6 +72,20 @@ class FindingDocument(TypedDict):
     severity: Severity
     message: str
     fix: str | None
+
+
+class CombinedFix(TypedDict):
+    """The one conversion that does what all findings about a file advise (`ckptkit.fixes`).
+
+    Attributes:
+        command: ready to be pasted into a shell.
+        keeps: what its output has of the file, what it drops, and which findings it does not fix.
+        codes: of the findings that it fixes.
+    """
+
+    command: str
+    keeps: str
+    codes: list[str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,10 +157,17 @@ class Report(Generic[_Document]):
         return f"<{type(self).__name__}: {state}>"
 
     def _repr_html_(self) -> str:
-        """What a notebook shows of it."""
-        rows = [(each.severity, each.line) for each in gravest_first(self.findings)]
-        headers = ("", "finding") if rows else ()
-        return html_block(repr(self)[1:-1], (), headers, rows[:_MAX_ROWS], len(rows) - _MAX_ROWS)
+        """What a notebook shows of it: the verdict, the figures, each check that ran, and the findings."""
+        from ckptkit.display import html_block  # few look at it
+
+        facts = [f"{key}: {value}" for key, value in self.details.items() if isinstance(value, str | int) and value]
+        rows = [(f"{finding.severity}", finding.line) for finding in gravest_first(self.findings)[:_MAX_ROWS]]
+        left_out = len(self.findings) - len(rows)
+        for check in self.details.get("checks", ()):
+            if check["run"] and not check["codes"]:
+                rows.append(("ok", check["name"] + f": {check['note']}" * bool(check["note"])))
+        lines, headers, state = [", ".join(facts)] * bool(facts), ("", "finding"), "ok" if self.ok else "failed"
+        return html_block(repr(self)[1:-1], lines, headers if rows else (), rows, left_out, state=state)
 
     def raise_if_failed(self) -> None:
         """Raise when the report is not ok.
@@ -202,15 +228,24 @@ def without_endings(name: str) -> str:
     return stem + ending
 
 
-def convert_command(path: str, *options: str, suffix: str = ".safetensors", taken: Container[str] = ()) -> str:
+CONVERT = "ckptkit convert "
+"""How the commands begin that are made here."""
+
+
+def convert_command(
+    path: str, *options: str, suffix: str = ".safetensors", taken: Container[str] = (), is_clean: bool = False
+) -> str:
     """The command that rewrites ``path`` with these options, ready to be pasted into a shell.
 
     The destination is named after the source, beside it or the archive it lies in (here, where it is a URL), and is
-    none of ``taken`` and nothing that is there.  What is neither a file nor standard input is called FILE.
+    none of ``taken`` and nothing that is there; ``is_clean`` says so in its name, which has it anyway where only that
+    tells it from the source.  What is neither a file nor standard input is called FILE.
     """
     import shlex
     from itertools import chain, count
 
+    if path.startswith("-") and path != "-":  # no option
+        path = os.path.join(os.curdir, path)
     member = split_member(path)
     folder, name = os.path.split(path.rstrip("/"))
     if member is not None:
@@ -226,7 +261,7 @@ def convert_command(path: str, *options: str, suffix: str = ".safetensors", take
     endings = {ending} if stem + ending == name else set()
     bare = without_endings(stem)
     endings.update(f".{each}" for each in stem[len(bare) :].split("."))
-    stem = os.path.join(folder, f"{bare}.clean" if suffix in endings else bare)
+    stem = os.path.join(folder, f"{bare}.clean" if is_clean or suffix in endings else bare)
     paths = chain([stem + suffix], (f"{stem}-{number}{suffix}" for number in count(2)))
     destination = next(each for each in paths if each not in taken and not os.path.lexists(each))
     return shlex.join(["ckptkit", "convert", path, destination, *options])
@@ -257,7 +292,7 @@ def apart(findings: Iterable[_Finding], given: Sequence[str] = ()) -> Iterator[_
     taken: set[str] = set()
     for finding in findings:
         fix = finding.fix
-        if fix is not None and fix.startswith("ckptkit convert "):
+        if fix is not None and fix.startswith(CONVERT):
             if fix not in fixes:
                 import shlex  # inspecting starts faster without
 
@@ -279,55 +314,6 @@ def glob_of(name: str, before: str = "") -> str:
     from glob import escape
 
     return shlex.quote(before + "".join(c if c.isprintable() else "?" for c in escape(name)))
-
-
-def printable(text: str) -> str:
-    """Text from a file, with what a terminal would act upon (control characters) escaped."""
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
-
-
-_MAX_ROWS = 20
-"""Findings that a notebook shows."""
-
-_MAX_CELL = 500
-"""Characters of a cell, and of a line, that a notebook shows."""
-
-
-def html_block(
-    title: str,
-    lines: Iterable[str] = (),
-    headers: Sequence[str] = (),
-    rows: Iterable[Sequence[str]] = (),
-    left_out: int = 0,
-) -> str:
-    """A title, lines and a table as HTML for a notebook, light or dark.
-
-    Nothing in the text is markup, nothing is loaded, and nothing runs.
-
-    Args:
-        title: what it is about.
-        lines: below it, above the table.
-        headers: of the columns; none: there is no table.
-        rows: of the table, as many as are to be shown.
-        left_out: how many are not.
-    """
-    from html import escape  # few look at it
-
-    def cells(tag: str, texts: Sequence[str]) -> str:
-        style = ' style="text-align:left;white-space:pre-wrap"'
-        return "<tr>" + "".join(f"<{tag}{style}>{shown(text)}</{tag}>" for text in texts) + "</tr>"
-
-    def shown(text: str) -> str:
-        return escape(printable(text if len(text) <= _MAX_CELL else text[:_MAX_CELL] + "…"))
-
-    parts = [f"<div><strong>{shown(title)}</strong></div>", *(f"<div>{shown(line)}</div>" for line in lines)]
-    if headers:
-        parts += ["<table>", cells("th", headers), *(cells("td", row) for row in rows), "</table>"]
-    if left_out > 0:
-        parts.append(f"<div>and {left_out:,} more</div>")
-    return f"<div>{''.join(parts)}</div>"
 
 
 def count_of(count: int, thing: str, *verb: str) -> str:
@@ -385,16 +371,6 @@ def listed(
     if last is None or len(shown) < 2:
         return between.join(shown)
     return f"{between.join(shown[:-1])}{last}{shown[-1]}"
-
-
-def human_size(nbytes: int) -> str:
-    """Bytes as people read them: ``"1.2 MB"``, in powers of 1000."""
-    size = float(nbytes)
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if size < 999.5 or unit == "TB":
-            return f"{nbytes} B" if unit == "B" else f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{nbytes} B"
 
 
 _SIZE = re.compile(r"([0-9]{1,19})(\.[0-9]{1,19})? ?(?:([kmgt])(?:(i)b|b?)|b)?", re.ASCII | re.IGNORECASE)

@@ -17,7 +17,7 @@ from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.transfer.checksums import Checksums
 from ckptkit.transfer.values import stream
 
-__all__ = ["NO_STATS", "NonFinite", "count_all", "tensor_stats"]
+__all__ = ["NO_STATS", "Histogram", "NonFinite", "count_all", "tensor_stats"]
 
 NO_STATS: Mapping[str, float | int | None] = dict.fromkeys(("min", "max", "mean", "std", "zeros", "nan", "inf"))
 """The statistics of values that cannot be gone through."""
@@ -26,7 +26,9 @@ _WITHOUT_NAN = ("F4", "F6_E2M3", "F6_E3M2")
 """Floating types in which every pattern is a finite number (OCP Microscaling Formats 1.0, 5.3)."""
 
 
-def tensor_stats(entry: TensorEntry, checksums: Checksums | None = None) -> dict[str, float | int | None]:
+def tensor_stats(
+    entry: TensorEntry, checksums: Checksums | None = None, histogram: Histogram | None = None
+) -> dict[str, float | int | None]:
     """min, max, mean, std (population), and the counts of zeros, NaN and Inf.
 
     min, max and moments are of the finite values, moments in float64; ``None`` where there are none,
@@ -39,6 +41,7 @@ def tensor_stats(entry: TensorEntry, checksums: Checksums | None = None) -> dict
     Args:
         entry: the tensor.
         checksums: what sums the bytes as they pass by.
+        histogram: what counts the finite values as they pass by.
     """
     row = DTYPES[entry.dtype]
     result = dict(NO_STATS)
@@ -65,6 +68,8 @@ def tensor_stats(entry: TensorEntry, checksums: Checksums | None = None) -> dict
             inf += int(numpy.isinf(values).sum())
             if not finite.size:
                 continue
+            if histogram is not None:
+                histogram.update(finite, copies)
             # Whole numbers exactly: float64 holds those of 53 bits.
             ordered = stored if row.kind == "int" else finite
             low, high = min(low, ordered.min().item()), max(high, ordered.max().item())
@@ -82,6 +87,74 @@ def tensor_stats(entry: TensorEntry, checksums: Checksums | None = None) -> dict
         figures = {"min": low, "max": high, "mean": mean, "std": std}
         result.update({name: value for name, value in figures.items() if math.isfinite(value)})
     return result
+
+
+class Histogram:
+    """Counts finite values in bins of equal width in one pass, whatever comes next.
+
+    The width is a power of two, and each bin begins at a multiple of it, so that of bins twice as wide each is two of
+    these, and counts stay exact.  It is the least with which `BINS` bins hold all values: what comes out does not depend
+    on how the values are cut into pieces.  Whole numbers have bins no narrower than 1.
+
+    Args:
+        dtype: torch name, of the values before they became float64.
+    """
+
+    BINS = 64
+
+    __slots__ = ("_counts", "_exponent", "_first")
+
+    def __init__(self, dtype: str) -> None:
+        self._exponent = -1074 if DTYPES[dtype].is_floating else 0
+        self._first = 0
+        self._counts: list[int] = []
+
+    def update(self, values: Any, copies: int = 1) -> None:
+        """Count some more.
+
+        Args:
+            values: one array of float64, all finite, at least one.
+            copies: how often each counts.
+        """
+        import numpy
+
+        low, high = float(values.min()), float(values.max())
+        exponent = max(self._exponent, math.frexp(max(abs(low), abs(high)))[1] - 52)  # floor(value / width) is exact
+        if not self._counts and low != high:
+            exponent = max(exponent, math.frexp(high / 2 - low / 2)[1] - 5)  # where not even a 64th of the range fits
+        while True:
+            wider = exponent - self._exponent
+            # Of a value below 0 the quotient may be too small for float64; its bin is the first below 0 all the same.
+            first, last = (math.floor(math.ldexp(end, -exponent)) or -(end < 0) for end in (low, high))
+            if self._counts:
+                first = min(first, self._first >> wider)
+                last = max(last, (self._first + len(self._counts) - 1) >> wider)
+            if last - first < self.BINS:
+                break
+            exponent += 1
+        places = numpy.floor(numpy.ldexp(values, -exponent)).astype(numpy.int64)
+        if exponent > 0 and low < 0:
+            places[(places == 0) & (values < 0)] = -1
+        places -= first
+        counts = (numpy.bincount(places, minlength=last - first + 1) * copies).tolist()
+        for at, count in enumerate(self._counts, self._first):
+            counts[(at >> wider) - first] += count
+        self._exponent, self._first, self._counts = exponent, first, counts
+
+    def to_list(self) -> list[int] | None:
+        """``[exponent, first, counts...]``: bins ``2 ** exponent`` wide, from ``first * 2 ** exponent`` on.
+
+        A count below 0 stands for so many empty bins.  ``None`` where nothing was counted.
+        """
+        if not self._counts:
+            return None
+        short: list[int] = []
+        for count in self._counts:
+            if not count and short and short[-1] < 0:
+                short[-1] -= 1
+            else:
+                short.append(count or -1)
+        return [self._exponent, self._first, *short]
 
 
 def _unexpanded(entry: TensorEntry) -> tuple[TensorEntry, int]:

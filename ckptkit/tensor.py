@@ -238,7 +238,7 @@ class TensorEntry:
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
         """For ``numpy.asarray(entry)`` and all of numpy that takes arrays: as `numpy`."""
         if copy is False:
-            raise ValueError("the values of a tensor in a file are read anew each time; there is nothing to share")
+            raise ValueError("the values of a tensor in a file are read again each time; there is nothing to share")
         values = self.numpy()
         return values if dtype is None else values.astype(dtype, copy=False)
 
@@ -279,7 +279,7 @@ class TensorEntry:
     def __iter__(self) -> Iterator[TensorEntry]:
         """The record of each row."""
         if not self.shape:
-            raise TypeError("a tensor of no dimensions has no rows")
+            raise TypeError("a tensor without dimensions has no rows")
         return (self[row] for row in range(self.shape[0]))
 
     def check(self) -> TensorEntry:
@@ -297,7 +297,7 @@ class TensorEntry:
                 f"{what}: shape {self.shape}, stride {self.stride}, offset {self.storage_offset}: none may be negative"
             )
         if self.numel >= 1 << 62:
-            raise CorruptError(f"{what}: shape {self.shape} is more elements than 62 bits count, as torch does")
+            raise CorruptError(f"{what}: shape {self.shape} has more elements than torch can count (62 bits)")
         end = self.span()[1]
         if end > self.storage.nbytes and self.numel:
             raise CorruptError(
@@ -323,8 +323,8 @@ def _picked(entry: TensorEntry, items: tuple[Index, ...]) -> tuple[int, tuple[in
     known = sum(item is not None and item is not Ellipsis for item in items)
     several = sum(item is Ellipsis for item in items) > 1
     if known > len(entry.shape) or several:
-        said = "has several ..." if several else f"is of {count_of(known, 'dimension')}"
-        raise IndexError(f"the index {said}; the tensor is of shape {entry.shape}")
+        said = "has more than one ..." if several else f"has {count_of(known, 'dimension')}"
+        raise IndexError(f"the index {said}; the tensor has shape {entry.shape}")
     rest = [slice(None)] * (len(entry.shape) - known)
     at = next((number for number, item in enumerate(items) if item is Ellipsis), len(items))
     for item in (*items[:at], *rest, *items[at + 1 :]):
@@ -336,7 +336,9 @@ def _picked(entry: TensorEntry, items: tuple[Index, ...]) -> tuple[int, tuple[in
         if isinstance(item, slice):
             picked = range(*item.indices(size))
             if picked.step < 0:
-                raise IndexError(f"a step of {picked.step}: a record goes forward; reverse the values, once read")
+                raise IndexError(
+                    f"a step of {picked.step}: records are read forward; reverse the values after reading them"
+                )
             offset += picked.start * step if picked else 0
             shape.append(len(picked))
             stride.append(step * picked.step if len(picked) > 1 else step)
@@ -345,15 +347,15 @@ def _picked(entry: TensorEntry, items: tuple[Index, ...]) -> tuple[int, tuple[in
                 number = index("" if isinstance(item, bool) else item)  # type: ignore[arg-type]
             except TypeError:
                 raise IndexError(
-                    f"{item!r:.60} is of type {type(item).__name__}; whole numbers, slices, ... and None pick a part: "
-                    "for others read it first, entry.numpy()[...]"
+                    f"{item!r:.60} is of type {type(item).__name__}; whole numbers, slices, ... and None select a "
+                    "part; for anything else read the tensor first: entry.numpy()[...]"
                 ) from None
             if not -size <= number < size:
-                raise IndexError(f"index {number} is outside of dimension {axis} of size {size}")
+                raise IndexError(f"index {number} is out of range for dimension {axis} of size {size}")
             offset += number % size * step
         axis += 1
     if DTYPES[entry.dtype].bits and (offset, tuple(shape)) != (entry.storage_offset, entry.shape):
-        raise DTypeError(f"elements of {entry.dtype} fill no whole byte, so that no part can be picked")
+        raise DTypeError(f"elements of {entry.dtype} are smaller than a byte, so no part can be selected")
     return offset, tuple(shape), tuple(stride)
 
 

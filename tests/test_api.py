@@ -174,6 +174,8 @@ HOSTILE = "<script>alert(1)</script>\x1b[31m\n\u202e&amp;" + "x" * 5000
 class Tags(html.parser.HTMLParser):
     """The tags and the text of what a notebook is given, which must be well formed."""
 
+    INERT = frozenset(("div", "span", "strong", "details", "summary", "table", "tr", "th", "td"))
+
     def __init__(self, text: str) -> None:
         super().__init__(convert_charrefs=True)
         self.open: list[str] = []
@@ -186,7 +188,7 @@ class Tags(html.parser.HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.open.append(tag)
         self.tags.add(tag)
-        assert {name for name, _ in attrs} <= {"style"}
+        assert {name for name, _ in attrs} <= {"style", "open"}
         assert "url" not in str(attrs) and "color" not in str(attrs)
 
     def handle_endtag(self, tag: str) -> None:
@@ -212,13 +214,13 @@ def test_what_is_shown_is_short_whatever_the_names_are(tmp_path: Path) -> None:
             shown += [ckpt, ckpt.state_dict, *ckpt.state_dict.values()]
             assert len(Tags(ckpt.state_dict._repr_html_()).text) < 12_000
             page = Tags(ckpt._repr_html_())
-            assert page.tags <= {"div", "strong", "table", "tr", "th", "td"}
+            assert page.tags <= Tags.INERT
             assert "<script>alert(1)</script>\\x1b[31m\\n\\u202e&amp;" in page.text
             assert len(page.text) < 40_000
     assert [each for each in map(repr, shown) if not is_a_line(each)] == []
     for each in shown[:3]:
         page = Tags(each._repr_html_())
-        assert page.tags <= {"div", "strong", "table", "tr", "th", "td"}
+        assert page.tags <= Tags.INERT
         assert len(page.text) < 40_000
 
 
@@ -231,7 +233,10 @@ def test_what_a_notebook_shows(ddp_resume: Path, save) -> None:
         stripped = ckpt.rewrite(ckptkit.StripModule()).state_dict
         shown = "features.0.0.weight float32 [8, 3, 3, 3], features.0.1.weight float32 [8] and 312 more"
         assert repr(stripped) == f"StateDict(314 tensors: {shown})"
-        assert "features.0.1.weightfloat32[8]" in Tags(stripped._repr_html_()).text
+        assert (
+            "0 weight float32 [8, 3, 3, 3] 1 216 864 B1 weight float32 [8], bias float32 [8]"
+            in Tags(stripped._repr_html_()).text
+        )
     assert "torch-zip, resume" in text and "314 tensors, 98,890 parameters" in text and "features" in text
     assert "[module-prefix]" in text and "'state_dict' (selected)" in text
     report = ckptkit.Report(findings=(ckptkit.Finding(code="damaged", severity="error", message="<b>", fix="a & b"),))
@@ -248,3 +253,31 @@ def test_many_tensors_are_one_screen(tmp_path: Path) -> None:
         assert is_a_line(repr(ckpt)) and is_a_line(repr(ckpt.state_dict))
         page = Tags(ckpt._repr_html_()).text
     assert "20,000 tensors" in page and len(page) < 5000
+
+
+def test_the_tree_of_a_notebook_folds(tmp_path: Path) -> None:
+    shared = torch.zeros(6, 4)
+    weights = {f"blocks.{i}.attention.{name}": torch.zeros(4, 4) for i in range(60) for name in ("q", "k")}
+    tied = {"embed.weight": shared, "head.weight": shared}
+    torch.save({"blocks.0": torch.ones(2), **weights, **tied}, tmp_path / "a.pth")
+    with ckptkit.open(tmp_path / "a.pth") as ckpt:
+        page = Tags(ckpt.state_dict._repr_html_())
+        assert {"details", "summary"} <= page.tags
+        assert "blocks  121 1,922 7.69 kB0 float32 [2]  2 8 B" in page.text and "and 37 more" in page.text
+        assert "1.attention q float32 [4, 4], k float32 [4, 4] 2 32 128 B" in page.text
+        assert "weight float32 [6, 4] = embed.weight 1 0 0 B" in page.text, "what is tied counts once"
+        assert "rewritten: StripModule()" in Tags(ckpt.checkpoint.rewrite(ckptkit.StripModule())._repr_html_()).text
+
+
+def test_the_tree_of_a_notebook_is_bounded_whatever_the_names_are() -> None:
+    from ckptkit.display import MOST_LINES, names_tree
+
+    for names in (
+        [f"{i}" for i in range(100_000)],
+        [f"a.{i}.b.{i % 7}" for i in range(100_000)],
+        [".".join(["m"] * 5000), "m", "m.m", "", "."],
+        ["." * n for n in range(60)],
+    ):
+        lines, left_out = names_tree((name, "float32 [1]", 1, 4) for name in names)
+        assert 0 < len(lines) <= MOST_LINES and left_out >= 0
+        assert sum(line.elements for line in lines if not line.level) + left_out == len(names) or len(names) < 100

@@ -526,7 +526,7 @@ def test_a_keyword_that_is_none_is_told_before_anything_is_read(
 def test_options_do_not_change() -> None:
     options = ConvertOptions(include="a.*", like="other.pth")
     assert (options.include, options.weights_only, options.tied) == (("a.*",), True, "alias")
-    with pytest.raises(AttributeError, match="options do not change; cannot set 'dtype'"):
+    with pytest.raises(AttributeError, match="options cannot be changed; cannot set 'dtype'"):
         options.dtype = "float16"  # type: ignore[misc]
     assert repr(options) == "ConvertOptions(include=('a.*',), weights_only=True, like='other.pth')"
     assert options.but(dtype="float16").dtype == "float16"

@@ -45,7 +45,7 @@ def test_reads_exactly_what_is_asked(path: Path) -> None:
 
 @pytest.mark.parametrize(("offset", "nbytes"), [(-1, 1), (0, -1), (0, 1025), (1024, 1), (1 << 70, 1), (0, 1 << 70)])
 def test_reads_nothing_outside(path: Path, offset: int, nbytes: int) -> None:
-    with pytest.raises(CorruptError, match="were asked of a file of 1,024 bytes") as caught:
+    with pytest.raises(CorruptError, match="were requested from a file of 1,024 bytes") as caught:
         SourceFile(path).read(offset, nbytes)
     assert caught.value.path == str(path)
 
@@ -125,7 +125,7 @@ def test_no_descriptor_is_left_open(path: Path, tmp_path: Path) -> None:
 def test_a_file_that_becomes_shorter(path: Path) -> None:
     file = SourceFile(path)
     os.truncate(path, 100)
-    with pytest.raises(CorruptError, match=r"became shorter while it was read: byte 100"):
+    with pytest.raises(CorruptError, match=r"became shorter while it was being read: byte 100"):
         file.read(0, 1024)
     assert file.changed()
 

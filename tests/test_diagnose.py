@@ -412,7 +412,7 @@ def test_a_program_that_keeps_a_state_of_its_own(run: Any, tmp_path: Path) -> No
     for output in ("o.pth", "o.safetensors"):
         done = run("convert", path, output)
         assert done.returncode == 2
-        assert "holds 1 tensor without names of a model's: its modules save a state of their own" in done.stderr
+        assert "contains 1 tensor without a model's names: its modules save custom state" in done.stderr
         assert "--section" not in done.stderr
     assert "a TorchScript program" in run("inspect", path).stdout
 

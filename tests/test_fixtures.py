@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
+import subprocess
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -55,6 +57,18 @@ def locations(checkpoint: Checkpoint) -> Counter[str]:
 def test_the_files_are_what_the_manifest_says(make: ModuleType) -> None:
     assert make.check() == []
     assert make.main(["--check"]) == 0
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a picture is drawn of what is printed on a pseudo-terminal")
+def test_the_picture_shows_todays_output() -> None:
+    done = subprocess.run(
+        [sys.executable, FIXTURES / "pictures" / "draw.py", "--check"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_pictures_are_small() -> None:
+    assert (FIXTURES / "pictures" / "inspect.svg").stat().st_size < 60_000
 
 
 def test_every_fixture_says_how_it_is_made(make: ModuleType) -> None:

@@ -13,19 +13,24 @@ import os
 import shlex
 import shutil
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy
 import pytest
 import torch
 from click.testing import CliRunner
+from support.range_server import range_server
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from ckptkit.cli import cli
+from ckptkit.fixes import combined_fix
+from ckptkit.report import Finding, apart, convert_command
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 FOLDER = os.environ.get("CKPTKIT_CORPUS", "")
@@ -162,6 +167,38 @@ class Way:
             self.follow(looking, before)
 
 
+def follow_at_once(command: list[str], *looking: str) -> set[str]:
+    """Run the combined fix of a file, if it has one; the codes that it does not fix.
+
+    What it says is fixed is gone from the output, and nothing graver than it knew of has come.
+    """
+    code, document = run(command)
+    if code == 2:
+        return set()
+    told = document if command[0] == "verify" else document["files"][0]
+    findings, combined = document.get("findings") or told["findings"], told["combined_fix"]
+    advised = {each["code"] for each in findings if (each["fix"] or "").startswith("ckptkit convert ")}
+    assert (combined is None) <= (advised <= {"not-a-plain-tensor"}), advised
+    if combined is None:
+        return advised
+    assert set(combined["codes"]) <= advised
+    fix = shlex.split(combined["command"])[1:]
+    code, done = run(fix)
+    assert code == 0 and done["written"], (combined, done)
+    kept = [] if {"--weights-only", "--like"} & {*fix} or fix[2].endswith(".safetensors") else command[2:]
+    look = looked_at(command, fix[1], fix[2]) if command[0] != "inspect" else ["inspect", fix[2], *kept]
+    code, after = run(look)
+    assert code != 2, (look, after)
+    left = after["findings"] if "findings" in after else after["files"][0]["findings"]
+    assert not {each["code"] for each in left} & {*combined["codes"]}, (combined, left)
+    graver = {each["code"] for each in left if each["severity"] != "info"}
+    # That a model lacks tensors or has others shows where names are its own.
+    assert command[0] == "verify" or graver <= {each["code"] for each in findings}, (combined, left)
+    undone = advised - {*combined["codes"]}
+    assert all(each in combined["keeps"] for each in undone), combined
+    return undone
+
+
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "nets.py").write_text(NETS)
@@ -175,6 +212,7 @@ def test_every_fix_of_a_file_leads_on(path: Path, folder: Path) -> None:
         return
     for each in path.parent.glob("model*") if path.name.startswith("model") else [path]:
         shutil.copy(each, folder)
+    follow_at_once(["inspect", path.name])
     Way().follow(["inspect", path.name])
     for known in run(["inspect", path.name])[1]["files"][0].get("architecture") or []:
         args = [part for name, value in known["args"].items() for part in ("--model-arg", f"{name}={value}")]
@@ -205,6 +243,16 @@ FILES: dict[str, Callable[[], object]] = {
     "method.pth": lambda: bn().state_dict,
     "complex.pth": lambda: {"module.a": torch.ones(2, dtype=torch.complex128), "module.b": ONE},
     "views.pth": lambda: {"a": torch.ones(9999)[:3], "b": torch.ones(3, 2).t()},
+    "all.pth": lambda: {
+        "model": state("module.", features__module__a=ONE),
+        "model_ema": state("module."),
+        "optimizer": {"state": {0: {"exp_avg": torch.ones(4, 3, 3, 3)}}, "param_groups": [{"params": [0]}]},
+        "args": argparse.Namespace(lr=1, out=Path("runs")),
+    },
+    "both wrapped.pth": lambda: {"net_g": state("module."), "net_d": state("module.", width=5)},
+    '$(inner) "`.pth': lambda: {"w": state("features.module.", **HEAD), "where": Path("runs"), "epoch": 1},
+    "nested.pth": lambda: {"model": {"encoder": {"0": state()}, "module": {"w": ONE}}, "epoch": 1},
+    "arrays.pth": lambda: {"module.w": numpy.ones((3, 4), "float32"), "module.b": numpy.ones(3, "float32")},
     "averaged.pth": lambda: {"model": bn().state_dict(), "model_ema": AveragedModel(bn()).state_dict()},
 }
 
@@ -221,14 +269,106 @@ def test_every_fix_of_a_kind_leads_on(name: str, neighbours: bool, folder: Path)
         for ending in (".safetensors", ".pth", ".clean.pth"):
             if stem + ending != name:
                 (folder / (stem + ending)).write_bytes(b"another's")
+    follow_at_once(["inspect", name])
     Way().follow(["inspect", name])
-    Way().follow(["check", name, "--no-pickle", "--no-prefix", "--no-optimizer", "--location", "cpu"])
+    checking = ["check", name, "--no-pickle", "--no-prefix", "--no-optimizer", "--location", "cpu"]
+    follow_at_once(checking)
+    Way().follow(checking)
     for section in [part["path"] for part in run(["inspect", name])[1]["files"][0]["sections"] if part["path"]]:
         if run(["inspect", name, "--section", section])[0] != 2:  # an optimizer's
+            follow_at_once(["inspect", name, "--section", section])
             way = Way()
             way.follow(["inspect", name, "--section", section])
             converted = [command for command in way.run if command[:2] == ["convert", name]]
             assert all("--section" in command for command in converted)
+
+
+def test_a_combined_fix_of_what_is_no_file_of_its_own_runs(folder: Path) -> None:
+    """A member of an archive, a sharded index, standard input, a URL, and a name that looks like an option."""
+    with saved_from("cuda:0"):
+        torch.save({"model": state("module."), "epoch": 1}, folder / '-it\'s "x".pth')
+    data = (folder / '-it\'s "x".pth').read_bytes()
+    with zipfile.ZipFile(folder / "runs 1.zip", "w") as archive:
+        archive.writestr("a/it's.pth", data)
+    halves = [*state("module.").items()][::2], [*state("module.").items()][1::2]
+    for number, half in enumerate(halves):
+        torch.save(dict(half), folder / f"pytorch_model-{number}.bin")
+    weight_map = {name: f"pytorch_model-{number}.bin" for number, half in enumerate(halves) for name, _ in half}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    with range_server() as server:
+        server.files["x.pth"] = data
+        sources = ["runs 1.zip/a/it's.pth", "pytorch_model.bin.index.json", f"{server.url}/x.pth"]
+        assert [follow_at_once(["inspect", source]) for source in sources] == [set()] * len(sources)
+    for source, given in (("-", data), ('-it\'s "x".pth', None)):
+        told = CliRunner().invoke(cli, ["inspect", "--json", "--", source], input=given, standalone_mode=False)
+        command = shlex.split(json.loads(told.stdout)["files"][0]["combined_fix"]["command"])
+        done = CliRunner().invoke(cli, command[1:], input=given, standalone_mode=False)
+        assert done.return_value == 0, done.output
+        assert run(["inspect", f"./{command[3]}"])[1]["files"][0]["findings"][0]["code"] == "not-a-model"
+
+
+def advised(severity: str, code: str, *options: str, suffix: str = ".safetensors") -> Finding:
+    return Finding(code=code, severity=severity, message="m", fix=convert_command("x.pth", *options, suffix=suffix))
+
+
+@pytest.mark.parametrize(
+    ("findings", "command", "keeps", "codes"),
+    [
+        ([("a", "--weights-only")], "x.safetensors --weights-only", "keeps the weights; drops epoch and args", "a"),
+        (
+            [("a", "--map-location", "cpu", ".pth")],
+            "x.clean.pth --map-location cpu",
+            "keeps everything, moved to cpu",
+            "a",
+        ),
+        (
+            [("a", "--strip-module", "--weights-only"), ("b", "--map-location", "cpu", ".pth")],
+            "x.safetensors --strip-module --weights-only",
+            "keeps the weights, without the prefixes of wrappers; drops epoch and args",
+            "a b",
+        ),
+        (
+            [("a", "--weights-only", ".pth"), ("b", "--map-location", "cpu", ".pth")],
+            "x.clean-3.pth --map-location cpu --weights-only",
+            "keeps the weights, moved to cpu; drops epoch and args",
+            "a b",
+        ),
+        (
+            [("a", "--map-location", "cuda:1", ".pth"), ("b", "--weights-only")],
+            "x.safetensors --weights-only",
+            "keeps the weights; drops epoch and args; does not fix all of a",
+            "b",
+        ),
+        (
+            [("a", "--section", "ema", "--weights-only"), ("b", "--weights-only")],
+            "x.clean.safetensors --weights-only",
+            "keeps the weights; drops epoch and args; does not fix all of a",
+            "b",
+        ),
+        (
+            [("a", "--section", "args", "--weights-only"), ("b", "--section", "ema", "--weights-only")],
+            "x.safetensors --section args --weights-only",
+            "keeps the weights of 'args'; drops epoch; does not fix all of b",
+            "a",
+        ),
+        (
+            [("a", "--rename", "x=>y"), ("b", "--strip-module", "--rename", "z=>w"), ("c", "--densify", ".pth")],
+            "x.clean.safetensors --rename x=>y --strip-module --rename z=>w --densify",
+            "keeps the weights, renamed, without the prefixes of wrappers, as plain tensors",
+            "a b c",
+        ),
+    ],
+)
+def test_where_advice_does_not_go_together_a_rule_decides(
+    findings: list[tuple[str, ...]], command: str, keeps: str, codes: str, folder: Path
+) -> None:
+    told = []
+    for code, *options in findings:
+        suffix = options.pop() if options[-1].startswith(".") else ".safetensors"
+        told.append(advised("warning", code, *options, suffix=suffix))
+    found = combined_fix(apart(told), ["epoch", "args"] if "drops" in keeps else [])
+    assert found == {"command": found and found["command"], "keeps": keeps, "codes": codes.split()}
+    assert found["command"].replace("'", "") == f"ckptkit convert x.pth {command}"
 
 
 Row = tuple[Callable[[], object], list[str], str]
@@ -272,7 +412,8 @@ def without(name: str) -> dict[str, Any]:
 def test_what_verify_advises_leads_to_a_file_that_fits(kind: str, folder: Path) -> None:
     made, (factory, *options), end = FITTING[kind]
     torch.save(made(), folder / "x.pth")
-    way = Way()
-    way.follow(["verify", "x.pth", "--model", f"nets.py:{factory}", "--no-forward", "--device", "cpu", *options])
+    way, verifying = Way(), ["verify", "x.pth", "--model", f"nets.py:{factory}", "--no-forward", "--device", "cpu"]
+    follow_at_once([*verifying, *options])
+    way.follow([*verifying, *options])
     assert {found for command, found in way.ends if command == "verify"} == {end}, way.run
     assert all("--device" in command for command in way.run if command[0] == "verify")

@@ -83,17 +83,17 @@ def test_rows_one_by_one(save: Save) -> None:
         assert (scalar.numpy().shape, float(scalar.numpy()), scalar[...].shape, scalar[None].shape) == (
             *((), 1.5, (), (1,)),
         )
-        with pytest.raises(TypeError, match="no dimensions has no rows"):
+        with pytest.raises(TypeError, match="without dimensions has no rows"):
             iter(scalar)
 
 
 @pytest.mark.parametrize(
     ("index", "message"),
     [
-        (3, r"index 3 is outside of dimension 0 of size 3"),
+        (3, r"index 3 is out of range for dimension 0 of size 3"),
         (-4, r"index -4 is outside"),
-        ((0, 2), r"index 2 is outside of dimension 1 of size 2"),
-        ((0, 0, 0), r"of 3 dimensions; the tensor is of shape \(3, 2\)"),
+        ((0, 2), r"index 2 is out of range for dimension 1 of size 2"),
+        ((0, 0, 0), r"has 3 dimensions; the tensor has shape \(3, 2\)"),
         ((..., ...), r"has several \.\.\."),
         (slice(None, None, -1), r"a step of -1.*reverse the values"),
         ([0, 1], r"of type list; whole numbers.*entry\.numpy\(\)"),
@@ -136,7 +136,7 @@ def test_where_numpy_takes_arrays(save: Save) -> None:
         assert np.asarray(entry).tolist() == [[0, 1, 2], [3, 4, 5]]
         assert np.asarray(entry[1], np.float32).dtype == np.float32
         assert (np.mean(entry), np.array_equal(entry[0], [0, 1, 2])) == (2.5, True)
-        with pytest.raises(ValueError, match="read anew"):
+        with pytest.raises(ValueError, match="read again"):
             entry.__array__(copy=False)
 
 

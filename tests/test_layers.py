@@ -18,9 +18,10 @@ from ckptkit.formats import FORMATS
 PACKAGE = Path(ckptkit.__file__).parent
 
 LAYERS = (
-    {"errors"},
+    {"errors", "display"},
+    {"nearness"},
     {"report", "arguments", "dtypes", "limits", "extras"},
-    {"codes", "documents", "fleet"},
+    {"codes", "documents", "fleet", "fixes"},
     {"bytesource"},
     {"remote"},
     {"places"},
@@ -42,6 +43,7 @@ LAYERS = (
     {"checkpoint_file"},
     {"api"},
     {""},  # the package itself: the public names
+    {"page"},
     {"cli", "testing"},
     {"__main__"},
 )
@@ -54,6 +56,7 @@ GUESTS = {
     "ml_dtypes": {"casting", "stats"},
     "click": {"cli"},
     "tabulate": {"cli"},
+    "wcwidth": {"cli"},
     "zstandard": {"formats"},
     "fsspec": {"remote"},
 }
@@ -214,7 +217,7 @@ def test_all_is_sorted_and_complete() -> None:
 
 def test_the_package_has_few_files_and_none_too_short_or_too_long() -> None:
     lines = {path.relative_to(PACKAGE): len(path.read_text(encoding="utf-8").splitlines()) for path in MODULES.values()}
-    assert len(lines) <= 253
+    assert len(lines) <= 262
     assert {path: n for path, n in lines.items() if n < 50 and path.name not in ("__init__.py", "__main__.py")} == {}
     assert {path: n for path, n in lines.items() if n > 500} == {}
 

@@ -1,26 +1,31 @@
-"""Every command and every Python example of the README runs, as it stands there.
+"""Every command and every Python example of the README and of the topics runs, as it stands there.
 
-Those of its section "In CI" are run by ``tests/gate/test_in_ci.py``.
+Those of the README's section "In CI", and of the topic on it, are run by ``tests/gate/test_in_ci.py``.
 """
 
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 import subprocess
-import sys
+from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
+import click
 import pytest
+
+from ckptkit.codes import CODES, TOPICS, topic
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+IN_CI = README[README.index("\n## In CI\n") : README.index("\n## In Python\n")]
+PAGES = {"README.md": README.replace(IN_CI, ""), **{name: topic(name) for name in TOPICS if name != "ci"}}
 
 
-def blocks(language: str) -> list[str]:
-    before, _, rest = README.partition("\n## In CI\n")
-    elsewhere = before + rest[rest.index("\n## ") :]
-    return re.findall(rf"^```{language}\n(.*?)^```$", elsewhere, re.DOTALL | re.MULTILINE)
+def blocks(language: str, page: str = "README.md") -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", PAGES[page], re.DOTALL | re.MULTILINE)
 
 
 @pytest.fixture
@@ -30,9 +35,9 @@ def clone(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def shell(script: str, cwd: Path, ckptkit: str) -> None:
-    """Run a block with ``ckptkit`` and ``python`` being this interpreter's."""
-    prelude = f"set -euo pipefail\n{ckptkit}python() {{ '{sys.executable}' \"$@\"; }}\n"
+def shell(script: str, cwd: Path, programs: str) -> str:
+    """Run a block with ``ckptkit`` and ``python`` being this interpreter's; gives what it printed."""
+    prelude = f"set -euo pipefail\n{programs}"
     done = subprocess.run(
         ["bash", "-c", prelude + script],
         cwd=cwd,
@@ -41,6 +46,7 @@ def shell(script: str, cwd: Path, ckptkit: str) -> None:
         env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "HOME": str(cwd)},
     )
     assert done.returncode == 0, f"{script}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
 
 
 def without_install(script: str) -> str:
@@ -50,13 +56,36 @@ def without_install(script: str) -> str:
 
 
 def test_the_main_job_and_every_command_after_it(clone: Path, forks) -> None:
-    ckptkit = forks(with_torch=True).shell("ckptkit", "-m", "ckptkit")
+    programs = forks(with_torch=True).shell("ckptkit", "-m", "ckptkit") + forks(with_torch=True).shell("python")
     install, _tests, *more = blocks("sh")
     assert "pip install '.[torch]'" in install
-    shell(without_install(install), clone, ckptkit)
+    shell(without_install(install), clone, programs)
     assert more
+    shown = re.findall(r"^```sh\n(.*?)^```\n+```text\n(.*?)^```$", PAGES["README.md"], re.DOTALL | re.MULTILINE)
+    assert len(shown) == 5
     for script in more:
-        shell(script, clone, ckptkit)
+        printed = shell(script, clone, programs).splitlines()
+        expected = dict(shown).get(script, "").splitlines()
+        assert [line for line in expected if line not in printed] == [], "\n".join(printed)
+
+
+def test_every_command_of_the_topics(clone: Path, forks) -> None:
+    programs = forks(with_torch=True).shell("ckptkit", "-m", "ckptkit") + forks(with_torch=True).shell("python")
+    shell(without_install(blocks("sh")[0]).rpartition("&&")[0], clone, programs)  # without its last step, verify
+    for name in PAGES.keys() - {"README.md"}:
+        assert not re.search(r"^    \w", re.sub(r"^```.*?^```$", "", PAGES[name], flags=re.DOTALL | re.MULTILINE))
+    for script in (script for name in TOPICS if name in PAGES for script in blocks("sh", name)):
+        shell(script, clone, programs)
+
+
+def test_what_needs_the_network_has_options_that_there_are() -> None:
+    """Files on other machines: ``tests/remote`` has stand-ins for these."""
+    lines = [line for page in PAGES for block in blocks("console", page) for line in block.splitlines()]
+    commands = [words for line in lines if (words := shlex.split(line))[0] == "ckptkit"]
+    assert commands
+    for _, name, *words in commands:
+        command: click.Command = import_module(f"ckptkit.cli.{name}").command
+        command.make_context(name, words)
 
 
 def test_the_test_command_installs_what_the_tests_need() -> None:
@@ -65,10 +94,54 @@ def test_the_test_command_installs_what_the_tests_need() -> None:
     assert "python -m pytest" in command
 
 
-def test_the_python_examples(clone: Path, python) -> None:
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks("python", page)])
+def test_the_python_examples(page: str, clone: Path, python: Callable[..., subprocess.CompletedProcess[str]]) -> None:
     (clone / "demo").mkdir()
-    examples = blocks("python")
-    assert examples
-    for example in examples:
+    for example in blocks("python", page):
         done = python("-c", example, cwd=clone)
         assert done.returncode == 0, f"{example}\n{done.stderr}"
+        said = re.findall(r"^ *print\(.*\)  # (.*)$", example, re.MULTILINE)
+        assert [line for line in said if line not in done.stdout.splitlines()] == []
+
+
+# What the README says of what stands elsewhere.
+
+
+def test_it_is_short() -> None:
+    assert len(README.splitlines()) <= 260
+
+
+@pytest.mark.parametrize("page", ["README.md", ".github/CONTRIBUTING.md", "tests/bench/README.md"])
+def test_what_pages_name_is_there(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert ((ROOT / page).parent / target).is_file(), f"{page}: {target}"
+    for target in re.findall(r"`((?:ckptkit|tests|\.ci)/[\w/.-]+)`", text):
+        assert (ROOT / target).exists(), f"{page}: {target}"
+
+
+@pytest.mark.parametrize("name", TOPICS)
+def test_what_topics_name_is_there(name: str) -> None:
+    text = topic(name)
+    for target in re.findall(r"`((?:ckptkit|tests|\.ci)/[\w/.-]+)`", text):
+        assert (ROOT / target).exists(), f"{name}: {target}"
+    named = {each for group in re.findall(r"`(?:ckptkit )?explain ([\w-]+)`((?:, `[\w-]+`)*)", text) for each in group}
+    assert {word for each in named for word in re.findall(r"[\w-]+", each)} <= {*TOPICS, *CODES}
+
+
+def test_the_commands_of_contributing_name_tests_that_there_are() -> None:
+    text = (ROOT / ".github" / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    for target in re.findall(r"pytest (tests/\S+)", text):
+        assert (ROOT / target).exists(), target
+
+
+def test_it_lists_the_topics() -> None:
+    listed = README[README.index("`ckptkit explain TOPIC` tells the rest:") :].split("\n\n")[0]
+    assert tuple(re.findall(r"`([\w-]+)`", listed)) == TOPICS
+
+
+def test_its_table_of_containers_is_that_of_explain(run) -> None:
+    lines = run("explain", "formats", "--format", "markdown").stdout.splitlines()
+    table = "\n".join(line for line in lines if line.startswith("|"))
+    assert table.count("\n") > 10
+    assert f"\n{table}\n" in README

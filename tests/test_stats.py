@@ -10,14 +10,17 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from support.generated_tensors import STORABLE
 
 from ckptkit import formats
 from ckptkit.checkpoint import TensorEntry
 from ckptkit.dtypes import DTYPES
-from ckptkit.stats import tensor_stats
+from ckptkit.stats import Histogram, tensor_stats
 
 Save = Callable[..., Path]
 FIGURES = ["min", "max", "mean", "std", "zeros", "nan", "inf"]
@@ -153,3 +156,84 @@ def test_expanded_tensors_cost_what_they_hold(stats: Stats) -> None:
 def test_views_of_far_more_than_they_hold_are_not_gone_through(stats: Stats) -> None:
     assert stats(torch.zeros(1 << 12).as_strided((1 << 11, 1 << 11), (1, 1))) == dict.fromkeys(FIGURES)
     assert stats(torch.arange(100.0).unfold(0, 50, 1))["mean"] == pytest.approx(49.5)
+
+
+# Histograms, held against numpy's of the same edges.
+
+
+def counted(tensor: torch.Tensor, save: Save) -> list[int] | None:
+    checkpoint, file = formats.read(save(tensor))
+    with closing(file):
+        assert isinstance(checkpoint.rest, TensorEntry)
+        histogram = Histogram(checkpoint.rest.dtype)
+        tensor_stats(checkpoint.rest, histogram=histogram)
+    return histogram.to_list()
+
+
+@numpy.errstate(over="ignore")
+def opened(found: list[int]) -> tuple[list[int], list[float]]:
+    """Counts and edges of what a page is given."""
+    exponent, first, *short = found
+    counts = [each for count in short for each in ([count] if count >= 0 else [0] * -count)]
+    edges = [float(numpy.ldexp(float(first + at), exponent)) for at in range(len(counts) + 1)]  # the last may be inf
+    assert 0 < len(counts) <= Histogram.BINS
+    assert counts[0] and counts[-1]
+    return counts, edges
+
+
+def assert_counts(found: list[int] | None, values: numpy.ndarray) -> None:
+    finite = values[numpy.isfinite(values)]
+    if not finite.size:
+        assert found is None
+        return
+    counts, edges = opened(found)
+    assert edges[0] <= finite.min() and finite.max() < edges[-1]
+    if edges[-1] < math.inf:
+        # numpy's last bin is closed: one more takes what would be on its edge.
+        wanted, _ = numpy.histogram(finite, [*edges, math.nextafter(edges[-1], math.inf)])
+        assert [*counts, 0] == wanted.tolist()
+    width = edges[1] - edges[0]
+    smaller = width / 2
+    narrower = math.floor(finite.max() / smaller) - math.floor(finite.min() / smaller) if smaller else Histogram.BINS
+    assert narrower >= Histogram.BINS or width <= max(abs(finite.max()), abs(finite.min())) * 2.0**-51 or width <= 1
+
+
+@pytest.mark.parametrize("dtype", WITH_VALUES)
+def test_every_dtype_has_a_histogram(save: Save, dtype: str) -> None:
+    torch.manual_seed(0)
+    width = DTYPES[dtype].itemsize
+    raw = torch.randint(0, 256, (1024, width), dtype=torch.uint8) if width > 1 else torch.arange(256).to(torch.uint8)
+    raw = raw % 2 if dtype == "bool" else raw
+    tensor = raw.reshape(-1).view(getattr(torch, dtype))
+    assert_counts(counted(tensor, save), as_float64(tensor).numpy())
+    if DTYPES[dtype].is_floating:  # of values as models have them
+        tensor = (torch.randn(5000) * 0.3).to(tensor.dtype)
+        assert_counts(counted(tensor, save), as_float64(tensor).numpy())
+
+
+@pytest.mark.parametrize("name", [name for name in SPECIAL if name != "signalling NaN"])
+def test_histograms_of_special_tensors(save: Save, name: str) -> None:
+    found = counted(SPECIAL[name], save)
+    assert_counts(found, as_float64(SPECIAL[name]).numpy())
+    if name == "expanded":
+        assert sum(opened(found)[0]) == 2000
+
+
+def test_whole_numbers_have_a_bin_each(save: Save) -> None:
+    assert counted(torch.tensor([3, 5, 5, -2]), save) == [0, -2, 1, -4, 1, -1, 2]
+    assert counted(torch.tensor([True, False, True]), save) == [0, 0, 1, 2]
+    assert counted(torch.ones(3, dtype=torch.complex64), save) is None
+
+
+FINITE = st.floats(allow_nan=False, allow_infinity=False) | st.floats(-1, 1) | st.integers(-9, 9).map(float)
+
+
+@given(st.lists(st.lists(FINITE, min_size=1, max_size=30), min_size=1, max_size=6))
+def test_a_histogram_is_the_same_however_the_values_are_cut(pieces: list[list[float]]) -> None:
+    whole, cut = Histogram("float64"), Histogram("float64")
+    together = numpy.array([value for piece in pieces for value in piece])
+    whole.update(together)
+    for piece in pieces:
+        cut.update(numpy.array(piece))
+    assert whole.to_list() == cut.to_list()
+    assert sum(opened(whole.to_list())[0]) == together.size

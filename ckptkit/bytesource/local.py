@@ -139,7 +139,8 @@ class SourceFile(Source):
         except FileAccessError as error:
             if isinstance(error.__cause__, OSError) and error.__cause__.errno in (errno.EMFILE, errno.ENFILE):
                 raise FileAccessError(
-                    f"{self.path}: too many files are open at once for all shards; allow more (ulimit -n 8192)",
+                    f"{self.path}: too many shards for the number of open files allowed; raise the limit (ulimit -n "
+                    "8192)",
                     path=self.path,
                 ) from error
             raise

@@ -97,7 +97,7 @@ class Source:
             MissingFileError: there is none.
             FileAccessError: it cannot be opened.
         """
-        raise MissingFileError(f"{self.path}: nothing lies beside it, {name!r} neither", path=self.path)
+        raise MissingFileError(f"{self.path}: it is not in a folder, so there is no {name!r} beside it", path=self.path)
 
     @property
     def folder(self) -> str | None:
@@ -132,7 +132,7 @@ class Source:
             FileAccessError: the operating system could not read it.
         """
         if offset < 0 or nbytes < 0 or offset + nbytes > self.size:
-            raise outside(offset, nbytes, self.size, self.path, "were asked of a file")
+            raise outside(offset, nbytes, self.size, self.path, "were requested from a file")
         parts = []
         while nbytes:
             if self._closed:
@@ -268,7 +268,7 @@ class Source:
             raise FileAccessError(f"{self.path}: the checkpoint was closed; open it again", path=self.path)
 
     def _shorter(self, offset: int) -> CorruptError:
-        return CorruptError(f"the file became shorter while it was read: byte {offset:,}", path=self.path)
+        return CorruptError(f"the file became shorter while it was being read: byte {offset:,}", path=self.path)
 
     def __del__(self) -> None:
         try:  # noqa: SIM105 - at the very end there may be no contextlib
@@ -308,7 +308,7 @@ class ByteRange:
         """
         wanted = self.nbytes - start if nbytes is None else nbytes
         if start < 0 or wanted < 0 or start + wanted > self.nbytes:
-            raise outside(start, wanted, self.nbytes, self.file.path, "were asked of a range")
+            raise outside(start, wanted, self.nbytes, self.file.path, "were requested from a range")
         return self.file.read(self.offset + start, wanted)
 
     def tail(self, nbytes: int) -> bytes:
@@ -369,7 +369,7 @@ def require_wanted() -> None:
     """
     halt = given_up.get()
     if halt is not None and halt.is_set():
-        raise FileAccessError("given up")
+        raise FileAccessError("canceled")
 
 
 def at_once(trips: Sequence[Callable[[], _Record]]) -> list[_Record]:

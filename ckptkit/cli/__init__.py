@@ -19,7 +19,8 @@ import click
 
 from ckptkit import __version__
 from ckptkit.cli import ending
-from ckptkit.cli.options import printable
+from ckptkit.cli.options import echo_error, printable
+from ckptkit.cli.usage import fail_command, tell, wants_json
 from ckptkit.errors import CkptkitError
 
 __all__ = ["main", "run"]
@@ -28,7 +29,7 @@ COMMANDS = {
     "check": "Hold files against a manifest and a policy.",
     "convert": "Rewrite a checkpoint: container, prefixes, devices.",
     "diff": "What changed between two checkpoints.",
-    "explain": "What a finding code means and how to fix it.",
+    "explain": "What a finding code means and how to fix it; or a topic, such as trust.",
     "inspect": "What is in a file, without running or loading it.",
     "manifest": "Record what released weights must be.",
     "report": "Put the results of several runs of check together.",
@@ -73,7 +74,7 @@ class _Commands(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         # click 8.1 takes what begins with a slash for an option, and shows the help.
         if args[0] not in COMMANDS and not ctx.resilient_parsing:
-            ctx.fail(f"No such command {args[0]!r}.")
+            fail_command(ctx, args[0], COMMANDS)
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -125,11 +126,13 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     try:
         ending.begin(known=0)
         with ending.signals_heard(), ending.arrivals_line(arguments):
-            code = _called(arguments)
+            code = _called([*arguments])
             ending.write()
     except click.ClickException as error:
-        with suppress(OSError, ValueError):
-            error.show()
+        told = tell(error)
+        if wants_json(arguments):
+            with suppress(ending.OutputLostError):
+                echo_error("UsageError", told)
         code = 2
     except (ending.OutputLostError, ending.SignalledError, KeyboardInterrupt) as error:
         code = ending.exit_code(error)

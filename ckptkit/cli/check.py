@@ -17,9 +17,11 @@ import click
 from ckptkit import api
 from ckptkit.cli import ending
 from ckptkit.cli import options as ui
+from ckptkit.cli.closing import combined_lines
 from ckptkit.cli.explain import complete_reference
-from ckptkit.cli.outputs import findings_of, github, junit, sarif
-from ckptkit.dtypes import DTYPES
+from ckptkit.cli.outputs import add_summary, findings_of, github, gitlab, junit, sarif
+from ckptkit.cli.usage import Choice
+from ckptkit.dtypes import DTYPES, meant_dtype
 from ckptkit.formats.folder import passed_over_text
 from ckptkit.options.storage import local, session_of
 from ckptkit.released import Run
@@ -58,6 +60,7 @@ def _lines(file: CheckedFile, findings: Sequence[CheckFindingDocument], view: ui
     yield _head(file, findings, view.style)
     for finding in findings:
         yield from _finding(finding, view.style)
+    yield from combined_lines(file.get("combined_fix"), findings, indent="  ")
 
 
 def _last_lines(passed_over: Mapping[str, int], verdict: str, code: int, view: ui.View) -> Iterator[str]:
@@ -98,6 +101,7 @@ RENDERERS: dict[str, ui.Renderer] = {
     "junit": junit,
     "sarif": sarif,
     "github": github,
+    "gitlab": gitlab,
     "markdown": ui.later("markdown.check"),
 }
 
@@ -122,13 +126,13 @@ OUTPUTS = ("text", "json", *(name for name in RENDERERS if name != "text"))
 @click.option("--no-pickle", is_flag=True, default=None, help="No file may hold a pickle.")
 @click.option(
     "--max-trust",
-    type=click.Choice(["safe", "needs_trust"]),
+    type=Choice(["safe", "needs_trust"]),
     help="The most a loader may have to trust a file with; hostile files never pass.",
 )
 @click.option(
     "--require-format",
     multiple=True,
-    type=click.Choice(CONTAINERS),
+    type=Choice(CONTAINERS),
     metavar="CONTAINER",
     help="The container a file must be, as inspect names it; repeatable.",
 )
@@ -136,7 +140,7 @@ OUTPUTS = ("text", "json", *(name for name in RENDERERS if name != "text"))
 @click.option(
     "--allow-dtype",
     multiple=True,
-    type=click.Choice(list(DTYPES)),
+    type=Choice(DTYPES, meant=meant_dtype),
     metavar="DTYPE",
     help="A dtype tensors may have; repeatable.",
 )
@@ -193,7 +197,7 @@ OUTPUTS = ("text", "json", *(name for name in RENDERERS if name != "text"))
     RENDERERS,
     multiple=True,
     default=(),
-    type=click.Choice([*OUTPUTS, *CONTAINERS]),
+    type=Choice([*OUTPUTS, *CONTAINERS]),
     metavar="|".join(OUTPUTS),
     help="Output; with the name of a container, the same as --require-format.",
 )
@@ -280,7 +284,10 @@ def show(report: CheckReport, wanted: str, view: ui.View) -> int:
     if wanted in ("text", "json"):
         ui.show(document, wanted, RENDERERS, view)
     else:  # programs that read these expect UTF-8
-        ending.write("".join(f"{line}\n" for line in RENDERERS[wanted](document, view)).encode("utf-8"))
+        lines = [*RENDERERS[wanted](document, view)]
+        if wanted == "github" and (summary := os.environ.get("GITHUB_STEP_SUMMARY")):
+            lines[-1:-1] = add_summary(document, view, summary)
+        ending.write("".join(f"{line}\n" for line in lines).encode("utf-8"))
     return code
 
 

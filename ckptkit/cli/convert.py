@@ -12,6 +12,7 @@ from ckptkit.arguments import device_problem
 from ckptkit.cli import ending
 from ckptkit.cli import options as ui
 from ckptkit.cli.ending import progress_line
+from ckptkit.cli.tables import columns
 from ckptkit.options import ConvertOptions
 from ckptkit.report import count_of, human_size, printable, share_of
 
@@ -35,7 +36,7 @@ def text(document: ConvertDocument | ConvertFolderDocument, view: ui.View) -> It
         yield _line(document)
     if document["written"]:
         return
-    yield from ui.columns(step_rows(document), ["moved as", "steps", "bytes"], "lrr")
+    yield from columns(step_rows(document), ["moved as", "steps", "bytes"], "lrr")
     for kind, items in changes(document):
         yield from (f"{kind}: {item}" for item in items[:_SHOWN])
         if len(items) > _SHOWN:

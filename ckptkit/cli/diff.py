@@ -11,6 +11,7 @@ from ckptkit import api
 from ckptkit.cli import ending
 from ckptkit.cli import options as ui
 from ckptkit.cli.ending import progress_line
+from ckptkit.cli.tables import Cell, columns, wrapped
 from ckptkit.options import DiffOptions
 from ckptkit.report import count_of, human_size, printable
 
@@ -25,6 +26,9 @@ _MOST_MODULES = 30
 _MAX_VALUE = 60
 """Characters of a value of the metadata or the training state."""
 
+_SPARED = ("cosine", "|b-a|/|a|", "mean |b-a|")
+"""Heads of the columns that a narrow terminal does without."""
+
 _STATUSES = ("changed", "recast", "reshaped", "renamed", "added", "removed", "not compared")
 
 
@@ -32,7 +36,7 @@ class Table(NamedTuple):
     """A list of the document as a table.
 
     Attributes:
-        title: above it; ``rows``, ``headers``, ``align``: as `ckptkit.cli.options.columns` takes them.
+        title: above it; ``rows``, ``headers``, ``align``: as `ckptkit.cli.tables.columns` takes them.
         names: the columns that hold text from the files.
         left_out: rows that are not shown.
     """
@@ -49,23 +53,39 @@ def text(document: DiffDocument, view: ui.View) -> Iterator[str]:
     """Both files, the verdict, what changed by module, and the largest changes."""
     style, width = view.style, view.width
     for side, facts in (("A", document["a"]), ("B", document["b"])):
-        yield from ui.wrapped(f"{style(side, bold=True)}  {file_line(facts)}", width)
+        yield from wrapped(f"{style(side, bold=True)}  {file_line(facts)}", width)
     label = style("same", fg="green", bold=True) if document["ok"] else style("different", fg="red", bold=True)
-    yield from ui.wrapped(f"{label}: {printable(document['summary'])}", width)
+    yield from wrapped(f"{label}: {printable(document['summary'])}", width)
     for table in tables(document, view.top):
+        table = table if width is None else _with_dtype_in_title(table)
         yield ""
-        yield style(table.title, bold=True)
+        yield from (style(line, bold=True) for line in wrapped(table.title, width))
         if table.rows:
-            lines = ui.columns(table.rows, table.headers, table.align, None if width is None else width - 2)
-            yield "  " + style(lines[0], dim=True)
+            room = None if width is None else width - 2
+            spared = [table.headers.index(head) for head in _SPARED if head in table.headers]
+            lines = columns(table.rows, table.headers, table.align, room, last=spared)
+            yield "  " + style(lines[0], bold=True)
             yield from (f"  {line}" for line in lines[1:])
         if table.left_out:
-            yield style(
-                f"  and {table.left_out:,} more (--top {len(table.rows) + table.left_out}, or --json)", dim=True
-            )
+            more = f"  and {table.left_out:,} more (--top {len(table.rows) + table.left_out}, or --json)"
+            yield from (style(line, dim=True) for line in wrapped(more, width))
     if document["findings"]:
         yield ""
     yield from ui.finding_lines(document["findings"], style, width)
+
+
+def _with_dtype_in_title(table: Table) -> Table:
+    """The table without a column that says the same dtype in each row."""
+    at = table.headers.index("dtype") if "dtype" in table.headers else -1
+    found = {row[at] for row in table.rows} if at > 0 else set()
+    if len(found) != 1:
+        return table
+    return table._replace(
+        title=f"{table.title}, {found.pop()}",
+        rows=[row[:at] + row[at + 1 :] for row in table.rows],
+        headers=table.headers[:at] + table.headers[at + 1 :],
+        align=table.align[:at] + table.align[at + 1 :],
+    )
 
 
 def file_line(facts: DiffFile) -> str:
@@ -84,10 +104,10 @@ def tables(document: DiffDocument, top: int) -> Iterator[Table]:
     yield from _module_table(document["modules"])
     for title, rows in (("changed", document["changed"]), ("within tolerance", document["within_tolerance"])):
         headers = "tensor,dtype,shape,max |b-a|,mean |b-a|,|b-a|/|a|,cosine,equal,"
-        yield from _table(_title(rows, title), [*map(_changed, rows)], headers, "lllrrrrrl", 0, most=top)
+        yield from _table(_title(rows, title), [*map(_changed, rows)], headers, "nssrrrrrl", 0, most=top)
     for key, names, where in (("added", document["added"], "B"), ("removed", document["removed"], "A")):
         title = f"{key}: {count_of(len(names), 'tensor')} only in {where}"
-        yield from _table(title, [[name] for name in names], "name", "l", 0, most=top)
+        yield from _table(title, [[name] for name in names], "name", "n", 0, most=top)
     yield from _other_tensors(document, top)
     yield from _beside(document, top)
 
@@ -95,9 +115,14 @@ def tables(document: DiffDocument, top: int) -> Iterator[Table]:
 def _table(
     title: str, found: Sequence[list[str]], headers: str, align: str, *names: int, most: int, unlisted: int = 0
 ) -> Iterator[Table]:
+    """The first of the rows; a column of the kind ``"s"`` holds shapes or dtypes, which are never cut."""
     if found:
-        cells = [[printable(cell) for cell in row] for row in found[:most]]
-        yield Table(title, cells, headers.split(","), align, names, max(len(found) - most, 0) + unlisted)
+        heads = headers.split(",")
+        cells = [
+            [Cell(printable(cell), printable(cell)) if kind == "s" else printable(cell) for cell, kind in each]
+            for each in (zip(row, align, strict=True) for row in found[:most])
+        ]
+        yield Table(title, cells, heads, align.replace("s", "l"), names, max(len(found) - most, 0) + unlisted)
 
 
 def _module_table(modules: Sequence[ModuleRow]) -> Iterator[Table]:
@@ -111,28 +136,28 @@ def _module_table(modules: Sequence[ModuleRow]) -> Iterator[Table]:
             ]
             for row in modules
         ]
-        yield from _table("by module", rows, "module,differing,what,max |b-a|", "lrlr", 0, most=_MOST_MODULES)
+        yield from _table("by module", rows, "module,differing,what,max |b-a|", "nrlr", 0, most=_MOST_MODULES)
 
 
 def _other_tensors(document: DiffDocument, top: int) -> Iterator[Table]:
     """What is to be said of tensors but that values changed, or that only one has them."""
     renamed = [[row["from"], row["to"], f"by {row['by']}", row["confidence"]] for row in document["renamed"]]
-    yield from _table(_title(renamed, "renamed"), renamed, "from,to,found,confidence", "llll", 0, 1, most=top)
+    yield from _table(_title(renamed, "renamed"), renamed, "from,to,found,confidence", "nnll", 0, 1, most=top)
     reshaped = [
         [row["name"], str(row["from"]), str(row["to"]), _yes(row["same_values"], "the same values", "other values")]
         for row in document["reshaped"]
     ]
-    yield from _table(_title(reshaped, "reshaped"), reshaped, "tensor,from,to,", "llll", 0, most=top)
+    yield from _table(_title(reshaped, "reshaped"), reshaped, "tensor,from,to,", "nssl", 0, most=top)
     recast = [
         [row["name"], row["from"], row["to"], figure(row["max_abs"]),
          _yes(row["equal_after_cast"], "equal after the cast", "not equal after the cast")]
         for row in document["recast"]
     ]  # fmt: skip
-    yield from _table(_title(recast, "recast"), recast, "tensor,from,to,max |b-a|,", "lllrl", 0, most=top)
+    yield from _table(_title(recast, "recast"), recast, "tensor,from,to,max |b-a|,", "nssrl", 0, most=top)
     others = [[row["name"], row["a"], row["b"]] for row in document["values"]]
-    yield from _table("values that are not plain tensors and differ", others, "name,A,B", "lll", 0, 1, 2, most=top)
+    yield from _table("values that are not plain tensors and differ", others, "name,A,B", "nll", 0, 1, 2, most=top)
     lost = [[row["name"], row["reason"]] for row in document["not_compared"]]
-    yield from _table("not compared", lost, "name,why", "ll", 0, most=top)
+    yield from _table("not compared", lost, "name,why", "nl", 0, most=top)
 
 
 def _beside(document: DiffDocument, top: int) -> Iterator[Table]:
@@ -141,16 +166,16 @@ def _beside(document: DiffDocument, top: int) -> Iterator[Table]:
         [row["path"] or "(whole file)", row["kind"], _count(row["a"]), _count(row["b"]), _section(row)]
         for row in document["sections"]
     ]
-    yield from _table("beside the weights", sections, "section,kind,tensors in A,in B,", "llrrl", 0, most=top)
+    yield from _table("beside the weights", sections, "section,kind,tensors in A,in B,", "nlrrl", 0, most=top)
     for title, found in (("metadata", document["metadata"]), ("training state", document["training"])):
         scalars = [[row["key"], _shown(row["a"]), _shown(row["b"])] for row in found]
-        yield from _table(title, scalars, "key,A,B", "lll", 0, 1, 2, most=top)
+        yield from _table(title, scalars, "key,A,B", "nll", 0, 1, 2, most=top)
     told = {row["key"] for row in document["training"]}
     rest = [row for row in document["tree"] if row["what"] == "tensor" or row["path"] not in told]
     rows = [[row["path"] or "(whole file)", row["a"] or "-", row["b"] or "-", figure(row["max_abs"])] for row in rest]
     unlisted = document["tree_differences"] - len(document["tree"])
     headers = "place,A,B,max |b-a|"
-    yield from _table("elsewhere in the files", rows, headers, "lllr", 0, 1, 2, most=top, unlisted=unlisted)
+    yield from _table("elsewhere in the files", rows, headers, "nllr", 0, 1, 2, most=top, unlisted=unlisted)
 
 
 def notes(row: ChangedRow) -> str:

@@ -18,7 +18,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
@@ -32,6 +32,7 @@ __all__ = [
     "arrivals_line",
     "begin",
     "exit_code",
+    "into_file",
     "keep_stdout",
     "progress_line",
     "say",
@@ -77,12 +78,14 @@ class _Ending:
         done: what a command did that stays done, such as a file that was written.
         owns_process: whether this is the program, and not a function of another.
         stdout: the stream of the program's own output, where it has one.
+        file: what takes its place while a file is made of the output.
     """
 
     verdict: int | None = 0
     done: str = ""
     owns_process: bool = False
     stdout: TextIO | None = None
+    file: TextIO | None = None
 
 
 _ending = _Ending()
@@ -158,7 +161,59 @@ def keep_stdout() -> None:
 
 def stdout() -> TextIO:
     """Where the program's own output goes."""
-    return _ending.stdout or sys.stdout
+    return _ending.file or _ending.stdout or sys.stdout
+
+
+@contextmanager
+def into_file(path: str | None, given: Iterable[str]) -> Iterator[None]:
+    """What goes to stdout in the block becomes a file, whole or not at all: one that exists is replaced at the end.
+
+    Args:
+        path: the file; ``None``: stdout stays what it is.
+        given: what else was typed, some of which may be paths.
+
+    Raises:
+        click.UsageError: it is one of those, or a checkpoint.
+        FileAccessError: it cannot be written.
+    """
+    if path is None:
+        yield
+        return
+    if any(_is_same(path, each) for each in given):
+        raise click.UsageError(f"--output {path}: the command reads or writes this file itself; give another name")
+    if os.path.exists(path) and _is_checkpoint(path):
+        raise click.UsageError(f"--output {path}: this is a checkpoint, which is not overwritten; give another name")
+    output = io.BytesIO()
+    _ending.file = io.TextIOWrapper(output, "utf-8", "backslashreplace", newline="\n", write_through=True)
+    try:
+        yield
+        data = output.getvalue()
+    finally:
+        _ending.file = None
+    from ckptkit.plan import LiteralBytes, Plan  # few commands write anything
+    from ckptkit.transfer.writing import write_atomically
+
+    plan = Plan(format="output", nbytes=len(data), steps=(LiteralBytes(0, data),), tensors=0, aliases={})
+    write_atomically(path, plan, force=True, check=None)
+
+
+def _is_same(path: str, other: str) -> bool:
+    with suppress(OSError, ValueError):
+        return os.path.realpath(path) == os.path.realpath(other) or os.path.samefile(path, other)
+    return False
+
+
+def _is_checkpoint(path: str) -> bool:
+    from ckptkit import api
+    from ckptkit.errors import CkptkitError, UnknownFormatError
+
+    try:
+        with api.open(path):
+            return True
+    except UnknownFormatError:
+        return False
+    except CkptkitError:
+        return not os.path.isdir(path)
 
 
 def write(data: str | bytes = "") -> None:

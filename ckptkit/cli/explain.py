@@ -1,4 +1,4 @@
-"""``ckptkit explain CODE``: what a finding code means and how to fix it; and what the shell offers at Tab.
+"""``ckptkit explain``: what a finding code means and how to fix it; topics; and what the shell offers at Tab.
 
 click completes commands, options, choices and file names by itself, for bash, zsh and fish; here is what only
 ckptkit knows (references of models, codes of findings), and what bash needs for names with a colon.
@@ -6,8 +6,8 @@ ckptkit knows (references of models, codes of findings), and what bash needs for
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
-from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 import click
@@ -16,17 +16,25 @@ from click.shell_completion import BashComplete, CompletionItem, add_completion_
 from ckptkit.architectures.index import LIBRARIES, load
 from ckptkit.cli import ending
 from ckptkit.cli import options as ui
-from ckptkit.codes import CODES
+from ckptkit.cli.tables import columns
+from ckptkit.codes import CODES, TOPICS, topic
+from ckptkit.nearness import did_you_mean
 from ckptkit.report import SCHEMA_VERSION
 
 if TYPE_CHECKING:
     from ckptkit.documents import ExplainDocument
 
-__all__ = ["RENDERERS", "command", "complete_code", "complete_reference", "register", "text"]
+__all__ = ["RENDERERS", "command", "complete_code", "complete_reference", "register", "text", "titled"]
 
 
 _GLUE = (":", "=")
 """What bash takes for words of their own, by its ``COMP_WORDBREAKS``."""
+
+_CONTAINERS = "<!-- table: containers -->"
+"""Where the table of containers stands in a topic."""
+
+_STRESSED = re.compile(r"`[^`]*`|\*{1,2}([^*]+)\*{1,2}")
+"""Code, which stays as it is, or what stands between asterisks in prose."""
 
 
 def complete_reference(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem[str]]:
@@ -37,8 +45,9 @@ def complete_reference(ctx: click.Context, param: click.Parameter, incomplete: s
 
 
 def complete_code(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem[str]]:
-    """The codes of findings, each with its title."""
-    return [CompletionItem(code, help=CODES[code].title) for code in sorted(CODES) if code.startswith(incomplete)]
+    """The topics and the codes of findings, each with its title."""
+    titles = {name: titled(topic(name)) for name in TOPICS} | {code: CODES[code].title for code in sorted(CODES)}
+    return [CompletionItem(name, help=title) for name, title in titles.items() if name.startswith(incomplete)]
 
 
 class _Bash(BashComplete):
@@ -81,35 +90,83 @@ def register(wanted: str) -> None:
 
 
 def text(document: ExplainDocument, view: ui.View) -> Iterator[str]:
-    """A code, or the list of all with their titles."""
-    codes = document["codes"]
-    if len(codes) > 1:
-        yield from ui.columns([[name, codes[name]["title"]] for name in sorted(codes)], [], "ll")
+    """A code, a topic, or the lists of all with their titles."""
+    codes, topics = document["codes"], document.get("topics", {})
+    if codes and topics:
+        yield view.style("topics", bold=True)
+        yield from columns([[name, titled(topics[name])] for name in topics], [], "ll")
+        yield f"\n{view.style('codes of findings', bold=True)}"
+        yield from columns([[name, codes[name]["title"]] for name in sorted(codes)], [], "ll")
         return
     for name, said in codes.items():
         yield f"{view.style(name, bold=True)}: {said['title']}"
         yield from (f"\n{part}" for part in (said["meaning"], said["remedy"]) if part != "-")
+    for said_of_it in topics.values():
+        yield from _plain(said_of_it, view)
+
+
+def titled(topic: str) -> str:
+    """The title of a topic's text."""
+    return topic.partition("\n")[0].partition(": ")[2]
+
+
+def _plain(markdown: str, view: ui.View) -> Iterator[str]:
+    """A topic on a terminal: heads and what is stressed are bold, commands are indented, tables have columns."""
+    in_block = False
+    table: list[list[str]] = []
+    for line in (*markdown.splitlines(), ""):
+        if line.startswith("|"):
+            table.append([cell.strip().replace("`", "") for cell in line.strip("|").split("|")])
+            continue
+        if table:
+            head, *rows = columns(table[2:], table[0], "l" * len(table[0]))
+            yield from (view.style(head, bold=True), *rows)
+            table = []
+        if line.startswith("```"):
+            in_block = not in_block
+        elif in_block:
+            yield f"    {line}".rstrip()
+        elif line.startswith("#"):
+            yield view.style(line.lstrip("# "), bold=True)
+        else:
+            yield _STRESSED.sub(lambda found: view.style(found[1], bold=True) if found[1] else found[0], line)
+
+
+def _filled(markdown: str) -> str:
+    """A topic with the tables in it that are made from the code."""
+    from ckptkit.formats.containers import FORMATS, format_named
+
+    if _CONTAINERS not in markdown:
+        return markdown
+    rows = ["| container | what writes it | written |", "|---|---|---|"]
+    for each in FORMATS:
+        is_written = (each if each.shards is None else format_named(each.shards)).writer is not None
+        rows.append(f"| `{each.name}` | {each.title} | {'yes' if is_written else ''} |")
+    return markdown.replace(_CONTAINERS, "\n".join(rows))
 
 
 RENDERERS: dict[str, ui.Renderer] = {"text": text, "markdown": ui.later("markdown.explain")}
 
 
-@click.command("explain", epilog=ui.with_examples("ckptkit explain module-prefix", "ckptkit explain"))
-@click.argument("code", required=False, shell_complete=complete_code)
+@click.command(
+    "explain", epilog=ui.with_examples("ckptkit explain module-prefix", "ckptkit explain trust", "ckptkit explain")
+)
+@click.argument("subject", metavar="[CODE|TOPIC]", required=False, shell_complete=complete_code)
 @ui.common_options(RENDERERS)
-def command(code: str | None, output: str, quiet: bool, color: str) -> int:
-    """Explain a finding's CODE; without one, list all codes."""
-    if code is not None and code not in CODES:
-        near = get_close_matches(code, CODES, n=3)
-        hint = f"; did you mean {', '.join(near)}?" if near else "; 'ckptkit explain' lists all"
-        raise click.UsageError(f"there is no code {code!r}{hint}")
+def command(subject: str | None, output: str, quiet: bool, color: str) -> int:
+    """Explain a finding's CODE, or a TOPIC; without one, list all of both."""
+    if subject is not None and subject not in CODES and subject not in TOPICS:
+        hint = did_you_mean(subject, (*TOPICS, *CODES)) or "; 'ckptkit explain' lists all"
+        raise click.UsageError(f"there is no code or topic {subject!r}{hint}")
     verdict = ending.verdict(0)
-    shown = CODES if code is None else {code: CODES[code]}
+    shown = CODES if subject is None else {subject: CODES[subject]} if subject in CODES else {}
+    topics = TOPICS if subject is None else (subject,) if subject in TOPICS else ()
     document: ExplainDocument = {
         "schema_version": SCHEMA_VERSION,
         "codes": {
             name: {"title": said.title, "meaning": said.meaning, "remedy": said.remedy} for name, said in shown.items()
         },
+        "topics": {name: _filled(topic(name)) for name in topics},
     }
     ui.show(document, output, RENDERERS, ui.View(ui.styler(color)))
     return verdict

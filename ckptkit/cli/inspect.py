@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import click
 
 from ckptkit import api, places
-from ckptkit.cli import ending, inspect_text
+from ckptkit.cli import ending, inspect_text, tensor_tables
 from ckptkit.cli import options as ui
+from ckptkit.cli.tables import width_of
+from ckptkit.cli.usage import Choice
 from ckptkit.errors import CkptkitError, FileAccessError
 from ckptkit.inspection import describe_error, json_chunks, plain_document, survey
 from ckptkit.options.storage import local, session_of
@@ -24,7 +26,11 @@ if TYPE_CHECKING:
 
 __all__ = ["RENDERERS", "command", "lines"]
 
-RENDERERS: dict[str, ui.Renderer] = {"text": inspect_text.text, "markdown": ui.later("markdown.inspect")}
+RENDERERS: dict[str, ui.Renderer] = {
+    "text": inspect_text.text,
+    "markdown": ui.later("markdown.inspect"),
+    "html": ui.later("html.inspect"),
+}
 """Of one file."""
 
 
@@ -33,6 +39,7 @@ RENDERERS: dict[str, ui.Renderer] = {"text": inspect_text.text, "markdown": ui.l
     epilog=ui.with_examples(
         "ckptkit inspect model.pth",
         "ckptkit inspect --flat --filter '*.bias' model.pth",
+        "ckptkit inspect --brief runs/",
         "ckptkit inspect --json runs/ | jq '.files[].state_dict'",
         "ckptkit inspect archive.zip/a/model.pth",
         "ckptkit inspect hf://user/repo s3://bucket/run/step-9",
@@ -41,15 +48,19 @@ RENDERERS: dict[str, ui.Renderer] = {"text": inspect_text.text, "markdown": ui.l
 @ui.path_argument("paths", nargs=-1, metavar="PATHS...")
 @click.option("--depth", type=click.IntRange(1), help="Levels of the module tree; default: as many as are readable.")
 @click.option("--flat", is_flag=True, help="One line a tensor, fields separated by tabs, for grep and cut.")
+@click.option("--brief", is_flag=True, help="One line a file.")
+@click.option(
+    "--top", "largest", type=click.IntRange(1), metavar="N", help="The N largest tensors in place of the tree."
+)
 @click.option("--filter", "filters", multiple=True, metavar="GLOB", help="Only tensors whose name matches; repeatable.")
-@click.option("--sort", type=click.Choice(["name", "size", "file"]), default="file", show_default=True, help="Order.")
+@click.option("--sort", type=Choice(["name", "size", "file"]), default="file", show_default=True, help="Order.")
 @click.option("--section", metavar="NAME", help="The weights to select, where a file holds several.")
 @ui.tag_option
 @ui.tp_rules_option
 @click.option("--stats", is_flag=True, help="Read the data: min, max, mean, std, zeros, NaN, Inf of each tensor.")
 @click.option(
     "--fail-on",
-    type=click.Choice(["warning", "error", "never"]),
+    type=Choice(["warning", "error", "never"]),
     default="error",
     show_default=True,
     help="Exit 1 from this severity on.",
@@ -63,6 +74,8 @@ def command(
     paths: tuple[str, ...],
     depth: int | None,
     flat: bool,
+    brief: bool,
+    largest: int | None,
     filters: tuple[str, ...],
     sort: str,
     section: str | None,
@@ -90,20 +103,25 @@ def command(
     """
     if not paths and files_from is None:
         raise click.MissingParameter(param=_paths_of(click.get_current_context()))
-    given = ui.with_listed(paths, files_from)
-    if not given:
-        raise FileAccessError(f"{files_from}: lists no files to inspect", path=files_from)
-    click.get_current_context().with_resource(session_of(storage_options, *given))
-    given = local(given)
+    with ui.json_errors(output == "json"):
+        given = ui.with_listed(paths, files_from)
+        if not given:
+            raise FileAccessError(f"{files_from}: lists no files to inspect", path=files_from)
+        click.get_current_context().with_resource(session_of(storage_options, *given))
+        given = local(given)
     opening: dict[str, Any] = {"section": section, "ignore_checksums": ignore_checksums}
     of_folders = {**opening, "tag": tag, "tp_rules": tp_rules}
     passed_over: Counter[str] = Counter()
     files = [each for path in given for each in _expanded(path, tag or tp_rules, passed_over)]
     named = set(given)
-    view = ui.View(ui.styler(color), ui.terminal_width(), quiet, depth, sort)
-    shown = "flat" if flat and output != "json" else output
+    if flat and brief:
+        raise click.UsageError("--flat and --brief: give one of them")
+    paths_width = max((width_of(printable(path)) for path, _ in files), default=0) if brief else 0
+    view = ui.View(ui.styler(color), ui.terminal_width(), quiet, depth, sort, largest=largest or 0, paths=paths_width)
+    one_line = "flat" if flat else "brief" if brief else None
+    shown = one_line if one_line and output != "json" else output
     is_shared = len(files) > 1 and _are_shared(len(files), jobs)
-    as_typed = _Asked("", None, opening, filters, sort, stats, shown, view.style is click.style, *view[1:4])
+    as_typed = _Asked("", None, opening, filters, stats, shown, view.style is click.style, view._replace(style=_plain))
     seen: list[_Seen] = []
 
     def documents() -> Iterator[Survey | UnreadFile]:
@@ -123,8 +141,8 @@ def command(
     if output == "json":
         _echo_documents(documents(), passed_over)
         return _exit_code(seen, fail_on)
-    render = _as_shown if is_shared else inspect_text.flat if flat else RENDERERS[output]
-    if flat:
+    render = _as_shown if is_shared else _RENDERERS[shown]
+    if one_line:
         for document in documents():
             if document["error"] is None:
                 for line in render(document, view):
@@ -134,13 +152,25 @@ def command(
 
             ending.say(passed_over_text(passed_over))
         return _exit_code(seen, fail_on)
-    for line in lines(documents(), passed_over, render, view):
+    told = lines(documents(), passed_over, render, view)
+    if output == "html":
+        from ckptkit.cli import html
+
+        told = html.inspected((render(document, view) for document in documents()), passed_over)
+    for line in told:
         ui.echo(line)
     return _exit_code(seen, fail_on)
 
 
 def _paths_of(context: click.Context) -> click.Parameter:
     return next(parameter for parameter in context.command.params if parameter.name == "paths")
+
+
+_RENDERERS: dict[str, ui.Renderer] = {**RENDERERS, "flat": tensor_tables.flat, "brief": inspect_text.brief}
+
+
+def _plain(text: str, **_: Any) -> str:
+    return text
 
 
 class _Asked(NamedTuple):
@@ -150,21 +180,19 @@ class _Asked(NamedTuple):
         path: the file.
         error: why it cannot be read, where that is known.
         opening: how it is opened.
-        output: ``"json"``, ``"flat"`` or a renderer's name.
-        is_colored, width, quiet, depth: as of a `View`.
+        output: ``"json"``, ``"flat"``, ``"brief"`` or a renderer's name.
+        is_colored: whether it is coloured.
+        view: all else of how it is shown.
     """
 
     path: str
     error: CkptkitError | None
     opening: dict[str, Any]
     filters: tuple[str, ...]
-    sort: str
     stats: bool
     output: str
     is_colored: bool
-    width: int | None
-    quiet: bool
-    depth: int | None
+    view: ui.View
 
 
 def _surveyed(asked: _Asked) -> Survey | UnreadFile:
@@ -172,7 +200,9 @@ def _surveyed(asked: _Asked) -> Survey | UnreadFile:
         if asked.error is not None:
             raise asked.error
         with api.open(asked.path, **asked.opening) as file:
-            return survey(file.checkpoint, filters=asked.filters, sort=asked.sort, stats=asked.stats)
+            histograms = asked.stats and asked.output == "html"
+            order = asked.view.sort
+            return survey(file.checkpoint, filters=asked.filters, sort=order, stats=asked.stats, histograms=histograms)
     except CkptkitError as error:
         return describe_error(asked.path, error)
 
@@ -200,14 +230,12 @@ def _lost(asked: _Asked, outcome: Outcome[Any]) -> dict[str, Any]:
 
 
 def _with_lines(document: Survey | UnreadFile, asked: _Asked) -> dict[str, Any]:
-    view = ui.View(
-        ui.styler("always" if asked.is_colored else "never"), asked.width, asked.quiet, asked.depth, asked.sort
-    )
+    view = asked.view._replace(style=ui.styler("always" if asked.is_colored else "never"))
     lines: Iterable[str] = ()
     if asked.output == "json":
         lines = ["".join(json_chunks(document))]
-    elif document["error"] is None:
-        lines = (inspect_text.flat if asked.output == "flat" else RENDERERS[asked.output])(document, view)
+    elif document["error"] is None or asked.output == "html":
+        lines = _RENDERERS[asked.output](document, view)
     findings = [{"severity": finding["severity"]} for finding in document["findings"]]
     told = {"path": document["path"], "error": document["error"], "findings": findings}
     return {**told, "tensors": [True] * bool(document["tensors"]), "lines": [*lines]}

@@ -1,18 +1,18 @@
-"""Renders the inspect document as text for a terminal, and as flat lines for grep."""
+"""Renders the inspect document as text for a terminal, or as one line."""
 
 from __future__ import annotations
 
-import itertools
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from ckptkit.cli.options import Style, View, columns, finding_lines, printable, wrapped
+from ckptkit.cli.closing import combined_lines
+from ckptkit.cli.options import COLORS, Style, View, finding_lines, printable
+from ckptkit.cli.tables import Cell, bar, columns, count_cell, wrapped
+from ckptkit.cli.tensor_tables import BAR, PARAMETERS, TIMES, shape, styled_table, tensor_lines
 from ckptkit.formats import format_named
 from ckptkit.inspection import surveyed
-from ckptkit.inspection.listing import TensorRow, each_kind
-from ckptkit.inspection.outline import OutlineLine, outline_of
+from ckptkit.inspection.listing import each_kind, where
 from ckptkit.normalize.adapters import adapter_text
 from ckptkit.normalize.selection import EMBEDDINGS, KEY, earlier
 from ckptkit.report import count_of, human_size, listed
@@ -28,15 +28,7 @@ if TYPE_CHECKING:
         SpreadDocument,
     )
 
-__all__ = [
-    "STATS", "fact_lines", "facts", "figure", "flat", "full_name", "outline_of", "section_table", "shape", "stat_cells",
-    "text", "training_lines", "tree_table", "what_it_is",
-]  # fmt: skip
-
-STATS: tuple[Literal["min", "max", "mean", "std", "zeros", "nan", "inf"], ...] = (
-    "min", "max", "mean", "std", "zeros", "nan", "inf",
-)  # fmt: skip
-TIMES = "\N{MULTIPLICATION SIGN}"
+__all__ = ["TIMES", "brief", "fact_lines", "facts", "section_table", "text", "training_lines", "what_it_is"]
 
 _MAX_SCALARS_SHOWN = 20
 _MAX_SECTIONS_SHOWN = 20
@@ -57,7 +49,16 @@ _TELLING = frozenset({
 """Arguments that are told first: what was trained on what, and how."""
 
 _MAX_VALUE = 80
-"""Characters of a scalar of the training state."""
+"""Characters of a scalar of the training state, on a terminal."""
+
+_GRAVITY = {"error": 0, "warning": 1, "info": 2}
+
+_WIDEST = (
+    "safetensors", "whole model", "9,999 tensors", Cell("999,999,999 parameters", "99.9 M"),
+    "bfloat16 +1", "99.9 MB", "needs trust",
+    Cell("warning: torchscript-program", "torchscript-program"),
+)  # fmt: skip
+"""What takes most of the fields of a file on one line, so that those of several stand below one another."""
 
 _WORD = re.compile(r"[a-z]+")
 _PROGRESS = frozenset({"epoch", "step", "iter", "iteration", "updates"})
@@ -72,15 +73,15 @@ _KINDS = {
 
 
 def text(document: InspectedFile | Survey, view: View) -> Iterator[str]:
-    """The lines of one file; where its tensors have statistics, those are listed in place of the tree."""
+    """The lines of one file; tensors that have statistics, or are the largest, are listed in place of the tree."""
     document = surveyed(document)
     style, width = view.style, view.width
     yield from wrapped(headline(document, style), width)
-    yield from wrapped(style(what_it_is(document), dim=True), width)
-    rows, headers, align = section_table(document)
+    yield from (style(line, dim=True) for line in wrapped(what_it_is(document), width))
+    rows, headers, align = section_table(document, bars=width is not None)
     if rows:
         yield ""
-        yield from _table(rows, headers, align, style, width)
+        yield from styled_table(rows, headers, align, style, width, first=range(8, len(align)), last=(2, 5, 4, 3))
     lines = [(label, line) for label, line in fact_lines(document) if line]
     if lines:
         yield ""
@@ -88,36 +89,48 @@ def text(document: InspectedFile | Survey, view: View) -> Iterator[str]:
         yield from wrapped(f"{style(label, bold=True)}: {line}", width)
     if document["tensors"]:
         yield ""
-        if document["tensors"][0].stats is not None:
-            yield from _table(*_stats_table(document), style, width)
-        else:
-            tree, left_out = outline_of(document, view.depth, view.sort)
-            yield from _table(*tree_table(tree), style, width)
-            if left_out:
-                yield style(f"and {left_out:,} more (--depth 1 shows all, --flat every tensor)", dim=True)
-            if any(line.copies > 1 and below.level > line.level for line, below in itertools.pairwise(tree)):
-                yield style(f"(below a line with {TIMES}: the figures of one of them)", dim=True)
-    for line in training_lines(document, style):
+        yield from tensor_lines(document, view)
+    for line in training_lines(document, style, None if width is None else _MAX_VALUE):
         yield from wrapped(line, width)
     if document["findings"]:
         yield ""
     yield from finding_lines(document["findings"], style, width)
+    combined = [*combined_lines(document.get("combined_fix"), document["findings"], width)]
+    yield from ["", style(combined[0], bold=True), *combined[1:]] if combined else ()
 
 
-def flat(document: InspectedFile | Survey, view: View) -> Iterator[str]:
-    """One line a tensor: name, dtype, shape, bytes, device, section, then statistics where there are any."""
-    for row in surveyed(document)["tensors"]:
-        fields = [
-            printable(row.name),
-            row.dtype,
-            shape(row),
-            str(row.nbytes),
-            row.location,
-            printable(row.section or ""),
-        ]
-        if row.stats is not None:
-            fields += [f"{key}={value}" for key, value in zip(STATS, stat_cells(row), strict=True)]
-        yield "\t".join(fields)
+def brief(document: InspectedFile | Survey, view: View) -> Iterator[str]:
+    """One line: path, container, kind, tensors, parameters, dtype, bytes, trust, and the gravest finding."""
+    document = surveyed(document)
+    weights, rows = document["state_dict"], document["tensors"]
+    sizes: dict[str, int] = {}
+    for row in each_kind(where(rows, lambda row: weights is None or row.section == weights["path"])):
+        sizes[row.dtype] = sizes.get(row.dtype, 0) + row.nbytes
+    main = max(sizes, key=sizes.__getitem__, default="-")
+    finding = next(iter(sorted(document["findings"], key=lambda each: _GRAVITY[each["severity"]])), None)
+    cells = [
+        printable(document["path"]),
+        document["format"],
+        document["kind"].replace("_", " "),
+        count_of(len(rows), "tensor"),
+        _parameters(0 if weights is None else weights["parameters"]),
+        main + (f" +{len(sizes) - 1}" if len(sizes) > 1 else ""),
+        human_size(document["size"]),
+        document["trust"].replace("_", " ") if document["trust"] != "hostile" else "HOSTILE",
+        "" if finding is None else Cell(f"{finding['severity']}: {finding['code']}", finding["code"]),
+    ]
+    widest = ["x" * view.paths, *_WIDEST]
+    line = columns([cells], widest, "nllrrlrll", view.width, first=(3,), last=(1, 2))[1]
+    if finding is None:
+        yield line
+        return
+    before, gap, told = line.rpartition("  ")
+    yield before + gap + view.style(told, fg=COLORS[finding["severity"]])
+
+
+def _parameters(count: int) -> str:
+    cell = count_cell(count)
+    return Cell(count_of(count, "parameter"), *(cell.forms if isinstance(cell, Cell) else (cell,))) if count else "-"
 
 
 def headline(document: Survey, style: Style) -> str:
@@ -208,7 +221,7 @@ def _is_training(document: Survey) -> bool:
     return bool(optimized or training["optimizers"] or training["schedulers"] or words & _PROGRESS)
 
 
-def section_table(document: Survey) -> tuple[list[list[str]], list[str], str]:
+def section_table(document: Survey, *, bars: bool = False) -> tuple[list[list[str]], list[str], str]:
     """Rows, headers and alignment of the sections; no rows where the file is one section."""
     sections = document["sections"]
     if len(sections) == 1 and not sections[0]["path"]:
@@ -219,16 +232,18 @@ def section_table(document: Survey) -> tuple[list[list[str]], list[str], str]:
             printable(section["path"]) or "(whole file)",
             section["kind"].replace("_", " "),
             f"{section['tensors']:,}",
-            "" if section["parameters"] is None else f"{section['parameters']:,}",
-            "" if section["buffers"] is None else f"{section['buffers']:,}",
+            "" if section["parameters"] is None else count_cell(section["parameters"]) or "0",
+            "" if section["buffers"] is None else count_cell(section["buffers"]) or "0",
             human_size(section["nbytes"]),
             f"{section['share']:.1%}",
+            *([bar(section["share"])] if bars else ()),
         ]
         for section in sections[:_MAX_SECTIONS_SHOWN]
     ]
     if len(sections) > _MAX_SECTIONS_SHOWN:
-        rows.append(["", f"and {len(sections) - _MAX_SECTIONS_SHOWN:,} more (--json shows all)", *[""] * 6])
-    return rows, ["", "section", "kind", "tensors", "parameters", "buffers", "bytes", "share"], "lllrrrrr"
+        rows.append(["", f"and {len(sections) - _MAX_SECTIONS_SHOWN:,} more (--json shows all)", *[""] * (6 + bars)])
+    headers = ["", "section", "kind", "tensors", PARAMETERS, "buffers", "bytes", "share", *([BAR] if bars else ())]
+    return rows, headers, "lnlrrrrr" + "l" * bars
 
 
 def fact_lines(document: Survey) -> Iterator[tuple[str, str]]:
@@ -350,30 +365,8 @@ def _receipt_text(value: object) -> str:
     return printable(f"{value}"[:40]) if isinstance(value, str) else "?"
 
 
-def tree_table(lines: Sequence[OutlineLine]) -> tuple[list[list[str]], list[str], str]:
-    """Rows, headers and alignment of the module tree."""
-    has_roles = any(line.parameters or line.buffers for line in lines)
-    has_buffers = any(line.buffers for line in lines)
-    headers = ["parameters", "buffers"][: 1 + has_buffers] if has_roles else ["elements"]
-    rows = []
-    for line in lines:
-        times = f"  {line.copies:,} {TIMES}" if line.copies > 1 else ""
-        counts = [line.parameters, line.buffers][: 1 + has_buffers] if has_roles else [line.others]
-        one = line.is_tensor and line.copies == 1
-        rows.append(
-            [
-                "  " * line.level + (printable(line.label) or "(tensor)") + times,
-                f"{line.tensors:,}" if line.tensors and not one else "",
-                *(f"{count:,}" if count else "" for count in counts),
-                human_size(line.nbytes) if line.tensors else "",
-                printable(line.note),
-            ]
-        )
-    return rows, ["tensors of", "tensors", *headers, "bytes", ""], "l" + "r" * (len(headers) + 2) + "l"
-
-
-def training_lines(document: Survey, style: Style) -> Iterator[str]:
-    """Optimizers, schedulers and scalars, with a heading."""
+def training_lines(document: Survey, style: Style, most: int | None = _MAX_VALUE) -> Iterator[str]:
+    """Optimizers, schedulers and scalars, of which so many characters are shown, with a heading."""
     training = document["training"]
     told = tuple(f"{item['path']}." for item in (*training["optimizers"], *training["schedulers"]))
     merged = {**document["metadata"], **training["scalars"]}
@@ -392,7 +385,7 @@ def training_lines(document: Survey, style: Style) -> Iterator[str]:
         epoch = "" if scheduler["last_epoch"] is None else f", at {scheduler['last_epoch']}"
         yield f"  {_path(scheduler)}  scheduler, {_looks(scheduler)}{epoch}{_rates(scheduler['lr'])}"
     for key, value in scalars[:_MAX_SCALARS_SHOWN]:
-        shown = str(value) if len(str(value)) <= _MAX_VALUE else str(value)[:_MAX_VALUE] + "…"
+        shown = str(value) if most is None or len(str(value)) <= most else str(value)[:most] + "…"
         yield f"  {printable(str(key))}  {printable(shown)}"
     if len(scalars) > _MAX_SCALARS_SHOWN:
         yield f"  and {len(scalars) - _MAX_SCALARS_SHOWN} more (--json shows all)"
@@ -419,38 +412,3 @@ def _rates(rates: Sequence[float | str | None]) -> str:
     distinct = list(dict.fromkeys(rate for rate in rates if rate is not None))
     shown = ", ".join(f"{rate:.6g}" if isinstance(rate, (int, float)) else str(rate) for rate in distinct[:4])
     return f", lr {shown}{', …' if len(distinct) > 4 else ''}" if shown else ""
-
-
-def stat_cells(row: TensorRow) -> list[str]:
-    """The statistics of a tensor, in the order of `STATS`."""
-    stats = row.stats
-    return [] if stats is None else [figure(stats[key]) for key in STATS]
-
-
-def _stats_table(document: Survey) -> tuple[list[list[str]], list[str], str]:
-    rows = [[full_name(row, document), row.dtype, *stat_cells(row)] for row in document["tensors"]]
-    return rows, ["tensor", "dtype", *STATS], "ll" + "r" * len(STATS)
-
-
-def _table(rows: list[list[str]], headers: list[str], align: str, style: Style, width: int | None) -> Iterator[str]:
-    lines = columns(rows, headers, align, width)
-    yield style(lines[0], bold=True)
-    yield from lines[1:]
-
-
-def full_name(row: TensorRow, document: Survey) -> str:
-    """The name in the state_dict; with its section where none was selected."""
-    name = printable(row.name)
-    return name if document["state_dict"] is not None or not row.section else f"{printable(row.section)}.{name}"
-
-
-def shape(row: TensorRow) -> str:
-    """``"[64, 3, 7, 7]"``."""
-    return str([*row.shape])
-
-
-def figure(value: float | int | None) -> str:
-    """A statistic in four digits."""
-    if value is None or (isinstance(value, float) and not math.isfinite(value)):
-        return "-"
-    return f"{value:.4g}" if isinstance(value, float) else f"{value:,}"

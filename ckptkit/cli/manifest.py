@@ -10,6 +10,7 @@ import click
 from ckptkit import api
 from ckptkit.cli import ending
 from ckptkit.cli import options as ui
+from ckptkit.cli.usage import Choice
 from ckptkit.errors import FileAccessError
 from ckptkit.formats.folder import passed_over_text
 from ckptkit.released.manifest_file import manifest_text
@@ -104,7 +105,7 @@ RENDERERS: dict[str, ui.Renderer] = {"text": text, "markdown": ui.later("markdow
 @click.option("-o", "--output", "destination", metavar="FILE", help="The manifest; default: print it.")
 @click.option(
     "--digests",
-    type=click.Choice(["total", "tensor"]),
+    type=Choice(["total", "tensor"]),
     help="One digest a file, or one line a tensor as well (default: as it was, at first tensor).",
 )
 @click.option("--update", is_flag=True, help="Renew what has changed; without PATH, in what it was made of.")
@@ -119,7 +120,7 @@ RENDERERS: dict[str, ui.Renderer] = {"text": text, "markdown": ui.later("markdow
 @ui.jobs_option
 @ui.ignore_checksums
 @ui.storage_option
-@ui.common_options(RENDERERS)
+@ui.common_options(RENDERERS, writes_file=False)
 def command(
     paths: tuple[str, ...],
     destination: str | None,

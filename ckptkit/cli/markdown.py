@@ -11,11 +11,13 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, cast
 
 from ckptkit.cli import inspect_text as as_text
+from ckptkit.cli import tensor_tables as of_tensors
+from ckptkit.cli.closing import combined_title
 from ckptkit.cli.options import View, printable
 from ckptkit.formats.folder import passed_over_text
 from ckptkit.inspection import surveyed
 from ckptkit.inspection.state import printed_model
-from ckptkit.report import FindingDocument, count_of, human_size
+from ckptkit.report import CombinedFix, FindingDocument, count_of, human_size
 
 if TYPE_CHECKING:
     from ckptkit.conversion.document import ConvertFolderDocument
@@ -60,8 +62,8 @@ def inspect(document: InspectedFile | Survey, view: View) -> Iterator[str]:
         yield from _aligned([[code(c) if i == 1 else c for i, c in enumerate(row)] for row in rows], headers, align)
     if document["tensors"]:
         yield ""
-        lines, left_out = as_text.outline_of(document, view.depth, view.sort)
-        tree, headers, align = as_text.tree_table(lines)
+        lines, left_out = of_tensors.outline_of(document, view.depth, view.sort)
+        tree, headers, align = of_tensors.tree_table(lines)
         yield from _aligned([[_indented(row[0]), *row[1:-1], code(row[-1])] for row in tree], headers, align)
         yield from and_more(left_out)
     training = [line for line in as_text.training_lines(document, View().style) if line]
@@ -69,6 +71,7 @@ def inspect(document: InspectedFile | Survey, view: View) -> Iterator[str]:
         yield f"\n### {training[0].capitalize()}\n"
         yield from (f"- {escaped(line.strip())}" for line in training[1:])
     yield from findings(document["findings"])
+    yield from combined(document.get("combined_fix"), document["findings"])
     if document["modules"]:
         yield from folded("print(model)", _printed(document))
     if document["tensors"]:
@@ -86,13 +89,13 @@ def _printed(document: Survey) -> Iterator[str]:
 
 def _tensors(document: Survey) -> Iterator[str]:
     rows = document["tensors"][:_MAX_TENSORS]
-    extra = as_text.STATS if rows[0].stats is not None else ()
+    extra = of_tensors.STATS if rows[0].stats is not None else ()
     several = ["section"] if document["state_dict"] is not None and len(document["sections"]) > 1 else []
     cells = []
     for row in rows:
-        names = [*(code(row.section or "") for _ in several), code(as_text.full_name(row, document))]
-        facts = [row.dtype, as_text.shape(row), human_size(row.nbytes), escaped(row.location)]
-        cells.append([*names, *facts, *as_text.stat_cells(row)])
+        names = [*(code(row.section or "") for _ in several), code(of_tensors.full_name(row, document))]
+        facts = [row.dtype, of_tensors.shape(row), human_size(row.nbytes), escaped(row.location)]
+        cells.append([*names, *facts, *of_tensors.stat_cells(row)])
     headers = [*several, "tensor", "dtype", "shape", "bytes", "device", *extra]
     yield from _aligned(cells, headers, "l" * len(several) + "lllrl" + "r" * len(extra))
     yield from and_more(len(document["tensors"]) - len(rows), " (--flat shows all)")
@@ -169,6 +172,7 @@ def verify(document: VerifyDocument, view: View) -> Iterator[str]:
     ]
     yield from table(rows, ["check", "", ""], "lll")
     yield from fixes(document["findings"])
+    yield from combined(document.get("combined_fix"), document["findings"])
 
 
 def diff(document: DiffDocument, view: View) -> Iterator[str]:
@@ -216,6 +220,9 @@ def check(document: CheckDocument, view: View) -> Iterator[str]:
         yield from table(rows, ["file", "rule", "expected", "found", ""], "lllll")
         yield from and_more(len(found) - len(rows))
     yield from fixes(found[:_MAX_ROWS])
+    for each in document["files"][:_MAX_ROWS]:
+        own = [finding for finding in found if finding["path"] == each["path"]] if each.get("combined_fix") else []
+        yield from combined(each.get("combined_fix"), own)
     files = document["files"]
     outcomes = {(True, True): "ok", (False, True): "**failed**"}
     rows = [
@@ -253,14 +260,20 @@ def manifest(document: ManifestDocument, view: View) -> Iterator[str]:
 
 
 def explain(document: ExplainDocument, view: View) -> Iterator[str]:
-    """A code, or the table of all."""
-    codes = document["codes"]
-    if len(codes) > 1:
+    """A code, a topic, or the tables of all."""
+    from ckptkit.cli.explain import titled
+
+    codes, topics = document["codes"], document.get("topics", {})
+    if codes and topics:
+        yield from table([[code(name), escaped(titled(topics[name]))] for name in topics], ["topic", ""], "ll")
+        yield ""
         yield from table([[code(name), escaped(codes[name]["title"])] for name in sorted(codes)], ["code", ""], "ll")
         return
     for name, said in codes.items():
         yield f"## {code(name)}: {escaped(said['title'])}"
         yield from (f"\n{escaped(part)}" for part in (said["meaning"], said["remedy"]) if part != "-")
+    for text in topics.values():
+        yield from text.splitlines()
 
 
 # The vocabulary.
@@ -315,6 +328,14 @@ def fixes(found: Sequence[FindingDocument]) -> Iterator[str]:
     if told:
         yield "\n### To fix it\n"
         yield from (f"- {code(fix, _MAX_CELL)}" for fix in told)
+
+
+def combined(fix: CombinedFix | None, found: Sequence[FindingDocument]) -> Iterator[str]:
+    """The command that does what all findings advise, where it is not the only one."""
+    title = combined_title(fix, found)
+    if fix is not None and title is not None:
+        yield f"\n{title} {code(fix['command'])}"
+        yield f"({escaped(fix['keeps'])})"
 
 
 def code(text: str, most: int | None = None) -> str:

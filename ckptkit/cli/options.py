@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib import import_module
 from types import MappingProxyType
@@ -20,6 +20,8 @@ import click
 
 from ckptkit.arguments import Option, Options, device_problem, tolerance
 from ckptkit.cli import ending
+from ckptkit.cli.tables import wrapped
+from ckptkit.cli.usage import Choice
 from ckptkit.errors import CkptkitError
 from ckptkit.options.storage import local, storage_options, typed_options
 from ckptkit.report import SCHEMA_VERSION, FindingDocument, printable
@@ -31,9 +33,9 @@ __all__ = [
     "View",
     "allow_part_option",
     "checked_devices",
-    "columns",
     "common_options",
     "echo",
+    "echo_error",
     "echo_json",
     "files_from_option",
     "finding_lines",
@@ -45,7 +47,6 @@ __all__ = [
     "keywords_of",
     "later",
     "options_of",
-    "padded",
     "path_argument",
     "printable",
     "show",
@@ -54,10 +55,8 @@ __all__ = [
     "tag_option",
     "terminal_width",
     "tp_rules_option",
-    "width_of",
     "with_examples",
     "with_listed",
-    "wrapped",
 ]
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -78,6 +77,8 @@ class View(NamedTuple):
         depth: levels of a tree; ``None``: as many as are still readable.
         sort: the order of a tree: ``"file"``, ``"name"`` or ``"size"``.
         top: rows of each list.
+        largest: how many of the largest tensors are listed in place of the tree; 0: the tree is shown.
+        paths: columns of the longest path, where each file is one line.
         written: the file that was written; ``None``: none.
         started: when, in UTC, as ISO 8601 without a zone.
         seconds: how long each file took, by path.
@@ -89,6 +90,8 @@ class View(NamedTuple):
     depth: int | None = None
     sort: str = "file"
     top: int = 10
+    largest: int = 0
+    paths: int = 0
     written: str | None = None
     started: str = "1970-01-01T00:00:00"
     seconds: Mapping[str, float] = MappingProxyType({})
@@ -118,42 +121,58 @@ _SYMBOLS = str.maketrans({"‥": "..", "…": "...", "\N{MULTIPLICATION SIGN}": 
 _NARROWEST = 40
 """Columns of a terminal below which nothing is cut: whoever says so is no terminal."""
 
-_LEAST_NOTE, _LEAST_NAME = 12, 16
-"""Characters that a table's last and widest columns keep however narrow the terminal is."""
+
+_output_option = click.option(
+    "-o", "--output", "output_file", metavar="FILE", help="Write the output to FILE, whole or not at all."
+)
 
 
-def common_options(renderers: Mapping[str, Renderer], **format_option: Any) -> Callable[[F], F]:
-    """``--format``, ``--json``, ``-q``, ``--color``, ``--debug``; and that the command is at work once it is called.
+def _texts(values: Iterable[Any]) -> Iterator[str]:
+    """Every text among values that may be several."""
+    for value in values:
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, tuple | list):
+            yield from _texts(value)
+
+
+def common_options(
+    renderers: Mapping[str, Renderer], *, writes_file: bool = True, **format_option: Any
+) -> Callable[[F], F]:
+    """``--format``, ``--json``, ``--output``, ``-q``, ``--color``, ``--debug``; a command works once it is called.
 
     The command is given the ``output`` that is asked for: the name of a renderer, or ``"json"``; where ``--format`` may
     be repeated, all that are.
 
     Args:
         renderers: of the command.
+        writes_file: whether the output may go to a file; not where the command has such an option of its own.
         format_option: what is special about its ``--format``.
     """
     text, *others = renderers
-    format_option = {"type": click.Choice([text, "json", *others]), "default": text, "help": "Output.", **format_option}
+    format_option = {"type": Choice([text, "json", *others]), "default": text, "help": "Output.", **format_option}
 
     def decorated(function: F) -> F:
         @functools.wraps(function)
-        def command(*args: Any, as_json: bool, output: Any, **options: Any) -> Any:
+        def command(*args: Any, as_json: bool, output: Any, output_file: str | None = None, **options: Any) -> Any:
             ending.begin(known=None)
             if as_json:
                 output = (*output, "json") if isinstance(output, tuple) else "json"
-            return function(*args, output=output, **options)
+            with ending.into_file(output_file, _texts([*args, *options.values()])):
+                return function(*args, output=output, **options)
 
         made = cast(F, command)
         for option in (
             click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error."),
             click.option(
                 "--color",
-                type=click.Choice(["auto", "always", "never"]),
+                type=Choice(["auto", "always", "never"]),
                 default="auto",
                 help="Colour of the text output.",
             ),
             click.option("-q", "--quiet", is_flag=True, help="No messages and no progress on stderr."),
             click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout."),
+            *([_output_option] if writes_file else ()),
             click.option("--format", "output", **format_option),
         ):
             made = option(made)
@@ -187,7 +206,7 @@ def options_of(
 def _click_option(option: Option[Any], further: Mapping[str, Any]) -> Decorator:
     told: dict[str, Any] = {"help": option.line, "metavar": option.metavar, **_CLICK.get(option.kind, {}), **further}
     if option.choices:
-        told["type"] = click.Choice(option.choices)
+        told["type"] = Choice(option.choices)
     if option.kind != "flag" and option.default not in (None, ()):
         told |= {"default": option.default, "show_default": option.shows_default}
     switch = f"{option.typed}/--no-{option.name}" if option.kind == "switch" else option.typed
@@ -349,78 +368,6 @@ def encodable(text: str) -> str:
     return text
 
 
-def columns(rows: Sequence[Sequence[str]], headers: Sequence[str], align: str, width: int | None = None) -> list[str]:
-    """The lines of a table: two spaces between columns, each aligned as ``align`` says (``"lr"``).
-
-    Not by tabulate, whose import takes longer than inspecting a file, which cuts no line to a terminal's width, and
-    which knows about wide characters only where another package is installed.
-
-    Args:
-        rows: cells.
-        headers: of the columns; none: there is no line of them.
-        align: ``"l"`` or ``"r"`` for each.
-        width: characters a line may have; the last column is cut first, then the widest of text.
-    """
-    table = [headers, *rows] if headers else rows
-    widths = [max(width_of(row[i]) for row in table) for i in range(len(align))]
-    if width is not None:
-        last = len(widths) - 1
-        textual = [i for i, a in enumerate(align) if a == "l"]
-        widest = max(textual, key=widths.__getitem__, default=0)
-        for i, least in ((last, _LEAST_NOTE), (widest, _LEAST_NAME)):
-            surplus = sum(widths) + 2 * last - width
-            if surplus > 0 and align[i] == "l":
-                widths[i] = min(widths[i], max(widths[i] - surplus, least))
-    lines = []
-    for row in table:
-        cells = (padded(_cut(c, w), w, a) for c, w, a in zip(row, widths, align, strict=True))
-        lines.append("  ".join(cells).rstrip())
-    return lines
-
-
-def width_of(text: str) -> int:
-    """Columns that a text takes on a terminal: two for each wide character, none for what is put on top of another."""
-    if text.isascii():
-        return len(text)
-    from unicodedata import category, east_asian_width
-
-    return sum((east_asian_width(c) in "WF") + (category(c) not in ("Mn", "Me")) for c in text)
-
-
-def padded(cell: str, width: int, side: str = "l") -> str:
-    """The cell with spaces to so many columns, aligned to the left (``"l"``) or right (``"r"``)."""
-    spaces = " " * (width - width_of(cell))
-    return spaces + cell if side == "r" else cell + spaces
-
-
-def _cut(cell: str, width: int) -> str:
-    """The cell in so many columns: the beginning, and of long ones the end, which names differ by."""
-    if width_of(cell) <= width:
-        return cell
-    tail = width // 3 if width > 2 * _LEAST_NAME else 0
-    head, end = cell[: width - tail - 1], cell[len(cell) - tail :] if tail else ""
-    while width_of(head) + width_of(end) >= width:  # of wide characters fewer fit
-        head, end = (head, end[1:]) if len(end) > len(head) else (head[:-1], end)
-    return f"{head}…{end}"
-
-
-def wrapped(text: str, width: int | None) -> Iterator[str]:
-    """The text in lines of at most so many characters where its words allow it, all but the first indented."""
-    if width is None or len(text) <= width:
-        yield text
-        return
-    line = text[: len(text) - len(text.lstrip(" "))]
-    indent = line + "    "
-    is_empty = True
-    for word in text.split():
-        if not is_empty and len(line) + 1 + len(word) > width:
-            yield line
-            line, is_empty = indent, True
-        line += word if is_empty else f" {word}"
-        is_empty = False
-    yield line
-
-
 def show(document: Any, output: str, renderers: Mapping[str, Renderer], view: View) -> None:
     """A document on stdout, as JSON or as one of the renderers has it."""
     if output == "json":
@@ -445,10 +392,14 @@ def json_errors(as_json: bool) -> Iterator[None]:
         yield
     except CkptkitError as error:
         if as_json:
-            failure = {"type": type(error).__name__, "message": str(error)}
             with suppress(ending.OutputLostError):  # that it failed is what is to be told
-                echo_json({"schema_version": SCHEMA_VERSION, "ok": False, "error": failure})
+                echo_error(type(error).__name__, str(error))
         raise
+
+
+def echo_error(kind: str, message: str) -> None:
+    """The document of an error on stdout."""
+    echo_json({"schema_version": SCHEMA_VERSION, "ok": False, "error": {"type": kind, "message": message}})
 
 
 def key_values(option: str, given: tuple[str, ...]) -> dict[str, str]:
@@ -485,7 +436,8 @@ def finding_lines(findings: Sequence[FindingDocument], style: Style, width: int 
     """One line a finding, and its fix below it."""
     for finding in findings:
         severity = finding["severity"]
-        label = style(severity, fg=COLORS[severity], bold=severity == "error")
-        yield from wrapped(f"{label}: {printable(finding['message'])} [{finding['code']}]", width)
+        label = style(severity, fg=COLORS[severity], bold=True)
+        code = style(f"[{finding['code']}]", dim=True)
+        yield from wrapped(f"{label}: {printable(finding['message'])} {code}", width)
         if finding["fix"]:
             yield f"    {printable(finding['fix'])}"

@@ -1,8 +1,15 @@
-"""What other programs read of a check: GitHub's lines, JUnit and SARIF.
+"""What other programs read of a check: GitHub's lines and summary, GitLab's Code Quality, JUnit and SARIF.
 
 - GitHub's workflow commands: ``::error file=PATH,title=TITLE::MESSAGE``; in values ``%``, carriage returns and newlines
   are escaped with their codes, in properties ``:`` and ``,`` too, as ``@actions/core`` does (``escapeData`` and
   ``escapeProperty`` in https://github.com/actions/toolkit/blob/main/packages/core/src/command.ts).
+  Of a step GitHub shows ten annotations of each kind, and fifty of a job (its documentation of problem matchers says
+  so): the gravest come first, and a line says what is in the log and in the summary alone.
+- GitHub's summary of a step is markdown in the file that ``GITHUB_STEP_SUMMARY`` names, of at most 1024 KiB; of a
+  longer one nothing is shown (https://docs.github.com/actions/reference/workflows-and-actions/workflow-commands).
+- GitLab's Code Quality report is a JSON array (https://docs.gitlab.com/ci/testing/code_quality/): what is wrong, the
+  check, a severity of five, the path from the root of the repository, a line, and a fingerprint by which a merge
+  request tells old from new.  Of two with one fingerprint it shows one, so each has its own.
 - JUnit XML has no specification of its own; two schemas are in use, and the document is valid against both: that of
   Ant's ``junit`` task (attributes ``package``, ``id``, ``hostname`` and ``timestamp`` without a zone on each suite;
   elements ``properties``, ``system-out`` and ``system-err`` in it; at most one ``failure`` or ``error`` in a case), and
@@ -18,8 +25,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from html import escape
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
@@ -27,13 +37,13 @@ from ckptkit.codes import CODES
 from ckptkit.extras import __version__
 from ckptkit.formats.folder import passed_over_text
 from ckptkit.released.results import NOT_CHECKED, exit_code_of, verdict_of
-from ckptkit.report import printable
+from ckptkit.report import listed, printable
 
 if TYPE_CHECKING:
     from ckptkit.cli.options import View
     from ckptkit.documents import CheckDocument, CheckedFile, CheckFindingDocument
 
-__all__ = ["findings_of", "github", "junit", "sarif"]
+__all__ = ["add_summary", "findings_of", "github", "gitlab", "junit", "sarif"]
 
 
 def findings_of(document: CheckDocument) -> Iterator[tuple[CheckedFile, list[CheckFindingDocument]]]:
@@ -46,14 +56,50 @@ def findings_of(document: CheckDocument) -> Iterator[tuple[CheckedFile, list[Che
 
 
 _COMMANDS = {"error": "error", "warning": "warning", "info": "notice"}
+"""GitHub's commands by severity, the gravest first."""
+
+_MOST_ANNOTATIONS = 10
+"""Of each kind that GitHub shows of one step."""
+
+_MOST_SUMMARY = 1024 * 1024
+"""Bytes of a step's summary."""
+
+
+def _gravest_first(document: CheckDocument) -> list[CheckFindingDocument]:
+    return sorted(document["findings"], key=lambda finding: [*_COMMANDS].index(finding["severity"]))
 
 
 def github(document: CheckDocument, view: View) -> Iterator[str]:
     """The lines to print; the last is the verdict, for whoever reads the log."""
-    yield from map(_annotation, document["findings"])
+    yield from map(_annotation, _gravest_first(document))
+    counts = Counter(finding["severity"] for finding in document["findings"])
+    hidden = {f"{severity}s": counts[severity] - _MOST_ANNOTATIONS for severity in ("error", "warning")}
+    hidden["notices"] = counts["info"] - _MOST_ANNOTATIONS
+    told = [f"{count:,} more {kind if count > 1 else kind[:-1]}" for kind, count in hidden.items() if count > 0]
+    if told:
+        yield f"GitHub annotates {_MOST_ANNOTATIONS} findings of each kind; this log has {listed(told, last=' and ')}"
     if document["passed_over"]:
         yield passed_over_text(document["passed_over"])
     yield f"ckptkit check: {verdict_of(document)}"
+
+
+def add_summary(document: CheckDocument, view: View, path: str) -> Iterator[str]:
+    """Append the report as markdown to GitHub's summary of this step, the gravest findings first, as far as it fits.
+
+    Gives the line that says why it could not be: the verdict is told all the same.
+    """
+    from ckptkit.cli.markdown import check
+
+    try:
+        with Path(path).open("ab") as file:
+            start = file.tell()
+            lines = [*check({**document, "findings": _gravest_first(document)}, view), ""]
+            short = [f"## ckptkit check: {verdict_of(document)}", "", "The log of this step has the findings.", ""]
+            texts = ("".join(f"{line}\n" for line in each).encode("utf-8") for each in (lines, short))
+            fitting = (each for each in texts if start + len(each) < _MOST_SUMMARY)  # else nothing at all is shown
+            file.write(b"\n" * (start > 0) + next(fitting, b""))
+    except OSError as error:
+        yield f"::warning title=ckptkit::{_data(printable(f'the summary {path} cannot be written: {error.strerror}'))}"
 
 
 def _annotation(finding: CheckFindingDocument) -> str:
@@ -138,6 +184,48 @@ def _xml_lines(lines: list[str]) -> str:
     return "\n".join(map(_xml, lines))
 
 
+_GRAVITIES = {"error": "critical", "warning": "minor", "info": "info"}
+
+
+def gitlab(document: CheckDocument, view: View) -> Iterator[str]:
+    """The Code Quality report; an empty list where nothing was found."""
+    known: Counter[str] = Counter()
+    issues = []
+    for finding in _gravest_first(document):
+        fix = f"; fix: {finding['fix']}" if finding["fix"] else ""
+        path = _from_root(finding["path"])
+        same = "\0".join((path, finding["rule"], finding["code"]))
+        known[same] += 1
+        is_hostile = finding["code"] == "hostile-name" and finding["severity"] == "error"
+        issues.append(
+            {
+                "description": printable(f"{finding['rule']}: {finding['message']}{fix}"),
+                "check_name": finding["code"],
+                "fingerprint": _digest(same if known[same] == 1 else f"{same}\0{known[same]}"),
+                "severity": "blocker" if is_hostile else _GRAVITIES[finding["severity"]],
+                "location": {"path": path, "lines": {"begin": 1}},
+            }
+        )
+    yield json.dumps(issues, indent=2)
+
+
+def _from_root(path: str) -> str:
+    """A path from the root of the repository, which GitLab's runner names, else from the working directory.
+
+    What lies elsewhere, or at a URL, is what it was named.
+    """
+    root = os.environ.get("CI_PROJECT_DIR") or os.curdir
+    if "://" not in path and "\0" not in path:
+        with suppress(ValueError):  # on another drive
+            relative = os.path.relpath(path, root)
+            path = path if relative.split(os.sep)[0] == os.pardir else relative
+    return printable(path.replace(os.sep, "/"))
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
 _SCHEMA = "https://json.schemastore.org/sarif-2.1.0.json"
 
 _LEVELS = {"error": "error", "warning": "warning", "info": "note"}
@@ -188,7 +276,7 @@ def _result(finding: CheckFindingDocument, codes: list[str]) -> dict[str, Any]:
             {"physicalLocation": {"artifactLocation": {"uri": _uri(finding["path"])}, "region": {"startLine": 1}}}
         ],
         "partialFingerprints": {
-            "ckptkit/v1": hashlib.sha256(same.encode("utf-8", "surrogatepass")).hexdigest(),
+            "ckptkit/v1": _digest(same),
         },
         "properties": {"rule": finding["rule"], "expected": finding["expected"], "found": finding["found"]},
     }

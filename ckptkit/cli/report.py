@@ -11,6 +11,7 @@ import click
 
 from ckptkit.cli import options as ui
 from ckptkit.cli.check import OUTPUTS, RENDERERS, echo_lines, show
+from ckptkit.cli.usage import Choice
 from ckptkit.released.lines import end_of
 from ckptkit.released.merging import merged
 
@@ -27,7 +28,7 @@ __all__ = ["RENDERERS", "command"]
 )
 @ui.path_argument("files", nargs=-1, required=True)
 @click.option("--json-lines", "as_lines", is_flag=True, help="A line of JSON for each file, as ckptkit check has it.")
-@ui.common_options(RENDERERS, type=click.Choice(OUTPUTS), default=None, metavar="|".join(OUTPUTS))
+@ui.common_options(RENDERERS, type=Choice(OUTPUTS), default=None, metavar="|".join(OUTPUTS))
 def command(files: tuple[str, ...], as_lines: bool, output: str | None, quiet: bool, color: str) -> int:
     """Put runs of ckptkit check together: what --json-lines or --json wrote, on one machine or many.
 

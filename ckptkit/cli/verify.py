@@ -10,7 +10,9 @@ import click
 from ckptkit import api
 from ckptkit.cli import ending
 from ckptkit.cli import options as ui
+from ckptkit.cli.closing import combined_lines
 from ckptkit.cli.explain import complete_reference
+from ckptkit.cli.tables import padded
 from ckptkit.options import VerifyOptions
 from ckptkit.report import printable
 
@@ -55,10 +57,11 @@ def text(document: VerifyDocument, view: ui.View) -> Iterator[str]:
     labels = len("not loaded") if is_partial else len("warning")
     for row in rows:
         color = {"ok": "green", "failed": "red"}.get(row.label, ui.COLORS.get(f"{row.severity}"))
-        label = style(ui.padded(row.label, labels), fg=color, bold=row.severity == "error")
-        yield f"{ui.padded(row.name, width)}{_GAP}{label}{_GAP}{printable(row.text)}"
+        label = style(padded(row.label, labels), fg=color, bold=row.severity == "error")
+        yield f"{padded(row.name, width)}{_GAP}{label}{_GAP}{printable(row.text)}"
         if row.fix:
             yield " " * (width + len(_GAP) + labels) + _GAP + _GAP + printable(row.fix)
+    yield from combined_lines(document.get("combined_fix"), document["findings"])
     if not view.quiet:
         verdict = style("passed", fg="green", bold=True) if document["ok"] else style("FAILED", fg="red", bold=True)
         yield f"{printable(document['path'])}: {verdict} against {printable(document['reference'])}"

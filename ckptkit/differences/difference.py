@@ -10,7 +10,7 @@ from typing import Any, Literal, TypedDict, TypeVar
 
 from ckptkit.checkpoint import Kind, Trust
 from ckptkit.errors import FailedReportError
-from ckptkit.report import SCHEMA_VERSION, Finding, FindingDocument, count_of, html_block, listed, printable, share_of
+from ckptkit.report import SCHEMA_VERSION, Finding, FindingDocument, count_of, human_size, listed, printable, share_of
 
 __all__ = ["DiffDocument", "DiffFile", "Difference", "ModuleRow", "RenamedRow", "TreeRow"]
 
@@ -302,13 +302,26 @@ class Difference:
         return f"<Difference: {printable(self.summary):.180}>"
 
     def _repr_html_(self) -> str:
-        """What a notebook shows of it: the verdict, and the modules that differ."""
+        """What a notebook shows of it: the verdict, both files, and the modules that differ."""
+        from ckptkit.display import html_block
+
         rows = [
-            (row["module"] or "(whole)", f"{row['differing']:,} of {row['tensors']:,}", ", ".join(row["statuses"]))
+            (
+                row["module"] or "(whole)",
+                f"{row['differing']:,} of {row['tensors']:,}",
+                ", ".join(f"{count:,} {status}" for status, count in row["statuses"].items()),
+                "" if row["max_abs"] is None else f"{row['max_abs']:.4g}",
+            )
             for row in self.modules[:_MOST_ROWS]
         ]
-        headers = ("module", "tensors", "") if rows else ()
-        return html_block(self.summary, (), headers, rows, len(self.modules) - len(rows))
+        lines = [
+            f"{side}: {file['path']}, {file['format']}, {human_size(file['size'])}"
+            for side, file in (("A", self.a), ("B", self.b))
+        ]
+        lines += [finding.line for finding in self.findings[:_MOST_ROWS]]
+        headers = ("module", "tensors", "", "max |b-a|") if rows else ()
+        left_out = len(self.modules) - len(rows)
+        return html_block(self.summary, lines, headers, rows, left_out, state="ok" if self.ok else "failed")
 
     @property
     def equal(self) -> bool:

@@ -73,7 +73,7 @@ def pickled(work: Callable[..., Any]) -> bytes:
     try:
         return pickle.dumps(work, PROTOCOL)
     except Exception as error:
-        raise CkptkitError(f"what is to be done cannot be sent to other processes: {told(error)}") from error
+        raise CkptkitError(f"the task cannot be sent to other processes: {told(error)}") from error
 
 
 def _outcome(result: Result) -> Outcome[Any]:
@@ -263,7 +263,7 @@ class _Driver(Generic[T, R]):
         (version, python), results, seconds, _ = reply
         if version != __version__:
             theirs = f"the worker has ckptkit {version} (Python {python}), and this process {__version__}"
-            results = [("version", f"{theirs}: install the same", None)] * len(batch.numbers)
+            results = [("version", f"{theirs}: install the same version", None)] * len(batch.numbers)
         for number, result in zip(batch.numbers, results, strict=False):
             self._note(number, result)
         rest = batch.numbers[len(results) :]

@@ -102,14 +102,14 @@ def each(
             executor is none.  Once it is needed elsewhere: ``work`` cannot be pickled.
     """
     if jobs is not None and executor is not None:
-        raise CkptkitError("give either jobs or an executor: an executor knows how many workers it has")
+        raise CkptkitError("give either jobs or an executor: an executor has its own number of workers")
     if jobs is not None and (type(jobs) is not int or jobs < 1):
-        raise CkptkitError(f"jobs must be a whole number from 1 up, not {jobs!r:.80}")
+        raise CkptkitError(f"jobs must be a whole number of at least 1, not {jobs!r:.80}")
     if seconds is not None and (isinstance(seconds, bool) or not 0 < seconds < math.inf):
-        raise CkptkitError(f"the limit of a task must be a number of seconds above 0, not {seconds!r:.80}")
+        raise CkptkitError(f"the time limit of a task must be a number of seconds above 0, not {seconds!r:.80}")
     if executor is not None:
         if not callable(getattr(executor, "submit", None)):
-            raise CkptkitError(f"the executor has no method submit: {executor!r:.80}")
+            raise CkptkitError(f"the executor has no submit method: {executor!r:.80}")
         return _through(executor, tasks, work, seconds)
     return _with_jobs(tasks, work, jobs, seconds, max(1, worth))
 

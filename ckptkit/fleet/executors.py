@@ -71,7 +71,7 @@ class Given:
         except Exception as error:
             self._futures.pop(ticket, None)
             if not _is_broken_pool(error):
-                raise RefusedError(f"the executor takes no work: {told(error)}") from error
+                raise RefusedError(f"the executor accepts no work: {told(error)}") from error
             self._own = self._spare()
             self._own.submit(ticket, call)
 
@@ -108,7 +108,7 @@ class Given:
         for ticket in [ticket for ticket, since in self._since.items() if now - since > self._limit]:
             del self._since[ticket]
             is_begun = not self._futures.pop(ticket).cancel()
-            text = f"the executor gave no sign of it for {self._limit:g} s, limits and slack of its batch together"
+            text = f"the executor did not report it for {self._limit:g} s, the time allowed for its whole batch"
             yield ticket, Lost(text=text, problem="timed-out", is_final=is_begun)
 
     def close(self) -> None:
@@ -133,7 +133,7 @@ def _reply(future: Future[Reply]) -> Reply | Lost:
     try:
         reply: Any = future.result()
     except CancelledError:
-        return Lost(text="it was cancelled", is_final=True)
+        return Lost(text="it was canceled", is_final=True)
     except (ImportError, AttributeError) as error:
         return Lost(text=f"the worker cannot run this version of ckptkit: {told(error)}", problem="version")
     except BrokenExecutor as error:
@@ -142,5 +142,5 @@ def _reply(future: Future[Reply]) -> Reply | Lost:
         return Lost(text=f"the executor lost it: {told(error)}")
     kinds = tuple(map(type, reply)) if isinstance(reply, tuple) else ()
     if kinds[:2] != (tuple, list) or len(kinds) != 4:
-        return Lost(text=f"the executor answered {reply!r:.80}, which is not what a worker returns")
+        return Lost(text=f"the executor returned {reply!r:.80}, which is not a worker's result")
     return cast(Reply, reply)

@@ -102,7 +102,7 @@ class Pool:
 
     def _started(self) -> _Worker:
         if self._failed_starts >= _FAILED_STARTS:
-            raise RefusedError("no worker process gets ready: the last ones ended before they were")
+            raise RefusedError("no worker process starts: the last ones ended before they were ready")
         try:
             with signals_held():
                 self._workers.append(_Worker())
@@ -124,7 +124,7 @@ class Pool:
             limit = self._limit if worker.ready else _START_SECONDS
             if worker.ticket is not None and limit is not None and now - worker.since > limit:
                 worker.process.kill()
-                text = f"its worker gave no sign for {limit:g} s and was killed"
+                text = f"its worker did not respond for {limit:g} s and was killed"
                 yield from self._ended(worker, Lost(text=text, problem="timed-out", is_sure=True))
 
     def _heard(self, worker: _Worker) -> Iterator[tuple[int, Reply | Lost]]:
@@ -177,4 +177,4 @@ def _ending(code: int | None) -> str:
     if code >= 0:
         return f"ended with exit code {code}"
     name = signal.Signals(-code).name if -code in list(signal.Signals) else f"signal {-code}"
-    return f"was killed by {name}" + ", as the system does where memory runs out" * (name == "SIGKILL")
+    return f"was killed by {name}" + ", as the system does when memory runs out" * (name == "SIGKILL")

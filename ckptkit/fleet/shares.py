@@ -88,7 +88,7 @@ def paths_from(file: str) -> Iterator[str]:
         with open(file, "rb") as stream:  # noqa: PTH123 - a list, and no checkpoint
             yield from _paths(stream, file)
     except FileNotFoundError:
-        raise MissingFileError(f"{file}: there is no such list of files", path=file) from None
+        raise MissingFileError(f"{file}: no such file", path=file) from None
     except OSError as error:
         if isinstance(error, FileAccessError):
             raise
@@ -98,7 +98,7 @@ def paths_from(file: str) -> Iterator[str]:
 def _paths(stream: BinaryIO, name: str) -> Iterator[str]:
     head = stream.read(_HEAD_NBYTES)
     if head.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise FormatError("is UTF-16 text; expected a list of paths in UTF-8, one a line", path=name)
+        raise FormatError("is UTF-16 text; expected a list of paths in UTF-8, one on each line", path=name)
     head = head.removeprefix(b"\xef\xbb\xbf")
     separator = b"\0" if b"\0" in head else b"\n"
     for entry in _split(head, stream, separator, name):
@@ -111,10 +111,10 @@ def _split(head: bytes, stream: BinaryIO, separator: bytes, name: str) -> Iterab
     rest, chunk = b"", head
     while chunk:
         if _CONTROL.search(chunk):
-            raise FormatError("is not text; expected a list of paths, one a line or each before a NUL", path=name)
+            raise FormatError("is not text; expected a list of paths, one on each line or before each NUL", path=name)
         *whole, rest = (rest + chunk).split(separator)
         yield from whole
         if len(rest) > _LONGEST:
-            raise FormatError(f"has a line of over {_LONGEST:,} bytes; expected a path on each line", path=name)
+            raise FormatError(f"has a line of more than {_LONGEST:,} bytes; expected a path on each line", path=name)
         chunk = stream.read(_CHUNK_NBYTES)
     yield rest

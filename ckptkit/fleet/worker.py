@@ -121,14 +121,16 @@ def run(
     except Exception as error:
         failed = (
             "failed",
-            f"the worker cannot import what is to be done (is it in a module of its own?): {told(error)}",
+            f"the worker cannot import the function (is it in an importable module?): {told(error)}",
             None,
         )
         return _versions(), [failed] * count, 0.0, False
     try:
         given = pickle.loads(tasks)  # noqa: S301 - our own
     except Exception as error:
-        text = f"the worker cannot read the task (is what it holds in a module of its own?): {told(error)}"
+        text = (
+            f"the worker cannot read the task (are its functions and classes in an importable module?): {told(error)}"
+        )
         failed = ("failed", text, None)
         return _versions(), [failed] if count == 1 else [], 0.0, False  # which of several is not known
     abandoned = threading.Event()

@@ -20,6 +20,7 @@ from ckptkit.formats.shards import may_tell_a_part
 from ckptkit.formats.soundness import as_hostile, hashed_parts, is_part, judged, require_sound
 from ckptkit.formats.unpacked import unpacked_source
 from ckptkit.limits import DEFAULT_LIMITS, Limits
+from ckptkit.nearness import did_you_mean, with_meant_file
 from ckptkit.normalize import RawCheckpoint, normalize
 from ckptkit.normalize.parts import flat_part, part_in
 from ckptkit.pickling.inert import TreeMap
@@ -281,14 +282,14 @@ def source_of(path: Readable, tag: str | None = None, tp_rules: str | os.PathLik
             return inner
     try:
         return SourceFile(path)
-    except FileAccessError:
+    except FileAccessError as error:
         if os.path.lexists(path):
             raise
         from ckptkit.formats.inside import member_of
 
         member = member_of(name, DEFAULT_LIMITS)
         if member is None:
-            raise
+            raise with_meant_file(error) from error.__cause__
         return member
 
 
@@ -354,6 +355,16 @@ def collector_paused() -> Iterator[None]:
                 gc.enable()
 
 
+_SHARDED = [index.name for index in FORMATS if index.shards is not None]
+
+_CALLED = {
+    "st": "safetensors", "sft": "safetensors", "safe-tensor": "safetensors", "safe-tensors": "safetensors",
+    "torch": "torch-zip", "pytorch": "torch-zip", "zip": "torch-zip", "pickle": "torch-zip",
+    "distcp": "dcp", "torch-dcp": "dcp",
+}  # fmt: skip
+"""What people call containers that are written."""
+
+
 def format_for(destination: str | os.PathLike[str], name: str | None = None) -> Format:
     """The container to write.
 
@@ -373,9 +384,12 @@ def format_for(destination: str | os.PathLike[str], name: str | None = None) -> 
             return container
     endings = ", ".join(suffix for container in writable for suffix in container.suffixes)
     if name is not None:
-        raise RewriteError(f"no container {name!r}; one of: {', '.join(c.name for c in writable)}")
+        names = [container.name for container in writable]
+        meant = did_you_mean(name, [*names, *_SHARDED], called=_CALLED)
+        raise RewriteError(f"no container {name!r}; one of: {', '.join(names)}{meant}")
+    meant = did_you_mean(ending, endings.split(", ")) if len(ending) > 1 else ""
     raise RewriteError(
-        f"{os.fsdecode(destination)}: the ending {ending!r} chooses no container; use {endings}, or --to",
+        f"{os.fsdecode(destination)}: the ending {ending!r} chooses no container; use {endings}, or --to{meant}",
         path=os.fsdecode(destination),
     )
 

@@ -101,29 +101,40 @@ def index_of(probe: Probe) -> str | None:
 
 CONTAINERS: tuple[Format, ...] = (
     Format(
-        name="torch-zip", suffixes=(".pth", ".pt", ".pkl", ".ckpt", ".bin"), claims=_archive("torch-zip"),
+        name="torch-zip", title="torch.save since 1.6",
+        suffixes=(".pth", ".pt", ".pkl", ".ckpt", ".bin"), claims=_archive("torch-zip"),
         reader="torch_zip", writer="torch_zip_writer", loader="torch.load", maps_location=True,
     ),
-    Format(name="torch-legacy", claims=_legacy, reader="torch_legacy", loader="torch.load", maps_location=True),
-    Format(name="torch-tar", claims=_tar, reader="torch_tar", loader="torch.load", maps_location=True),
-    Format(name="pickle", claims=_pickle, reader="plain_pickle", loader="pickle.load"),
     Format(
-        name="torchscript", suffixes=(".jit", ".ptl", ".torchscript"), claims=_archive("torchscript"),
+        name="torch-legacy", title="torch.save before 1.6",
+        claims=_legacy, reader="torch_legacy", loader="torch.load", maps_location=True,
+    ),
+    Format(
+        name="torch-tar", title="torch.save of 0.1",
+        claims=_tar, reader="torch_tar", loader="torch.load", maps_location=True,
+    ),
+    Format(
+        name="pickle", title="pickle, cloudpickle, dill, joblib",
+        claims=_pickle, reader="plain_pickle", loader="pickle.load",
+    ),
+    Format(
+        name="torchscript", title="torch.jit.save, torch.jit.trace, mobile",
+        suffixes=(".jit", ".ptl", ".torchscript"), claims=_archive("torchscript"),
         reader="torchscript", is_program=True, loader="torch.jit.load", maps_location=True, has_classes=True,
         words="a TorchScript program{}, its code included: torch.jit.load runs it",
     ),
     Format(
-        name="torch-package", claims=_archive("torch-package"),
+        name="torch-package", title="torch.package", claims=_archive("torch-package"),
         reader="torch_package", is_program=True, loader="torch.package.PackageImporter",
         words="a torch.package archive{}, its code included: torch.package.PackageImporter runs it",
     ),
     Format(
-        name="pt2", suffixes=(".pt2",), claims=_archive("pt2"),
+        name="pt2", title="torch.export.save", suffixes=(".pt2",), claims=_archive("pt2"),
         reader="pt2", is_program=True, loader="torch.export.load",
         words="an exported program{}, its graph included: torch.export.load reads it",
     ),
     Format(
-        name="safetensors", suffixes=(".safetensors",), claims=_safetensors,
+        name="safetensors", title="safetensors", suffixes=(".safetensors",), claims=_safetensors,
         reader="safetensors", writer="safetensors_writer", loader="safetensors.torch.load_file",
         has_pickle=False, tensors_alone=True, ties_once=True,
     ),
@@ -133,19 +144,34 @@ CONTAINERS: tuple[Format, ...] = (
 FORMATS: tuple[Format, ...] = (
     *CONTAINERS,
     Format(
-        name="safetensors-sharded", claims=_index("safetensors-sharded"), reader="sharded", shards="safetensors",
+        name="safetensors-sharded", title="*.safetensors.index.json and its shards",
+        claims=_index("safetensors-sharded"), reader="sharded", shards="safetensors",
         has_pickle=False, tensors_alone=True, ties_once=True,
     ),
-    Format(name="torch-sharded", claims=_index("torch-sharded"), reader="sharded", shards="torch-zip"),
     Format(
-        name="dcp", claims=_folder("dcp"), reader="distributed.dcp", writer="distributed.dcp_writer", is_folder=True,
+        name="torch-sharded", title="pytorch_model.bin.index.json and its shards",
+        claims=_index("torch-sharded"), reader="sharded", shards="torch-zip",
+    ),
+    Format(
+        name="dcp", title="torch.distributed.checkpoint: FSDP2 and others",
+        claims=_folder("dcp"), reader="distributed.dcp", writer="distributed.dcp_writer", is_folder=True,
         loader="torch.distributed.checkpoint.load",
     ),
-    Format(name="fsdp", claims=_folder("fsdp"), reader="distributed.fsdp", is_folder=True),
-    Format(name="deepspeed", claims=_folder("deepspeed"), reader="distributed.deepspeed", is_folder=True),
-    Format(name="megatron", claims=_folder("megatron"), reader="distributed.megatron", is_folder=True),
     Format(
-        name="safetensors-dcp", claims=_folder("safetensors-dcp"), reader="distributed.safetensors_dcp", is_folder=True,
+        name="fsdp", title="one .pt a rank: FSDP1, DTensor",
+        claims=_folder("fsdp"), reader="distributed.fsdp", is_folder=True,
+    ),
+    Format(
+        name="deepspeed", title="DeepSpeed: ZeRO 0 to 3, universal checkpoints",
+        claims=_folder("deepspeed"), reader="distributed.deepspeed", is_folder=True,
+    ),
+    Format(
+        name="megatron", title="Megatron's folders; Llama's consolidated.*.pth",
+        claims=_folder("megatron"), reader="distributed.megatron", is_folder=True,
+    ),
+    Format(
+        name="safetensors-dcp", title="the hub's sharded safetensors, one file a rank",
+        claims=_folder("safetensors-dcp"), reader="distributed.safetensors_dcp", is_folder=True,
         has_pickle=False, tensors_alone=True,
     ),
 )  # fmt: skip

@@ -140,6 +140,7 @@ class Format:
         loader: the function that programs load it with, where that is one for everything in it.
         maps_location: whether ``loader`` takes a ``map_location``.
         has_classes: whether the classes of its modules are in it, so that loading it needs none of them.
+        title: what writes such files, in a line.
         words: what it is to whoever meets one for the first time, ``{}`` for where its class is named; ``""``: what
             it holds says that.
     """
@@ -158,6 +159,7 @@ class Format:
     loader: str | None = None
     maps_location: bool = False
     has_classes: bool = False
+    title: str = ""
     words: str = ""
 
     def read(self, probe: Probe) -> RawCheckpoint:

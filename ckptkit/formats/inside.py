@@ -49,6 +49,7 @@ from ckptkit.formats.torch_tar import holds_one
 from ckptkit.formats.zip_archive import LOCAL_SIGNATURE, Record
 from ckptkit.formats.zip_records import fetch_beginnings, read_record, record_source
 from ckptkit.limits import Limits
+from ckptkit.nearness import did_you_mean
 from ckptkit.remote import source_at
 from ckptkit.report import Finding, count_of, listed, split_member
 
@@ -408,7 +409,8 @@ def _member(file: Source, wanted: str, path: str, limits: Limits) -> Source:
     what = f"{wanted!r:.200} is a folder in it" if below else f"it has no member {wanted!r:.200}"
     names = below or sorted(archive.members, key=lambda name: os.path.splitext(name)[1].lower() not in SUFFIXES)
     told = listed([f"{name!r:.200}" for name in names], 10) or "nothing"
-    raise MissingFileError(f"{file.path}: {what}; it holds {told}", path=file.path, names=names)
+    meant = "" if below else did_you_mean(wanted, names, shown=repr)
+    raise MissingFileError(f"{file.path}: {what}; it holds {told}{meant}", path=file.path, names=names)
 
 
 def begins_like_one(probe: Probe) -> bool:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, cast
 
 from ckptkit import places
 from ckptkit.architectures import Architecture, identify
-from ckptkit.checkpoint import Checkpoint, GlobalUse, Part, Section, Spread, Storage
+from ckptkit.checkpoint import STATE_DICT, Checkpoint, GlobalUse, Part, Section, Spread, Storage
 from ckptkit.diagnose import diagnose, everything_in, hostile_finding
 from ckptkit.errors import AmbiguousError, CkptkitError, CorruptError, FormatError
 from ckptkit.formats import judged
@@ -33,12 +33,12 @@ from ckptkit.inspection.listing import (
 )
 from ckptkit.inspection.state import list_modules, training_document, training_state
 from ckptkit.normalize.adapters import adapter_in
-from ckptkit.normalize.modules import tensor_role
-from ckptkit.normalize.selection import BESIDE
-from ckptkit.normalize.tensors import other_tensors, storage_names
+from ckptkit.normalize.modules import tensor_role, unwrapped, wrapper_of
+from ckptkit.normalize.selection import BESIDE, other_parts
+from ckptkit.normalize.tensors import FoundTensor, other_tensors, storage_names
 from ckptkit.pickling.inert import InertDict
 from ckptkit.pickling.trust import merge_uses
-from ckptkit.report import Finding, count_of, html_block, human_size, listed
+from ckptkit.report import CONVERT, Finding, count_of, human_size, listed
 from ckptkit.tensor import unused_nbytes
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ if TYPE_CHECKING:
         WeightsDocument,
     )
     from ckptkit.inspection.listing import Survey as Survey
+    from ckptkit.report import CombinedFix
 
 __all__ = [
     "Totals",
@@ -79,6 +80,9 @@ _ROWS_AT_A_TIME = 2000
 _MAX_PLACES = 8
 """Places listed where a name occurs in a pickle."""
 
+_MAX_TREE = 40
+"""Lines of a tree whose top level is more than a notebook folds."""
+
 
 def describe(
     checkpoint: Checkpoint, *, filters: Sequence[str] = (), sort: str = "file", stats: bool = False
@@ -94,8 +98,15 @@ def describe(
     return plain_document(survey(checkpoint, filters=filters, sort=sort, stats=stats))
 
 
-def survey(checkpoint: Checkpoint, *, filters: Sequence[str] = (), sort: str = "file", stats: bool = False) -> Survey:
-    """As `describe`, with the tensors as rows."""
+def survey(
+    checkpoint: Checkpoint,
+    *,
+    filters: Sequence[str] = (),
+    sort: str = "file",
+    stats: bool = False,
+    histograms: bool = False,
+) -> Survey:
+    """As `describe`, with the tensors as rows; ``histograms`` adds that of its values to the ``stats`` of each."""
     checkpoint = judged(checkpoint) if stats else checkpoint
     everything = other_tensors(checkpoint, values=True)
     listing = list_tensors(checkpoint, everything)
@@ -116,7 +127,8 @@ def survey(checkpoint: Checkpoint, *, filters: Sequence[str] = (), sort: str = "
     training = training_document(whole.rest, checkpoint.sections)
     damages: list[Finding] = []
     if stats:
-        rows, damages = _with_stats(checkpoint, rows)
+        rows, damages = _with_stats(checkpoint, rows, histograms)
+    findings = (*damages, *diagnose(checkpoint, contents))
     return {
         "path": origin.path,
         "size": origin.size,
@@ -138,9 +150,46 @@ def survey(checkpoint: Checkpoint, *, filters: Sequence[str] = (), sort: str = "
         "adapter": adapter_in(checkpoint, contents.names),
         "quantization": contents.quantization,
         "layout": _layout(origin.spread),
-        "findings": [finding.to_dict() for finding in (*damages, *diagnose(checkpoint, contents))],
+        "findings": [finding.to_dict() for finding in findings],
+        "combined_fix": _combined_fix(checkpoint, findings, everything),
         "error": None,
     }
+
+
+def _combined_fix(
+    checkpoint: Checkpoint, findings: Sequence[Finding], everything: Sequence[FoundTensor]
+) -> CombinedFix | None:
+    """The command that does what the findings advise.
+
+    Args:
+        checkpoint: as it was read.
+        findings: all about it.
+        everything: what `other_tensors` finds in it, values too.
+    """
+    if not any((finding.fix or "").startswith(CONVERT) for finding in findings):
+        return None
+    from ckptkit.fixes import combined_fix  # few files need one, and the others are shown sooner without
+    from ckptkit.normalize.not_plain import can_be_dense
+
+    def needs(section: str) -> Iterator[str]:
+        if section == checkpoint.origin.state_path:
+            return
+        inside = [found for found in everything if found.section == section]
+        names = [found.name for found in inside if found.is_own]
+        if any(map(wrapper_of, names)) and len(set(map(unwrapped, names))) == len(names):
+            yield "--strip-module"
+        values = [found for found in inside if found.is_value]
+        if values and all(can_be_dense(found.name, found.node) for found in values):
+            yield "--densify"
+
+    is_dense = all(can_be_dense(name, value) for name, value in checkpoint.state_dict.extra.items())
+    return combined_fix(
+        findings,
+        other_parts(checkpoint),
+        is_model=checkpoint.module is not None and checkpoint.rest is STATE_DICT,
+        partly=() if is_dense else ("not-a-plain-tensor",),
+        needs=needs,
+    )
 
 
 def _part(part: Part) -> PartDocument:
@@ -204,6 +253,7 @@ def describe_error(path: str, error: CkptkitError) -> UnreadFile:
         "quantization": None,
         "layout": None,
         "findings": findings,
+        "combined_fix": None,
         "error": {"type": type(error).__name__, "message": message},
     }
 
@@ -234,6 +284,7 @@ def surveyed(document: InspectedFile | Survey) -> Survey:
 
 def html_screen(checkpoint: Checkpoint) -> str:
     """What a notebook shows of a checkpoint: what it is, what is remarkable, and the head of the module tree."""
+    from ckptkit.display import MOST_LINES, TreeLine, html_block
     from ckptkit.inspection.outline import outline_of
     from ckptkit.normalize.adapters import adapter_text
 
@@ -254,19 +305,25 @@ def html_screen(checkpoint: Checkpoint) -> str:
 
         lines.append(quantized_text(quantization))
     found = document["findings"]
-    lines += [f"{each['severity']}: {each['message']} [{each['code']}]" for each in found[:_MAX_PLACES]]
-    tree, left_out = outline_of(document) if document["tensors"] else ([], 0)
+    for each in found[:_MAX_PLACES]:
+        lines += [f"{each['severity']}: {each['message']} [{each['code']}]"]
+        lines += [f"    fix: {each['fix']}"] if each["fix"] else []
+    lines += [f"and {count_of(len(found) - _MAX_PLACES, 'more finding')}"] * (len(found) > _MAX_PLACES)
+    tree, left_out = outline_of(document, most=MOST_LINES) if document["tensors"] else ([], 0)
+    left_out += len(tree[_MAX_TREE:]) if left_out else 0
     rows = [
-        (
-            "  " * line.level + (line.label or "(tensor)") + f"  {line.copies:,} x" * (line.copies > 1),
-            f"{line.tensors:,}",
-            f"{line.parameters + line.buffers + line.others:,}",
-            human_size(line.nbytes),
+        TreeLine(
+            line.level,
+            (line.label or "(tensor)") + f"  {line.copies:,} x" * (line.copies > 1),
+            0 if line.is_tensor else line.tensors,
+            line.parameters + line.buffers + line.others,
+            line.nbytes,
             line.note,
         )
-        for line in tree
+        for line in (tree[:_MAX_TREE] if left_out else tree)
     ]
-    return html_block(document["path"], lines, ("", "tensors", "elements", "bytes", ""), rows, left_out)
+    state = next((each for each in ("error", "warning") if any(f["severity"] == each for f in found)), "ok")
+    return html_block(document["path"], lines, state=state, tree=rows, tree_left_out=left_out)
 
 
 def json_chunks(document: Survey | UnreadFile) -> Iterator[str]:
@@ -281,10 +338,12 @@ def json_chunks(document: Survey | UnreadFile) -> Iterator[str]:
     yield f"]{tail}"
 
 
-def _with_stats(checkpoint: Checkpoint, rows: Sequence[TensorRow]) -> tuple[list[TensorRow], list[Finding]]:
+def _with_stats(
+    checkpoint: Checkpoint, rows: Sequence[TensorRow], histograms: bool
+) -> tuple[list[TensorRow], list[Finding]]:
     """The rows with the statistics of their data, of tied tensors read once; and what recorded checksums show of it."""
     from ckptkit.computed import files_of
-    from ckptkit.stats import NO_STATS, tensor_stats
+    from ckptkit.stats import NO_STATS, Histogram, tensor_stats
     from ckptkit.transfer.checksums import Checksums, damage_text
     from ckptkit.transfer.values import will_read
 
@@ -301,7 +360,10 @@ def _with_stats(checkpoint: Checkpoint, rows: Sequence[TensorRow]) -> tuple[list
         view = row.entry.view
         if view not in known:
             try:
-                known[view] = cast("StatsDocument", tensor_stats(row.entry, checksums))
+                bins = Histogram(row.entry.dtype) if histograms else None
+                known[view] = cast("StatsDocument", tensor_stats(row.entry, checksums, bins))
+                if bins is not None:
+                    known[view]["histogram"] = bins.to_list()
             except CorruptError:
                 if not checksums.is_broken(row.entry.storage):
                     raise

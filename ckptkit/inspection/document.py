@@ -8,7 +8,7 @@ from ckptkit.checkpoint import Kind, Trust, Verdict
 from ckptkit.documents import ErrorDocument
 from ckptkit.normalize.adapters import AdapterDocument
 from ckptkit.normalize.quantized import LayoutDocument, QuantizationDocument
-from ckptkit.report import FindingDocument
+from ckptkit.report import CombinedFix, FindingDocument
 
 __all__ = ["AdapterDocument", "FileFacts", "InspectDocument", "InspectedFile", "LayoutDocument", "ModuleDocument",
            "QuantizationDocument", "SectionDocument", "StorageDocument", "TensorDocument", "TrainingDocument",
@@ -77,14 +77,7 @@ class StorageDocument(TypedDict):
     unused_nbytes: int
 
 
-class StatsDocument(TypedDict):
-    """Figures of a tensor's values; ``None`` where they cannot be gone through.
-
-    Attributes:
-        min, max, mean, std: of the finite values; ``std`` is that of the population.
-        zeros, nan, inf: how many elements are so.
-    """
-
+class _Stats(TypedDict):
     min: float | None
     max: float | None
     mean: float | None
@@ -92,6 +85,18 @@ class StatsDocument(TypedDict):
     zeros: int | None
     nan: int | None
     inf: int | None
+
+
+class StatsDocument(_Stats, total=False):
+    """Figures of a tensor's values; ``None`` where they cannot be gone through.
+
+    Attributes:
+        min, max, mean, std: of the finite values; ``std`` is that of the population.
+        zeros, nan, inf: how many elements are so.
+        histogram: for pages alone; see `ckptkit.stats.Histogram`.
+    """
+
+    histogram: list[int] | None
 
 
 class _Tensor(TypedDict):
@@ -276,6 +281,7 @@ class FileFacts(TypedDict):
     quantization: QuantizationDocument | None
     layout: SpreadDocument | None
     findings: list[FindingDocument]
+    combined_fix: CombinedFix | None
     error: None
 
 
@@ -303,6 +309,7 @@ class InspectedFile(FileFacts):
         quantization: how the weights are quantized; ``None``: they are not, or have no scales beside them.
         layout: of a folder that several processes wrote, how it is spread over files; ``None``: it is none.
         findings: what is remarkable, gravest first.
+        combined_fix: the one command that does what the findings advise; ``None``: none advises a conversion.
         error: why it could not be read: it could; see `UnreadFile`.
     """
 
@@ -336,6 +343,7 @@ class UnreadFile(TypedDict):
     quantization: None
     layout: None
     findings: list[Any]
+    combined_fix: None
     error: ErrorDocument
 
 

@@ -49,6 +49,9 @@ class OutlineLine(NamedTuple):
             neither in elements.
         note: dtype and shape of a tensor, class and settings of a module, or dtypes.
         is_tensor: whether it is a tensor.
+        dtypes: of all it stands for, as text.
+        pieces: the note without them: of a tensor its shape, and the name it is tied to; of a module its class and
+            settings, or the first tensors it holds.
     """
 
     level: int
@@ -61,6 +64,8 @@ class OutlineLine(NamedTuple):
     nbytes: int
     note: str
     is_tensor: bool
+    dtypes: str = ""
+    pieces: tuple[str, ...] = ()
 
 
 class _Branch:
@@ -200,6 +205,9 @@ class Outline:
 
     def _line(self, group: _Group, level: int, label: str, *, names_tensors: bool = False) -> OutlineLine:
         branch = group[0][1]
+        dtypes = sorted(branch.dtypes)
+        told = ", ".join(dtypes) if len(dtypes) < 4 else f"{count_of(len(dtypes), 'dtype')}"
+        pieces = _pieces(branch, names_tensors)
         return OutlineLine(
             level=level,
             label=label,
@@ -209,8 +217,10 @@ class Outline:
             buffers=sum(member.buffers for _, member in group),
             others=sum(member.others for _, member in group),
             nbytes=sum(member.nbytes for _, member in group),
-            note=_note(branch, names_tensors),
+            note=_note(branch, told, pieces),
             is_tensor=branch.row is not None,
+            dtypes=told,
+            pieces=pieces,
         )
 
 
@@ -441,19 +451,25 @@ def _group_label(group: _Group) -> str:
     return f"{group[0][0]}‥{'' if numbered is None else numbered[1]}"
 
 
-def _note(branch: _Branch, names_tensors: bool) -> str:
-    """What stands at the end of a branch's line; of a module without a class, perhaps the tensors it holds."""
-    if branch.row is not None and branch.row.value is not None:
-        return branch.row.value
-    if branch.row is not None:
-        note = f"{branch.row.dtype} {list(branch.row.shape)}"
-        return f"{note} = {branch.row.tied_to}" if branch.row.tied_to else note
+def _pieces(branch: _Branch, names_tensors: bool) -> tuple[str, ...]:
+    """What stands at the end of a branch's line but dtypes; of a module without a class, the first tensors it holds."""
+    row = branch.row
+    if row is not None:
+        shape = str([*row.shape]) if row.value is None else row.value
+        return (shape, row.tied_to) if row.value is None and row.tied_to else (shape,)
     if branch.note:
-        return branch.note if branch.is_module else branch.note.removesuffix("()")
-    dtypes = sorted(branch.dtypes)
-    shown = ", ".join(dtypes) if len(dtypes) < 4 else f"{count_of(len(dtypes), 'dtype')}"
+        return (branch.note if branch.is_module else branch.note.removesuffix("()"),)
     if not names_tensors or not branch.is_module:
-        return shown
-    named = [f"{label} {list(child.row.shape)}" for label, child in branch.children if child.row is not None]
-    more = ", …" if len(named) > _MAX_TENSORS_NAMED else ""
-    return f"{shown}: {', '.join(named[:_MAX_TENSORS_NAMED])}{more}"
+        return ()
+    named = ((label, child.row) for label, child in branch.children[:_MAX_ON_A_LINE])
+    return tuple(f"{label} {[*row.shape]}" for label, row in named if row is not None)
+
+
+def _note(branch: _Branch, dtypes: str, pieces: Sequence[str]) -> str:
+    """All that stands there in a line."""
+    if branch.note or (branch.row is not None and branch.row.value is not None):
+        return pieces[0]
+    if branch.row is not None:
+        return f"{dtypes} {' = '.join(pieces)}"
+    more = ", …" if len(branch.children) > _MAX_TENSORS_NAMED else ""
+    return f"{dtypes}: {', '.join(pieces[:_MAX_TENSORS_NAMED])}{more}" if pieces else dtypes

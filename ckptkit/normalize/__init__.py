@@ -136,7 +136,7 @@ def normalize(raw: RawCheckpoint, file: Source, *, section: str | None = None) -
             Finding(
                 code="ambiguous-section",
                 severity="warning",
-                message=f"several sections hold weights ({sections_listed(sections)}); none is taken for the model's",
+                message=f"several sections contain weights ({sections_listed(sections)}); none is taken as the model's",
                 fix=convert_command(file.path, "--section", first.path, "--weights-only", suffix=suffix),
             )
         )
@@ -230,7 +230,8 @@ def _state_dict(
             Finding(
                 code="nested-names",
                 severity="info",
-                message="the weights are dicts inside dicts; the keys that lead to one are its name, with dots between",
+                message="the weights are nested dicts; the name of each consists of the keys that lead to it, joined "
+                "with dots",
                 fix=convert_command(path, "--weights-only", suffix=holding_suffix(state_dict)),
             )
         )
@@ -269,7 +270,8 @@ def _note_method(node: object, findings: list[Finding], path: str, suffix: str) 
             Finding(
                 code="bound-method",
                 severity="warning",
-                message=f"the method model.{bound[1][:60]} was saved, not its result: the file holds the whole model",
+                message=f"the method model.{bound[1][:60]} was saved instead of its result: the file contains the "
+                "whole model",
                 fix=convert_command(path, "--weights-only", suffix=suffix),
             )
         )
@@ -284,7 +286,7 @@ def _note_wrapper(module: object, findings: list[Finding], path: str, suffix: st
             Finding(
                 code="wrapped-model",
                 severity="info",
-                message=f"the model was saved inside {names}; every name carries its prefix `{prefix}`",
+                message=f"the model was saved inside {names}; every name has its prefix `{prefix}`",
                 fix=convert_command(path, "--strip-module", "--weights-only", suffix=suffix),
             )
         )

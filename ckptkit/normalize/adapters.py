@@ -94,8 +94,8 @@ _BASE_KEYS = (
 """In the metadata, the most telling first."""
 
 _BASES = (
-    (re.compile(r"(?:^|[._])(?:double_blocks|single_transformer_blocks)[._]"), "FLUX.1 or a relative of it"),
-    (re.compile(r"(?:^|[._])joint_(?:transformer_)?blocks[._]"), "Stable Diffusion 3 or a relative of it"),
+    (re.compile(r"(?:^|[._])(?:double_blocks|single_transformer_blocks)[._]"), "FLUX.1 or a related model"),
+    (re.compile(r"(?:^|[._])joint_(?:transformer_)?blocks[._]"), "Stable Diffusion 3 or a related model"),
 )
 """Models that have modules of these names."""
 

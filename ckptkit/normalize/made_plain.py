@@ -126,7 +126,7 @@ def arrays_made_plain(root: object, path: str, *, everything: bool = False) -> t
         return root, []
     message = f"{count_of(len(made), 'numpy array')} {'is' if len(made) == 1 else 'are'} read as tensors"
     if kept:
-        message += f"; {count_of(len(kept), 'other')} that torch has no type for stay what they are ({listed(kept, 3)})"
+        message += f"; {count_of(len(kept), 'other')} with a type that torch lacks stay as they are ({listed(kept, 3)})"
     finding = Finding(
         code="arrays-as-tensors", severity="info", message=message, fix=convert_command(path, suffix=".pth")
     )

@@ -475,10 +475,10 @@ def inner_module_told(names: Sequence[str]) -> tuple[str, list[str]] | None:
     import shlex  # what finds nothing starts faster without
 
     told = (
-        f"{len(carrying)} of {count_of(len(names), 'name')} carry `{MODULE}.` further in, such as "
-        f"{carrying[0]!r:.200}: DataParallel around a part of the model, or an attribute of the model's own"
+        f"{len(carrying)} of {count_of(len(names), 'name')} have `{MODULE}.` after their beginning, such as "
+        f"{carrying[0]!r:.200}: DataParallel around a part of the model, or an attribute with that name"
     )
     if len({_INNER_MODULE.sub("", name) for name in names}) < len(names):
-        return f"{told}; without it two names would be one", []
+        return f"{told}; without it two names would be the same", []
     options = [option for rule in inner_module_rules(names) for option in ("--rename", rule)]
-    return f"{told}; {shlex.join(options)} takes it off", options
+    return f"{told}; {shlex.join(options)} removes it", options

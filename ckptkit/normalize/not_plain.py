@@ -3,7 +3,7 @@
 They are tensors that torch makes of other tensors (`ckptkit.pickling.layouts` says which), tensors of a class that has
 no bytes of its own (`ckptkit.pickling.tensors.Wrapped`: DTensor, torchao's), strided ones with hooks or metadata that
 is not torch's, any of them as a parameter or as a subclass, and numpy's arrays (`ckptkit.pickling.arrays`).  One whose
-parts do not fit each other is told with the reason, and has the tensors that are found in it.
+parts do not fit together is told with the reason, and has the tensors that are found in it.
 
 `dense_form` says what dense values each can be made of.  Of torchao's classes (https://github.com/pytorch/ao; 0.5 to
 0.18) those are known whose numbers lie as they are, one in a byte, and whose ``dequantize()`` is ``(number - zero
@@ -267,7 +267,7 @@ def dense_form(node: object) -> Dense | None:
 
     Raises:
         UnsupportedError: it is a tensor and none can be made of it; the message says why.
-        CorruptError: its parts do not fit each other.
+        CorruptError: its parts do not fit together.
     """
     if not isinstance(node, Object):
         return None
@@ -282,7 +282,7 @@ def dense_form(node: object) -> Dense | None:
     if isinstance(layout, Meta):
         raise UnsupportedError("a meta tensor is a shape without values")
     if isinstance(layout, Quantized) and layout.numbers.dtype in PACKED and not layout.numbers.is_contiguous:
-        raise UnsupportedError(f"numbers of {layout.numbers.dtype} that do not lie in a row")
+        raise UnsupportedError(f"numbers of {layout.numbers.dtype} that are not stored in a row")
     if isinstance(layout, Sparse) and DTYPES[layout.values.dtype].numpy is None:
         raise UnsupportedError(f"values of {layout.values.dtype} cannot be computed")
     return Dense(layout, call.is_parameter, own if call.requires_grad is None else call.requires_grad)
@@ -355,13 +355,13 @@ def _scaled(wrapped: Wrapped) -> Scaled:
         kind = "" if inner is None else inner.cls.name.rpartition(".")[2]
         held = {} if inner is None else dict(mapping_items(inner.state) or [])
         if kind not in _IMPLEMENTATIONS or held.get("transposed"):
-            raise UnsupportedError(f"a {name} with {kind or 'unknown parts'}: how its numbers lie is not known here")
+            raise UnsupportedError(f"a {name} with {kind or 'unknown parts'}: the layout of its numbers is unknown")
         domain = state.get("zero_point_domain")
         if isinstance(domain, Object) and domain.args != (1,) and held.get("zero_point") is not None:
             raise UnsupportedError(f"a {name} whose zero points are not whole numbers")
         return _by_blocks(wrapped, what, held.get(_IMPLEMENTATIONS[kind]), held, state.get("block_size"))
     if not is_torchao or name not in _SCALED or "qdata" not in state:
-        raise UnsupportedError(f"a tensor of class {what}, which the program that made it turns into a plain one")
+        raise UnsupportedError(f"a tensor of class {what}, which the program that made it can turn into a plain one")
     if state.get("act_pre_scale") is not None:
         raise UnsupportedError(f"a {name} whose inputs are scaled too (act_pre_scale)")
     return _by_blocks(wrapped, what, state["qdata"], state, state.get("block_size"))
@@ -378,7 +378,7 @@ def _by_blocks(wrapped: Wrapped, what: str, numbers: object, parts: dict[Any, ob
     grid = math.prod(whole // size for size, whole in zip(block, shape, strict=True)) if fits else -1
     counts = {part.numel if isinstance(part, TensorEntry) else -1 for part in (scales, zeros) if part is not None}
     if not fits or counts != {grid}:
-        raise UnsupportedError(f"a tensor of class {what} whose numbers, blocks and scales do not fit each other")
+        raise UnsupportedError(f"a tensor of class {what} whose numbers, blocks and scales do not fit together")
     is_known = row.name in ("int8", "uint8") or (row.is_floating and row.itemsize == 1 and row.numpy)
     if not is_known or scales.dtype not in _OUTPUTS or wrapped.dtype not in _OUTPUTS:
         raise UnsupportedError(f"a tensor of class {what} of {row.name} with scales of {scales.dtype}")

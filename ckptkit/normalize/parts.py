@@ -88,7 +88,7 @@ def part_in(
     if "DCP_SHARDING_INFO" in metadata:
         return Part(
             layout="a torch.distributed.checkpoint of safetensors files",
-            lacks="its tensors are slices of those of the whole",
+            lacks="its tensors are slices of those in the whole checkpoint",
         )
     own = _own_keys(root)
     said: Part | Literal["whole"] | None = None
@@ -107,7 +107,7 @@ def part_in(
 
 _FLAT_PART = Part(
     layout="an FSDP checkpoint with flat parameters",
-    lacks="its parameters are joined into flat ones, whose names and shapes are not in the file",
+    lacks="its parameters are joined into flat ones, and the file does not contain their names and shapes",
 )
 
 
@@ -121,7 +121,8 @@ def flat_part(root: object, state_dict: StateDict) -> Part | None:
     if not _has_flat(_own_keys(root), state_dict):
         return None
     return replace(
-        _FLAT_PART, remedy="ckptkit convert --like REF cuts them, by a file of the same model or by the model"
+        _FLAT_PART,
+        remedy="ckptkit convert --like REF splits them with the help of a file of the same model or the model itself",
     )
 
 
@@ -154,13 +155,14 @@ def _deepspeed(own: Mapping[str, object], state_dict: StateDict) -> Part | Liter
         return Part(
             layout="a DeepSpeed ZeRO checkpoint",
             piece=f"the optimizer state of {_rank_of(ranks)}" if ranks > 1 else "the optimizer state",
-            lacks="it holds a rank's share of flat buffers; the model_states files say which parameters lie in them",
+            lacks="it contains one rank's share of flat buffers; the model_states files say which parameters are in "
+            "them",
         )
     if not own.keys() & {"param_shapes", "ds_version", "mp_world_size"}:
         return None
     if own.get("module", own) is None:
         return Part(
-            layout="a DeepSpeed pipeline checkpoint", lacks="it holds no weights, which lie in the layer_ files"
+            layout="a DeepSpeed pipeline checkpoint", lacks="it contains no weights; they are in the layer_ files"
         )
     stubs, weights = _stubs(own, state_dict)
     if stubs:
@@ -168,7 +170,7 @@ def _deepspeed(own: Mapping[str, object], state_dict: StateDict) -> Part | Liter
         return Part(
             layout="a DeepSpeed ZeRO stage 3 checkpoint",
             piece=_rank_of(own.get("dp_world_size")),
-            lacks=f"{stubs:,} of {count_of(weights, 'weight')} {verb}; the values lie in the optim_states files",
+            lacks=f"{stubs:,} of {count_of(weights, 'weight')} {verb}; the values are in the optim_states files",
         )
     degrees = _own_keys(own.get("checkpoint_parallel_dimensions"))
     for size in (own.get("mp_world_size"), degrees.get("tp_degree"), degrees.get("pp_degree")):
@@ -180,7 +182,7 @@ def _deepspeed(own: Mapping[str, object], state_dict: StateDict) -> Part | Liter
             )
     experts = own.get("num_experts")
     if isinstance(experts, list) and any(_is_count(count) and count > 1 for count in experts):
-        return Part(layout="a DeepSpeed mixture of experts", lacks="the experts lie in files of their own")
+        return Part(layout="a DeepSpeed mixture of experts", lacks="the experts are in separate files")
     return WHOLE if "module" in own else None
 
 
@@ -288,9 +290,9 @@ def _distributed(root: object) -> Part | Literal["whole"] | None:
     verb = "is a slice" if len(parts) == 1 else "are slices"
     known = isinstance(first.rank, int) and 0 <= first.rank < first.ranks
     return Part(
-        layout="a checkpoint of one file a rank (DTensor, ShardedTensor)",
+        layout="a checkpoint with one file per rank (DTensor, ShardedTensor)",
         piece=f"rank {first.rank} of {first.ranks}" if known else _rank_of(first.ranks),
-        lacks=f"{count_of(len(parts), 'tensor')} of it {verb} of the whole",
+        lacks=f"{count_of(len(parts), 'tensor')} in it {verb} of the whole",
     )
 
 
@@ -396,7 +398,7 @@ def require_whole(checkpoint: Checkpoint, *, allow_part: bool = False) -> None:
     """
     part, path = checkpoint.part, checkpoint.origin.path
     if part is not None and not allow_part:
-        remedy = f"{way_out(part)}; --allow-part insists on this part alone"
+        remedy = f"{way_out(part)}; --allow-part takes this part alone"
         raise PartError(f"{CODE}: {part_text(part)}; {remedy}", path=path)
 
 
@@ -405,10 +407,10 @@ def way_out(part: Part) -> str:
     if part.remedy:
         return part.remedy
     if part.instead is None:
-        return "get the files that belong to it: none of them lies beside it"
+        return "get the files that belong to it; none of them is in its folder"
     if part.opens:
         return f"give {part.instead}"
-    return f"the files in {part.instead} belong together, in a layout that ckptkit does not know"
+    return f"the files in {part.instead} belong together, in a layout that ckptkit does not support"
 
 
 def part_text(part: Part) -> str:

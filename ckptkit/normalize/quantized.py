@@ -203,7 +203,7 @@ _TORCH_BITS = {"qint8": 8, "quint8": 8, "qint32": 32, "quint4x2": 4, "quint2x4":
 
 _CALLED = {
     "gptq": "GPTQ", "awq": "AWQ", "hqq": "HQQ", "aqlm": "AQLM", "nvfp4": "NVFP4", "mxfp4": "MXFP4",
-    "int8": "scaled int8", "fp8": "scaled fp8", "other": "scaled in a way that is not known here",
+    "int8": "scaled int8", "fp8": "scaled fp8", "other": "scaled in an unknown way",
 }  # fmt: skip
 
 _MAX_SHOWN = 3
@@ -445,10 +445,10 @@ def quantized_text(found: QuantizationDocument) -> str:
         size, block = layout["group_size"], layout["block"]
         facts.append(
             f"groups of {size:,}" if size else f"blocks of {' x '.join(map(str, block))}" if block
-            else f"a scale for each {layout['strategy']}" if layout["strategy"] else None
+            else f"one scale per {layout['strategy']}" if layout["strategy"] else None
         )  # fmt: skip
         names = listed([printable(name)[:60] for name in layout["companions"]], 8)
         words = ", ".join([_CALLED.get(layout["method"], layout["method"]), *filter(None, facts)])
         told.append(f"{words} ({count_of(layout['modules'], 'module')} of {names})")
-    plain = f"; {count_of(found['plain'], 'other module')} of plain values" if found["plain"] else ""
+    plain = f"; {count_of(found['plain'], 'other module')} with plain values" if found["plain"] else ""
     return f"{listed(told, _MAX_SHOWN, between='; ')}{plain}"

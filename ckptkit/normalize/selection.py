@@ -28,6 +28,7 @@ from ckptkit.checkpoint import STATE_DICT, Checkpoint, Section, StateDict, Tenso
 from ckptkit.dtypes import DTYPES
 from ckptkit.errors import SectionError
 from ckptkit.limits import DEFAULT_LIMITS
+from ckptkit.nearness import did_you_mean
 from ckptkit.normalize.modules import unwrapped
 from ckptkit.normalize.sections import Candidate, brief, step
 from ckptkit.normalize.shapes import CUSTOMARY_KEYS, is_substantial
@@ -198,10 +199,15 @@ def require_section(sections: Sequence[Section], path: str) -> None:
     asked = next((section for section in sections if section.path == path), None)
     if asked is not None and asked.is_weights:
         return
-    what = f"no section {path[:200]!r} holds weights" if asked is None else f"section {path[:200]!r} holds no weights"
+    what = (
+        f"no section {path[:200]!r} contains weights"
+        if asked is None
+        else (f"section {path[:200]!r} contains no weights")
+    )
     kind = "" if asked is None else f" (it is of kind {asked.kind!r})"
     told = sections_listed(sections) or "none"
-    raise SectionError(f"{what}{kind}; sections that do: {told}", names=weights_paths(sections))
+    meant = did_you_mean(path, weights_paths(sections), shown=repr) if asked is None else ""
+    raise SectionError(f"{what}{kind}; sections that do: {told}{meant}", names=weights_paths(sections))
 
 
 def require_state_dict(checkpoint: Checkpoint, purpose: str) -> None:
@@ -218,14 +224,14 @@ def require_state_dict(checkpoint: Checkpoint, purpose: str) -> None:
         return
     path = checkpoint.origin.path
     writes = purpose in _WRITING
-    all_named = f"{convert_command(path, '--all-tensors')} takes all there are, each named by its keys"
+    all_named = f"{convert_command(path, '--all-tensors')} takes all of them, each named by its keys"
     if weights := paths_listed(checkpoint.sections):
-        message = f"{path}: several sections hold weights ({weights}); name the one {purpose} with --section"
+        message = f"{path}: several sections contain weights ({weights}); name the one {purpose} with --section"
         raise SectionError(
             f"{message}, or {all_named}" if writes else message, path=path, names=weights_paths(checkpoint.sections)
         )
     kind = f"its kind is {checkpoint.origin.kind!r}"
-    message = f"{path}: the file holds no state_dict {purpose} ({kind}); {held_instead(checkpoint)}"
+    message = f"{path}: the file contains no state_dict {purpose} ({kind}); {held_instead(checkpoint)}"
     has_tensors = any(section.tensors for section in checkpoint.sections)
     raise SectionError(f"{message}; {all_named}" if has_tensors else message, path=path)
 
@@ -282,10 +288,10 @@ def held_instead(checkpoint: Checkpoint) -> str:
     """What a file holds whose weights have no names."""
     tensors = sum(section.tensors for section in checkpoint.sections)
     if not tensors:
-        return "it holds no tensor under a name"
+        return "it contains no named tensors"
     own = any(finding.code == "own-script-state" for finding in checkpoint.findings)
-    why = ": its modules save a state of their own making" if own else ""
-    return f"it holds {count_of(tensors, 'tensor')} without names of a model's{why}"
+    why = ": its modules save custom state" if own else ""
+    return f"it contains {count_of(tensors, 'tensor')} without a model's names{why}"
 
 
 KEY = "ckptkit_receipts"

@@ -172,7 +172,7 @@ class CallsThatReach:
     def _caller(self, callee: Global, args: tuple[object, ...]) -> None:
         function, _ = self._callee(args[0], args[1:]) if args else (None, ())
         if function is not None and (function.name in _GETATTRS or is_kept_code(function.module, function.name)):
-            function.offence = f"is handed to {callee.qualified}, which calls it"
+            function.offence = f"is passed to {callee.qualified}, which calls it"
 
     def _kept_code(self, callee: Global, args: tuple[object, ...]) -> None:
         name, first = callee.name.rpartition(".")[2], args[0] if args else None
@@ -181,7 +181,7 @@ class CallsThatReach:
         elif name in _GETATTRS:
             self._getattr(callee, args)
         elif name in _SETTERS and not isinstance(first, InertDict) and not _is_made_here(first):
-            callee.offence = "changes what is not made of the file's own code"
+            callee.offence = "changes something that the file's own code did not create"
         elif name in ("_create_type", "_make_skeleton_class"):
             self.computed(first, args[1:])
 
@@ -189,7 +189,7 @@ class CallsThatReach:
         """Look at the call of something that is itself computed."""
         maker = self._kept_function(cls)
         if maker is not None:
-            maker.offence = "makes a function of code that the file holds, and the pickle calls it"
+            maker.offence = "makes a function from code in the file, and the pickle calls it"
             return
         function, given = self._callee(cls, args)
         watch = self.watcher(function) if function is not None else None
@@ -219,9 +219,9 @@ class CallsThatReach:
             elif isinstance(node, InertDict):
                 stack.extend(value for _, value in node.pairs[: self._arguments_left + 1])
             elif isinstance(node, Global) and node.qualified in _EXCUSED:
-                node.offence = "is handed on, so that what it calls cannot be known"
+                node.offence = "is passed on, so what it calls cannot be known"
             elif not keeps and (maker := self._kept_function(node)) is not None:
-                maker.offence = "makes a function of code that the file holds, and the pickle has it called"
+                maker.offence = "makes a function from code in the file, and the pickle has it called"
 
     def changed(self, target: Object) -> None:
         """Look at something whose attributes the pickle sets."""
@@ -232,7 +232,7 @@ class CallsThatReach:
         body = dict(named_items(args[0])) if args else {}
         code = body.get("_code") or body.get("code")
         if len(args) != 2 or not isinstance(args[1], str) or not isinstance(code, str):
-            callee.offence = "runs text that is not there, or is computed"
+            callee.offence = "runs text that is missing or computed"
             return
         self.text(callee, args[1] + code)
 
@@ -271,7 +271,7 @@ class CallsThatReach:
             else:
                 return None, ()
         if isinstance(node, Object) and isinstance(node.cls, Global):
-            node.cls.offence = "is called through itself again and again"
+            node.cls.offence = "is called through itself repeatedly"
         return None, ()
 
     def _kept_function(self, node: object) -> Global | None:
@@ -351,7 +351,7 @@ def _offence(text: str) -> str:
             if is_dangerous(module, name or "_"):
                 return f"its text says {line[:80]!r}"
         elif not _OTHER_TOP_LEVEL.fullmatch(line):
-            return f"its text is more than imports and one function: {line[:80]!r}"
+            return f"its text contains more than imports and one function: {line[:80]!r}"
     for found in _WORD.finditer(text):
         before, word = found[1] or "", found[2]
         # Parameters may have any name ("signal", "input"); attributes that are modules are never used.

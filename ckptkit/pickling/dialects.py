@@ -113,7 +113,7 @@ class LegacyTable(StorageTable):
 
     def named(self, cls: object, key: str, location: str, numel: int) -> Storage:
         if key in self._views:
-            raise AmbiguousError(f"storage {key!r:.80} is also named as a view of another")
+            raise AmbiguousError(f"storage {key!r:.80} is also named as a view of another storage")
         return super().named(cls, key, location, numel)
 
     def _view(self, root: Storage, view_metadata: object) -> Storage:
@@ -169,7 +169,7 @@ class LegacyTable(StorageTable):
         root, start = self._roots[id(entry.storage)]
         if start % entry.itemsize:
             raise CorruptError(
-                f"a tensor of {entry.dtype} over view {entry.storage.key!r:.80}, which begins inside one"
+                f"a tensor of {entry.dtype} over view {entry.storage.key!r:.80}, which begins inside an element"
             )
         return replace(entry, storage=root, storage_offset=entry.storage_offset + start // entry.itemsize)
 
@@ -274,9 +274,9 @@ def writing_release(names: Sequence[Global]) -> str | None:
     called = {name.qualified for name in names if name.calls}
     classes = {name.name for name in names if name.module in ("torch", "torch.storage")}
     if "torch._utils._rebuild_tensor_v3" in called or "UntypedStorage" in classes:
-        return "torch 2.0 or later, asked for the format of before 1.6"
+        return "torch 2.0 or later, asked for the format used before 1.6"
     if "torch._utils._rebuild_tensor_v2" in called:
-        return "torch 0.4 to 1.5, or a later one that was asked for its format"
+        return "torch 0.4 to 1.5, or a later version asked for that format"
     if "torch._utils._rebuild_tensor" in called or any(_is_old(name) for name in names):
         return "torch 0.1 to 0.3"
     return None
@@ -319,7 +319,7 @@ class ScriptStorageTable(StorageTable):
         storage = super().named(cls, key, location, numel)
         name = _script_dtype(cls)
         if self._declared.setdefault(id(storage), (name, storage))[0] != name:
-            raise CorruptError(f"storage {key!r} is named with two types of elements")
+            raise CorruptError(f"storage {key!r} is named with two element types")
         return storage
 
     def _dtype(self, cls: object) -> tuple[str | None, int]:

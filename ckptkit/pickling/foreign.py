@@ -244,4 +244,4 @@ def plain_value(node: Object, build: Builder) -> Any:
     try:
         return make(*args)
     except (TypeError, ValueError, ArithmeticError) as error:
-        raise CorruptError(f"a {name} that cannot be made: {error!s:.100}") from None
+        raise CorruptError(f"a {name} that cannot be created: {error!s:.100}") from None

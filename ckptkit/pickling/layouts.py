@@ -238,7 +238,9 @@ def _quantized_values(storage: object, offset: object, sizes: object, strides: o
     if not isinstance(storage, Storage) or dtype is None or DTYPES[dtype].kind != "quantized":
         raise CorruptError("a quantized tensor without a storage of a quantized type")
     if len(size) != len(stride) or not is_int(offset) or not 0 <= offset < _HUGE:
-        raise CorruptError(f"size {size}, stride {stride} and offset {offset!r:.40} of a quantized tensor do not fit")
+        raise CorruptError(
+            f"size {size}, stride {stride} and offset {offset!r:.40} of a quantized tensor do not fit together"
+        )
     reach = 1 + sum((n - 1) * s for n, s in zip(size, stride, strict=True)) if 0 not in size else 0
     nbytes = -(-(offset + reach) // PACKED.get(dtype, 1)) * DTYPES[dtype].itemsize
     if reach and nbytes > storage.nbytes:
@@ -263,7 +265,7 @@ def _quantized(args: tuple[object, ...]) -> Layout:
             raise CorruptError("a quantized tensor whose scale and zero point are not numbers")
         return Quantized(numbers, name, float(how[1]), how[2], None, _flag(requires_grad))
     if name not in _PER_CHANNEL or len(how) != 4:
-        raise CorruptError(f"a quantized tensor of scheme {name or '?'!s:.60}, which torch does not save")
+        raise CorruptError(f"a quantized tensor with scheme {name or '?'!s:.60}, which torch never saves")
     axis = how[3]
     if not is_int(axis) or not 0 <= axis < len(size):
         raise CorruptError(f"the axis of a quantized tensor of {len(size)} dimensions is {axis!r:.40}")
@@ -290,14 +292,12 @@ def _sparse(args: tuple[object, ...]) -> Layout:
         sparse, count = indices.shape
         if values.shape != (count, *size[sparse:]) or sparse > len(size):
             raise CorruptError(
-                f"indices {list(indices.shape)} and values {list(values.shape)} do not make a sparse tensor of "
+                f"indices {list(indices.shape)} and values {list(values.shape)} do not make a sparse tensor of shape "
                 f"{list(size)}"
             )
         return Sparse(layout, (indices,), values, size, is_coalesced)
     if layout not in _COMPRESSED or len(parts) != 4:
-        raise CorruptError(
-            f"a sparse tensor of layout {layout!r:.60} with {len(parts)} parts, which torch does not save"
-        )
+        raise CorruptError(f"a sparse tensor of layout {layout!r:.60} with {len(parts)} parts, which torch never saves")
     compressed = _tensor(parts[0], "compressed indices", dtypes=("int32", "int64"))
     plain = _tensor(parts[1], "plain indices", dtypes=(compressed.dtype,))
     values, size = _tensor(parts[2], "values"), _counts(parts[3], "size")
@@ -347,7 +347,7 @@ def _nested(args: tuple[object, ...]) -> Layout:
             "tensor do not fit"
         )
     if not buffer.is_contiguous or buffer.storage_offset:  # torch takes offsets from the storage's beginning
-        raise CorruptError("the buffer of a nested tensor is not the whole of its storage")
+        raise CorruptError("the buffer of a nested tensor is not its whole storage")
     return Nested(buffer, sizes, strides, offsets)
 
 
@@ -360,7 +360,7 @@ def _jagged(args: tuple[object, ...]) -> Layout:
         lengths = _tensor(given["lengths"], "lengths", dims=1, dtypes=(offsets.dtype,))
     axis = given.get("_ragged_idx", 1)
     if not is_int(axis) or not 1 <= axis <= len(values.shape) or not offsets.shape[0]:
-        raise CorruptError(f"the ragged dimension of a nested tensor is {axis!r:.40}, without a place in its values")
+        raise CorruptError(f"the ragged dimension of a nested tensor is {axis!r:.40}, which its values do not have")
     if lengths is not None and lengths.shape[0] != offsets.shape[0] - 1:
         raise CorruptError(f"{lengths.shape[0]} lengths and {offsets.shape[0]} offsets of a nested tensor")
     return Jagged(values, offsets, lengths, axis, _flag(given.get("requires_grad", False)))
@@ -379,7 +379,7 @@ def _on_device(args: tuple[object, ...]) -> Layout:
     data, dtype, device, requires_grad = _of(args, 4)
     tag = device_of(device)
     if tag is None:
-        raise CorruptError("a tensor on a device that is not named")
+        raise CorruptError("a tensor on a device without a name")
     return OnDevice(data, _dtype(dtype), tag, _flag(requires_grad))
 
 
@@ -402,7 +402,7 @@ _MAKERS: dict[str, tuple[str, Callable[[tuple[object, ...]], Layout]]] = {
 
 def _of(args: tuple[object, ...], count: int) -> Sequence[object]:
     if len(args) != count:
-        raise CorruptError(f"{len(args)} arguments, where torch saves {count}")
+        raise CorruptError(f"{len(args)} arguments, but torch saves {count}")
     return args
 
 
@@ -412,7 +412,7 @@ def _is_number(node: object) -> TypeGuard[float]:
 
 def _flag(node: object) -> bool:
     if not isinstance(node, bool):
-        raise CorruptError(f"{node!r:.40}, where True or False is expected")
+        raise CorruptError(f"{node!r:.40}, but True or False is expected")
     return node
 
 
@@ -422,7 +422,7 @@ def _counts(node: object, what: str) -> tuple[int, ...]:
     if shape is None or min(shape, default=0) < 0:
         raise CorruptError(f"a tensor whose {what} is not whole numbers from 0 to 2^62")
     if len(shape) > DEFAULT_LIMITS.dimensions or (what == "size" and math.prod(max(n, 1) for n in shape) >= _HUGE):
-        raise CorruptError(f"a tensor whose {what} is beyond what torch counts")
+        raise CorruptError(f"a tensor whose {what} is larger than torch can count")
     return shape
 
 
@@ -436,5 +436,5 @@ def _tensor(node: object, what: str, *, dims: int | None = None, dtypes: Sequenc
     if not isinstance(node, TensorEntry):
         raise CorruptError(f"its {what} are not a tensor")
     if (dims is not None and len(node.shape) != dims) or (dtypes and node.dtype not in dtypes):
-        raise CorruptError(f"its {what} are a tensor {list(node.shape)} of {node.dtype}, which they cannot be")
+        raise CorruptError(f"its {what} are a tensor {list(node.shape)} of {node.dtype}, which is not possible")
     return node

@@ -138,7 +138,7 @@ class Machine:
     def _left_over(self) -> str:
         """What a pickle that ends with more or less than one value has done by then."""
         count = len(self.stack) + sum(map(len, self.marks))
-        said = f"STOP with something else than one value on the stack ({count}{' and a MARK' if self.marks else ''})"
+        said = f"STOP without exactly one value on the stack ({count}{' and a MARK' if self.marks else ''})"
         names = self.globals.values()
         called = sorted(names, key=lambda name: (not is_dangerous(name.module, name.name), not name.calls))
         if not called:
@@ -153,7 +153,7 @@ class Machine:
         if nbytes < 0 or self.pos + nbytes > len(self.data):
             self.cut = nbytes >= 0
             raise CorruptError(
-                f"{nbytes:,} bytes are declared, {len(self.data) - self.pos:,} are left: damaged or truncated"
+                f"{nbytes:,} bytes are declared, but only {len(self.data) - self.pos:,} are left: damaged or truncated"
             )
         self.pos += nbytes
         return self.data[self.pos - nbytes : self.pos]
@@ -163,7 +163,7 @@ class Machine:
         end = self.data.find(b"\n", self.pos, self.pos + limit + 1)
         if end < 0:
             self.cut = len(self.data) - self.pos <= limit
-            raise CorruptError(f"a text argument has no end within {limit:,} bytes")
+            raise CorruptError(f"a text argument does not end within {limit:,} bytes")
         text = self.data[self.pos : end]
         self.pos = end + 1
         return text
@@ -173,7 +173,8 @@ class Machine:
         if end > len(self.data):
             self.cut = True
             raise CorruptError(
-                f"a string of {nbytes:,} bytes is declared, {len(self.data) - start:,} are left: damaged or truncated"
+                f"a string of {nbytes:,} bytes is declared, but only {len(self.data) - start:,} are left: damaged or "
+                "truncated"
             )
         try:
             return str(self.data[start:end], "utf-8", "surrogatepass")
@@ -241,14 +242,14 @@ class Machine:
         if refused is not None:
             error = AmbiguousError if refused.startswith("EXT") else UnsupportedError
             raise error(f"opcode {refused}, which no checkpoint's pickler produces")
-        raise CorruptError(f"unknown opcode 0x{op:02x}: damaged, or no pickle")
+        raise CorruptError(f"unknown opcode 0x{op:02x}: damaged, or not a pickle")
 
     # The rarer opcodes.
 
     def proto(self) -> None:
         version = self.take(1)[0]
         if version > 5:
-            raise UnsupportedError(f"pickle protocol {version}; 0 to 5 are known")
+            raise UnsupportedError(f"pickle protocol {version}; 0 to 5 are supported")
         if self.op_at != self.started_at:
             raise AmbiguousError("a PROTO that is not the first opcode")
         self.protocol = version
@@ -259,7 +260,9 @@ class Machine:
             raise AmbiguousError("a frame inside a frame")
         if nbytes > len(self.data) - self.pos:
             self.cut = True
-            raise CorruptError(f"a frame of {nbytes:,} bytes, {len(self.data) - self.pos:,} are left: truncated")
+            raise CorruptError(
+                f"a frame of {nbytes:,} bytes, but only {len(self.data) - self.pos:,} are left: truncated"
+            )
         self.frame_end = self.pos + nbytes
 
     def pop(self) -> None:
@@ -291,7 +294,7 @@ class Machine:
 
     def set_pairs(self, flat: list[object]) -> None:
         if len(flat) % 2:
-            raise CorruptError("a dict's last key has no value")
+            raise CorruptError("the last key of a dict has no value")
         pairs = zip(flat[::2], flat[1::2], strict=True)
         target = self.made(self.stack[-1], len(flat) // 2)
         if isinstance(target, InertDict) or (isinstance(target, Object) and target.state is ABSENT):

@@ -134,10 +134,10 @@ def read_pickle(
             )  # fmt: skip
         # An index error on the last byte is its missing argument; before it, an empty stack.
         early = isinstance(error, struct.error) or machine.op_at >= len(machine.data) - 1
-        message = "the pickle ends early" if early else "an opcode finds too little on the stack"
+        message = "the pickle ends early" if early else "an opcode needs more values than the stack has"
         if isinstance(error, KeyError):
             message = f"memo entry {error} is read before it is written"
-        corrupt = CorruptError(f"{message}: damaged, truncated, or no pickle", offset=machine.op_at)
+        corrupt = CorruptError(f"{message}: damaged, truncated, or not a pickle", offset=machine.op_at)
         raise _stopped(corrupt, machine) from None
     result = PickleResult(
         root=root,

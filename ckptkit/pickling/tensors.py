@@ -53,8 +53,8 @@ _UNTYPED = {("torch.storage", "UntypedStorage"), ("torch.storage", "_UntypedStor
 """Where torch has kept the untyped storage class: 2.0 and later, 1.12, 1.13."""
 
 TEXT_IDS_MESSAGE = (
-    "pickled with protocol 0, which makes text of what names the storages: torch.load refuses it; what convert writes "
-    "has protocol 2"
+    "pickled with protocol 0, which turns the references to the storages into text: torch.load refuses it; convert "
+    "writes protocol 2"
 )
 """Of a file whose persistent ids are text."""
 
@@ -187,10 +187,10 @@ class StorageTable:
         if DTYPES[dtype].kind == "quantized":
             return NotImplemented
         if shape is None or stride is None or not is_int(offset) or abs(offset) >= _HUGE:
-            raise CorruptError("a tensor whose offset, size or stride are not whole numbers of 62 bits")
+            raise CorruptError("a tensor whose offset, size or stride are not 62-bit whole numbers")
         if len(shape) > self._limits.dimensions:
             raise CorruptError(
-                f"a tensor of {count_of(len(shape), 'dimension')}; torch knows {self._limits.dimensions}"
+                f"a tensor of {count_of(len(shape), 'dimension')}; torch allows {self._limits.dimensions}"
             )
         return tensor_of(storage, offset, shape, stride, dtype, requires_grad, False, *bits).check()
 

@@ -65,13 +65,13 @@ _ALLOWED = frozenset(
 _REASONS = (
     (
         re.compile(r"torch\.fx\.graph_module\.reduce_(?:package_)?graph_module"),
-        "runs Python text that the file holds",
+        "runs Python text from the file",
     ),
     (
         re.compile(r"(?:\w+\.)*persistence\._reconstruct_persistent_obj"),
-        "runs the source text of a module that the file holds",
+        "runs the source text of a module in the file",
     ),
-    (re.compile(r"__torch__\..*"), "TorchScript that the archive holds; torch.jit.load runs it"),
+    (re.compile(r"__torch__\..*"), "TorchScript in the archive; torch.jit.load runs it"),
 )
 """Names that honest files have and that are code all the same."""
 
@@ -104,7 +104,7 @@ def assess(name: Global, record: str = "") -> GlobalUse:
     elif qualified in _ALLOWED:
         verdict = "allowed"
     elif is_kept_code(name.module, name.name):
-        reason = "a function or class that the file holds as code; whoever loads it trusts that code"
+        reason = "a function or class that is code in the file; loading it means trusting that code"
     elif is_dangerous(name.module, name.name) and not 0 < name.calls <= name.excused:
         verdict = "dangerous"
     else:

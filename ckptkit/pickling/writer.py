@@ -196,7 +196,7 @@ class _Writer:
             except UnicodeEncodeError:
                 raw = b""
             if raw.count(b"\n") != 2:
-                raise UnsupportedError(f"the name {key} cannot be written in protocol {self.protocol}")
+                raise UnsupportedError(f"the name {key} cannot be written with protocol {self.protocol}")
             self.out += raw
         self.names[key] = self._put()
 

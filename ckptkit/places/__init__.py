@@ -153,7 +153,7 @@ def require_local(destination: str) -> None:
         FileAccessError: it is one.
     """
     if is_url(destination):
-        told = f"{shown(destination)}: nothing is written to a URL; write a file here, and upload it"
+        told = f"{shown(destination)}: ckptkit cannot write to a URL; write a local file and upload it"
         raise FileAccessError(told, path=shown(destination))
 
 

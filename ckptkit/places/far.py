@@ -236,7 +236,7 @@ def _nothing_at(url: str) -> FileAccessError | None:
         if not store_of(url).has_listings:
             what = "is a folder, and this server does not list its files; name one of them" if url.endswith("/") else ""
         else:
-            what = "no files lie below this URL" if _listing(url) is None and url.endswith("/") else ""
+            what = "there are no files below this URL" if _listing(url) is None and url.endswith("/") else ""
     except FileAccessError as error:
         return error
     return MissingFileError(f"{masked(url)}: {what}", path=masked(url)) if what else None
@@ -305,7 +305,7 @@ def entries(url: str) -> list[FarEntry]:
     """
     found = _listing(url)
     if found is None or found[1] not in found[0].folders:
-        raise MissingFileError(f"{masked(url)}: no files lie below this URL", path=masked(url))
+        raise MissingFileError(f"{masked(url)}: there are no files below this URL", path=masked(url))
     return found[0].entries(found[1])
 
 

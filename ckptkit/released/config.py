@@ -30,6 +30,7 @@ from typing import Any
 
 from ckptkit import places
 from ckptkit.errors import FileAccessError, FormatError, LimitError, MissingFileError, VerifyError
+from ckptkit.nearness import meant_file
 from ckptkit.released.policy import POLICY_KEYS, Policy, close_match
 
 __all__ = ["Config", "Override", "find_config", "read_config"]
@@ -256,7 +257,7 @@ def _parsed(path: str) -> dict[str, Any]:
         with open(path, "rb") as file:  # noqa: PTH123 - small, and ours
             content = file.read(_MAX_NBYTES + 1)
     except FileNotFoundError:
-        raise MissingFileError(f"{path}: there is no such file", path=path) from None
+        raise MissingFileError(f"{path}: there is no such file{meant_file(path)}", path=path) from None
     except OSError as error:
         raise FileAccessError(f"{path}: {error.strerror or error}", path=path) from error
     if len(content) > _MAX_NBYTES:

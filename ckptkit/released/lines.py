@@ -23,6 +23,7 @@ from typing import IO, TYPE_CHECKING, Any, cast
 
 from ckptkit.errors import FileAccessError, FormatError, MissingFileError
 from ckptkit.formats import STDIN
+from ckptkit.nearness import meant_file
 from ckptkit.released.file_check import Task, stamp_of
 from ckptkit.released.policy import Policy
 from ckptkit.released.results import FileResult, Tally
@@ -239,7 +240,7 @@ def _opened(file: str) -> Iterator[IO[bytes]]:
     try:
         stream = open(file, "rb")  # noqa: PTH123, SIM115 - no checkpoint; closed below
     except FileNotFoundError:
-        raise MissingFileError(f"{file}: there is no such file of results", path=file) from None
+        raise MissingFileError(f"{file}: there is no such file of results{meant_file(file)}", path=file) from None
     except OSError as error:
         raise FileAccessError(f"{file}: cannot be read: {error.strerror or error}", path=file) from error
     with stream:

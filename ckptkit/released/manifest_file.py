@@ -40,10 +40,11 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from ckptkit import places
 from ckptkit.checkpoint import Trust
 from ckptkit.digests import DigestLine, content_digest
-from ckptkit.errors import CorruptError, FormatError, LimitError, UnsupportedError
+from ckptkit.errors import CorruptError, FileAccessError, FormatError, LimitError, UnsupportedError
 from ckptkit.formats.json_text import parse
 from ckptkit.formats.shards import is_shard_name
 from ckptkit.limits import DEFAULT_LIMITS
+from ckptkit.nearness import with_meant_file
 from ckptkit.report import SCHEMA_VERSION, count_of
 
 if TYPE_CHECKING:
@@ -247,7 +248,10 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
         UnsupportedError: it is of another version.
         LimitError: it is larger than manifests are.
     """
-    file = places.opened(os.fsdecode(path))
+    try:
+        file = places.opened(os.fsdecode(path))
+    except FileAccessError as error:
+        raise with_meant_file(error) from error.__cause__
     try:
         if file.size > DEFAULT_LIMITS.index_nbytes:
             raise LimitError("bytes of a manifest", limit=DEFAULT_LIMITS.index_nbytes, actual=file.size)

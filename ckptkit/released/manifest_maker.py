@@ -197,12 +197,16 @@ def _renewed(
     """
     tasks = [_Task(name=name, path=path, reading=reading, is_listed=name in listed) for name, path in wanted.items()]
     made = _made(tasks, workers)
-    errors = [result for result in made if isinstance(result, CkptkitError)]
+    _require_none([result for result in made if isinstance(result, CkptkitError)])
+    return {result.path: result for result in made if isinstance(result, FileRecord)}
+
+
+def _require_none(errors: Sequence[CkptkitError]) -> None:
+    """Raise the error there is, or one that tells of all."""
     if len(errors) == 1:
         raise errors[0]
     if errors:
         raise FileAccessError("\n  ".join([f"{count_of(len(errors), 'file')} cannot be recorded:", *map(str, errors)]))
-    return {result.path: result for result in made if isinstance(result, FileRecord)}
 
 
 def _looked_at(path: str, **asked: Any) -> Examined | CkptkitError:
@@ -361,8 +365,7 @@ def make_at(
         raise FileAccessError("there is no manifest to update; name it with -o")
     if destination is not None:
         places.require_local(destination)
-    for path in paths:
-        _require_file(path)
+    _require_none([error for path in paths if (error := _problem(path)) is not None])
     there = destination is not None and os.path.lexists(destination)
     if destination is not None and there and not (update or force):
         raise DestinationExistsError(
@@ -399,19 +402,18 @@ def make_at(
         return replace(manifest, passed_over=selection.passed_over)
 
 
-def _require_file(path: str) -> None:
-    """Refuse what is no file, and no folder, on the disk.
-
-    Raises:
-        FileAccessError: it is none.
-    """
+def _problem(path: str) -> CkptkitError | None:
+    """The error for what is no file, and no folder, on the disk."""
     if path == STDIN:
         told = f"{path}: a manifest records files by their paths, and standard input has none"
-        raise FileAccessError(told, path=path)
-    if not places.exists(path):
+        return FileAccessError(told, path=path)
+    if places.exists(path):
+        return None
+    try:
         source_of(path).close()  # it says so where the file is missing
-        told = f"{path}: a manifest records files; record the archive, or unpack it"
-        raise FileAccessError(told, path=path)
+    except CkptkitError as error:
+        return error
+    return FileAccessError(f"{path}: a manifest records files; record the archive, or unpack it", path=path)
 
 
 def _paths_of(previous: Manifest | None, folder: str) -> list[str]:

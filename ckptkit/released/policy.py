@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
 
 from ckptkit.arguments import device_problem, several, shapes
 from ckptkit.checkpoint import Trust
-from ckptkit.dtypes import DTYPES
+from ckptkit.dtypes import DTYPES, meant_dtype
 from ckptkit.errors import RewriteError, VerifyError
 from ckptkit.formats import FORMATS
+from ckptkit.nearness import did_you_mean
 from ckptkit.report import parse_size
 
 __all__ = ["CONTAINERS", "POLICY_FIELDS", "POLICY_KEYS", "TRUST_ORDER", "Policy", "close_match"]
@@ -158,13 +158,14 @@ TRUST_ORDER: dict[str, int] = {trust: i for i, trust in enumerate(get_args(Trust
 
 def close_match(given: str, known: Sequence[str]) -> str:
     """What a wrong word is answered with: the word that was probably meant, or all that could be."""
-    near = get_close_matches(given, known, n=1)
-    return f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
+    return did_you_mean(given, known, 1).removeprefix("; ") or f"known: {', '.join(known)}"
 
 
 def _among(name: str, given: object, known: Sequence[str] | Mapping[str, object]) -> None:
     if not isinstance(given, str) or given not in known:
-        raise _refused(name, given, f"one of {', '.join(known)}")
+        near = meant_dtype if known is DTYPES else did_you_mean
+        meant = near(given, known) if isinstance(given, str) else ""
+        raise _refused(name, given, f"one of {', '.join(known)}{meant}")
 
 
 def _texts(name: str, given: object) -> tuple[str, ...]:

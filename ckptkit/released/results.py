@@ -7,11 +7,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from ckptkit.errors import CkptkitError, FormatError, MissingFileError, PartError
+from ckptkit.fixes import combined_fix
 from ckptkit.normalize.parts import CODE
 from ckptkit.report import SCHEMA_VERSION, Finding, Report, listed
 
 if TYPE_CHECKING:
     from ckptkit.documents import CheckDetails, CheckDocument, CheckedFile, CheckFindingDocument
+    from ckptkit.report import CombinedFix
 
 __all__ = [
     "NOT_CHECKED",
@@ -115,6 +117,12 @@ class FileResult:
         """Whether it is as all rules want it."""
         return not any(finding.severity == "error" for finding in self.findings)
 
+    @property
+    def combined_fix(self) -> CombinedFix | None:
+        """The one command that does what the findings advise."""
+        wrapped = any(finding.code == "prefix-not-allowed" and finding.fix is not None for finding in self.findings)
+        return combined_fix(self.findings, needs=lambda _: ["--strip-module"] * wrapped)
+
     @classmethod
     def from_dict(cls, file: CheckedFile, findings: Sequence[CheckFindingDocument], **others: Any) -> FileResult:
         """The result that a document tells, with what was found about the file.
@@ -141,6 +149,7 @@ class FileResult:
             "ok": self.ok,
             "checked": self.is_checked,
             "rules": list(self.rules),
+            "combined_fix": self.combined_fix,
         }
 
 

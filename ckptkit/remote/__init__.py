@@ -107,7 +107,7 @@ class Session:
         self.hidden[told] = url
         whom, who = (each.group(0) if (each := _ROOT.match(path)) else "" for path in (told, url))
         if whom != who and self.hidden.setdefault(whom, who) != who:
-            raise FileAccessError(f"{told}: is given with two passwords; ask for one after the other", path=told)
+            raise FileAccessError(f"{told}: is given with two different passwords; open one after the other", path=told)
         return told
 
     def keep(self, url: str, file: RemoteSource) -> None:
@@ -226,8 +226,8 @@ def store_of(url: str) -> Store:
         raise FileAccessError(f"{url!r:.200} is not a URL")
     if "::" in found[0]:
         raise FileAccessError(
-            f"{found[0]}: URLs in a row are not read; name the file itself, and what is in a zip or tar archive as "
-            "FILE/MEMBER"
+            f"{found[0]}: chained URLs are not supported; name the file itself, and a member of a zip or tar archive "
+            "as FILE/MEMBER"
         )
     scheme = found[1].lower()
     with session() as current:

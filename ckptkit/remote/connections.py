@@ -177,7 +177,7 @@ class Answer(HTTPResponse):
     @property
     def why(self) -> str:
         """Of a body that is cut, in words that end with a space: nothing came any more; empty: it ended."""
-        return "(no bytes came in time) " if isinstance(self._raw.broken, TimeoutError) else ""
+        return "(timed out) " if isinstance(self._raw.broken, TimeoutError) else ""
 
     def take(self, nbytes: int) -> bytes:
         """So many bytes of the body; fewer: it ends there, or `is_cut`."""
@@ -357,8 +357,8 @@ def _route_of(target: Target, shown: str) -> _Route:
     scheme = proxy.partition("://")[0].lower()
     if scheme not in _PORTS or (scheme, target.scheme) == ("https", "https"):
         raise FileAccessError(
-            f"{shown}: the proxy of the environment is a {scheme}:// one, which cannot be used for {target.scheme}://; "
-            f"set {target.scheme.upper()}_PROXY to an http:// proxy, or NO_PROXY={target.host}",
+            f"{shown}: the proxy set in the environment is a {scheme}:// one, which cannot be used for "
+            f"{target.scheme}://; set {target.scheme.upper()}_PROXY to an http:// proxy, or NO_PROXY={target.host}",
             path=shown,
         )
     return _Route(*target[:3], proxy)
@@ -371,7 +371,7 @@ def _connected(route: _Route, shown: str) -> HTTPConnection:
         Passing: there was none to be had.
         FileAccessError: there will be none.
     """
-    to = Target.of(route.proxy, "the proxy of the environment") if route.proxy else None
+    to = Target.of(route.proxy, "the proxy set in the environment") if route.proxy else None
     scheme, host, port = to[:3] if to else route[:3]
     if scheme == "https" or route.scheme == "https":
         context = _context((os.environ.get("SSL_CERT_FILE"), os.environ.get("SSL_CERT_DIR")))
@@ -394,16 +394,16 @@ def _connected(route: _Route, shown: str) -> HTTPConnection:
 def _failing(error: Exception, host: str, shown: str) -> Exception:
     """What to raise for a connection that does not come about, or breaks."""
     if isinstance(error, TimeoutError):
-        return Passing(f"{host} does not answer in time")
+        return Passing(f"{host} does not respond in time")
     if isinstance(error, socket.gaierror):
         why = f"the host {host} cannot be found: check the name, the network, and the proxy (HTTPS_PROXY)"
     elif isinstance(error, ssl.SSLCertVerificationError):
         why = (
             f"the certificate of {host} is not trusted ({error.verify_message}): "
-            "set SSL_CERT_FILE to a file with the certificates of who signed it"
+            "set SSL_CERT_FILE to a file with the certificate that signed it"
         )
     elif isinstance(error, ssl.SSLError) and not isinstance(error, (ssl.SSLEOFError, ssl.SSLZeroReturnError)):
-        why = f"{host} does not speak TLS ({error.reason or 'no reason is given'}): is it http://?"
+        why = f"{host} does not speak TLS ({error.reason or 'no reason given'}): is it an http:// server?"
     elif "Tunnel connection failed" in str(error):
         told = str(error).rpartition("failed: ")[2]
         if told.startswith("5"):
@@ -416,7 +416,7 @@ def _failing(error: Exception, host: str, shown: str) -> Exception:
     elif isinstance(error, OSError):
         return Passing(f"{host} cannot be reached: {error.strerror or type(error).__name__}")
     else:
-        return Passing(f"{host} answers something that is not HTTP")
+        return Passing(f"{host} responds with something that is not HTTP")
     return FileAccessError(f"{shown}: {why}", path=shown)
 
 
@@ -433,7 +433,7 @@ def ask(target: Target, headers: Mapping[str, str], shown: str) -> Answer:
     if route.proxy and target.scheme == "http":
         host = f"[{target.host}]" if ":" in target.host else target.host
         path = f"http://{host}:{target.port}{target.path}"
-        authorization = Target.of(route.proxy, "the proxy of the environment").authorization
+        authorization = Target.of(route.proxy, "the proxy set in the environment").authorization
         sent |= {"Proxy-Authorization": authorization} if authorization else {}
     connection = _idle.take(route)
     is_new = connection is None

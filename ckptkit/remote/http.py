@@ -126,7 +126,7 @@ class HttpStore(Store):
             if told.answer.status == _UNSATISFIABLE:
                 if told.size:  # S3 does not say how large an empty object is
                     raise FileAccessError(
-                        f"{place.shown}: the server refuses to give its first bytes", path=place.shown
+                        f"{place.shown}: the server refuses to send its first bytes", path=place.shown
                     )
                 return known
             if told.answer.status != _RANGE:
@@ -170,12 +170,12 @@ class HttpStore(Store):
                 place.final = None
                 return b"", None
             if status not in (_RANGE, _UNSATISFIABLE):
-                raise Passing("the server answers with the whole file where a range was asked for")
+                raise Passing("the server sends the whole file although a range was requested")
             if is_other and (status == _RANGE or told.size != file.size):
                 raise CorruptError("the file was changed while it was being read", path=place.shown)
             if status == _UNSATISFIABLE:
                 raise FileAccessError(
-                    f"{place.shown}: the server refuses to give bytes {offset:,} on", path=place.shown
+                    f"{place.shown}: the server refuses to send the bytes from {offset:,} on", path=place.shown
                 )
             if via is None:
                 place.final = _Final(told.url, told.stamp)
@@ -203,7 +203,8 @@ class HttpStore(Store):
         """
         shown = masked(url)
         raise FileAccessError(
-            f"{shown}: a web server does not list its files; name a file, or give the folder as s3://, gs://, az:// or hf://",
+            f"{shown}: a web server does not list its files; name a file, or give the folder as s3://, gs://, az:// "
+            "or hf://",
             path=shown,
         )
 
@@ -229,11 +230,9 @@ class HttpStore(Store):
             try:
                 data = told.answer.take(most + 1)
                 if told.answer.is_cut:
-                    raise Passing(f"the connection broke off {told.answer.why}after {len(data):,} bytes")
+                    raise Passing(f"the connection broke {told.answer.why}after {len(data):,} bytes")
                 if len(data) > most:
-                    raise FileAccessError(
-                        f"{place.shown}: the server answers with more than {most:,} bytes", path=place.shown
-                    )
+                    raise FileAccessError(f"{place.shown}: the server sends more than {most:,} bytes", path=place.shown)
                 return data, told.answer.headers
             finally:
                 told.answer.release()
@@ -256,12 +255,12 @@ class HttpStore(Store):
             encoding = answer.headers.get("Content-Encoding", "").strip() or answer.headers.get("Transfer-Encoding", "")
             if encoding.lower() not in ("", "identity", "chunked"):
                 raise FileAccessError(
-                    f"{place.shown}: the server sends it compressed ({encoding!r:.20}), so that parts of it cannot be "
-                    "read: download it and give the file",
+                    f"{place.shown}: the server sends it compressed ({encoding!r:.20}), so parts of it cannot be read: "
+                    "download it and give the local file",
                     path=place.shown,
                 )
             if answer.headers.get_content_maintype() == "multipart" and answer.status == _RANGE:
-                raise FileAccessError(f"{place.shown}: the server answers in several parts", path=place.shown)
+                raise FileAccessError(f"{place.shown}: the server sends several parts", path=place.shown)
             yield told
         finally:
             told.answer.release()
@@ -347,7 +346,7 @@ def _named(status: int) -> str:
 def _total(told: Described, shown: str) -> int:
     if told.size is None:
         if "Content-Range" not in told.answer.headers:
-            raise Passing("the server answers with a range and does not say which")
+            raise Passing("the server sends a range without saying which")
         raise FileAccessError(f"{shown}: the server does not say how large the file is: download it", path=shown)
     return told.size
 
@@ -363,8 +362,7 @@ def _body(answer: Answer, offset: int, nbytes: int, shown: str) -> tuple[bytes, 
     first, last = (int(found[1]), int(found[2])) if found else (-1, -1)
     if first != offset or not offset <= last < offset + nbytes:
         raise FileAccessError(
-            f"{shown}: bytes {offset:,} to {offset + nbytes - 1:,} were asked for, "
-            f"and the server answers with {told[:60]!r}",
+            f"{shown}: bytes {offset:,} to {offset + nbytes - 1:,} were requested, but the server sends {told[:60]!r}",
             path=shown,
         )
     count = last - first + 1
@@ -372,10 +370,10 @@ def _body(answer: Answer, offset: int, nbytes: int, shown: str) -> tuple[bytes, 
         raise FileAccessError(f"{shown}: the server announces {answer.length:,} bytes for {count:,}", path=shown)
     data = answer.take(count)
     if len(data) < count:
-        return data, f"the connection broke off {answer.why}after {len(data):,} of {count:,} bytes"
+        return data, f"the connection broke {answer.why}after {len(data):,} of {count:,} bytes"
     if answer.has_more():
         raise Passing("the server sends more bytes than it announced")
-    return data, None if count == nbytes else f"the server gives {count:,} bytes where {nbytes:,} were asked for"
+    return data, None if count == nbytes else f"the server sends {count:,} bytes where {nbytes:,} were requested"
 
 
 def _copied(answer: Answer, shown: str) -> SourceFile:
@@ -395,15 +393,13 @@ def _copied(answer: Answer, shown: str) -> SourceFile:
                 if max(told or 0, nbytes) > _COPIED_NBYTES:
                     size = human_size(told) if told is not None else f"more than {human_size(nbytes)}"
                     raise FileAccessError(
-                        f"{shown}: the server does not give parts of files, and this one is {size}: "
-                        "download it (curl -O) and give the file",
+                        f"{shown}: the server does not send parts of files, and this one is {size}: "
+                        "download it (curl -O) and give the local file",
                         path=shown,
                     )
                 data = answer.take(_PIECE_NBYTES)
                 if answer.is_cut:
-                    raise Passing(
-                        f"the connection broke off {answer.why}after {nbytes + len(data):,} bytes of the file"
-                    )
+                    raise Passing(f"the connection broke {answer.why}after {nbytes + len(data):,} bytes of the file")
                 if not data:
                     break
                 made.write(data)
@@ -415,4 +411,4 @@ def _copied(answer: Answer, shown: str) -> SourceFile:
     except FileAccessError:
         raise
     except OSError as error:
-        raise FileAccessError(f"{shown}: no room for a copy of it: {error.strerror}", path=shown) from error
+        raise FileAccessError(f"{shown}: no space for a copy of it: {error.strerror}", path=shown) from error

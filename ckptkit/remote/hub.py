@@ -76,7 +76,9 @@ class HubPath:
         rest = url.partition("://")[2].strip("/")
         kind = rest.partition("/")[0]
         if kind in ("buckets", "kernels"):
-            raise FileAccessError(f"{url}: {kind} of the hub are not read, but models, datasets and spaces", path=url)
+            raise FileAccessError(
+                f"{url}: {kind} on the hub are not supported; models, datasets and spaces are", path=url
+            )
         kind, rest = (kind, rest.partition("/")[2]) if kind in _TYPES else ("models", rest)
         segments = rest.split("/", 2)
         if "@" in segments[0] or len(segments) == 1:  # one name, and not two
@@ -140,7 +142,7 @@ def _token(url: str) -> str | None:
             return None
     token = token.strip()
     if token and not _TOKEN.fullmatch(token):
-        raise FileAccessError(f"{url}: the token in {where} has characters that no token has", path=url)
+        raise FileAccessError(f"{url}: the token in {where} has characters that are not allowed in a token", path=url)
     return token or None
 
 
@@ -190,7 +192,9 @@ class HubStore(HttpStore):
             FileAccessError: the environment says to ask nobody, or whom cannot be asked.
         """
         if _is_set("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
-            raise FileAccessError(f"{url}: HF_HUB_OFFLINE is set, so the hub is not asked: unset it", path=url)
+            raise FileAccessError(
+                f"{url}: HF_HUB_OFFLINE is set, so ckptkit does not contact the hub; unset it", path=url
+            )
         if not _endpoint().startswith(("https://", "http://")):
             raise FileAccessError(f"{url}: HF_ENDPOINT must begin with https:// or http://", path=url)
         revision = self._commits.get((path.kind, path.repo, path.revision), path.revision or _MAIN)
@@ -277,7 +281,9 @@ class HubStore(HttpStore):
                 return
             asked = joined(place.asked, following[1])
             if not Target.of(asked, url).may_have_what_is_for(Target.of(place.asked, url)):
-                raise FileAccessError(f"{url}: its listing goes on at another server, which is not asked", path=url)
+                raise FileAccessError(
+                    f"{url}: its listing continues on another server, which ckptkit does not contact", path=url
+                )
             place = replace(place, asked=asked, final=None)
         raise FileAccessError(f"{url}: its listing does not end", path=url)
 
@@ -308,24 +314,28 @@ class HubStore(HttpStore):
         shown, path, said = place.shown, place.path, _printable(headers.get("X-Error-Message", ""))
         code = place.code = headers.get("X-Error-Code", "")
         has_token = place.authorization is not None
-        other = "the token in HF_TOKEN may not read it" if has_token else "it is private: set HF_TOKEN"
+        other = "the token in HF_TOKEN has no permission to read it" if has_token else "it is private: set HF_TOKEN"
         if code == "RevisionNotFound":
             return MissingFileError(f"{shown}: the repository has no revision {path.revision or _MAIN!r}", path=shown)
         if code == "EntryNotFound":
             return MissingFileError(f"{shown}: no such file in the repository", path=shown)
         if code == "GatedRepo":
-            who = "with the account of HF_TOKEN" if has_token else "and set HF_TOKEN to a token of that account"
+            who = (
+                "with the account that HF_TOKEN belongs to"
+                if has_token
+                else ("and set HF_TOKEN to a token from that account")
+            )
             why = f"the repository is gated: accept its terms at {_endpoint()}/{path.prefix} {who}"
         elif status == 401 and said == "Invalid credentials in Authorization header":
-            why = f"the hub does not accept the token in HF_TOKEN: make a new one at {_endpoint()}/settings/tokens"
+            why = f"the hub does not accept the token in HF_TOKEN: create a new one at {_endpoint()}/settings/tokens"
         elif code == "RepoNotFound" or status == 401:
             why = f"there is no repository {path.prefix!r} on the hub, or {other}"
             kind = MissingFileError if status in (404, 410) else FileAccessError
             return _NoRepositoryError(kind(f"{shown}: {why}", path=shown))
         elif status == 403:
-            why = f"the hub refuses ({said or 'forbidden'}): set HF_TOKEN to a token that may read the repository"
+            why = f"the hub refuses ({said or 'forbidden'}): set HF_TOKEN to a token that can read the repository"
         elif said and status not in (404, 410):
-            why = f"the hub answers {status}: {said}"
+            why = f"the hub responds with {status}: {said}"
         else:
             return super().refusal(place, told)
         return FileAccessError(f"{shown}: {why}", path=shown)
@@ -337,7 +347,7 @@ def _printable(text: str) -> str:
 
 
 def _no_listing(url: str) -> FileAccessError:
-    return FileAccessError(f"{url}: the hub answers with something that is not a listing", path=url)
+    return FileAccessError(f"{url}: the hub sends something that is not a listing", path=url)
 
 
 def _files(entries: Any, url: str) -> Iterator[tuple[str, int]]:

@@ -39,7 +39,8 @@ class ListedSource(Source):
                 file = RemoteSource(self._store, self._url)
                 if file.size != self.size:
                     told = (
-                        f"the file has {file.size:,} bytes and was listed with {self.size:,}: it was changed meanwhile"
+                        f"the file has {file.size:,} bytes but was listed with {self.size:,}: it changed in the "
+                        "meantime"
                     )
                     raise CorruptError(told, path=self.path)
                 self._file, self.identity = file, file.identity

@@ -182,7 +182,7 @@ class _S3Files(_Files):
                 raise _changed(path) from None
             raise
         if not (answer.get("ContentRange") or "").startswith(f"bytes {offset}-"):
-            raise OSError(errno.EINVAL, "the server gives no ranges")
+            raise OSError(errno.EINVAL, "the server does not support ranges")
         if stamp is not None and answer.get("ETag") != stamp:
             raise _changed(path)
         return data
@@ -256,7 +256,7 @@ class ObjectStore(Store):
             except Exception as error:  # of any package's making
                 if _passes(error):
                     looked = "" if _code(error) else f"; check {_REACHED.get(self._package, 'the network')}"
-                    raise Passing(f"the server does not give it: {self._said(error)}{looked}") from None
+                    raise Passing(f"the server does not send it: {self._said(error)}{looked}") from None
                 raise self._told(error, shown) from None
 
         return retried(shown, told)
@@ -343,8 +343,8 @@ def _class_of(scheme: str) -> Any:
     """The class of fsspec's, or of a package that it knows, for a scheme."""
     if scheme in _OVER_OTHERS:
         raise FileAccessError(
-            f"{scheme}:// shows what lies at other URLs, and is not read; name the file itself, and what is in a zip "
-            "or tar archive as FILE/MEMBER"
+            f"{scheme}:// refers to files at other URLs, and is not supported; name the file itself, and a member of "
+            "a zip or tar archive as FILE/MEMBER"
         )
     require(_PACKAGES.get(scheme, "fsspec"))
     import fsspec
@@ -357,7 +357,7 @@ def _class_of(scheme: str) -> Any:
         told = f": run pip install {name}" if name else f" ({error})"
         raise MissingDependencyError(f"{scheme}:// needs a package that is not installed{told}", name=name) from None
     except ValueError:
-        raise FileAccessError(f"{scheme}:// cannot be read: fsspec has no file system of that name") from None
+        raise FileAccessError(f"{scheme}:// cannot be read: fsspec has no file system with that name") from None
 
 
 def _stamp_of(info: Mapping[str, Any]) -> str | None:
@@ -414,7 +414,7 @@ def _passes(error: Exception) -> bool:
 def _advice(package: str, error: BaseException) -> str:
     """What to set where access is refused; ``""``: it is something else."""
     if isinstance(error, PermissionError) or _REFUSED.search(_names(error)) or _DENIED.search(str(error)):
-        return _SIGN_IN.get(package, "give what it signs in with as --storage-option KEY=VALUE")
+        return _SIGN_IN.get(package, "give its credentials as --storage-option KEY=VALUE")
     return ""
 
 

@@ -99,7 +99,8 @@ def retried(shown: str, work: Callable[[], _Value]) -> _Value:
             if error.after is not None:
                 if error.after > _LONGEST_TOLD:
                     raise FileAccessError(
-                        f"{shown}: {error.why}; the server asks us to wait {error.after:,.0f} seconds: try again later",
+                        f"{shown}: {error.why}; the server asks clients to wait {error.after:,.0f} seconds: try "
+                        "again later",
                         path=shown,
                     ) from error.__cause__
                 pause = max(pause, error.after)

@@ -106,7 +106,7 @@ class _Kept(NamedTuple):
             try:
                 tree, rest = _around(rest, "", room, parts, left)
             except NotPlainError as error:
-                tree, rest, parts, left = WEIGHTS, checkpoint.rest, [], {"what holds the weights": str(error)}
+                tree, rest, parts, left = WEIGHTS, checkpoint.rest, [], {"it contains the weights": str(error)}
         moved: dict[str, object] = {}
         rows: list[list[object]] = []
         for place, (name, value) in enumerate(checkpoint.state_dict.everything.items()) if among else ():
@@ -189,7 +189,7 @@ def _around(
     if pairs is None and isinstance(node, (list, tuple)):
         pairs = list(enumerate(node))
     if pairs is None or depth >= MOST_DEEP:
-        raise NotPlainError(f"holds {brief(node)}")
+        raise NotPlainError(f"contains {brief(node)}")
     kept: list[tuple[object, object]] = []
     rest: list[tuple[object, object]] = []
     for key, value in pairs:
@@ -233,7 +233,7 @@ class PutUnder:
 
     def __post_init__(self) -> None:
         if not all(self.key.split(".")):
-            raise RewriteError(f"{self.key!r:.200} is not a key to put weights under; expected one such as 'model'")
+            raise RewriteError(f"{self.key!r:.200} is not a valid key for weights; expected one such as 'model'")
 
     def __call__(self, checkpoint: Checkpoint) -> Checkpoint:
         if not checkpoint.state_dict.everything:
@@ -277,7 +277,7 @@ def _taken_out(rest: object, path: str) -> int | None:
     for node in (rest, None if stands is None else stands.node):
         if not isinstance(node, (InertDict, Object)) or mapping_items(node) is None:
             raise RewriteError(
-                f"the weights stand in {brief(node)}, which has no keys; with --weights-only they can be put under one"
+                f"the weights are in {brief(node)}, which has no keys; with --weights-only they can be put under one"
             )
     at = None
     for pairs in pair_lists(stands.node) if stands is not None else ():
@@ -308,7 +308,7 @@ def _put(node: object, path: str, at: int | None) -> None:
         pairs, index = known[head]
         inner = pairs[index][1]
         if mapping_items(inner) is None:
-            raise RewriteError(f"nothing can be put under {path!r:.200}: {head!r:.200} is there and is {brief(inner)}")
+            raise RewriteError(f"nothing can be put under {path!r:.200}: {head!r:.200} exists and is {brief(inner)}")
         _put(inner, path[len(head) + 1 :], None)
         return
     value: object = STATE_DICT

@@ -165,7 +165,7 @@ class _Work:
             shown = listed([f"{name:.100} ({why:.200})" for name, why in self._refused.items()], _LISTED)
             options = " ".join(f"--exclude {glob_of(name)}" for name in islice(self._refused, _LISTED))
             raise RewriteError(
-                f"no dense values can be made of {count_of(len(self._refused), 'value')}: {shown}; {options} leaves "
+                f"{count_of(len(self._refused), 'value')} cannot be made dense: {shown}; {options} leaves "
                 f"{'it' if len(self._refused) == 1 else 'them'} out",
                 names=self._refused,
             )
@@ -173,7 +173,7 @@ class _Work:
         if total > DEFAULT_LIMITS.densified_nbytes:
             name = max(self._grown, key=self._grown.__getitem__)
             raise RewriteError(
-                f"dense values would take {total:,} bytes more than what they are made of, {name:.200} of them "
+                f"dense values would take {total:,} bytes more than the source values, {name:.200} of them "
                 f"{self._grown[name]:,}, over the limit of {DEFAULT_LIMITS.densified_nbytes:,}; leave it out with "
                 f"--exclude {glob_of(name)}",
                 names=[name],

@@ -137,7 +137,7 @@ class CastDtype:
         storage, before, after = entry.storage, DTYPES[entry.dtype], DTYPES[self.dtype]
         if isinstance(storage.source, ConvertedRange):
             raise DTypeError(
-                f"tensor {name!r} is cast from {storage.source.whole.dtype} to {before.name} already, and would be "
+                f"tensor {name!r} is already cast from {storage.source.whole.dtype} to {before.name} and would be "
                 f"rounded twice; cast it once, or {_remedy(name)}",
                 names=[name],
             )
@@ -166,14 +166,14 @@ def _require_one_meaning(checkpoint: Checkpoint, cast: dict[int, tuple[str, Tens
             continue
         name, entry = cast[id(storage)]
         if not isinstance(node, TensorEntry):
-            other = "the storage is in the file by itself too"
+            other = "the file also has the storage on its own"
         elif node.dtype != entry.dtype:
             other = f"{repr(names[id(node)]) if id(node) in names else _BESIDE} views it as {node.dtype}"
         else:
             continue
         raise DTypeError(
             f"tensor {name!r} is {entry.dtype} in storage {storage.key!r}, but {other}; "
-            f"a cast would change what that is; {_remedy(name)}",
+            f"a cast would change that too; {_remedy(name)}",
             names=[name],
         )
 
@@ -187,12 +187,12 @@ def _refusal(scaled: Mapping[str, str], state_dict: StateDict) -> str:
     names = {*known, *(scale for scale, _ in known.values())}
     others = {of: state_dict.everything.get(of) for name, of in scaled.items() if name not in names}
     dense = all(of in known or can_be_dense(of, value) for of, value in others.items())
-    helps = "Make dense values of them with --densify" if dense else "Dequantize with the library that made them"
+    helps = "Make them dense with --densify" if dense else "Dequantize with the library that made them"
     return (
-        f"{count_of(len(scaled), 'tensor', 'has', 'have')} a meaning only together with another, as a weight and "
-        f"its scales: {listed([f'{name:.100} (with {other:.100})' for name, other in scaled.items()], 4)}; casting "
+        f"{count_of(len(scaled), 'tensor', 'has', 'have')} meaning only together with another, such as a weight "
+        f"and its scales: {listed([f'{name:.100} (with {other:.100})' for name, other in scaled.items()], 4)}; casting "
         f"one alone makes garbage. {helps}, leave them as they are with "
-        f"{' '.join(f'--keep-dtype {glob}' for glob in list(globs)[:_LISTED])}, or insist with --cast-scaled"
+        f"{' '.join(f'--keep-dtype {glob}' for glob in list(globs)[:_LISTED])}, or cast them anyway with --cast-scaled"
     )
 
 
@@ -227,11 +227,11 @@ def scaled_weights(state_dict: Mapping[str, TensorEntry]) -> tuple[dict[str, tup
         scale = state_dict[there[0]]
         block = None if there[0] in others else _block_of(there[0], entry.shape, scale.shape)
         if len(there) > 1 or there[0] in others:
-            unknown[name] = f"its scales are several: {listed(there, 4)}"
+            unknown[name] = f"it has several scales: {listed(there, 4)}"
         elif not DTYPES[scale.dtype].is_floating or not DTYPES[scale.dtype].numpy or scale.dtype == "float64":
             unknown[name] = f"{there[0]:.100} is {scale.dtype}"
         elif block is None:
-            unknown[name] = f"{there[0]:.100} {list(scale.shape)} could be along several dimensions, or none"
+            unknown[name] = f"{there[0]:.100} {list(scale.shape)} fits several dimensions, or none"
         else:
             known[name] = there[0], Scaled(entry, scale, block)
     return known, unknown

@@ -67,7 +67,7 @@ class AllTensors:
             if isinstance(value, TensorEntry) and id(value.storage) in typed:
                 everything[name] = replace(value, storage=typed[id(value.storage)])
         if not everything:
-            raise RewriteError(f"{checkpoint.origin.path}: the file holds no tensor at all")
+            raise RewriteError(f"{checkpoint.origin.path}: the file contains no tensors")
         state_dict = StateDict(everything, container=InertDict())
         storages = {id(entry.storage): entry.storage.nbytes for entry in state_dict.values()}
         whole = Section(

@@ -93,7 +93,7 @@ def cut_flat(
         } or fits
     if len(fits) > 1:
         raise RewriteError(
-            f"{path}: {len(fits)} parts of what was saved fit {label} equally: {listed(fits)}; choose one with "
+            f"{path}: {len(fits)} parts of the saved names fit {label} equally well: {listed(fits)}; choose one with "
             f"--strip-prefix {next(iter(fits))}.",
             path=path,
         )
@@ -141,7 +141,7 @@ def _cut(
     there = set(map(unwrapped, state_dict.everything))
     shapes = {before + name: shape for name, shape in expected.items()}
     if views and not any(unwrapped(name) in shapes for name in views):
-        raise RewriteError(f"{label} has none of the names of what is joined in flat parameters")
+        raise RewriteError(f"{label} has none of the names that are joined in flat parameters")
     members = _members(units, before, there, expected, tied)
     everything: dict[str, object] = {}
     for name, value in state_dict.everything.items():
@@ -154,8 +154,8 @@ def _cut(
             everything.update(_parts(name, flats[name], members[_unit(name)], label))
             if not is_ordered:
                 raise RewriteError(
-                    f"flat parameters are cut in the order of the model's parameters, and {label} is a file that does "
-                    "not keep it: give a .pth of the model, or the model itself"
+                    f"flat parameters are split in the order of the model's parameters, and {label} is a file that "
+                    "does not keep it: give a .pth of the model, or the model itself"
                 )
     return everything
 
@@ -191,7 +191,7 @@ def _part(name: str, view: TensorEntry, shape: tuple[int, ...], label: str) -> T
     """
     if view.numel != math.prod(shape):
         raise RewriteError(
-            f"{name!r:.200} has {count_of(view.numel, 'element')} in a flat parameter; in {label} it is {[*shape]}"
+            f"{name!r:.200} has {count_of(view.numel, 'element')} in a flat parameter, but in {label} it is {[*shape]}"
         )
     return _run(view, 0, shape)
 
@@ -208,8 +208,8 @@ def _parts(
     if begins is None or len(flat.shape) != 1 or not flat.is_contiguous:
         count = sum(math.prod(shape) for _, shape in members)
         raise RewriteError(
-            f"flat parameter {name!r:.200} has {count_of(flat.numel, 'element')}; the parameters of {label} that would "
-            f"be joined in it have {count:,}"
+            f"flat parameter {name!r:.200} has {count_of(flat.numel, 'element')}, but the parameters of {label} that "
+            f"would be joined in it have {count:,}"
         )
     return {full: _run(flat, begin, shape) for (full, shape), begin in zip(members, begins, strict=True)}
 

@@ -151,7 +151,7 @@ class Like:
             object.__setattr__(self, "tied", (*self.tied, *tied_groups(given)))
             given = given.everything
         if not given:
-            raise RewriteError(f"{self.label} has no tensors to go by")
+            raise RewriteError(f"{self.label} has no tensors to compare with")
         object.__setattr__(self, "expected", {name: _shape(value) for name, value in given.items()})
 
     def __repr__(self) -> str:
@@ -202,8 +202,8 @@ class Like:
             )
         if len(complete) > 1:
             raise RewriteError(
-                f"{checkpoint.origin.path}: {len(complete)} sets of tensors fit {self.label} equally: those of "
-                f"{listed([fitting.label for fitting in complete], between=', of ')}; give one of these options too",
+                f"{checkpoint.origin.path}: {len(complete)} sets of tensors fit {self.label} equally well: those "
+                f"of {listed([fitting.label for fitting in complete], between=', of ')}; give one of these options too",
                 path=checkpoint.origin.path,
             )
         return complete[0]
@@ -226,7 +226,7 @@ class Like:
             shapes = [f"{name} {told}" for name, told in fitting.differing.items()]
             problems.append(f"{count} another shape: {listed(shapes)}")
         renamed = f" after {fitting.label}" if fitting.options else ""
-        return f"does not hold the tensors of {self.label}{renamed}: {'; '.join(problems)}"
+        return f"does not contain the tensors of {self.label}{renamed}: {'; '.join(problems)}"
 
     def fittings(self, state_dict: StateDict) -> list[Fitting]:
         """The names as they are, and each change of names that gives other tensors, those that change least first."""
@@ -255,7 +255,9 @@ class Like:
                 if shape in (None, here):
                     sources[name] = names[name]
                 else:
-                    differing[name] = f"{'is not a plain tensor' if here is None else list(here)} against {list(shape)}"
+                    differing[name] = (
+                        f"{'is not a plain tensor' if here is None else list(here)} instead of {list(shape)}"
+                    )
         absent = [name for name in self.expected if name not in names]
         twins = {name: twin for group in self.tied for twin in group if twin in sources for name in group}
         aliases = {name: twins[name] for name in absent if name in twins}
@@ -324,13 +326,13 @@ def _unwrappings(names: Sequence[str], expected: Collection[str]) -> Iterator[tu
     off: tuple[_Step, ...] = ()
     wrapped = [name for name in names if wrapper_of(name)]
     if wrapped:
-        cause = f"{_count(len(wrapped), names)} carry `{wrapper_of(wrapped[0])}`"
+        cause = f"{_count(len(wrapped), names)} have `{wrapper_of(wrapped[0])}`"
         off = (_Step(cause=cause, options=("--strip-module",), renamer=StripModule()),)
         yield off
     bare = _renamed(names, off)
     inner = [name for name in bare if ".module." in name]
     if inner:
-        cause = f"{_count(len(inner), names)} carry an inner `module.`"
+        cause = f"{_count(len(inner), names)} have an inner `module.`"
         if rules := _inner_rules(inner, expected):
             yield (*off, _rules(cause, *rules))
 
@@ -347,17 +349,17 @@ def _inner_rules(inner: Sequence[str], expected: Collection[str]) -> list[tuple[
 def _prefixes_off_and_on(names: Sequence[str], expected: Collection[str], *, as_rule: bool) -> Iterator[_Step]:
     none = f"none of the {count_of(len(names), 'key')} does"
     if any(name.startswith("module.") for name in expected) and not as_rule:
-        cause = f"the reference's names carry `module.`, {none}"
+        cause = f"the reference's names have `module.`, {none}"
         yield _Step(cause=cause, options=("--add-module",), renamer=AddModule())
     for prefix in _prefixes(names, expected):
-        cause = f"{_count(sum(name.startswith(prefix) for name in names), names)} carry `{prefix}`"
+        cause = f"{_count(sum(name.startswith(prefix) for name in names), names)} have `{prefix}`"
         yield (
             _rules(cause, ("^" + re.escape(prefix), ""))
             if as_rule
             else _Step(cause=cause, options=("--strip-prefix", prefix), renamer=StripPrefix(prefix))
         )
     for prefix in _prefixes(expected, names):
-        cause = f"the reference's names carry `{prefix}`, {none}"
+        cause = f"the reference's names have `{prefix}`, {none}"
         yield (
             _rules(cause, ("^", _literal(prefix)))
             if as_rule

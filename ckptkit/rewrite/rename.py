@@ -27,6 +27,7 @@ from ckptkit.arguments import several
 from ckptkit.checkpoint import Checkpoint
 from ckptkit.errors import FileAccessError, MissingFileError, RewriteError
 from ckptkit.limits import DEFAULT_LIMITS
+from ckptkit.nearness import did_you_mean, meant_file
 from ckptkit.normalize.modules import MODULE, unwrapped, unwrapped_path
 from ckptkit.report import count_of, listed
 from ckptkit.rewrite.names import moved_versions, renamed, wrapper_versions
@@ -189,7 +190,7 @@ class Rename:
             object.__setattr__(self, "rules", pairs)
             for old, new in pairs.items():
                 if not isinstance(old, str) or not isinstance(new, str):
-                    raise RewriteError(f"Rename: {old!r:.80}: {new!r:.80} is not a name and its new one")
+                    raise RewriteError(f"Rename: {old!r:.80}: {new!r:.80} is not a pair of an old name and a new name")
             return
         given = [parse_rule(rule) if isinstance(rule, str) else rule for rule in several(self.rules)]
         object.__setattr__(self, "rules", tuple((pattern, replacement) for pattern, replacement in given))
@@ -228,7 +229,7 @@ class Rename:
             if not isinstance(found, str):
                 raise RewriteError(
                     f"Rename: {_called(self.rules)} returned {found!r:.80} for the name {name[:_MAX_SHOWN]!r}; "
-                    "expected its new name, or the same",
+                    "expected its new name, or the same name",
                     names=(name,),
                 )
             new, emptied = found, _called(self.rules) if name and not found else None
@@ -239,7 +240,7 @@ class Rename:
             new, rule = self._applied(name)
             emptied = None if rule is None else f"rule {_shown(*rule)}"
         if emptied is not None:
-            raise RewriteError(f"{emptied} leaves nothing of the name {name[:_MAX_SHOWN]!r}", names=(name,))
+            raise RewriteError(f"{emptied} leaves the name {name[:_MAX_SHOWN]!r} empty", names=(name,))
         return new
 
     def _applied(self, name: str) -> tuple[str, tuple[str, str] | None]:
@@ -266,12 +267,9 @@ class Rename:
         """See that each name of the dict is there."""
         lacking = [name for name in self.rules if name not in names]  # type: ignore[union-attr]
         if lacking:
-            from difflib import get_close_matches
-
-            near = get_close_matches(str(lacking[0]), names, n=1)
-            meant = f"; did you mean {near[0]!r:.200}?" if near else ""
+            meant = did_you_mean(str(lacking[0]), names, 1, shown=repr)
             raise RewriteError(
-                f"Rename: {count_of(len(lacking), 'name')} of the dict {'is' if len(lacking) == 1 else 'are'} not in "
+                f"Rename: {count_of(len(lacking), 'name')} in the dict {'is' if len(lacking) == 1 else 'are'} not in "
                 f"the state_dict: {listed([repr(name)[:_MAX_SHOWN] for name in lacking], 8)}{meant}",
                 names=map(str, lacking),
             )
@@ -324,13 +322,15 @@ def read_rules(path: str | os.PathLike[str]) -> tuple[tuple[str, str], ...]:
         with Path(name).open("rb") as file:
             data = file.read(most + 1)
     except FileNotFoundError:
-        raise MissingFileError(f"{name}: no such file", path=name) from None
+        raise MissingFileError(f"{name}: no such file{meant_file(name)}", path=name) from None
     except (OSError, ValueError) as error:
         raise FileAccessError(
             f"{name}: cannot be read: {getattr(error, 'strerror', None) or error}", path=name
         ) from error
     if len(data) > most:
-        raise FileAccessError(f"{name}: is larger than {most:,} bytes; a file of rules has one rule a line", path=name)
+        raise FileAccessError(
+            f"{name}: is larger than {most:,} bytes; a file of rules has one rule per line", path=name
+        )
     rules = []
     for number, raw in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
         try:

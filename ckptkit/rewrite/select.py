@@ -14,6 +14,7 @@ from typing import Any, Final, NamedTuple
 from ckptkit.arguments import several
 from ckptkit.checkpoint import STATE_DICT, Checkpoint, StateDict, TensorEntry
 from ckptkit.errors import RewriteError
+from ckptkit.nearness import did_you_mean
 from ckptkit.normalize import origin_alone
 from ckptkit.normalize.modules import tensor_role
 from ckptkit.normalize.nested import NestedDicts
@@ -137,8 +138,8 @@ def _check_optimizer(checkpoint: Checkpoint, kept: dict[str, object]) -> None:
 
         remedy = " ".join(f"--leave-out {shlex.quote(path[:_MAX_NAME])}" for path in optimizers[:_MAX_LISTED])
         raise RewriteError(
-            f"{_listed(lost, len(lost))} would be dropped, but the optimizer's state is keyed by position among the "
-            f"parameters; {remedy} drops it",
+            f"{_listed(lost, len(lost))} would be left out, but the optimizer's state is keyed by the position of "
+            f"each parameter; {remedy} leaves it out",
             names=lost,
         )
 
@@ -225,8 +226,14 @@ class LeaveOut:
             if place.node is rest and isinstance(rest, tuple):
                 continue
             if not _removed(place):
-                stands = "stands in a tuple" if isinstance(place.node, tuple) else "is what an object is made from"
-                raise RewriteError(f"{path[:_MAX_PATH]!r} cannot be left out: it {stands}; leave out what holds it")
+                stands = (
+                    "is in a tuple"
+                    if isinstance(place.node, tuple)
+                    else ("is an argument that an object is built from")
+                )
+                raise RewriteError(
+                    f"{path[:_MAX_PATH]!r} cannot be left out: it {stands}; leave out the value that contains it"
+                )
         if isinstance(rest, tuple):
             gone = {place.key for place in found.values() if place.node is rest}
             rest = tuple(part for index, part in enumerate(rest) if index not in gone)
@@ -237,7 +244,7 @@ class LeaveOut:
                 place.node.items[:] = [item for item in place.node.items if item is not _GONE]
         if holds(checkpoint.rest, STATE_DICT) and not holds(rest, STATE_DICT):
             raise RewriteError(
-                f"{', '.join(map(repr, self.paths))}: the weights lie there; they cannot be left out",
+                f"{', '.join(map(repr, self.paths))}: the weights are there; they cannot be left out",
                 names=self.paths,
             )
         sections = tuple(section for section in checkpoint.sections if self._stays(section.path, rest))
@@ -273,19 +280,21 @@ def _place(checkpoint: Checkpoint, rest: object, path: str) -> _Place:
         # A section's path is that of the first with tensors, or with the number, of those with tensors.
         found = [place for place in found if _holds_tensors(place.value)] or found
     if len(found) < number:
-        raise RewriteError(f"there is no {shown} to leave out; there is {_parts_listed(checkpoint)}")
+        known = _part_paths(checkpoint)
+        told = listed([repr(each[:_MAX_PATH]) for each in known], _MAX_PATHS) or "nothing beside the weights"
+        meant = did_you_mean(path, known, shown=repr)
+        raise RewriteError(f"there is no {shown} to leave out; there is {told}{meant}")
     place = found[number - 1]
     if place.value is STATE_DICT:
-        raise RewriteError(f"{shown} is the weights; they cannot be left out")
+        raise RewriteError(f"{shown} contains the weights, which cannot be left out")
     return place
 
 
-def _parts_listed(checkpoint: Checkpoint) -> str:
+def _part_paths(checkpoint: Checkpoint) -> list[str]:
     """The parts that there are beside the weights."""
     top = (join("", key) for key, value in parts(checkpoint.rest) if value is not STATE_DICT)
     sections = (section.path for section in checkpoint.sections if not section.selected and section.path)
-    paths = list(dict.fromkeys([*top, *sections]))
-    return listed([repr(path[:_MAX_PATH]) for path in paths], _MAX_PATHS) or "nothing beside the weights"
+    return list(dict.fromkeys([*top, *sections]))
 
 
 def places(node: object, above: str, path: str, depth: int, seen: set[tuple[int, str]]) -> Iterator[_Place]:

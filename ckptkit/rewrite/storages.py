@@ -231,7 +231,7 @@ class Tied:
     def __post_init__(self) -> None:
         if self.policy not in get_args(TiedPolicy):
             raise RewriteError(
-                f"no policy {self.policy!r} for tied tensors; there is {', '.join(get_args(TiedPolicy))}"
+                f"no policy {self.policy!r} for tied tensors; choose from {', '.join(get_args(TiedPolicy))}"
             )
 
     def __call__(self, checkpoint: Checkpoint) -> Checkpoint:
@@ -242,7 +242,7 @@ class Tied:
             tied = (listed(map(repr, names), between=" = ", characters=100) for names in groups)
             raise RewriteError(
                 f"{count_of(len(groups), 'tensor', 'has', 'have')} several names: {listed(tied, between='; ')}; write "
-                "them as one ('alias') or as copies ('duplicate')",
+                "them as one tensor ('alias') or as copies ('duplicate')",
                 names=[name for names in groups for name in names],
             )
         again = {name for names in groups for name in names[1:]}
@@ -346,7 +346,7 @@ class MapLocation:
         if _is_function(self.location):
             raise RewriteError(
                 f"a tensor on {old!r:.60} is saved without a storage there ({function.name}), so a function has "
-                "nothing to be asked about; give a location or a dict of them"
+                "no storage to receive; give a location or a dict of locations"
             )
         tag = self._mapped(old)
         if tag == old:
@@ -387,7 +387,7 @@ def _tag(given: object) -> str:
     """
     text = str(given)
     if not _LOCATION.match(text) or text.startswith("meta"):
-        raise RewriteError(f"{text!r:.80} is not a device location; expected 'cpu', 'cuda:0', 'mps' or the like")
+        raise RewriteError(f"{text!r:.80} is not a device location; expected 'cpu', 'cuda:0', 'mps' or similar")
     return text
 
 

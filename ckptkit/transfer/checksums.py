@@ -70,7 +70,7 @@ _POLYNOMIAL = 0xEDB88320
 _ONE, _X8 = 1 << 31, 1 << 23
 """The polynomials 1, and x to the power of the bits of a byte."""
 
-_REMEDY = "get the file anew; --ignore-checksums insists, for files that were edited in place"
+_REMEDY = "get the file again; --ignore-checksums accepts it, for files that were edited in place"
 
 Names = Callable[[], Mapping[int, str]]
 """What storages are called, by ``id``; asked for only where one is damaged."""
@@ -90,7 +90,7 @@ def damage_of(storage: Storage, crc: int) -> Damage | None:
     """The damage of a storage whose bytes have this CRC-32; ``None`` where it is sound, or has no recorded checksum."""
     if storage.crc32 is None or crc == storage.crc32:
         return None
-    return Damage(storage, f"the bytes have CRC-32 {crc:08x}, recorded is {storage.crc32:08x}: the file is damaged")
+    return Damage(storage, f"the bytes have CRC-32 {crc:08x}, but {storage.crc32:08x} is recorded: the file is damaged")
 
 
 def damage_text(damages: Sequence[Damage], names: Mapping[int, str]) -> str:
@@ -251,7 +251,7 @@ class Checksums:
         """
         damages = self.damages()
         if any(damage.storage.source.file.changed() for damage in damages):
-            raise CorruptError("the file was changed while it was read", path=damages[0].storage.source.file.path)
+            raise CorruptError("the file was changed while it was being read", path=damages[0].storage.source.file.path)
         if damages:
             raise damage_error(damages, names())
 

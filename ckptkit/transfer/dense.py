@@ -259,7 +259,7 @@ class _SparseValues:
         if self._is_coo:
             sparse, self._stored = form.indices[0].shape
             if not sparse and form.values.nbytes > form.values.storage.nbytes:  # no index bounds their number
-                raise CorruptError(f"tensor {name!r:.200}: its values repeat themselves")
+                raise CorruptError(f"tensor {name!r:.200}: its values overlap in storage")
         else:
             batch = len(form.indices[0].shape) - 1
             sparse, self._stored = batch + 2, form.indices[1].numel

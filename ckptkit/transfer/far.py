@@ -179,7 +179,9 @@ class _Mover:
             source.into(after, before)
             self._tally.add(source.whole, before, after)
             if self._passed is not None and source.whole.function(before) != bytes(after):
-                raise CorruptError(f"{source.whole.name}: converted twice, it is not the same; nothing was written")
+                raise CorruptError(
+                    f"{source.whole.name}: converting it twice gave different bytes; nothing was written"
+                )
         else:
             read_into(source, after)
         self._write(fd, after, target)

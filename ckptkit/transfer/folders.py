@@ -121,8 +121,8 @@ def created_folder(path: str, shown: str) -> OutputFolder:
                 raise not_empty(shown)
             old = os.stat(path)
             if os.path.ismount(path) or os.path.samefile(path, os.curdir):
-                why = "a file system begins here" if os.path.ismount(path) else "it is the working directory"
-                raise FileAccessError(f"{shown}: cannot be replaced, {why}; name a new folder in it", path=shown)
+                why = "it is a mount point" if os.path.ismount(path) else "it is the working directory"
+                raise FileAccessError(f"{shown}: cannot be replaced, {why}; name a new folder inside it", path=shown)
         output = _made(path, shown, 0o777 if old is None else 0o700)
         if old is not None and output.fd >= 0:
             permit(output.fd, old, 0o7777)
@@ -210,8 +210,8 @@ def is_empty_folder(path: str) -> bool:
 
 def not_empty(shown: str) -> DestinationExistsError:
     """The error for a folder that is not to be replaced, nor a file by one."""
-    told = "a folder is written that is new or empty, and --force replaces none; name another"
-    return DestinationExistsError(f"{shown}: exists already and is not an empty folder; {told}", path=shown)
+    told = "the output folder must be new or empty, and --force does not replace folders; name another"
+    return DestinationExistsError(f"{shown}: already exists and is not an empty folder; {told}", path=shown)
 
 
 @contextlib.contextmanager

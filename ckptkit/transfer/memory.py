@@ -52,7 +52,7 @@ _READ_NBYTES = 1 << 20
 def read(entry: TensorEntry) -> NDArray[Any]:
     """The values of a tensor; see `TensorEntry.numpy`."""
     if DTYPES[entry.dtype].numpy is None:
-        raise DTypeError(f"numpy has no dtype {entry.dtype}; entry.torch() gives its values")
+        raise DTypeError(f"numpy has no dtype {entry.dtype}; entry.torch() returns its values")
     import numpy
 
     lying, strides = least(entry)
@@ -345,7 +345,7 @@ class _Tree:
             name = f"{type(value).__module__}.{type(value).__qualname__}"
             remedy = "; save its state_dict()" if hasattr(value, "state_dict") else ""
             if isinstance(value, Mapping):
-                remedy = "; dict(...) makes it a plain one"
+                remedy = "; dict(...) makes it a plain dict"
             elif name.startswith("numpy.") and hasattr(value, "filled"):
                 remedy = "; .filled() makes it a plain one"
             elif self._arrays and isinstance(value, self._arrays):
@@ -361,7 +361,7 @@ class _Tree:
         if kind not in (list, tuple, set, dict, OrderedDict, Counter):
             return None
         if depth >= _MOST_DEPTH:
-            raise UnsupportedError(f"nested more than {_MOST_DEPTH} deep")
+            raise UnsupportedError(f"nested more than {_MOST_DEPTH} levels deep")
 
         def below(key: object, part: object) -> object:
             return self.node(part, f"{place}.{key!s:.100}" if place else f"{key!s:.200}", depth + 1)
@@ -400,7 +400,7 @@ def checkpoint_of(
         memory: takes their bytes.
         tensors: makes nodes of torch's objects.
         format_name: the container that is to hold it.
-        alone: what it is called, where it holds tensors under names and nothing else.
+        alone: what it is called, where it stores named tensors and nothing else.
 
     Raises:
         RewriteError: it cannot be written; the message names all that stands in the way.
@@ -433,8 +433,8 @@ def checkpoint_of(
             ]
         told = f", not {listed(others, 8)}" if others else ", and none is given"
         raise RewriteError(
-            f"{alone} holds tensors under names and nothing else{told}; save the dict of tensors alone, or write a "
-            ".pth, which holds it all"
+            f"{alone} stores named tensors and nothing else{told}; save the dict of tensors alone, or write a "
+            ".pth, which stores everything"
         )
     return normalize(RawCheckpoint(root=root, format=format_name), memory)
 

@@ -300,7 +300,7 @@ def overwrite(fd: int, data: bytes) -> None:
 
 def exists(shown: str) -> DestinationExistsError:
     """The error for a file that is not to be overwritten."""
-    return DestinationExistsError(f"{shown}: exists already; --force overwrites it", path=shown)
+    return DestinationExistsError(f"{shown}: already exists; --force overwrites it", path=shown)
 
 
 def replacing(action: Callable[[], None], path: str, source: Source | None) -> None:

@@ -285,21 +285,21 @@ def shard_digest(path: str, plan: Plan) -> str:
 def differences(ours: PlanIdentity, theirs: PlanIdentity) -> Iterator[str]:
     """In what two plans differ, ours first; nothing: they are the same."""
     if ours["ckptkit"] != theirs["ckptkit"]:
-        yield f"ckptkit {theirs['ckptkit']} wrote it, and this is {ours['ckptkit']}: take one version on all machines"
+        yield f"ckptkit {theirs['ckptkit']} wrote it, but this is {ours['ckptkit']}: use one version on all machines"
     here, there = ours["source"], theirs["source"]
     for name in sorted({*here, *there}):
         if name not in here or name not in there:
-            yield f"the source's file {name} is not there {'here' if name not in here else 'for it'}"
+            yield f"the source's file {name} is missing {'here' if name not in here else 'for it'}"
         elif here[name]["nbytes"] != there[name]["nbytes"]:
-            yield f"the source's file {name} had {there[name]['nbytes']:,} bytes and has {here[name]['nbytes']:,}"
+            yield f"the source's file {name} had {there[name]['nbytes']:,} bytes and now has {here[name]['nbytes']:,}"
         elif here[name] != there[name]:
-            yield f"the source's file {name} has other content"
+            yield f"the source's file {name} has different content"
     asked, known = ours["options"], theirs["options"]
     for name in sorted({*asked, *known}):
         if asked.get(name) != known.get(name):
-            yield f"{name} was {known.get(name, 'not given')} and is {asked.get(name, 'not given')}"
+            yield f"{name} was {known.get(name, 'not given')} and is now {asked.get(name, 'not given')}"
     if ours == {**theirs, "steps": ours["steps"]} and ours["steps"] != theirs["steps"]:
-        yield "the same options made other shards of the same source"
+        yield "the same options made different shards from the same source"
 
 
 # Records.
@@ -349,7 +349,7 @@ def read_record(path: str) -> PartRecord:
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         is_one = False
     if not is_one:
-        raise CorruptError("is not the record of a part, or is damaged; remove it and write that part anew", path=path)
+        raise CorruptError("is not the record of a part, or is damaged; remove it and write that part again", path=path)
     return cast(PartRecord, record)
 
 

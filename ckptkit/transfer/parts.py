@@ -265,7 +265,7 @@ class Parts:
             path = os.path.join(self.staging, match[0])
             record = read_record(path)
             if (record["part"], record["of"]) != (int(match[1]), int(match[2])):
-                raise CorruptError("the record is not of the part that its name says", path=path)
+                raise CorruptError("the record is for a different part than its name says", path=path)
             known = found.setdefault(record["part"], record)
             if known["of"] != record["of"]:
                 raise self._refused(record, f"part {known['part']} is one of {known['of']}")
@@ -288,7 +288,7 @@ class Parts:
                 with contextlib.suppress(OSError):  # there are no locks here
                     is_alone = locked(fd) and has_name(os.fstat(fd), path)
                 if not is_alone:
-                    told = "another process is making one checkpoint of the parts, or has done so"
+                    told = "another process is combining the parts into a checkpoint, or has done so"
                     raise FileAccessError(f"{self._shown}: {told}", path=self._shown)
             try:
                 yield
@@ -316,12 +316,12 @@ class Parts:
         """
         if differing := [*differences(identity, self.identity)]:
             told = listed(differing, 4, between="; ", characters=400)
-            raise RewriteError(f"{self._shown}: a worker plans something else: {told}", path=self._shown)
+            raise RewriteError(f"{self._shown}: a worker's plan is different: {told}", path=self._shown)
 
     def _refused(self, record: PartRecord, what: str) -> RewriteError:
         return RewriteError(
-            f"{self._shown}: part {record['part']} of {record['of']} is there and belongs to another conversion: "
-            f"{what}; to start anew, remove the folder {self.staging}",
+            f"{self._shown}: part {record['part']} of {record['of']} already exists and belongs to another "
+            f"conversion: {what}; to start again, remove the folder {self.staging}",
             path=self._shown,
         )
 
@@ -343,7 +343,7 @@ class Parts:
             return count, found
         for number in range(1, count + 1):
             record = records.get(number)
-            problem = "is not there" if record is None else self._problem(record, hashed=hashed)
+            problem = "is missing" if record is None else self._problem(record, hashed=hashed)
             if problem is not None:
                 found[number] = problem
         return count, found
@@ -352,9 +352,9 @@ class Parts:
         """What is wrong with the shards of a part; ``None``: they are whole."""
         names = shares_of(self.plan, record["of"])[record["part"] - 1]
         if names != [*record["shards"]]:
-            return "has other shards than are its own"
+            return "has shards that belong to another part"
         if record["digests"].keys() != self._digested(Share(record["part"], record["of"])).keys():
-            return "has digests of other files than are its own"
+            return "has digests of files that belong to another part"
         for name in names:
             path, nbytes = os.path.join(self.staging, name), self.plan.shards[name].nbytes
             self._taken_back(name, record)
@@ -365,7 +365,7 @@ class Parts:
         sums = {name: each["sha256"] for name, each in record["shards"].items() if each["sha256"] is not None}
         found = self._sums(sums) if hashed else sums
         damaged = [name for name in sums if found[name] != sums[name]]
-        return f"has other bytes than it was recorded with: {listed(damaged, 4)}" if damaged else None
+        return f"has different bytes than were recorded: {listed(damaged, 4)}" if damaged else None
 
     def _taken_back(self, name: str, record: PartRecord) -> None:
         """Put a shard where its part had it, if it was given its place by a run of `finish` that was killed."""

@@ -270,7 +270,9 @@ def pieced(
             _fitting(piece.local, piece, dtype, f"tensor {name!r:.200}")
     require_cover(name, shape, [piece[:2] for piece in pieces])
     if DTYPES[dtype].bits and len(pieces) > 1:
-        raise UnsupportedError(f"tensor {name!r:.200}: elements of {dtype} fill no whole byte, and it is in pieces")
+        raise UnsupportedError(
+            f"tensor {name!r:.200}: elements of {dtype} are smaller than a byte, and it is in pieces"
+        )
     known = [piece.local for piece in pieces if isinstance(piece.local, TensorEntry)]
     if files is None:
         found = {id(file): file for entry in known for file in files_of(entry.storage.source)}
@@ -285,7 +287,9 @@ def pieced(
     )
     own = shape if view is None else view
     if math.prod(own) != math.prod(shape):
-        raise CorruptError(f"tensor {name!r:.200}: shape {own} is not of as many elements as its pieces, {shape}")
+        raise CorruptError(
+            f"tensor {name!r:.200}: shape {own} has a different number of elements than its pieces, {shape}"
+        )
     return TensorEntry(
         storage=storage,
         storage_offset=0,
@@ -312,7 +316,9 @@ def require_cover(name: str, shape: tuple[int, ...], boxes: Sequence[_Box]) -> N
     what, total = f"tensor {name!r:.200} of shape {[*shape]}", 0
     for offsets, sizes in boxes:
         if len(offsets) != len(shape) or len(sizes) != len(shape):
-            raise CorruptError(f"{what}: a piece at {[*offsets]} of sizes {[*sizes]} is of other dimensions")
+            raise CorruptError(
+                f"{what}: a piece at {[*offsets]} of sizes {[*sizes]} has a different number of dimensions"
+            )
         volume = 1
         for offset, size, limit in zip(offsets, sizes, shape, strict=True):
             if offset < 0 or size < 0 or offset + size > limit:

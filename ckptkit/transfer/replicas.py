@@ -41,7 +41,7 @@ def require_equal(replicas: Sequence[Replica]) -> None:
     if differing:
         names = [differing[number] for number in sorted(differing)]
         raise CorruptError(
-            f"{count_of(len(names), 'tensor')} of which two files do not hold the same values, though each is a copy: "
+            f"{count_of(len(names), 'tensor')} with different values in two files, although each should be a copy: "
             f"{listed(names, _LISTED)}; files of different runs or steps were mixed, or one is damaged",
             names=names,
         )

@@ -139,7 +139,7 @@ class Copier:
             while held:
                 moved = os.splice(end, self._fd, held, offset_dst=target + done)
                 if moved == 0:
-                    raise OSError(errno.EINVAL, "nothing is taken from a pipe")
+                    raise OSError(errno.EINVAL, "a pipe cannot be read here")
                 held, done = held - moved, done + moved
         return done
 

@@ -289,7 +289,7 @@ def values_of(entry: TensorEntry) -> Any:
     import numpy
 
     if entry.nbytes > entry.storage.nbytes:
-        raise CorruptError(f"indices of shape {entry.shape} in {entry.storage.nbytes:,} bytes repeat themselves")
+        raise CorruptError(f"indices of shape {entry.shape} in {entry.storage.nbytes:,} bytes overlap in storage")
 
     data = b"".join(stream(entry))
     return numpy.frombuffer(data, numpy.dtype(entry.dtype).newbyteorder("<")).reshape(entry.shape)
@@ -330,7 +330,7 @@ def _check_coo(tensor: Sparse, indices: Any) -> None:
         smaller |= equal & (left < right)
         equal &= left == right
     if not smaller.all():
-        raise CorruptError("a sparse tensor that is said to be coalesced has indices twice, or not in order")
+        raise CorruptError("a sparse tensor marked as coalesced has duplicate or unordered indices")
 
 
 def _check_compressed(tensor: Sparse, compressed: Any, plain: Any) -> None:
@@ -345,13 +345,13 @@ def _check_compressed(tensor: Sparse, compressed: Any, plain: Any) -> None:
         lengths = numpy.diff(steps)
         if not is_within or ((lengths < 0) | (lengths > count)).any():
             raise CorruptError(
-                f"the compressed indices of a {tensor.layout} tensor do not go from 0 to {row.size} in steps of 0 to "
-                f"{count}"
+                f"the compressed indices of a {tensor.layout} tensor do not rise from 0 to {row.size} in steps of 0 "
+                f"to {count}"
             )
         first = numpy.zeros(row.size, bool)
         first[steps[:-1][lengths > 0]] = True
         if ((numpy.diff(row) <= 0) & ~first[1:]).any():
-            raise CorruptError(f"the plain indices of a {tensor.layout} tensor are twice there, or not in order")
+            raise CorruptError(f"the plain indices of a {tensor.layout} tensor are duplicated or not in order")
 
 
 def _check_nested(tensor: Nested, sizes: Any, strides: Any, offsets: Any) -> None:
@@ -373,7 +373,7 @@ def _check_jagged(tensor: Jagged, offsets: Any, lengths: Any) -> None:
     if not is_within or (steps < 0).any():
         raise CorruptError(f"the offsets of a nested tensor do not rise from 0 to {most}")
     if lengths is not None and ((lengths < 0).any() or (lengths > steps).any()):
-        raise CorruptError("the lengths of a nested tensor are not those between its offsets")
+        raise CorruptError("the lengths of a nested tensor do not match its offsets")
 
 
 def _require_within(indices: Any, size: int, where: str) -> None:
@@ -402,7 +402,7 @@ def array_from(layout: arrays.ArrayLayout) -> Any:
     count = math.prod(layout.shape or ())
     if count * dtype.itemsize != len(data):
         raise CorruptError(
-            f"an array of numpy's of shape {list(layout.shape or ())} and type {code} has "
+            f"a numpy array of shape {list(layout.shape or ())} and type {code} has "
             f"{len(data):,} bytes, not {count * dtype.itemsize:,}"
         )
     flat = numpy.frombuffer(data, dtype) if dtype.itemsize else numpy.zeros(count, dtype)

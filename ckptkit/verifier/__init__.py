@@ -20,6 +20,7 @@ from ckptkit.bytesource import Source
 from ckptkit.checkpoint import Checkpoint
 from ckptkit.conversion.options import unselected_weights
 from ckptkit.errors import SectionError, VerifyError
+from ckptkit.fixes import combined_fix
 from ckptkit.normalize.parts import part_findings, way_findings
 from ckptkit.options import VerifyOptions
 from ckptkit.report import Finding, Report, listed, worst
@@ -38,6 +39,7 @@ from ckptkit.verifier.references import ModelLike, Reference, build
 
 if TYPE_CHECKING:
     from ckptkit.documents import InputsDocument, VerifyCheckDocument, VerifyDetails, VerifyDocument
+    from ckptkit.report import CombinedFix
 
 __all__ = ["CHECKS", "Check", "Context", "ModelLike", "verify"]
 
@@ -122,7 +124,8 @@ def verify(
         context.failed = worst(told) == "error"
         checks, found = _run(stripped or checkpoint, built, context)
         findings = (*(VerifyFinding.of(finding, None) for finding in told), *found)
-        return Report(findings=findings, details=_details(checkpoint, context, checks, model_dtype(built)))
+        details = _details(checkpoint, context, checks, model_dtype(built), combined_fix(findings))
+        return Report(findings=findings, details=details)
 
 
 def _run(
@@ -243,7 +246,13 @@ def _inputs(reference: Reference, options: VerifyOptions, golden: Golden | None)
     return drawn_inputs(wanted_inputs(reference.inputs, options.input_shapes, reference.label), options.seed)
 
 
-def _details(checkpoint: Checkpoint, context: Context, checks: list[VerifyCheckDocument], dtype: str) -> VerifyDetails:
+def _details(
+    checkpoint: Checkpoint,
+    context: Context,
+    checks: list[VerifyCheckDocument],
+    dtype: str,
+    combined: CombinedFix | None,
+) -> VerifyDetails:
     fit = context.fit
     if fit is None:
         raise VerifyError("no check looked at how the checkpoint fits; CHECKS must begin with one that does")
@@ -268,6 +277,7 @@ def _details(checkpoint: Checkpoint, context: Context, checks: list[VerifyCheckD
         "steps": context.steps,
         "peak_memory_nbytes": peak_memory(),
         "versions": versions(),
+        "combined_fix": combined,
     }
 
 

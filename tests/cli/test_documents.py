@@ -18,9 +18,10 @@ from click.testing import CliRunner
 from safetensors.torch import save_file
 from torch import nn
 
-from ckptkit.cli import COMMANDS, inspect_text
+from ckptkit.cli import COMMANDS, tensor_tables
 from ckptkit.cli.inspect import lines as inspect_lines
-from ckptkit.cli.options import View, columns
+from ckptkit.cli.options import View
+from ckptkit.cli.tables import columns
 from ckptkit.conversion.document import ConvertFolderDocument
 from ckptkit.differences.difference import DiffDocument
 from ckptkit.documents import (
@@ -223,7 +224,7 @@ def test_every_command_has_a_document_and_says_so() -> None:
 
 def test_flat_lines_of_a_saved_document(folder: Path) -> None:
     document = json.loads(command("inspect", "resume.pth --stats --json", folder))
-    lines = [line for file in document["files"] for line in inspect_text.flat(file, View())]
+    lines = [line for file in document["files"] for line in tensor_tables.flat(file, View())]
     assert "".join(f"{line}\n" for line in lines) == command("inspect", "resume.pth --stats --flat", folder)
 
 

@@ -12,7 +12,7 @@ from torchvision.models import resnet18
 CONTRACT = {
     "path", "size", "format", "writer", "kind", "state_dict", "sections", "storage", "tensors", "metadata", "training",
     "trust", "has_pickle", "globals", "modules", "part", "architecture", "adapter",
-    "quantization", "layout", "findings", "error",
+    "quantization", "layout", "findings", "combined_fix", "error",
 }  # fmt: skip
 TENSOR = {"section", "name", "dtype", "shape", "stride", "nbytes", "location", "storage", "role", "tied_to"}
 

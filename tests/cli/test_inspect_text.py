@@ -19,7 +19,8 @@ import ckptkit
 from ckptkit.cli import inspect_text
 from ckptkit.cli.inspect_text import TIMES
 from ckptkit.cli.markdown import inspect as as_markdown
-from ckptkit.cli.options import View, columns, encodable, wrapped
+from ckptkit.cli.options import View, encodable
+from ckptkit.cli.tables import columns, wrapped
 from ckptkit.inspection import json_chunks, survey
 
 
@@ -151,7 +152,7 @@ def test_columns_and_wrapping() -> None:
     assert max(map(len, columns(rows, ["x", "y", "z"], "lrl", 40))) == 40
     assert list(wrapped("aa bb cc dd", 5)) == ["aa bb", "    cc", "    dd"]
     assert list(wrapped("  aa bb", 4)) == ["  aa", "      bb"]
-    assert list(wrapped("a" * 50, 10)) == ["a" * 50]
+    assert list(wrapped("a" * 50, 40)) == ["a" * 36, "    " + "a" * 14]
     assert list(wrapped("", 10)) == [""]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -135,7 +136,7 @@ def test_explain_every_code(run) -> None:
 
     listed = run("explain")
     assert listed.returncode == 0
-    assert [line.split()[0] for line in listed.stdout.splitlines()] == sorted(CODES)
+    assert [line.split()[0] for line in listed.stdout.split("codes of findings\n")[1].splitlines()] == sorted(CODES)
     document = json.loads(run("explain", "--json").stdout)
     assert document["codes"].keys() == CODES.keys()
     one = run("explain", "module-prefix")
@@ -147,8 +148,45 @@ def test_explain_every_code(run) -> None:
 
 def test_no_code_is_explained_twice() -> None:
     from ckptkit import codes
+    from ckptkit.codes import TOPICS
 
     assert len(codes.CODES) == sum(len(part) for part in codes._PARTS)
+    assert not set(TOPICS) & set(codes.CODES)
+
+
+def test_explain_every_topic(run) -> None:
+    from ckptkit.codes import TOPICS
+
+    document = json.loads(run("explain", "--json").stdout)
+    assert tuple(document["topics"]) == TOPICS
+    listed = run("explain").stdout
+    for name, text in document["topics"].items():
+        first, *lines = text.splitlines()
+        assert first.startswith(f"# {name}: ")
+        assert f"\n{name} " in f"\n{listed}"
+        prose = re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE).splitlines()
+        assert all(len(line) <= 80 for line in prose if not line.startswith("|")), name
+        assert len(lines) <= 70, name
+        assert "<!--" not in text
+    one = run("explain", "trust")
+    assert "safe: plain data" in one.stdout
+    assert "**" not in one.stdout
+    assert "\n    ckptkit inspect fixtures" in one.stdout
+    assert run("explain", "trust", "--format", "markdown").stdout == document["topics"]["trust"]
+    assert json.loads(run("explain", "trust", "--json").stdout)["topics"] == {"trust": document["topics"]["trust"]}
+    assert "did you mean guarantees" in run("explain", "guarantee").stderr
+
+
+def test_the_topic_of_containers_has_each(run) -> None:
+    from ckptkit.formats import FORMATS, format_named
+
+    lines = run("explain", "formats").stdout.splitlines()
+    for container in FORMATS:
+        (row,) = [line for line in lines if line.split(" ")[0] == container.name]
+        written = container.writer or (container.shards and format_named(container.shards).writer)
+        assert row.endswith(" yes") is (written is not None)
+        assert f" {container.title}" in row
+        assert len(row) <= 80
 
 
 def test_every_code_in_the_source_is_explained() -> None:

@@ -122,7 +122,7 @@ def test_an_empty_list_is_not_all_there_is() -> None:
 
 def test_lists_that_cannot_be_read() -> None:
     for command in (check, inspect, manifest):
-        with pytest.raises(MissingFileError, match="nope: there is no such list of files"):
+        with pytest.raises(MissingFileError, match="nope: no such file"):
             output_of(command, "--files-from", "nope")
         with pytest.raises(click.UsageError, match="standard input is one of them"):
             output_of(command, "-", "--files-from", "-")

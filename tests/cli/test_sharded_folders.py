@@ -313,7 +313,7 @@ def test_copies_that_differ(command: Command, ranks: Path, tmp_path: Path) -> No
         ("manifest", "ranks", "-o", "lock.json"),
     ):
         done = command(*arguments)
-        assert done.code == 2 and "ranks: 1 tensor of which two files do not hold the same values" in done.err, done
+        assert done.code == 2 and "ranks: 1 tensor with different values in two files" in done.err, done
     assert not Path("o.pth").exists() and not Path("lock.json").exists()
     with pytest.raises(ckptkit.CorruptError, match="bias") as caught:
         ckptkit.load_state_dict("ranks")

@@ -362,8 +362,8 @@ def test_an_average_is_promoted(save: Save) -> None:
     [
         ({"model": SD, "epoch": 3}, "epoch.x", "'epoch' is there and is 3"),
         ((SD, 3), "model", "<tuple of 2>, which has no keys; with --weights-only"),
-        ({"model": SD}, "a..b", "is not a key"),
-        ({"model": SD}, "", "is not a key"),
+        ({"model": SD}, "a..b", "is not a valid key"),
+        ({"model": SD}, "", "is not a valid key"),
         ({"a": SD, "b": {"w": torch.ones(3, 3)}}, "model", "name the one to rewrite with --section"),
         ([torch.ones(1)], "model", "no state_dict to rewrite"),
     ],

@@ -354,7 +354,7 @@ def test_what_is_told(save, convert) -> None:
     [
         (["--strip-module"], "'module.a' and 'a' would both be named 'a'"),
         (["--rename", "^.*$=>same"], "'module.a' and 'a' would both be named 'same'"),
-        (["--rename", ".+=>"], "leaves nothing of the name 'module.a'"),
+        (["--rename", ".+=>"], "leaves the name 'module.a' empty"),
         (["--rename", "a"], "has no '=>'"),
         (["--rename", "=>a"], "no regular expression before '=>'"),
         (["--rename", "(=>a"], "bad regular expression"),

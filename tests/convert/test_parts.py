@@ -239,7 +239,7 @@ def test_shards_that_are_not_whole(convert, source: Path) -> None:
     content[-1] ^= 1
     one.write_bytes(content)
     damaged = convert(*command, "--finish")
-    assert (damaged.code, "part 2 has other bytes than it was recorded with: " + one.name in damaged.err) == (2, True)
+    assert (damaged.code, "part 2 has different bytes than were recorded: " + one.name in damaged.err) == (2, True)
     os.truncate(last, 100)
     cut = convert(*command, "--finish")
     assert (cut.code, f"part 2 has 100 of the {record['shards'][last.name]['nbytes']:,} bytes" in cut.err) == (2, True)
@@ -286,14 +286,14 @@ def other_steps(_: Path, patch: pytest.MonkeyPatch) -> None:
         (lambda *_: None, {"receipt": False}, "--no-receipt was not given and is given"),
         (lambda *_: None, {"rename": ["^a=>b"]}, r"--rename was '\^head=>top' and is '\^a=>b'"),
         (lambda *_: None, {"part": "2/4"}, "part 1 of 3 is there .* this is one of 4 parts"),
-        (longer, {}, "source.pth had [0-9,]+ bytes and has [0-9,]+"),
-        (another_state, {}, "the source's file source.pth has other content"),
+        (longer, {}, "source.pth had [0-9,]+ bytes and now has [0-9,]+"),
+        (another_state, {}, "the source's file source.pth has different content"),
         (
             lambda _, patch: patch.setattr(part_records, "__version__", "0.0.1"),
             {},
-            "wrote it, and this is 0.0.1: take one version on all machines",
+            "wrote it, but this is 0.0.1: use one version on all machines",
         ),
-        (other_steps, {}, "the same options made other shards of the same source"),
+        (other_steps, {}, "the same options made different shards from the same source"),
     ],
 )
 def test_parts_of_another_plan_are_refused(
@@ -311,7 +311,7 @@ def test_parts_of_another_plan_are_refused(
             continue
         with pytest.raises(RewriteError, match=told) as refused:
             ckptkit.convert(source, out / "model.bin", **{**given, **asked, **options})
-        assert f"to start anew, remove the folder {hidden}" in str(refused.value)
+        assert f"to start again, remove the folder {hidden}" in str(refused.value)
         assert listed(hidden) == before
     shutil.rmtree(hidden)
     monkeypatch.undo()
@@ -454,7 +454,7 @@ def test_one_process_finishes(convert, source: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(parts.Parts, "finish", meanwhile)
     assert convert(*arguments, "--finish").code == 0
-    assert (told[0].code, "another process is making one checkpoint of the parts" in told[0].err) == (2, True)
+    assert (told[0].code, "another process is combining the parts into a checkpoint" in told[0].err) == (2, True)
     os.mkdir("one")
     assert ckptkit.convert(source, "one/m.bin", weights_only=True, max_shard_size=SIZE).ok
     assert same_files("one", "out")

@@ -167,7 +167,9 @@ def test_leave_out_part_by_part_for_safetensors(resume: Path, convert, refused, 
 def test_dropping_parameters_under_an_optimizer_is_refused(resume: Path, refused, converted, convert) -> None:
     for options in (["--exclude", "2.*"], ["--include", "0.*"]):
         line = refused(resume, "out.pth", *options)
-        assert "the optimizer's state is keyed by position among the parameters; --leave-out optimizer drops it" in line
+        assert (
+            "the optimizer's state is keyed by the position of each parameter; --leave-out optimizer leaves it out"
+        ) in line
         whole: Any = converted(
             resume, f"a{options[0]}.pth", *options, "--leave-out", "optimizer", "--leave-out", "args"
         )

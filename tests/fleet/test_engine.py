@@ -99,7 +99,9 @@ def test_a_task_that_workers_cannot_read_is_told(processes: Executor) -> None:
     outcomes = [outcome for _, outcome in each(tasks, fleet_work.number_of, executor=processes)]
     assert [outcome.value for outcome in outcomes] == [*range(30), None, *range(31, 500)]
     assert outcomes[30].problem == "failed"
-    assert outcomes[30].text.startswith("the worker cannot read the task (is what it holds in a module of its own?): ")
+    assert outcomes[30].text.startswith(
+        "the worker cannot read the task (are its functions and classes in an importable module?): "
+    )
 
 
 def test_batches_shrink_where_the_number_of_tasks_is_known() -> None:
@@ -120,7 +122,7 @@ def test_work_that_cannot_be_pickled_is_an_error(where: dict[str, Any]) -> None:
     if where == HERE:
         assert [outcome.value for _, outcome in each([1, 2], lambda number: number + 1, **where)] == [2, 3]
         return
-    with pytest.raises(CkptkitError, match="what is to be done cannot be sent to other processes: "):
+    with pytest.raises(CkptkitError, match="the task cannot be sent to other processes: "):
         next(each([1, 2], lambda number: number + 1, **where))
 
 
@@ -233,11 +235,11 @@ def test_batches_grow_and_what_is_slow_holds_up_no_others(monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"jobs": 0}, "jobs must be a whole number from 1 up, not 0"),
+        ({"jobs": 0}, "jobs must be a whole number of at least 1, not 0"),
         ({"jobs": True}, "not True"),
         ({"jobs": 1.5}, "not 1.5"),
         ({"jobs": 2, "executor": ThreadPoolExecutor(1)}, "either jobs or an executor"),
-        ({"executor": 3}, "the executor has no method submit: 3"),
+        ({"executor": 3}, "the executor has no submit method: 3"),
         ({"seconds": 0}, "a number of seconds above 0, not 0"),
         ({"seconds": float("nan")}, "above 0, not nan"),
     ],

@@ -62,7 +62,7 @@ def test_a_worker_that_gives_no_sign_is_given_up(monkeypatch: pytest.MonkeyPatch
         assert [task for task, _ in came] == [1, "locked", 2, 3]
         assert [outcome.value for _, outcome in came] == [1, None, 2, 3]
         assert came[1][1].problem == "timed-out"
-        assert came[1][1].text.startswith("the executor gave no sign of it for ")
+        assert came[1][1].text.startswith("the executor did not report it for ")
     finally:
         for pid in executor._processes:
             os.kill(pid, signal.SIGKILL)
@@ -85,7 +85,7 @@ def test_an_executor_that_takes_no_more_leaves_no_task_untold() -> None:
     with Refusing(1) as executor:
         came = list(each(range(20_000), fleet_work.square, executor=executor))
     assert [outcome.value for _, outcome in came[:3]] == [0, 1, 4]
-    refused = Outcome[int](problem="died", text="the executor takes no work: RuntimeError: the queue is closed")
+    refused = Outcome[int](problem="died", text="the executor accepts no work: RuntimeError: the queue is closed")
     assert [outcome for _, outcome in came[3:]] == [refused] * 19_997
 
 
@@ -128,9 +128,9 @@ def raising(error: Exception) -> Any:
 @pytest.mark.parametrize(
     ("answer", "problem", "text"),
     [
-        (lambda *_: None, "died", "it was cancelled"),
-        (lambda *_: {"a": 1}, "died", "the executor answered {'a': 1}, which is not what a worker returns"),
-        (lambda *_: (1, 2, 3), "died", "the executor answered (1, 2, 3), which is not what a worker returns"),
+        (lambda *_: None, "died", "it was canceled"),
+        (lambda *_: {"a": 1}, "died", "the executor returned {'a': 1}, which is not a worker's result"),
+        (lambda *_: (1, 2, 3), "died", "the executor returned (1, 2, 3), which is not a worker's result"),
         (raising(OSError("no route")), "died", "the executor lost it: OSError: no route"),
         (
             raising(ModuleNotFoundError("No module named 'ckptkit.fleet'")),
@@ -214,4 +214,4 @@ def test_a_worker_answers_for_the_tasks_that_it_began() -> None:
     assert (len(results), results[0][0], abandoned) == (1, "timed-out", True)
     _, results, _, _ = run(__version__, b"cno_such_module\nx\n.", tasks, 10, None, 5.0)
     assert [result[0] for result in results] == ["failed"] * 10
-    assert "the worker cannot import what is to be done" in results[0][1]
+    assert "the worker cannot import the function" in results[0][1]

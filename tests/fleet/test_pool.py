@@ -28,7 +28,7 @@ def test_a_task_that_kills_its_worker_takes_no_other_with_it(tmp_path: Path) -> 
     assert [outcome.value for task, outcome in came if task[0] == "never"] == list(range(200))
     outcomes = {task[0]: outcome for task, outcome in came}
     assert outcomes["exit"] == Outcome(problem="died", text="its worker ended with exit code 3")
-    memory = "as the system does where memory runs out"
+    memory = "as the system does when memory runs out"
     assert outcomes["killed"] == Outcome(problem="died", text=f"its worker was killed by SIGKILL, {memory}")
     assert outcomes["once"].value == "lived"
     assert [os.path.getsize(note) for note in notes] == [2, 3, 2]  # what is killed may not be at fault
@@ -39,7 +39,7 @@ def test_a_worker_that_gives_no_sign_is_killed(monkeypatch: pytest.MonkeyPatch) 
     came = list(each([1, "locked", 2, 3], fleet_work.hangs, jobs=2, seconds=0.1))
     assert [outcome.value for _, outcome in came] == [1, None, 2, 3]
     assert came[1][1].problem == "timed-out"
-    assert "its worker gave no sign for " in came[1][1].text
+    assert "its worker did not respond for " in came[1][1].text
 
 
 def test_workers_that_do_not_start_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,7 +47,7 @@ def test_workers_that_do_not_start_are_told(monkeypatch: pytest.MonkeyPatch) -> 
     came = list(each(range(5000), fleet_work.square, jobs=2))
     assert len(came) == 5000
     assert {outcome.problem for _, outcome in came} == {"died"}
-    assert came[0][1].text == "no worker process gets ready: the last ones ended before they were"
+    assert came[0][1].text == "no worker process starts: the last ones ended before they were ready"
 
 
 def test_where_no_process_can_be_started_every_task_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

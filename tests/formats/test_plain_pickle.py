@@ -249,7 +249,7 @@ def test_two_in_a_row_are_refused(protocol: int, tmp_path: Path) -> None:
 
 
 WORDS_OF_CUT = (
-    "a text argument has no end within",
+    "a text argument does not end within",
     *["a string of 200,[0-9]{3} bytes is declared, .* are left: damaged or truncated"] * 2,
     *["a storage's 160,[0-9]{3} bytes are declared, .* are left: truncated"] * 3,
 )

@@ -242,7 +242,7 @@ def test_more_shards_than_files_may_be_open(tmp_path: Path) -> None:
             assert len(file.state_dict) == 120
             assert tensor_of(file.state_dict["w119"]).item() == 119
         with pytest.raises(
-            FileAccessError, match=r"too many files are open at once for all shards; allow more .ulimit"
+            FileAccessError, match=r"too many shards for the number of open files allowed; raise the limit .ulimit"
         ):
             ckptkit.convert(index, tmp_path / "out.safetensors")
     finally:

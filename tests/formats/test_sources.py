@@ -314,7 +314,7 @@ def test_without_more_than_bytes() -> None:
         b"0123456789", b"12345678", b"6789", b"0123456789",
     )  # fmt: skip
     source.size = 11
-    with pytest.raises(CorruptError, match="became shorter while it was read: byte 10"):
+    with pytest.raises(CorruptError, match="became shorter while it was being read: byte 10"):
         source.read(0, 11)
     with pytest.raises(NotImplementedError):
         Source("nothing", 1).read(0, 1)
@@ -333,7 +333,7 @@ def test_ranges_are_read_in_few_calls(tmp_path: Path, monkeypatch: pytest.Monkey
     assert list(source.ranges(wanted)) == [data[at : at + nbytes] for at, nbytes in wanted]
     assert asked == [(0, 20 + GAP_NBYTES), (500_000, 7), (100, 3), (100, 3), (1_000_000, 24_000)]
     assert list(source.ranges([])) == []
-    with pytest.raises(CorruptError, match="were asked of a file"):
+    with pytest.raises(CorruptError, match="were requested from a file"):
         list(source.ranges([(0, 1), (len(data), 1)]))
 
 

@@ -215,8 +215,8 @@ def test_a_file_without_tensors(tmp_path: Path) -> None:
 def test_who_wrote_it(name: str, tmp_path: Path) -> None:
     writer = read(save({"t": torch.zeros(2, dtype=getattr(torch, name))}, tmp_path / "m.pt")).origin.writer
     assert writer == {
-        "float32": "torch 0.4 to 1.5, or a later one that was asked for its format",
-        "uint16": "torch 2.0 or later, asked for the format of before 1.6",
+        "float32": "torch 0.4 to 1.5, or a later version asked for that format",
+        "uint16": "torch 2.0 or later, asked for the format used before 1.6",
     }[name]  # fmt: skip
 
 

@@ -202,7 +202,7 @@ def test_a_graph_is_judged_by_its_text(path: Path) -> None:
     checkpoint = graph(path)
     assert checkpoint.trust == "needs_trust"
     (use,) = [use for use in checkpoint.globals if use.name.endswith("reduce_package_graph_module")]
-    assert (use.verdict, use.reason) == ("unknown", "runs Python text that the file holds")
+    assert (use.verdict, use.reason) == ("unknown", "runs Python text from the file")
     hostile = graph(path, b"import os\nos.system('id')\ndef forward(self, x):\n    return x\n")
     assert hostile.trust == "hostile"
     assert graph(path, b"\ndef forward(self, x):\n    return eval(x)\n").trust == "hostile"

@@ -431,7 +431,7 @@ def test_a_storage_named_with_two_types(path: Path) -> None:
     with closing(SourceFile(path)) as file:
         table = ScriptStorageTable(lambda key, nbytes: (ByteRange(file, 0, nbytes), None))
         table.persistent_load(("storage", Global("torch", "UInt16Storage"), "0", "cpu", 4))
-        with pytest.raises(CorruptError, match="'0' is named with two types of elements"):
+        with pytest.raises(CorruptError, match="'0' is named with two element types"):
             table.persistent_load(("storage", Global("torch", "Bits16Storage"), "0", "cpu", 4))
 
 

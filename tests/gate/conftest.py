@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 
+collect_ignore = ["repository"]
 ROOT = Path(__file__).parent.parent.parent
 ACTION = yaml.safe_load((ROOT / "action.yml").read_text(encoding="utf-8"))
 HOOKS = {hook["id"]: hook for hook in yaml.safe_load((ROOT / ".pre-commit-hooks.yaml").read_text(encoding="utf-8"))}
@@ -42,6 +43,7 @@ class Runner:
         stand_in = folder / "stand-in"
         for made in (self.workspace, self.temp, stand_in):
             made.mkdir()
+        self.summary = folder / "summary.md"
         (stand_in / "python3").write_text(PYTHON % {"python": sys.executable})
         (stand_in / "python3").chmod(0o755)
         self.path = [str(stand_in), "/usr/bin", "/bin"]
@@ -81,6 +83,7 @@ class Runner:
                 "RUNNER_TEMP": str(self.temp),
                 "GITHUB_PATH": str(added),
                 "GITHUB_ACTION_PATH": str(ROOT),
+                "GITHUB_STEP_SUMMARY": str(self.summary),
                 **{name: self._filled(value, given) for name, value in step.get("env", {}).items()},
             },
         )

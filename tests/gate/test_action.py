@@ -45,6 +45,8 @@ def test_bad_files_fail_and_are_annotated(runner) -> None:
     errors = [line for line in done.stdout.splitlines() if line.startswith("::error ")]
     assert len(errors) == 1
     assert "file=weights/a model.pth" in errors[0]
+    summary = runner.summary.read_text(encoding="utf-8")
+    assert summary.startswith("## ckptkit check: **failed**\n") and "`weights/a model.pth`" in summary
 
 
 def test_paths_are_one_a_line_with_spaces_and_patterns(runner) -> None:

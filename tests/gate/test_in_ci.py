@@ -1,4 +1,5 @@
-"""The README's section "In CI": every example in it runs as it stands there, in a repository like its reader's."""
+"""The README's section "In CI", and the topic on it: every example runs as it stands there, in a repository like its
+reader's."""
 
 from __future__ import annotations
 
@@ -13,6 +14,8 @@ import pytest
 import torch
 import yaml
 
+from ckptkit.codes import topic
+
 ROOT = Path(__file__).parent.parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CLEAN = ["convert", "fixtures/ddp_resume.pth", "demo/clean.safetensors", "--strip-module", "--weights-only", "--force"]
@@ -21,7 +24,7 @@ CLEAN = ["convert", "fixtures/ddp_resume.pth", "demo/clean.safetensors", "--stri
 def blocks(language: str) -> list[str]:
     section = re.search(r"^## In CI\n(.*?)(?=^## )", README, re.DOTALL | re.MULTILINE)
     assert section is not None, "README.md has no section 'In CI'"
-    return re.findall(rf"^```{language}\n(.*?)^```$", section[1], re.DOTALL | re.MULTILINE)
+    return re.findall(rf"^```{language}\n(.*?)^```$", f"{section[1]}\n{topic('ci')}", re.DOTALL | re.MULTILINE)
 
 
 def configuration(name: str) -> Any:

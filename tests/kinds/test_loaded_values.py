@@ -250,17 +250,17 @@ BROKEN: dict[str, tuple[Callable[[], Any], str]] = {
     "a negative size": (lambda: coo(torch.tensor([[0], [0]]), ONE, (4, -4)), "size is not whole numbers"),
     "fewer values than indices": (lambda: coo(torch.tensor([[0, 1]]), ONE, (4,)), r"indices \[1, 2\] and values \[1\]"),
     "more dimensions of indices": (lambda: coo(torch.zeros(3, 1, dtype=torch.int64), ONE, (4,)), "do not make"),
-    "indices of floats": (lambda: coo(torch.zeros(1, 1), ONE, (4,)), "which they cannot be"),
-    "coalesced that is not": (lambda: coo(torch.tensor([[1, 0]]), torch.ones(2), (4,), True), "said to be coalesced"),
+    "indices of floats": (lambda: coo(torch.zeros(1, 1), ONE, (4,)), "which is not possible"),
+    "coalesced that is not": (lambda: coo(torch.tensor([[1, 0]]), torch.ones(2), (4,), True), "marked as coalesced"),
     "coalesced with a place twice": (
-        lambda: coo(torch.tensor([[0, 1, 1], [3, 2, 2]]), torch.ones(3), (4, 4), True), "said to be coalesced"),
-    "a whole too large": (lambda: coo(torch.tensor([[0], [0]]), ONE, (1 << 40, 1 << 40)), "beyond what torch counts"),
+        lambda: coo(torch.tensor([[0, 1, 1], [3, 2, 2]]), torch.ones(3), (4, 4), True), "marked as coalesced"),
+    "a whole too large": (lambda: coo(torch.tensor([[0], [0]]), ONE, (1 << 40, 1 << 40)), "than torch can count"),
     "a layout of no kind": (lambda: Call(torch._utils._rebuild_sparse_tensor, torch.strided, (ONE, ONE, (1,))),
         "a sparse tensor of layout 'strided'"),
     "steps that fall": (lambda: compressed(CSR, [0, 2, 1], [0], ONE, (2, 2)), "compressed indices"),
-    "steps past the end": (lambda: compressed(CSR, [0, 9, 1], [0], ONE, (2, 2)), "do not go from 0 to 1"),
-    "steps that do not begin at 0": (lambda: compressed(CSR, [1, 1, 1], [0], ONE, (2, 2)), "do not go from 0"),
-    "steps of a huge negative": (lambda: compressed(CSR, [0, -(1 << 63), 1], [0], ONE, (2, 2)), "do not go from 0"),
+    "steps past the end": (lambda: compressed(CSR, [0, 9, 1], [0], ONE, (2, 2)), "do not rise from 0 to 1"),
+    "steps that do not begin at 0": (lambda: compressed(CSR, [1, 1, 1], [0], ONE, (2, 2)), "do not rise from 0"),
+    "steps of a huge negative": (lambda: compressed(CSR, [0, -(1 << 63), 1], [0], ONE, (2, 2)), "do not rise from 0"),
     "too few steps": (lambda: compressed(CSR, [0, 1], [0], ONE, (2, 2)), "do not make a sparse_csr tensor of .2, 2."),
     "a column outside": (lambda: compressed(CSR, [0, 1, 1], [10**9], ONE, (2, 2)), "index 1000000000 .* its plain"),
     "a column twice": (lambda: compressed(CSR, [0, 2, 2], [1, 1], torch.ones(2), (2, 2)), "twice there"),
@@ -288,7 +288,7 @@ BROKEN: dict[str, tuple[Callable[[], Any], str]] = {
         False), "size is not whole numbers"),
     "meta of other lengths": (lambda: Call(torch._utils._rebuild_meta_tensor_no_storage, torch.float32, (2,), (1, 1),
         False), "of a meta tensor do not fit"),
-    "too few arguments": (lambda: Call(torch._utils._rebuild_qtensor, 1), "1 arguments, where torch saves 7"),
+    "too few arguments": (lambda: Call(torch._utils._rebuild_qtensor, 1), "1 arguments, but torch saves 7"),
 }  # fmt: skip
 if rebuild_jagged is not None:
 

@@ -273,7 +273,7 @@ def test_a_section_that_holds_no_weights(save: Save) -> None:
     with pytest.raises(SectionError, match=rf"no section 'ema' holds weights; {sections}"):
         formats.read(path, section="ema")
     with pytest.raises(
-        SectionError, match=rf"section 'optimizer' holds no weights \(it is of kind 'optimizer'\); {sections}"
+        SectionError, match=rf"section 'optimizer' contains no weights \(it is of kind 'optimizer'\); {sections}"
     ):
         formats.read(path, section="optimizer")
 

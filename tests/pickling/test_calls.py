@@ -112,7 +112,7 @@ def test_an_honest_graph_needs_trust_and_says_why(save: Callable[..., Path]) -> 
     assert [use["name"] for use in document["globals"] if use["verdict"] == "dangerous"] == []
     with ckptkit.open(save(graph, "graph.pth")) as file:
         (use,) = [use for use in file.checkpoint.globals if use.name.endswith("reduce_graph_module")]
-    assert use.reason == "runs Python text that the file holds"
+    assert use.reason == "runs Python text from the file"
 
 
 CODE = "\n\n\ndef forward(self, x):\n    return x\n"
@@ -170,8 +170,8 @@ def test_code_as_torch_generates_it(imports: str, code: str) -> None:
         ("import torch", "\n\ndef forward(self, x):\n    return ().__class__\n", "names '__class__'"),
         ("import torch", "\n\ndef forward(self, x):\n    return getattr(x, '__class__')\n", "names '__class__'"),
         ("import torch", "\n\ndef forward(self, x):\n    return \uff45val('1')\n", "names 'eval'"),
-        ("import torch", None, "not there, or is computed"),
-        (None, CODE, "not there, or is computed"),
+        ("import torch", None, "missing or computed"),
+        (None, CODE, "missing or computed"),
         ("import torch", "#" * (17 << 20), "runs more than 16,777,216 characters"),
     ],
 )
@@ -238,7 +238,7 @@ def test_a_function_that_is_kept_needs_trust(way: str) -> None:
     for data in (WAYS[way], b"}" + text("fn") + WAYS[way] + b"s", call(named("mine.Config"), WAYS[way])):
         found = uses(data + b".")
         assert hostile(data) == {}
-        assert any("a function or class that the file holds as code" in reason for _, reason in found.values())
+        assert any("a function or class that is code in the file" in reason for _, reason in found.values())
 
 
 @pytest.mark.parametrize(

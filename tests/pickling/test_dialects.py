@@ -112,7 +112,7 @@ def test_a_tensor_is_held_against_the_view_it_lies_in(table: LegacyTable) -> Non
 def test_a_tensor_over_half_an_element(table: LegacyTable) -> None:
     view = storage(table, cls=Global("torch.storage", "UntypedStorage"), numel=40, view=("2", 6, 16))
     args = (view, 0, (2,), (1,), False, None, Global("torch", "float32"))
-    with pytest.raises(CorruptError, match="which begins inside one"):
+    with pytest.raises(CorruptError, match="which begins inside an element"):
         table.constructors["torch._utils", "_rebuild_tensor_v3"](args)
 
 

@@ -45,7 +45,7 @@ def test_a_limit_is_the_last_value_allowed() -> None:
 
 
 def test_a_name_without_end_is_not_searched_for_in_the_whole_file() -> None:
-    with pytest.raises(CorruptError, match="has no end within 16 bytes"):
+    with pytest.raises(CorruptError, match="does not end within 16 bytes"):
         read_pickle(b"c" + b"a" * 100 + b"\nb\n.", limits=Limits(name_nbytes=16))
 
 

@@ -134,15 +134,15 @@ def same(ours: Any, theirs: Any, seen: set[tuple[int, int]]) -> bool:
 
 
 STRICTER = (
-    "STOP with something else than one value",  # CPython takes the topmost
+    "STOP without exactly one value",  # CPython takes the topmost
     "a frame of",  # and notices only when it reads past the end
     "a STRING without matching quotes",  # '' of one quote
     "not ASCII",
     "not UTF-8",
     "memo entry -",
     "needs a MARK",  # CPython's stack has no fence there in one of its two unpicklers
-    "too little on the stack",
-    "a dict's last key",
+    "needs more values than the stack has",
+    "the last key of a dict",
 )
 """What is damage here, and passes in one of CPython's unpicklers."""
 

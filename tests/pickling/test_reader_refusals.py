@@ -89,13 +89,13 @@ FRAME = b"\x95" + struct.pack("<Q", 4)
         (b"\xff.", CorruptError, "unknown opcode 0xff"),
         (b"\x80\x06N.", UnsupportedError, "protocol 6"),
         (b"N\x80\x02.", AmbiguousError, "PROTO that is not the first"),
-        (b"NN.", CorruptError, r"STOP with something else than one value on the stack \(2\)$"),
-        (b"(N.", CorruptError, "STOP with something else"),
-        (b".", CorruptError, "STOP with something else"),
-        (b"R(((NNN.", CorruptError, "too little on the stack"),
-        (b"N(\x85NNN.", CorruptError, "too little on the stack"),
-        (b"ttN.", CorruptError, "too little on the stack"),
-        (b"(oNNNN.", CorruptError, "too little on the stack"),
+        (b"NN.", CorruptError, r"STOP without exactly one value on the stack \(2\)$"),
+        (b"(N.", CorruptError, "STOP without exactly"),
+        (b".", CorruptError, "STOP without exactly"),
+        (b"R(((NNN.", CorruptError, "needs more values than the stack has"),
+        (b"N(\x85NNN.", CorruptError, "needs more values than the stack has"),
+        (b"ttN.", CorruptError, "needs more values than the stack has"),
+        (b"(oNNNN.", CorruptError, "needs more values than the stack has"),
         (b"lN.", CorruptError, "needs a MARK"),
         (b"h\x00.", CorruptError, "memo entry 0 is read before"),
         (b"g7\n.", CorruptError, "memo entry 7 is read before"),
@@ -152,8 +152,8 @@ FRAME = b"\x95" + struct.pack("<Q", 4)
         (b"ca\nb\n)R}bNa.", UnsupportedError, "items appended to <a.b object>"),
         (b"]NNs.", UnsupportedError, "keys set on a list"),
         (b"ca\nb\n)R}bNNs.", UnsupportedError, "keys set on <a.b object>"),
-        (b"}(Nu.", CorruptError, "last key has no value"),
-        (b"(Nd.", CorruptError, "last key has no value"),
+        (b"}(Nu.", CorruptError, "last key of a dict has no value"),
+        (b"(Nd.", CorruptError, "last key of a dict has no value"),
         (b"](N\x90.", UnsupportedError, "members added to a list"),
         (b"(\x91(N\x90.", UnsupportedError, "members added to a InertSet"),
     ],
@@ -210,7 +210,7 @@ def test_an_error_keeps_the_names_of_the_pickles_before_it() -> None:
     earlier = global_uses(read_pickle(b"cos\nsystem\n.").globals, "first.pkl")
     error = caught.value.at(path="file.pth", where="second", seen=earlier)
     assert [use.name for use in error.globals] == ["os.system", "a.b"]
-    assert str(error) == "file.pth: second, byte 5: unknown opcode 0xff: damaged, or no pickle"
+    assert str(error) == "file.pth: second, byte 5: unknown opcode 0xff: damaged, or not a pickle"
 
 
 @pytest.mark.parametrize(

@@ -363,7 +363,7 @@ def test_a_node_nobody_knows_is_refused(node: object) -> None:
 @pytest.mark.parametrize(("module", "name"), [("a\nb", "c"), ("a", "c\nd"), ("a", "\ud800")])
 def test_a_name_protocol_2_cannot_hold_is_refused_and_protocol_4_holds_it(module: str, name: str) -> None:
     node = Global(module, name)
-    with pytest.raises(UnsupportedError, match="cannot be written in protocol 2"):
+    with pytest.raises(UnsupportedError, match="cannot be written with protocol 2"):
         write_pickle(node, lower=itself, protocol=2)
     again = read_pickle(write_pickle(node, lower=itself, protocol=4)).root
     assert isinstance(again, Global)

@@ -17,6 +17,7 @@ import xmlschema
 
 from ckptkit.cli.check import RENDERERS
 from ckptkit.cli.options import View
+from ckptkit.cli.outputs import add_summary
 from ckptkit.codes import CODES
 from ckptkit.released.results import CheckFinding, CheckReport, FileResult
 
@@ -174,6 +175,109 @@ def test_github_says_how_it_went_in_any_case() -> None:
     lines = rendered("github", REPORTS["failed"]).splitlines()
     assert [line.split(" ")[0] for line in lines] == ["::error", "::error", "::warning", "ckptkit"]
     assert rendered("github", REPORTS["nothing"]) == "ckptkit check: nothing was checked\n"
+
+
+def test_github_is_given_the_gravest_first_and_told_what_it_does_not_show() -> None:
+    many = tuple(finding(f"{i}.pth", "file-extra", "manifest") for i in range(37))
+    notes = tuple(finding("a.pth", "whole-checked", "selection", severity="info") for _ in range(10))
+    others = tuple(finding("b.pth", "not-a-plain-tensor", "no-nan", severity="warning") for _ in range(11))
+    mixed = (*notes, *others, *many)
+    lines = rendered("github", of(FileResult(path="a.pth", size=1, rules=("manifest",), findings=mixed))).splitlines()
+    assert [line.split(" ")[0] for line in lines[:-2]] == ["::error"] * 37 + ["::warning"] * 11 + ["::notice"] * 10
+    told = "GitHub annotates 10 findings of each kind; this log has 27 more errors and 1 more warning"
+    assert lines[-2] == told and lines[-1].startswith("ckptkit check: ")
+
+
+def test_github_step_summaries_are_appended_as_far_as_they_fit(tmp_path: Path) -> None:
+    summary, limit = tmp_path / "summary.md", 1024 * 1024
+    document: Any = of(FAILED, HOSTILE).to_dict()
+
+    def added() -> list[str]:
+        return [*add_summary(document, View(), str(summary))]
+
+    assert added() == []
+    alone = summary.read_text(encoding="utf-8")
+    assert alone.startswith("## ckptkit check: **failed**\n") and alone.index("w/b.pth") < alone.index("trust-worse")
+    assert added() == [] and summary.read_text(encoding="utf-8") == f"{alone}\n{alone}"
+    for room, expected in ((len(alone.encode()) + 100, "| file"), (200, "The log of this step has"), (20, "x")):
+        summary.write_bytes(b"x" * (limit - room))
+        assert added() == []
+        assert limit - room <= summary.stat().st_size <= limit
+        assert expected in summary.read_text(encoding="utf-8")[limit - room - 1 :]
+    (warning,) = add_summary(document, View(), str(tmp_path / "none\n" / "summary.md"))
+    assert re.fullmatch(r"::warning title=ckptkit::the summary [^\n]*none\\n/summary.md cannot be written: .*", warning)
+
+
+CODE_QUALITY = {
+    "type": "array",
+    "items": {
+        "type": "object",
+        "required": ["description", "check_name", "fingerprint", "location", "severity"],
+        "properties": {
+            "description": {"type": "string", "minLength": 1},
+            "check_name": {"type": "string", "minLength": 1},
+            "fingerprint": {"type": "string", "minLength": 1},
+            "severity": {"enum": ["info", "minor", "major", "critical", "blocker"]},
+            "location": {
+                "type": "object",
+                "required": ["path"],
+                "properties": {
+                    "path": {"type": "string", "pattern": "^(?!/|\\./)."},
+                    "lines": {
+                        "type": "object",
+                        "required": ["begin"],
+                        "properties": {"begin": {"type": "integer", "minimum": 1}},
+                    },
+                    "positions": {
+                        "type": "object",
+                        "required": ["begin"],
+                        "properties": {
+                            "begin": {
+                                "type": "object",
+                                "required": ["line"],
+                                "properties": {"line": {"type": "integer", "minimum": 1}},
+                            }
+                        },
+                    },
+                },
+                "anyOf": [{"required": ["lines"]}, {"required": ["positions"]}],
+            },
+        },
+    },
+}
+"""What https://docs.gitlab.com/ci/testing/code_quality/ says of a report; paths are from the repository's root."""
+
+
+def test_gitlab_is_as_its_documentation_has_it(report: CheckReport) -> None:
+    validator = jsonschema.Draft202012Validator(CODE_QUALITY)
+    validator.check_schema(CODE_QUALITY)
+    issues = json.loads(rendered("gitlab", report))
+    assert [error.message for error in validator.iter_errors(issues)] == []
+    assert len(issues) == len(report.findings)
+    for broken in ({"severity": "error"}, {"location": {"path": "/a", "lines": {"begin": 1}}}, {"fingerprint": 3}):
+        assert not validator.is_valid([{**json.loads(rendered("gitlab", REPORTS["failed"]))[0], **broken}])
+
+
+def test_gitlab_tells_what_is_the_same_and_what_is_new(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def issues(*found: CheckFinding) -> list[dict[str, Any]]:
+        given: list[dict[str, Any]] = json.loads(rendered("gitlab", of(FileResult(path="a", rules=(), findings=found))))
+        return given
+
+    monkeypatch.chdir(tmp_path)
+    before = finding("w/a.pth", "file-too-large", "max-size", found=7)
+    one, two, other = issues(
+        before, finding("w/a.pth", "file-too-large", "max-size"), finding("b.pth", "hostile-name", "max-trust")
+    )
+    assert len({one["fingerprint"], two["fingerprint"], other["fingerprint"]}) == 3
+    assert [each["severity"] for each in (one, other)] == ["critical", "blocker"]
+    (again,) = issues(finding(str(tmp_path / "w" / "a.pth"), "file-too-large", "max-size", found=8, message="another"))
+    assert (again["fingerprint"], again["location"]) == (one["fingerprint"], one["location"])
+    (tmp_path / "w").mkdir()
+    monkeypatch.chdir("w")
+    monkeypatch.setenv("CI_PROJECT_DIR", str(tmp_path))
+    assert issues(finding("a.pth", "file-too-large", "max-size"))[0]["location"]["path"] == "w/a.pth"
+    url = "https://example.com/a.pth"
+    assert issues(finding(url, "file-too-large", "max-size"))[0]["location"]["path"] == url
 
 
 def test_json_is_the_contract(report: CheckReport) -> None:

@@ -135,7 +135,7 @@ def test_a_file_that_is_another_than_was_listed_is_no_part_of_it() -> None:
 
     with serving(below(FIXTURES / "training" / "step-2", ROOT)) as store:
         store.__class__ = Stale
-        with pytest.raises(CorruptError, match=r"bytes and was listed with .*: it was changed"):
+        with pytest.raises(CorruptError, match=r"bytes but was listed with .*: it changed"):
             ckptkit.load_state_dict(ROOT)
 
 
@@ -317,7 +317,7 @@ def test_what_is_not_there(command: Callable[..., Done]) -> None:
     with serving({f"{ROOT}/notes/a.txt": b"text", f"{ROOT}x/m.pth": pth()}) as store:
         for path, what in (
             (f"{ROOT}/nothing", "no such file"),
-            (f"{ROOT}/nothing/", "no files lie below this URL"),
+            (f"{ROOT}/nothing/", "there are no files below this URL"),
             (f"{ROOT}/nothing.pth", "no such file"),
             (ROOT, "a folder without checkpoint files; passed over: 1 file (1 text file)"),
         ):

@@ -334,7 +334,7 @@ def test_a_server_that_says_nothing(naps, monkeypatch) -> None:
     monkeypatch.setattr(retries, "RETRIES", 1)
     with range_server() as silent:
         silent.before = lambda path: silent.closing.wait(10)
-        with pytest.raises(FileAccessError, match=r"127\.0\.0\.1 does not answer in time \(tried 2 times\)$"):
+        with pytest.raises(FileAccessError, match=r"127\.0\.0\.1 does not respond in time \(tried 2 times\)$"):
             opened(silent)
 
 
@@ -390,15 +390,15 @@ def test_refusals_say_what_to_do(web, naps, status, error, told) -> None:
 @pytest.mark.parametrize(
     ("fault", "told"),
     [
-        ({"tells": "bytes 1000-1099/307200", "body": b"x" * 100}, "asked for, and the server answers with 'bytes 1000"),
+        ({"tells": "bytes 1000-1099/307200", "body": b"x" * 100}, "requested, but the server sends 'bytes 1000"),
         ({"tells": "bytes 0-199/307200", "body": b"x" * 200}, "bytes 0 to 99 were asked for"),
         ({"tells": "bytes 99-0/307200"}, "bytes 0 to 99 were asked for"),
         ({"tells": "pages 0-99/307200"}, "bytes 0 to 99 were asked for"),
         ({"body": b"x" * 90}, "announces 90 bytes for 100"),
         ({"body": b"x" * 110}, "announces 110 bytes for 100"),
         ({"headers": {"Content-Encoding": "gzip"}}, r"sends it compressed \('gzip'\)"),
-        ({"headers": {"Content-Type": "multipart/byteranges; boundary=x"}}, "answers in several parts"),
-        ({"status": 416, "headers": {"Content-Range": "bytes */307200"}}, "refuses to give bytes 0 on"),
+        ({"headers": {"Content-Type": "multipart/byteranges; boundary=x"}}, "sends several parts"),
+        ({"status": 416, "headers": {"Content-Range": "bytes */307200"}}, "refuses to send the bytes from 0 on"),
     ],
 )
 def test_wrong_answers_are_refused(web, naps, fault, told) -> None:
@@ -433,7 +433,7 @@ def test_a_file_whose_size_is_not_told_is_refused(web) -> None:
     with pytest.raises(FileAccessError, match="does not say how large the file is: download it"):
         HttpStore().open(f"{web.url}/f.bin", 100)
     web.faults = [Fault(status=416, headers={"Content-Range": "bytes */5"})]
-    with pytest.raises(FileAccessError, match="refuses to give its first bytes"):
+    with pytest.raises(FileAccessError, match="refuses to send its first bytes"):
         opened(web)
 
 
@@ -565,7 +565,7 @@ def test_a_long_file_of_a_server_without_ranges_is_refused_with_its_size(web, mo
     monkeypatch.setattr(http, "_COPIED_NBYTES", 200_000)
     monkeypatch.setattr(http, "_PIECE_NBYTES", 90_000)
     web.gives_ranges = False
-    told = "does not give parts of files, and this one is {}: download it"
+    told = "does not send parts of files, and this one is {}: download it"
     with pytest.raises(FileAccessError, match=told.format("307 kB")):
         opened(web)
     web.gives_length = False
@@ -794,7 +794,7 @@ def test_https_with_the_certificates_of_the_environment(secure, naps, monkeypatc
 
 
 def test_https_asked_of_a_server_that_speaks_http(web, naps) -> None:
-    with pytest.raises(FileAccessError, match=r"127\.0\.0\.1 does not speak TLS .*: is it http://\?"):
+    with pytest.raises(FileAccessError, match=r"127\.0\.0\.1 does not speak TLS .*: is it an http:// server\?"):
         HttpStore().open(web.url.replace("http:", "https:") + "/f.bin", 10)
     assert naps == []
 

@@ -207,18 +207,20 @@ def test_listings_that_are_none(there, monkeypatch) -> None:
         b'[{"type": "file", "path": "x", "size": "y"}]',
     ):
         there.server.replies = lambda path, query, headers, body=body: Reply(200, body)
-        with pytest.raises(FileAccessError, match="hf://u/r: the hub answers with something that is not a listing"):
+        with pytest.raises(FileAccessError, match="hf://u/r: the hub sends something that is not a listing"):
             HubStore().listing("hf://u/r")
     elsewhere = {"Link": '<http://127.0.0.1:1/api/models/u/r/tree/main?cursor=2>; rel="next"'}
     there.server.replies = lambda path, query, headers: Reply(200, b"[]", elsewhere)
-    with pytest.raises(FileAccessError, match="its listing goes on at another server, which is not asked"):
+    with pytest.raises(
+        FileAccessError, match="its listing continues on another server, which ckptkit does not contact"
+    ):
         HubStore().listing("hf://u/r")
     monkeypatch.setattr(module, "_PAGES", 3)
     there.server.replies = lambda path, query, headers: Reply(200, b"[]", {"Link": '<?cursor=1>; rel="next"'})
     with pytest.raises(FileAccessError, match="its listing does not end"):
         HubStore().listing("hf://u/r")
     monkeypatch.setattr(module, "_PAGE_NBYTES", 1)
-    with pytest.raises(FileAccessError, match="the server answers with more than 1 bytes"):
+    with pytest.raises(FileAccessError, match="the server sends more than 1 bytes"):
         HubStore().listing("hf://u/r")
 
 
@@ -304,7 +306,9 @@ def test_where_tokens_are_found(there, monkeypatch, tmp_path) -> None:
     write(tmp_path / "xdg" / "huggingface" / "token")
     assert may()
     monkeypatch.setenv("HF_TOKEN", "two words")
-    with pytest.raises(FileAccessError, match="the token in HF_TOKEN has characters that no token has") as caught:
+    with pytest.raises(
+        FileAccessError, match="the token in HF_TOKEN has characters that are not allowed in a token"
+    ) as caught:
         HubStore().open("hf://u/r/m.bin", 10)
     assert "words" not in str(caught.value)
 
@@ -312,12 +316,12 @@ def test_where_tokens_are_found(there, monkeypatch, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("token", "url", "error", "told"),
     [
-        (None, "hf://u/gated/x", FileAccessError, "accept its terms at http.*/u/gated and set HF_TOKEN to a token of"),
-        ("bad", "hf://u/gated/x", FileAccessError, "accept its terms at http.*/u/gated with the account of HF_TOKEN$"),
+        (None, "hf://u/gated/x", FileAccessError, "accept its terms at http.*/u/gated and set HF_TOKEN to a token"),
+        ("bad", "hf://u/gated/x", FileAccessError, "accept its terms at http.*/u/gated with the account that "),
         (None, "hf://u/none/x", FileAccessError, "no repository 'u/none' on the hub, or it is private: set HF_TOKEN$"),
-        ("bad", "hf://u/none/x", MissingFileError, "no repository 'u/none' .*, or the token in HF_TOKEN may not"),
+        ("bad", "hf://u/none/x", MissingFileError, "no repository 'u/none' .*, or the token in HF_TOKEN has no"),
         (None, "hf://datasets/u/r/x", FileAccessError, "there is no repository 'datasets/u/r' on the hub"),
-        (UNKNOWN, "hf://u/r/m.bin", FileAccessError, "the hub does not accept the token in HF_TOKEN: make a new"),
+        (UNKNOWN, "hf://u/r/m.bin", FileAccessError, "the hub does not accept the token in HF_TOKEN: create a new"),
         (None, "hf://u/r/none", MissingFileError, "hf://u/r/none: no such file in the repository$"),
         (None, "hf://u/r@v9/m.bin", MissingFileError, "the repository has no revision 'v9'$"),
         (None, "hf://u/r", FileAccessError, "hf://u/r: is a repository; name a file in it$"),
@@ -342,7 +346,7 @@ def test_other_words_of_the_hub_are_passed_on(there, monkeypatch) -> None:
     said = {"X-Error-Message": "Access to this resource is disabled.\x1b[0m https://me:secret@h/"}
     for status, told in (
         (403, r"the hub refuses \(Access to this resource is disabled"),
-        (451, "the hub answers 451: Acc"),
+        (451, "the hub responds with 451: Acc"),
     ):
         there.server.replies = lambda path, query, headers, status=status: Reply(status, b"", said)
         with pytest.raises(FileAccessError, match=told) as caught:
@@ -357,7 +361,7 @@ def test_the_hub_is_not_always_asked(there, monkeypatch) -> None:
         HubStore().open("hf://u/r/m.bin", 10)
     for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
         monkeypatch.setenv(name, "1")
-        with pytest.raises(FileAccessError, match="HF_HUB_OFFLINE is set, so the hub is not asked"):
+        with pytest.raises(FileAccessError, match="HF_HUB_OFFLINE is set, so ckptkit does not contact the hub"):
             HubStore().listing("hf://u/r")
         monkeypatch.setenv(name, "0")
     assert there.server.asked == []

@@ -253,7 +253,7 @@ def test_a_server_that_stays_busy_is_told_in_one_line(s3: ObjectServer, save: Sa
     s3.fails = lambda asked: (503, "SlowDown")
     with pytest.raises(ckptkit.FileAccessError) as caught:
         ckptkit.open(url)
-    assert str(caught.value).startswith(f"{url}: the server does not give it: SlowDown!")
+    assert str(caught.value).startswith(f"{url}: the server does not send it: SlowDown!")
     assert len(s3.asked) == len(pauses) + 1 == retries.RETRIES + 1
 
 
@@ -286,7 +286,7 @@ def test_what_packages_say_and_log(monkeypatch: pytest.MonkeyPatch, capsys: pyte
         ckptkit.open("memory://m.pth")
     assert str(caught.value) == (
         "memory://m.pth: access is refused: Forbidden: b/models/o/m.pth Anonymous caller may not; "
-        "give what it signs in with as --storage-option KEY=VALUE"
+        "give its credentials as --storage-option KEY=VALUE"
     )
     assert capsys.readouterr().err == ""
 
@@ -349,13 +349,15 @@ def _without_ranges(called: Callable[..., Any]) -> Callable[..., Any]:
 )
 def test_views_of_other_urls_are_refused(url: str) -> None:
     with pytest.raises(
-        ckptkit.FileAccessError, match="name the file itself, and what is in a zip or tar archive as FILE/"
+        ckptkit.FileAccessError, match="name the file itself, and a member of a zip or tar archive as FILE/"
     ):
         ckptkit.open(url)
 
 
 def test_a_scheme_that_nobody_knows() -> None:
-    with pytest.raises(ckptkit.FileAccessError, match="sss:// cannot be read: fsspec has no file system of that name"):
+    with pytest.raises(
+        ckptkit.FileAccessError, match="sss:// cannot be read: fsspec has no file system with that name"
+    ):
         ckptkit.open("sss://models/a.pth")
 
 

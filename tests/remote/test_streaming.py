@@ -378,7 +378,7 @@ def test_a_conversion_that_is_not_the_same_twice(
         out[0] ^= count[0] & 1
 
     monkeypatch.setattr(Caster, "into", into)
-    with pytest.raises(CorruptError, match="converted twice"):
+    with pytest.raises(CorruptError, match="converting it twice"):
         ckptkit.convert(SAFE, tmp_path / "out.safetensors", dtype="bfloat16")
     assert [*tmp_path.iterdir()] == []
 

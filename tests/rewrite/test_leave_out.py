@@ -163,7 +163,7 @@ def test_what_cannot_be_left_out(save: Save, path: str, message: str) -> None:
 
 def test_what_holds_the_weights_cannot_be_left_out(save: Save) -> None:
     with ckptkit.open(save({"checkpoint": {"state_dict": {"w": torch.ones(1)}, "n": 1}, "epoch": 1})) as file:
-        with pytest.raises(RewriteError, match="'checkpoint': the weights lie there"):
+        with pytest.raises(RewriteError, match="'checkpoint': the weights are there"):
             file.rewrite(LeaveOut(("checkpoint",)))
         assert mapping_keys(file.rewrite(LeaveOut(("epoch",))).rest) == ["checkpoint"]
     with ckptkit.open(save({"w": torch.ones(1)})) as file:

@@ -158,7 +158,7 @@ def test_two_sets_that_fit_equally_are_named(through: Through) -> None:
 
 
 def test_a_model_without_tensors() -> None:
-    with pytest.raises(RewriteError, match="the reference has no tensors to go by"):
+    with pytest.raises(RewriteError, match="the reference has no tensors to compare with"):
         Like({})
     assert repr(Like({"a": (1,)}, label="torchvision:resnet18")) == "Like('torchvision:resnet18')"
 

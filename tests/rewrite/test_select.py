@@ -179,9 +179,9 @@ def test_parameters_under_an_optimizer_stay(save: Save, kind: type[torch.optim.O
             file.rewrite(Select(exclude=("head.fc.*",)))
         message = str(caught.value)
         assert message.startswith(
-            "'head.fc.weight', 'head.fc.bias' would be dropped, but the optimizer's state is keyed"
+            "'head.fc.weight', 'head.fc.bias' would be left out, but the optimizer's state is keyed"
         )
-        assert message.endswith(f"--leave-out {path} drops it")
+        assert message.endswith(f"--leave-out {path} leaves it out")
 
 
 def test_buffers_under_an_optimizer_may_go(through: Through) -> None:

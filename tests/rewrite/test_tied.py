@@ -120,5 +120,5 @@ def test_ties_are_refused(save: Save) -> None:
 
 
 def test_no_such_policy() -> None:
-    with pytest.raises(RewriteError, match="no policy 'keep' for tied tensors; there is alias, duplicate, error"):
+    with pytest.raises(RewriteError, match="no policy 'keep' for tied tensors; choose from alias, duplicate, error"):
         Tied("keep")  # type: ignore[arg-type]

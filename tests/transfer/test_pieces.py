@@ -120,7 +120,7 @@ ROW = record(torch.zeros(2, 4))
         ([(0, 0), (2, 0), (2, 0)], "overlap"),
         ([(0, 0), (3, 0)], "reaches outside"),
         ([(0, 0), (-1, 0)], "reaches outside"),
-        ([(0, 0), (2,)], "of other dimensions"),
+        ([(0, 0), (2,)], "a different number of dimensions"),
     ],
 )
 def test_boxes_that_do_not_make_the_whole(places: Sequence[tuple[int, ...]], message: str) -> None:

@@ -93,7 +93,7 @@ def test_a_prefix_that_brings_little_together_is_no_cause(run: Run) -> None:
 def test_a_prefix_too_few(run: Run) -> None:
     report = run(Net().state_dict(), model=lambda: nn.DataParallel(Net()))
     found = finding(report, "wrapper-prefix")
-    assert "the reference's names carry `module.`, none of the 9 keys does; once renamed, all 9" in found.message
+    assert "the reference's names have `module.`, none of the 9 keys does; once renamed, all 9" in found.message
     assert found.fix.endswith("--add-module")
     wrapped = nn.ModuleDict({"net": Net()})
     assert finding(run(Net().state_dict(), model=wrapped), "wrapper-prefix").fix.endswith("--add-prefix net.")

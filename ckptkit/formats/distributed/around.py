@@ -34,6 +34,7 @@ from ckptkit.formats.format import Probe
 from ckptkit.formats.shards import CUSTOMARY, indexes_in, is_shard_name, unnamed_shards
 from ckptkit.formats.unpacked import is_unpacked, packing_of
 from ckptkit.limits import DEFAULT_LIMITS
+from ckptkit.nearness import did_you_mean
 from ckptkit.report import Finding, count_of, listed
 
 __all__ = ["POINTERS", "Found", "describe_folder", "found_in", "pointed", "sharded_at", "sharded_in"]
@@ -339,7 +340,8 @@ def _tagged(path: str, tag: str) -> Found:
     if not places.isdir(chosen):
         there = [name for name, _ in _choices(path)] if own is None else []
         told = "; it is one checkpoint itself: leave out --tag" if own is not None else ""
-        told = f"; there are: {listed(there, _LISTED)}" if there else told
+        meant = did_you_mean(tag, there, shown=repr)
+        told = f"; there are: {listed(there, _LISTED)}{meant}" if there else told
         raise MissingFileError(f"{path}: no step {tag!r:.80} is in this folder{told}", path=path, names=there)
     found = _standing(chosen, way=f"{places.relative(chosen, path)}/")
     if found is None:

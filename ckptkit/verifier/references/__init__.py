@@ -13,6 +13,8 @@ user's own code; nothing in a checkpoint ever decides what is imported here.
 
 from __future__ import annotations
 
+import ast
+import tokenize
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
@@ -20,6 +22,8 @@ import torch
 from torch import nn
 
 from ckptkit.errors import VerifyError
+from ckptkit.nearness import did_you_mean, meant_file
+from ckptkit.report import listed
 from ckptkit.verifier.references import factory, libraries
 from ckptkit.verifier.references.factory import ModelLike, Reference
 from ckptkit.verifier.references.without_values import without_values
@@ -63,10 +67,34 @@ def _reference(model: ModelLike, args: Mapping[str, object]) -> Reference:
         return _PACKAGES[package](name, args)
     source, colon, name = model.rpartition(":")
     if name.endswith(".py"):
-        raise VerifyError(f"{model}: name the factory in it: {model}:NAME")
+        raise VerifyError(f"{model}: name the factory in it: {model}:NAME{_meant_factory(model)}")
     if not colon or not source or not name:
-        raise VerifyError(f"{model!r} is not a reference; expected {FORMS}")
+        raise VerifyError(f"{model!r} is not a reference; expected {FORMS}{_meant_model(model)}")
     return factory.reference(model, source, name, args)
+
+
+def _meant_model(model: str) -> str:
+    """The end of a message about a name without its library: the models of that name, or of one like it."""
+    from ckptkit.architectures.index import LIBRARIES, load
+
+    known = [f"{library}:{row.name}" for library in LIBRARIES for row in load(library).rows()]
+    same = [each for each in known if each.partition(":")[2] == model.casefold()]
+    bare = {each.partition(":")[2]: each for each in reversed(known)}
+    if same:
+        return f"; did you mean {' or '.join(same)}?"
+    return did_you_mean(model, bare, shown=bare.__getitem__) or did_you_mean(model, known)
+
+
+def _meant_factory(path: str) -> str:
+    """The end of a message about a file without its factory: the functions and classes in it, which is not run."""
+    try:
+        with tokenize.open(path) as file:
+            body = ast.parse(file.read()).body
+    except (OSError, SyntaxError, ValueError, RecursionError, MemoryError):
+        return meant_file(path)
+    made = (ast.FunctionDef, ast.ClassDef)
+    names = [f"{path}:{each.name}" for each in body if isinstance(each, made) and not each.name.startswith("_")]
+    return f"; there {'is' if len(names) == 1 else 'are'} {listed(names, 4)}" if names else ""
 
 
 def _seeded(make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:

@@ -11,7 +11,6 @@ import ast
 import collections.abc
 import contextlib
 import copy
-import difflib
 import enum
 import importlib
 import importlib.util
@@ -27,6 +26,7 @@ from typing import Any
 from torch import nn
 
 from ckptkit.errors import VerifyError
+from ckptkit.nearness import did_you_mean, meant_file
 from ckptkit.verifier.foreign import error_text, foreign
 from ckptkit.verifier.inputs import Input
 
@@ -100,8 +100,7 @@ def _check_args(factory: Any, args: Mapping[str, object], spec: str) -> None:
 
 def close(name: str, names: list[str]) -> str:
     """What may have been meant, for the end of a message."""
-    close = difflib.get_close_matches(name, names, n=3)
-    return f"; did you mean {', '.join(close)}?" if close else ""
+    return did_you_mean(name, names)
 
 
 _TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
@@ -314,14 +313,19 @@ def importable(folder: str) -> Iterator[None]:
             sys.path.remove(folder)
 
 
+_PACKAGES = ("torchvision", "timm", "transformers")
+"""Those whose models need no module's name."""
+
+
 def _module(name: str, spec: str) -> Any:
     try:
         with foreign():
             return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name is not None and (name == error.name or name.startswith(error.name + ".")):
+            meant = did_you_mean(name, _PACKAGES, shown=lambda package: spec.replace(name, package, 1))
             raise VerifyError(
-                f"{spec}: there is no module {error.name!r} here ({os.getcwd()}) or among the installed packages"
+                f"{spec}: there is no module {error.name!r} here ({os.getcwd()}) or among the installed packages{meant}"
             ) from None
         raise VerifyError(f"{spec}: importing {name} failed: {error_text(error)}") from error
     except Exception as error:
@@ -331,7 +335,7 @@ def _module(name: str, spec: str) -> Any:
 def _file(path: str, spec: str) -> Any:
     path = os.path.expanduser(path)
     if not os.path.isfile(path):
-        raise VerifyError(f"{spec}: there is no file {path!r}")
+        raise VerifyError(f"{spec}: there is no file {path!r}{meant_file(path)}")
     name = "_ckptkit_reference_" + os.path.splitext(os.path.basename(path))[0]
     found = importlib.util.spec_from_file_location(name, os.path.abspath(path))
     if found is None or found.loader is None:

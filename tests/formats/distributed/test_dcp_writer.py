@@ -493,12 +493,12 @@ def test_folders_that_are_there(save: Save, tmp_path: Path, monkeypatch: pytest.
     (tmp_path / "file").write_text("kept")
     for name in ("empty", "link", "file"):
         for force in (False, True):
-            with pytest.raises(DestinationExistsError, match="--force replaces none"):
+            with pytest.raises(DestinationExistsError, match="--force does not replace folders"):
                 ckptkit.convert(path, tmp_path / name, to="dcp", force=force)
     assert (tmp_path / "file").read_text() == "kept"
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    with pytest.raises(FileAccessError, match="it is the working directory; name a new folder in it"):
+    with pytest.raises(FileAccessError, match="it is the working directory; name a new folder inside it"):
         ckptkit.convert(path, ".", to="dcp")
     with ckptkit.open(path) as ckpt, pytest.raises(MissingFileError, match="mkdir -p"):
         ckpt.save(tmp_path / "nowhere" / "out", to="dcp")

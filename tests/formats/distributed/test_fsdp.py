@@ -424,7 +424,7 @@ def test_flat_parameters_are_cut_by_the_model(case: str, sharded: Samples, tmp_p
     with ckptkit.open(folder) as file:
         assert file.checkpoint.part is not None
         (told,) = [finding for finding in file.findings if finding.code == "part-of-a-checkpoint"]
-    assert "names and shapes are not in the file; ckptkit convert --like REF cuts them" in told.message
+    assert "does not contain their names and shapes; ckptkit convert --like REF splits them" in told.message
     assert ckptkit.load(folder, allow_part=True)["iteration"] == 3
     with pytest.raises(PartError, match="--like REF"):
         ckptkit.convert(folder, tmp_path / "no.pth")
@@ -454,7 +454,7 @@ def test_a_part_of_the_model_is_cut_alone(sharded: Samples, tmp_path: Path, same
     block = {name.removeprefix("blocks.1."): value for name, value in model.items() if name.startswith("blocks.1.")}
     torch.save(block, tmp_path / "block.pth")
     for case in ("flat_params", "flat_params_padded"):
-        with pytest.raises(RewriteError, match=r"2 parts of what was saved fit .* equally: blocks\.0, blocks\.1"):
+        with pytest.raises(RewriteError, match=r"2 parts of the saved names fit .* equally well: blocks\.0, blocks\.1"):
             ckptkit.convert(sharded[case].folder, tmp_path / "w.pth", like=tmp_path / "block.pth", force=True)
         ckptkit.convert(
             sharded[case].folder, tmp_path / "w.pth", like=tmp_path / "block.pth", strip_prefix="blocks.1.", force=True

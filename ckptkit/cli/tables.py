@@ -1,0 +1,316 @@
+"""Text in columns, as a terminal shows it: tables that fit its width, cells that say less where they must, wrapping.
+
+Columns are counted as terminals count them, by ``wcwidth``: two for a wide character, none for what is put on top of
+another, one or two for a whole sequence of emoji; escape codes of colours have none.  Text is cut between what a reader
+sees as characters, never inside of one.
+
+Where a table is wider than the terminal, its columns give way in this order: very long names, notes, columns that are spared first
+(bars), long names, counts (``11.7 M`` for ``11,689,512``), names, columns that are spared last.  What no cell gives up
+is the last of its forms, which for a tensor is its shape: where not even that finds room, it stands below its row.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+__all__ = ["Cell", "bar", "columns", "count_cell", "padded", "seen", "width_of", "wrapped"]
+
+_LONGEST_NAME, _LEAST_NOTE, _LONG_NAME, _LEAST_NAME = 48, 12, 30, 16
+"""Columns that names keep before notes are cut; that notes keep; that names keep before and after counts are shortened."""
+
+_GAP = 2
+"""Spaces between columns."""
+
+_INDENT = "    "
+"""Before all lines of a text but the first, and before what stands below its row."""
+
+_BLOCKS = " ▏▎▍▌▋▊▉█"
+
+_CODE = re.compile(r"\x1b\[[0-9;]*m")
+"""What colours text; from files come none, for their control characters are escaped."""
+
+_RESET = "\x1b[0m"
+
+_WORD = re.compile(r"( *)(\S*\[[\d, ]*\]\S*|[\d.,]+ (?:[kMGT]?B|\N{MULTIPLICATION SIGN})(?!\w)\S*|\S+)")
+"""Spaces, and what stands behind them: a shape, and a number with its unit, are one word."""
+
+
+class Cell(str):
+    """A cell that has shorter forms.
+
+    Attributes:
+        forms: what may stand in its place, each shorter than the one before.  If the first is how the cell begins, what
+            follows that may be cut.
+    """
+
+    __slots__ = ("forms",)
+
+    forms: tuple[str, ...]
+
+    def __new__(cls, text: str, *forms: str) -> Cell:
+        cell = super().__new__(cls, text)
+        cell.forms = forms
+        return cell
+
+
+def count_cell(count: int) -> str:
+    """A number in full, or where there is no room in three digits: ``11,689,512`` or ``11.7 M``; nothing of 0."""
+    text, size = f"{count:,}" if count else "", float(count)
+    for unit in ("", "k", "M", "B", "T"):
+        if size < 999.5 or unit == "T":
+            short = f"{size:.3g} {unit}"
+            return Cell(text, short) if len(short) < len(text) else text
+        size /= 1000
+    return text
+
+
+def bar(share: float, width: int = 6) -> str:
+    """A share of 1 as a bar of at most so many columns; nothing of nothing."""
+    eighths = min(max(round(share * width * 8), int(share > 0)), width * 8)
+    return _BLOCKS[8] * (eighths // 8) + _BLOCKS[eighths % 8].strip()
+
+
+class _Layout(NamedTuple):
+    """A way to lay out a table.
+
+    Attributes:
+        inside: the columns of a row.
+        below: those that stand below it.
+        stage: how far the others give way: 0, notes; 1, names and counts too; 2, names down to a few letters.
+    """
+
+    inside: tuple[int, ...]
+    below: tuple[int, ...] = ()
+    stage: int = 0
+
+
+def columns(
+    rows: Sequence[Sequence[str]],
+    headers: Sequence[str],
+    align: str,
+    width: int | None = None,
+    *,
+    first: Sequence[int] = (),
+    last: Sequence[int] = (),
+) -> list[str]:
+    """The lines of a table: two spaces between columns, each aligned as ``align`` says (``"nrl"``).
+
+    Not by tabulate, whose import takes longer than inspecting a file, and which cuts no line to a terminal's width.
+
+    Args:
+        rows: cells.
+        headers: of the columns; none: there is no line of them.
+        align: for each column: ``"n"``, a name, to the left, cut in the middle so that those that differ do so still;
+            ``"l"``, a note, to the left, cut at its end; ``"r"``, a number, to the right, never cut.
+        width: columns a line may have; ``None``: as many as it takes.
+        first: columns that are left out before names and counts are shortened, one after the other.
+        last: columns that are left out after that, one after the other.
+    """
+    table = [headers, *rows] if headers else rows
+    layout, widths = _Layout(tuple(range(len(align)))), dict[int, int]()
+    for layout in _layouts(align, first, last):
+        widths = _widths(table, align, width, layout)
+        if width is None or sum(widths.values()) + _GAP * (len(widths) - 1) <= width:
+            break
+    cut = {i: _names([row[i] for row in table], widths[i]) for i in layout.inside if align[i] == "n"}
+    lines = []
+    for number, row in enumerate(table):
+        cells = [(cut[i][number] if i in cut else _shortened(row[i], widths[i]), i) for i in layout.inside]
+        lines.append((" " * _GAP).join(padded(cell, widths[i], align[i]) for cell, i in cells).rstrip())
+        if row is not headers and layout.below:
+            labels = {i: f"{headers[i]} " for i in layout.below if align[i] == "r" and headers}
+            told = (" " * _GAP).join(labels.get(i, "") + row[i] for i in layout.below if _must_stand(row[i]))
+            lines += wrapped(_INDENT + told, width) if told else ()
+    return lines
+
+
+def _layouts(align: str, first: Sequence[int], last: Sequence[int]) -> Iterator[_Layout]:
+    """The ways to lay out a table, each narrower than the one before."""
+    inside = tuple(range(len(align)))
+    yield _Layout(inside)
+    for left_out in first:
+        inside = tuple(i for i in inside if i != left_out)
+        yield _Layout(inside)
+    yield _Layout(inside, stage=1)
+    for left_out in last:
+        inside = tuple(i for i in inside if i != left_out)
+        yield _Layout(inside, stage=1)
+    name = max(align.find("n"), 0)
+    notes = tuple(i for i in inside if align[i] == "l" and i != name)
+    yield _Layout(tuple(i for i in inside if i not in notes), notes, 2)
+    yield _Layout((name,), tuple(i for i in inside if i != name), 2)
+
+
+def _widths(table: Sequence[Sequence[str]], align: str, width: int | None, layout: _Layout) -> dict[int, int]:
+    """The width of each column of a layout: no more than there is room for, if they can give way so far."""
+    widths = {i: max(width_of(row[i]) for row in table) for i in layout.inside}
+    if width is None:
+        return widths
+    least: list[tuple[int, int]] = []
+    notes = [i for i in reversed(layout.inside) if align[i] == "l"]
+    names = [i for i in layout.inside if align[i] == "n"]
+    least += ((i, _LONGEST_NAME) for i in names)
+    least += ((i, max(_least(row[i], min(widths[i], _LEAST_NOTE)) for row in table)) for i in notes)
+    if layout.stage:
+        least += ((i, _LONG_NAME) for i in names)
+        least += ((i, max(_least(row[i], widths[i]) for row in table)) for i in layout.inside if align[i] == "r")
+        least += ((i, _LEAST_NAME if layout.stage == 1 else 1) for i in names or layout.inside[:1])
+    surplus = sum(widths.values()) + _GAP * (len(widths) - 1) - width
+    for i, fewest in least:
+        given = max(min(surplus, widths[i] - fewest), 0)
+        widths[i] -= given
+        surplus -= given
+    return widths
+
+
+def _least(cell: str, fewest: int) -> int:
+    """The columns below which a cell cannot be shortened; of one without other forms that of ``fewest`` it takes."""
+    return width_of(cell.forms[-1]) if isinstance(cell, Cell) else min(width_of(cell), fewest)
+
+
+def _must_stand(cell: str) -> bool:
+    return bool(cell) and not (isinstance(cell, Cell) and not cell.forms[-1])
+
+
+def width_of(text: str) -> int:
+    """Columns that a text takes on a terminal."""
+    if text.isascii():
+        return len(text)
+    from wcwidth import wcswidth  # most files do without
+
+    width = wcswidth(text)
+    return width if width >= 0 else len(text)
+
+
+def seen(text: str) -> int:
+    """The same of a text that may be coloured."""
+    return width_of(_CODE.sub("", text))
+
+
+def padded(cell: str, width: int, side: str = "l") -> str:
+    """The cell with spaces to so many columns, aligned to the right (``"r"``) or left (any other)."""
+    spaces = " " * (width - width_of(cell))
+    return spaces + cell if side == "r" else cell + spaces
+
+
+def _characters(text: str) -> list[str]:
+    """What a reader sees as characters."""
+    if text.isascii():
+        return [*text]
+    from wcwidth import iter_graphemes
+
+    return [*iter_graphemes(text)]
+
+
+def _shortened(cell: str, width: int) -> str:
+    """The cell, or what says less, in so many columns."""
+    if width_of(cell) <= width:
+        return cell
+    forms = cell.forms if isinstance(cell, Cell) else ()
+    if forms and cell.startswith(forms[0]) and width - width_of(forms[0]) >= _LEAST_NOTE:
+        return forms[0] + _middle(cell[len(forms[0]) :], width - width_of(forms[0]))
+    for form in forms:
+        if width_of(form) <= width:
+            return form
+    return _cut(_characters((forms and forms[-1]) or cell), width, 0)
+
+
+def _cut(characters: Sequence[str], width: int, tail: int) -> str:
+    """The beginning and so many columns of the end, with an ellipsis between."""
+    ending = _head(characters[::-1], tail)
+    return f"{''.join(_head(characters, width - 1 - tail))}…{''.join(reversed(ending))}"
+
+
+def _head(characters: Sequence[str], width: int) -> Sequence[str]:
+    """As many of them as there are columns for."""
+    totals = itertools.accumulate(map(width_of, characters))
+    return characters[: sum(1 for _ in itertools.takewhile(width.__ge__, totals))]
+
+
+def _middle(name: str, width: int) -> str:
+    """A name in so many columns, cut in the middle; spaces before it are fewer where they would be most of it."""
+    if width_of(name) <= width:
+        return name
+    bare = name.lstrip(" ")
+    indent = min(len(name) - len(bare), width // 3)
+    room = width - indent
+    return " " * indent + (bare if width_of(bare) <= room else _cut(_characters(bare), room, (room - 1) // 2))
+
+
+def _names(cells: Sequence[str], width: int) -> list[str]:
+    """Names in so many columns: those that differ do so still, as far as there is room for it."""
+    cut = {cell: _middle(cell, width) for cell in cells}
+    if any(cell != short for cell, short in cut.items()):
+        _tell_apart(cut, [*cut], width, 0)
+    return [cut[cell] for cell in cells]
+
+
+def _tell_apart(cut: dict[str, str], names: Sequence[str], width: int, known: int) -> None:
+    """Cut those that look alike where they begin to differ.
+
+    Args:
+        cut: each name, as it is shown.
+        names: to look at.
+        width: columns of each.
+        known: characters they are known to have in common.
+    """
+    alike: dict[str, list[str]] = {}
+    for name in names:
+        alike.setdefault(cut[name], []).append(name)
+    for group in alike.values():
+        characters = [_characters(name) for name in group]
+        ends = zip(min(characters), max(characters), strict=False)
+        at = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], ends)) if len(group) > 1 else 0
+        if at <= known:
+            continue
+        for name, each in zip(group, characters, strict=True):
+            rest = "".join(each[at:])
+            head = _cut(each[:at], max(width - min(width_of(rest), width * 2 // 3), 1), 0)
+            cut[name] = head + _middle(rest, width - width_of(head))
+        _tell_apart(cut, group, width, at)
+
+
+def wrapped(text: str, width: int | None) -> Iterator[str]:
+    """The text in lines of at most so many columns, all but the first indented; a word that is longer is broken."""
+    if width is None or seen(text) <= width:
+        yield text
+        return
+    colors = ""
+    for line in _lines(text, width):
+        started = colors
+        for code in _CODE.findall(line):
+            colors = "" if code == _RESET else colors + code
+        yield started + line + _RESET * bool(colors)
+
+
+def _lines(text: str, width: int) -> Iterator[str]:
+    bare = text.lstrip(" ")
+    line = text[: len(text) - len(bare)]
+    indent, used, is_empty = line + _INDENT, len(line), True
+    for spaces, word in _WORD.findall(bare):
+        for number, piece in enumerate(_pieces(word, max(width - len(indent), _LEAST_NOTE))):
+            gap = "" if is_empty else spaces
+            if not is_empty and (number or used + len(gap) + seen(piece) > width):
+                yield line
+                line, used, gap = indent, len(indent), ""
+            line, used, is_empty = line + gap + piece, used + len(gap) + seen(piece), False
+    yield line
+
+
+def _pieces(word: str, room: int) -> Iterator[str]:
+    """The word, or if it is longer than there is room for, so much of it at a time."""
+    if seen(word) <= room:
+        yield word
+        return
+    piece, used = "", 0
+    for part in re.split(f"({_CODE.pattern})", word):
+        for character in [part] if _CODE.fullmatch(part) else _characters(part):
+            wide = seen(character)
+            if used and used + wide > room:
+                yield piece
+                piece, used = "", 0
+            piece, used = piece + character, used + wide
+    yield piece

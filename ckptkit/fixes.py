@@ -1,0 +1,181 @@
+"""One command for all that the findings about a file advise.
+
+Each finding advises the conversion that it needs, by itself.  `combined_fix` puts them together; where two do not go
+together, these rules decide, and what is left out is told:
+
+- A command that writes weights alone goes before one that keeps everything: what it drops, the others advised to drop.
+- Weights are those that are selected; where none are, or another section is asked for, those of the gravest finding.
+  A section that is advised beside them, such as averaged weights, has a command of its own.
+- The weights go into the ``.safetensors`` that was advised, unless one of the commands needs a ``.pth``.  There are no
+  devices in a ``.safetensors``, so that nothing has to be moved to the CPU.
+- Of two values for one option that takes one, the graver finding's counts.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import NamedTuple
+
+from ckptkit.report import CONVERT, CombinedFix, Finding, convert_command, listed
+
+__all__ = ["combined_fix"]
+
+_ALONE, _SECTION, _LOCATION = "--weights-only", "--section", "--map-location"
+
+_FLAGS = frozenset({_ALONE, "--all-tensors", "--allow-part", "--densify", "--ignore-checksums", "--strip-module"})
+"""Options of the commands that are advised which take no value."""
+
+_REPEATED = frozenset({"--exclude", "--model-arg", "--rename"})
+"""Those that may be given several times."""
+
+_TELLING = {
+    "--strip-module": "without the prefixes of wrappers",
+    "--rename": "renamed",
+    "--exclude": "less those excluded",
+    "--like": "those of the model alone",
+    "--densify": "as plain tensors",
+    "--map-location": "moved to {}",
+}
+"""What options do to the weights."""
+
+_MOST_DROPPED = 6
+"""Parts that are named."""
+
+
+class _Advice(NamedTuple):
+    """The conversion that a finding advises."""
+
+    code: str
+    command: str
+    path: str
+    destination: str
+    options: tuple[tuple[str, str | None], ...]
+    """Each with its value."""
+
+    @property
+    def suffix(self) -> str:
+        return os.path.splitext(self.destination)[1]
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether it writes weights and nothing else."""
+        return self.suffix == ".safetensors" or (_ALONE, None) in self.options
+
+    @property
+    def is_named(self) -> bool:
+        """Whether what it writes is named after the source alone, and no number tells it from what others write."""
+        stem = os.path.splitext(self.destination)[0]
+        return not stem.rpartition("-")[2].isdigit()
+
+    @property
+    def section(self) -> str | None:
+        return dict(self.options).get(_SECTION)
+
+
+def combined_fix(
+    findings: Iterable[Finding],
+    beside: Sequence[str] | None = None,
+    *,
+    is_model: bool = False,
+    partly: Collection[str] = (),
+    needs: Callable[[str], Iterable[str]] = lambda _: (),
+) -> CombinedFix | None:
+    """The one conversion that does what all findings about a file advise; ``None``: none advises one.
+
+    Args:
+        findings: of one file, gravest first, as they are told (`ckptkit.report.apart`).
+        beside: the keys of what the file holds beside its weights; ``None``: nobody knows.
+        is_model: whether the file is a pickled model, of which every conversion takes the weights.
+        partly: codes of findings of which something is left after the conversion that they advise.
+        needs: the flags that the weights of a section need beside, where the findings are of another.
+    """
+    every = [_advice(each.code, each.fix) for each in findings if each.fix is not None and each.fix.startswith(CONVERT)]
+    if not every:
+        return None
+    alone = [each for each in every if each.is_alone and each.path == every[0].path]
+    is_selected = any(each.section is None for each in alone)
+    section = None if is_selected else (alone or every)[0].section
+    suffix = next((each.suffix for each in alone if each.suffix != ".safetensors"), (alone or every)[0].suffix)
+    options: dict[tuple[str, str | None], None] = {}
+    done: list[str] = []
+    left: list[str] = []
+    for each in every:
+        wanted = _wanted(each, section, suffix) if each.path == every[0].path else None
+        given = dict(options)
+        if wanted is None or any(_clashes(option, given) for option in wanted):
+            left.append(each.code)
+        else:
+            options.update(dict.fromkeys(wanted))
+            done.append(each.code)
+    if alone and section is not None:
+        options.update(dict.fromkeys((flag, None) for flag in needs(section)))
+    ordered = sorted(options, key=lambda option: (option[0] != _SECTION, option[0] == _ALONE))
+    same = [each for each in every if each.suffix == suffix and set(each.options) == options.keys() and each.is_named]
+    command = same[0].command if same else None
+    if command is None:
+        words = [word for option in ordered for word in option if word is not None]
+        others = {each.destination for each in every}
+        command = convert_command(every[0].path, *words, suffix=suffix, taken=others, is_clean=True)
+    codes = [code for code in dict.fromkeys(done) if code not in partly]
+    if not codes:
+        return None
+    left = [code for code in dict.fromkeys([*left, *done]) if code not in codes]
+    keeps = _told(ordered, beside, left, is_alone=bool(alone), is_model=is_model)
+    return {"command": command, "keeps": keeps, "codes": codes}
+
+
+def _advice(code: str, command: str) -> _Advice:
+    _, _, path, destination, *words = shlex.split(command)
+    options: list[tuple[str, str | None]] = []
+    rest = iter(words)
+    for word in rest:
+        options.append((word, None if word in _FLAGS else next(rest, None)))
+    return _Advice(code, command, path, destination, tuple(options))
+
+
+def _wanted(advice: _Advice, section: str | None, suffix: str) -> list[tuple[str, str | None]] | None:
+    """The options that one conversion needs for what another does; ``None``: it cannot be done with it."""
+    if advice.section != section and (advice.is_alone or advice.section is not None):
+        return None
+    if suffix != ".safetensors":
+        return [*advice.options]
+    if any(name == _LOCATION and value != "cpu" for name, value in advice.options):
+        return None
+    return [option for option in advice.options if option[0] != _LOCATION]
+
+
+def _clashes(option: tuple[str, str | None], given: dict[tuple[str, str | None], None]) -> bool:
+    """Whether an option that takes one value has another."""
+    name, value = option
+    return name not in _REPEATED and any(known == name and other != value for known, other in given)
+
+
+def _told(
+    options: Sequence[tuple[str, str | None]],
+    beside: Sequence[str] | None,
+    left: Sequence[str],
+    *,
+    is_alone: bool,
+    is_model: bool,
+) -> str:
+    """What the conversion keeps, drops, and does not fix."""
+    section = dict(options).get(_SECTION)
+    of = "" if section is None else f" of {section!r}"
+    does = {_TELLING[name].format(value): None for name, value in options if name in _TELLING}
+    done = f", {', '.join(does)}" if does else ""
+    if is_model:
+        text = f"keeps the weights{done}; drops the model around them: its class and settings"
+    elif is_alone:
+        own = [] if beside is None else [name for name in beside if section is None or not _leads_to(name, section)]
+        drops = f"; drops {listed(own, _MOST_DROPPED, last=' and ')}" if own else ""
+        drops = "; drops what is beside them" if beside is None and (_ALONE, None) in options else drops
+        text = f"keeps the weights{of}{done}{drops}"
+    else:
+        text = f"keeps everything{done}"
+    return f"{text}; does not fix all of {listed(left, 4, last=' and ')}" if left else text
+
+
+def _leads_to(name: str, section: str) -> bool:
+    return section == name or section.startswith(f"{name}.")

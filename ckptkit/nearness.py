@@ -1,0 +1,123 @@
+"""What was probably meant by a word that is not known: ``; did you mean resnet18?``.
+
+One rule for options, commands, codes, models, dtypes, sections, members of archives and files.  A word that is the same
+but for case, spaces, ``-`` and ``_`` is meant alone; else the few that begin with what was given; else those that are
+most alike, by `difflib`, and no others that are clearly less so.  Nothing is compared before something is wrong.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
+from itertools import islice
+
+from ckptkit.errors import FileAccessError, MissingFileError
+
+__all__ = ["did_you_mean", "meant_file", "nearest", "with_meant_file"]
+
+_MOST, _LONGEST = 4096, 200
+"""Words that are compared, and characters of each: files may hold any number of any length."""
+
+_ALIKE, _SPREAD = 0.6, 0.12
+"""How alike a word must be (of 1), and how much less than the most alike one."""
+
+
+def nearest(given: str, known: Iterable[str], n: int = 3, *, called: Mapping[str, str] | None = None) -> list[str]:
+    """The words that were probably meant, the most alike first.
+
+    Args:
+        given: the word.
+        known: those that there are.
+        n: how many at most.
+        called: what people also call some of them, in lower case with ``-``: ``{"st": "safetensors"}``.
+    """
+    wanted = _plain(given[:_LONGEST])
+    if called is not None and wanted in called:
+        return [called[wanted]]
+    words: dict[str, list[str]] = {}
+    for word in islice(known, _MOST):
+        if len(word) <= _LONGEST and word != given:
+            words.setdefault(_plain(word), []).append(word)
+    if wanted in words:
+        return words[wanted][:n]
+    begun = [name for word, names in words.items() if len(wanted) > 1 and word.startswith(wanted) for name in names]
+    if 0 < len(begun) <= n:
+        return begun
+    from difflib import SequenceMatcher, get_close_matches  # every command starts faster without
+
+    near = get_close_matches(wanted, words, n, cutoff=_ALIKE)
+    share = {word: SequenceMatcher(None, word, wanted).ratio() for word in near}
+    return [name for word in near if share[word] > share[near[0]] - _SPREAD for name in words[word]][:n]
+
+
+def did_you_mean(
+    given: str,
+    known: Iterable[str],
+    n: int = 3,
+    *,
+    called: Mapping[str, str] | None = None,
+    shown: Callable[[str], str] = str,
+) -> str:
+    """The end of a message: ``"; did you mean a, b or c?"``; ``""`` where nothing is near.
+
+    Args:
+        given: the word; see `nearest`.
+        known: those that there are.
+        n: how many at most.
+        called: what people also call some of them.
+        shown: how a word is written: ``repr`` for what files hold.
+    """
+    return _asked(map(shown, nearest(given, known, n, called=called)))
+
+
+def _asked(words: Iterable[str]) -> str:
+    *some, last = ("", *words)
+    if not last:
+        return ""
+    return f"; did you mean {', '.join(some[1:])}{' or ' if some[1:] else ''}{last}?"
+
+
+def _plain(word: str) -> str:
+    return re.sub(r"[-_\s]+", "-", word.casefold())
+
+
+def meant_file(path: str) -> str:
+    """The end of a message about a local file that is not there: what lies in its folder and may be meant.
+
+    That is a file or folder of a name that is alike, or of the same name with another ending; where it is a folder of
+    the path that is not there, the same path through one that is.  Of ``FILE!MEMBER`` the file is looked for.
+    """
+    file, mark, member = path.partition("!")
+    with suppress(OSError, ValueError):
+        return _asked(shlex.quote(near + mark + member) for near in _near_files(file))
+    return ""
+
+
+def with_meant_file(error: FileAccessError) -> FileAccessError:
+    """The error for a path that was given; where nothing has the path, with what `meant_file` says."""
+    meant = meant_file(error.path) if isinstance(error, MissingFileError) and error.path is not None else ""
+    return MissingFileError(f"{error}{meant}", path=error.path, names=error.names) if meant else error
+
+
+def _near_files(path: str) -> Iterator[str]:
+    there, rest = path.rstrip("/" + os.sep), ""
+    while there and not os.path.lexists(os.path.dirname(there) or os.curdir):
+        there, name = os.path.split(there)
+        rest = os.path.join(name, rest)
+    folder, wanted = os.path.split(there)
+    if not wanted:
+        return
+    with os.scandir(folder or os.curdir) as listing:
+        names = [each.name for each in islice(listing, _MOST) if each.name[0] != "." or wanted[0] == "."]
+    stems: dict[str, list[str]] = {}
+    for name in sorted(names):
+        stems.setdefault(name.lstrip(".").partition(".")[0].casefold(), []).append(name)
+    stem = wanted.lstrip(".").partition(".")[0].casefold()
+    same = stems.get(stem) or [name for near in nearest(stem, stems) for name in stems[near]]
+    for name in ((len(same) > 1 and nearest(wanted, same)) or same)[:3]:
+        near = os.path.join(folder, name, rest.rstrip(os.sep)) if rest else os.path.join(folder, name)
+        if os.path.lexists(near):
+            yield near

@@ -1,0 +1,112 @@
+"""The frame of a page: its head, policy, data and scripts.
+
+A Content-Security-Policy allows the scripts of the page by their hashes, and no request of any kind
+(https://www.w3.org/TR/CSP3/), so that even a text that became markup could neither run nor fetch anything.
+A page is ASCII, whatever the encoding of the stream it goes to.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from html import escape
+from importlib import resources
+from typing import Any
+
+from ckptkit.extras import __version__, package_file
+from ckptkit.report import printable
+
+__all__ = ["element", "page", "plain"]
+
+_LARGEST = 1 << 53
+"""The whole numbers below it are exact in JavaScript."""
+
+_UNSAFE = str.maketrans({"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"})
+"""What could end an element or begin one, as JSON has it in strings, where alone it stands."""
+
+_MAX_TEXT = 20_000
+"""Characters of one text in a page: a name in a file may have millions."""
+
+
+def page(title: str, script: str, elements: Iterable[str], *, has_charts: bool = True) -> Iterator[str]:
+    """The lines of a page.
+
+    Args:
+        title: in the browser's tab.
+        script: name of the script in this folder that shows the data: ``"inspect.js"``.
+        elements: what `element` makes; each is made when the page has come to it.
+        has_charts: whether plotly.js is in it (5 MB).
+
+    Raises:
+        MissingDependencyError: plotly is not installed; raised before the first line is given.
+    """
+    names = ("page.js", "table.js", "charts.js", script) if has_charts else ("page.js", "table.js", script)
+    scripts = [_own(name) for name in names]
+    if has_charts:
+        scripts.insert(0, _ascii(package_file("plotly", "package_data/plotly.min.js").decode()))
+    hashes = " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(s.encode()).digest()).decode()}'" for s in scripts)
+    policy = (
+        f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data: blob:; "
+        "base-uri 'none'; form-action 'none'"
+    )
+    yield "<!DOCTYPE html>"
+    yield '<html lang="en"><head><meta charset="utf-8">'
+    yield f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
+    yield '<meta name="viewport" content="width=device-width, initial-scale=1">'
+    yield f'<meta name="generator" content="ckptkit {__version__}">'
+    yield f"<title>{_ascii_text(title)}</title>"
+    yield f"<style>{_own('page.css')}</style></head>"
+    yield '<body><noscript><p class="plain">This page needs JavaScript to show its data.</p></noscript>'
+    yield '<div id="page"></div>'
+    yield from elements
+    yield from (f"<script>{text}</script>" for text in scripts)
+    yield "</body></html>"
+
+
+def element(name: str, value: Any) -> str:
+    """Data of a page, which its script gets by ``Page.data(name)``, of several of a name by ``Page.data(name, number)``.
+
+    Args:
+        name: one of our own.
+        value: as `plain` makes it.
+    """
+    text = json.dumps(value, separators=(",", ":"), allow_nan=False)
+    return f'<script type="application/json" data-name="{name}">{text.translate(_UNSAFE)}</script>'
+
+
+def plain(value: Any) -> Any:
+    """A value of a document as pages have it.
+
+    Texts are as a terminal would show them (control characters, lone surrogates and marks of direction escaped) and not
+    endless; numbers that JavaScript does not have are text.
+    """
+    if isinstance(value, str):
+        return printable(value if len(value) <= _MAX_TEXT else f"{value[:_MAX_TEXT]}…")
+    if isinstance(value, Mapping):
+        return {plain(str(key)): plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(each) for each in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    if isinstance(value, int) and not -_LARGEST < value < _LARGEST:
+        return str(value)
+    return value
+
+
+def _own(name: str) -> str:
+    """A style or script of this folder."""
+    return _ascii(resources.files("ckptkit.page").joinpath(name).read_text(encoding="utf-8"))
+
+
+def _ascii(script: str) -> str:
+    r"""A script with ``\u`` escapes, which are the same in its strings, for what is not ASCII."""
+    if script.isascii():
+        return script
+    return "".join(c if c.isascii() else json.dumps(c)[1:-1] for c in script)
+
+
+def _ascii_text(text: str) -> str:
+    return escape(plain(text)).encode("ascii", "xmlcharrefreplace").decode()
