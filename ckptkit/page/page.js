@@ -146,7 +146,8 @@ const Page = (() => {
   // A sentence, of which what stands between backticks is code.
   const sentence = (text) => text.split(/`([^`]*)`/).map((part, n) => (n % 2 ? el("code", {}, part) : part));
 
-  // Findings, gravest first: [{severity, code, message, fix, where}]; what codes mean: {code: {title, meaning, remedy}};
+  // Findings, gravest first: [{severity, code, message, fix, where, told: [[label, text]]}];
+  // what codes mean: {code: {title, meaning, remedy}};
   // combined: {title, command, keeps} of the one that does all that they advise, or null.
   const mostFindings = 200;
   function findings(body, found, meanings, combined) {
@@ -162,6 +163,7 @@ const Page = (() => {
             known && el("strong", {}, known.title), el("span", { class: "code" }, each.code)),
           each.where && el("div", { class: "where" }, each.where),
           el("div", { class: "message" }, sentence(each.message)),
+          each.told && each.told.length && facts(each.told),
           each.fix && copyable(each.fix),
           known && el("details", {}, el("summary", {}, "What it means"), el("p", {}, sentence(known.meaning)),
             known.remedy !== "-" && el("p", {}, sentence(known.remedy)))));
