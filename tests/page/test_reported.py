@@ -19,6 +19,7 @@ from ckptkit.cli.check import command as check_command
 from ckptkit.cli.diff import command as diff_command
 from ckptkit.cli.options import View
 from ckptkit.cli.verify import command as verify_command
+from ckptkit.errors import MissingDependencyError
 from ckptkit.released.results import CheckFinding, CheckReport, FileResult
 
 ENTER, ESCAPE, DOWN, END = "\ue007", "\ue00c", "\ue015", "\ue010"
@@ -162,6 +163,13 @@ def test_what_is_within_tolerance_is_told_apart(pair: tuple[Path, Path]) -> None
     assert difference.within_tolerance
     text = "".join(html.diff(difference.to_dict(), View()))
     assert text.isascii() and "<script>window" not in text and '"within tolerance"' in text
+
+
+def test_without_plotly_nothing_is_compared(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, package=None: None)
+    monkeypatch.setattr("ckptkit.api.diff", lambda *_, **__: pytest.fail("it was compared"))
+    with pytest.raises(MissingDependencyError, match=r"pip install '\.\[report\]'"):
+        output_of(diff_command, *map(str, pair), "--format", "html")
 
 
 # check
