@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from ckptkit.cli import inspect_text
+from ckptkit.cli import closing, inspect_text
 from ckptkit.inspection import surveyed
 from ckptkit.page import inspected as page_of_files
 from ckptkit.page import reported
@@ -29,7 +29,9 @@ def inspect(document: InspectedFile | Survey | UnreadFile, view: View) -> Iterat
     if document["error"] is not None:
         return page_of_files.elements(document)
     survey: Any = surveyed(document)
-    return page_of_files.elements(survey, inspect_text.what_it_is(survey), inspect_text.fact_lines(survey))
+    sentence, facts = inspect_text.what_it_is(survey), inspect_text.fact_lines(survey)
+    combined = closing.combined_title(survey["combined_fix"], survey["findings"])
+    return page_of_files.elements(survey, sentence, facts, combined)
 
 
 def inspected(files: Iterable[Iterable[str]], passed_over: Mapping[str, int]) -> Iterator[str]:

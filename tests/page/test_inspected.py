@@ -119,7 +119,8 @@ def test_it_draws_what_is_in_the_file(browser: Browser, inspected: Pages) -> Non
     assert browser.texts("nav a") == browser.texts("section.part h2")
     (document,) = json.loads(output_of(inspect_command, str(RESUME), "--json"))["files"]
     assert browser.texts("#findings .code") == [each["code"] for each in document["findings"]]
-    assert browser.texts("#findings .copyable code") == [each["fix"] for each in document["findings"] if each["fix"]]
+    fixes = [document["combined_fix"]["command"], *(each["fix"] for each in document["findings"] if each["fix"])]
+    assert browser.texts("#findings .copyable code") == fixes
     assert browser.column("sections") == [each["path"] for each in document["sections"]]
     assert browser.text("#tensors .count") == f"{len(document['tensors'])} tensors"
     assert browser.column("names") and "argparse.Namespace" in browser.column("names")
@@ -390,7 +391,5 @@ def test_printed_it_has_the_rows(browser: Browser, inspected: Pages) -> None:
 def test_files_that_several_processes_read_make_the_same_page(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(files)
     names = sorted(os.listdir(files))
-    one, two = (
-        output_of(inspect_command, *names, "--format", "html", "--jobs", jobs, code=2) for jobs in ("1", "2")
-    )
+    one, two = (output_of(inspect_command, *names, "--format", "html", "--jobs", jobs, code=2) for jobs in ("1", "2"))
     assert one == two
