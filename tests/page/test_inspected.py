@@ -58,6 +58,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     values |= {name: torch.full((3,), float(n)) for n, name in enumerate(HOSTILE)}
     values["m.bad.weight"] = torch.tensor([[float("nan"), 1.0, float("inf")]])
     values["x" * 1_000_000] = torch.ones(2, dtype=torch.complex64)
+    values["." * 1_000_000] = torch.ones(2)
     beside = {"epoch": float("nan"), "big": 2**70, HOSTILE[1]: HOSTILE[0], "args": {"<b>lr": "&lt;"}}
     torch.save({"state_dict": values, **beside}, made / "hostile.pth")
     torch.save(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)), made / "<img src=x onerror=window.pwned=8>.pth")
@@ -260,6 +261,11 @@ def test_names_are_data(browser: Browser, inspected: Pages, files: Path) -> None
     assert "<b>bold</b><br>&lt;i&gt;" in drawn
     assert "%{label} %{customdata} $\\alpha$" in drawn
     assert not browser.all(".chart a, .map b, main img, main script, main svg a")
+    browser.click(".map .inside button")
+    (at,) = (at for at, name in enumerate(browser.texts(".map .inside .name")) if name == "constructor")
+    browser.click(".map .inside button", at)
+    assert browser.text(".map figcaption").startswith("m.constructor: 1.6 kB, 7.")
+    assert "native code" not in browser.text(".map figcaption")
     for at, name in enumerate(named):
         browser.click("#tensors tbody tr[data-at]", at)
         assert browser.text(".detail h3") == name
@@ -282,7 +288,7 @@ def test_several_files_are_a_list(browser: Browser, inspected: Pages, files: Pat
     browser.open(inspected(files, code=2))
     assert len(browser.column("files")) == 3
     assert browser.text("h1") == "<img src=x onerror=window.pwned=8>.pth"
-    assert "passed over: 1 file (1 text file)" in browser.text("#files .note")
+    assert "1 file (1 text file)" in browser.text("#files .note")
     browser.click("#files tbody tr[data-at]", 1)
     assert browser.text("h1") == "broken.pth"
     assert browser.texts("nav a") == ["Files", "Error"]
@@ -290,7 +296,7 @@ def test_several_files_are_a_list(browser: Browser, inspected: Pages, files: Pat
     browser.typed("#files input", "*hostile*")
     browser.click("#files tbody tr[data-at]")
     assert browser.text("h1") == "hostile.pth"
-    assert browser.text("#tensors .count") == f"{2 * len(HOSTILE) + 2} tensors"
+    assert browser.text("#tensors .count") == f"{2 * len(HOSTILE) + 3} tensors"
 
 
 def test_very_many_tensors(browser: Browser, inspected: Pages, many: Path) -> None:
@@ -380,10 +386,9 @@ def test_what_a_screen_reader_is_told(browser: Browser, inspected: Pages) -> Non
 
 def test_printed_it_has_the_rows(browser: Browser, inspected: Pages) -> None:
     browser.open(inspected(RESUME))
-    browser.js("dispatchEvent(new Event('beforeprint'))")
-    assert len(browser.all("#tensors tbody tr[data-at]")) == 475
-    browser.js("dispatchEvent(new Event('afterprint'))")
-    assert len(browser.all("#tensors tbody tr[data-at]")) < 60
+    rows = "return document.querySelectorAll('#tensors tbody tr[data-at]').length"
+    assert browser.js(f"dispatchEvent(new Event('beforeprint')); {rows}") == 475
+    assert browser.js(f"dispatchEvent(new Event('afterprint')); {rows}") < 60
     browser.emulate(media="print", dark=True)
     assert browser.js("return getComputedStyle(document.querySelector('.bar')).display") == "none"
 
