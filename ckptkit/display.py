@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any
 
 __all__ = ["MOST_LINES", "TreeLine", "html_block", "human_size", "names_tree", "printable"]
 
@@ -64,7 +64,7 @@ def human_size(nbytes: int) -> str:
     return f"{nbytes} B"
 
 
-class TreeLine(NamedTuple):
+class TreeLine:
     """A module or a tensor.
 
     Attributes:
@@ -75,12 +75,11 @@ class TreeLine(NamedTuple):
         note: dtype and shape, or class.
     """
 
-    level: int
-    label: str
-    tensors: int
-    elements: int
-    nbytes: int
-    note: str
+    __slots__ = ("elements", "label", "level", "nbytes", "note", "tensors")
+
+    def __init__(self, level: int, label: str, tensors: int, elements: int, nbytes: int, note: str) -> None:
+        self.level, self.label, self.note = level, label, note
+        self.tensors, self.elements, self.nbytes = tensors, elements, nbytes
 
 
 def html_block(
@@ -214,7 +213,7 @@ def names_tree(tensors: Iterable[tuple[str, str, int, int]]) -> tuple[list[TreeL
 def _lines(inside: _Module, level: int, depth: int) -> Iterator[TreeLine]:
     for label, below in islice(inside.items(), _MOST_OPEN):
         if not isinstance(below, _Module):
-            yield below._replace(level=level, label=label)
+            yield TreeLine(level, label, 0, below.elements, below.nbytes, below.note)
             continue
         while len(below) == 1 and isinstance(only := next(iter(below.values())), _Module):  # a name on its own
             label, below = f"{label}.{next(iter(below))}", only
