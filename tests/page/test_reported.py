@@ -201,7 +201,7 @@ def test_a_check_of_10_000_files_is_of_use(browser: Browser, tmp_path: Path) -> 
     page = written(tmp_path / "many.html", html.check(report.to_dict(), View()))
     assert page.stat().st_size < 6_000_000
     browser.open(page)
-    assert browser.text("h1") == "Failed, and not all could be checked"
+    assert browser.text("h1") == "Failed, and some files could not be checked"
     assert "3,334 of 10,000 files failed" in browser.text(".verdict p")
     assert 0 < len(browser.all("#files tbody tr[data-at]")) < 100
     assert browser.column("files", 2)[:3] == ["failed"] * 3, "what is wrong comes first"
@@ -265,7 +265,7 @@ def test_a_verification_that_passes(browser: Browser, made: Made, model: Path) -
     assert browser.text("h1") == "Passed" and browser.texts(".verdict.good")
     assert browser.texts("#checks th[scope=row]")[:4] == ["fit", "load", "weights", "forward"]
     assert "failed" not in browser.texts("#checks td .badge") and browser.texts("#checks td .badge").count("ok") > 4
-    assert "No name is missing" in browser.text("#names")
+    assert "Every name and every shape matches." in browser.text("#names")
     assert browser.column("outputs", 2) == ["2 × 3"]  # noqa: RUF001
     assert "bit-equal" in browser.column("compared", 4)
 
