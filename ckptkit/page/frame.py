@@ -11,6 +11,7 @@ import base64
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from html import escape
 from importlib import resources
@@ -26,6 +27,8 @@ _LARGEST = 1 << 53
 
 _UNSAFE = str.maketrans({"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"})
 """What could end an element or begin one, as JSON has it in strings, where alone it stands."""
+
+_NOT_ASCII = re.compile(r"[^\x00-\x7f]")
 
 _MAX_TEXT = 20_000
 """Characters of one text in a page: a name in a file may have millions."""
@@ -112,9 +115,7 @@ def _own(name: str) -> str:
 
 def _ascii(script: str) -> str:
     r"""A script with ``\u`` escapes, which are the same in its strings, for what is not ASCII."""
-    if script.isascii():
-        return script
-    return "".join(c if c.isascii() else json.dumps(c)[1:-1] for c in script)
+    return _NOT_ASCII.sub(lambda found: json.dumps(found[0])[1:-1], script)
 
 
 def _ascii_text(text: str) -> str:
