@@ -106,7 +106,7 @@
       const body = Page.part("By module", { note: "Enter or click shows its tensors" });
       Page.table(body, {
         label: "Modules that differ", thing: "module", total: modules.length, height: 360, search: modules.length > 12 && ((i) => modules[i].module),
-        placeholder: "Search modules", open: (i) => { document.getElementById("tensors").scrollIntoView(); table.find(modules[i].module); },
+        placeholder: "Search modules", open: (i) => { document.getElementById("tensors").scrollIntoView(); table.find(modules[i].module); table.focus(); },
         columns: [
           { name: "module", mono: true, show: (i) => modules[i].module || "(whole)", key: (i) => modules[i].module },
           { name: "tensors that differ", width: 200, number: true, show: (i) => meter(modules[i].differing / modules[i].tensors, `${count(modules[i].differing)} of ${count(modules[i].tensors)}`), key: (i) => modules[i].differing },

@@ -111,6 +111,7 @@ def test_a_difference_is_a_verdict_a_map_and_tables(browser: Browser, made: Made
     browser.js("document.querySelector('#by-module tbody tr[data-at]').focus()")
     browser.keys(ENTER)
     assert browser.one("#tensors input[type=search]").get_property("value") == browser.column("by-module")[0]
+    assert browser.js("return document.activeElement.closest('#tensors tr[data-at]') !== null"), "keys go on there"
 
     names, bars = browser.texts("#where-it-changed .inside .name"), "#where-it-changed .inside .share i"
     colors = browser.js("return [...document.querySelectorAll(arguments[0])].map((bar) => bar.style.background)", bars)
