@@ -93,7 +93,7 @@
       label: "Treemap of tensors that differ, by module", rootName: "all that differs", total, path: (i) => rows.names[i].split("."),
       measures: [
         { name: "Tensors", of: () => 1, show: (n, sums) => (n === 1 && by(sums).slice(2)) || `${countOf(n, "tensor")}${by(sums)}` },
-        { name: "Elements", of: size1, show: (n, sums) => `${short(n)} element${n === 1 ? "" : "s"}${by(sums)}` },
+        { name: "Elements", of: size1, show: (n, sums) => (n ? `${short(n)} element${n === 1 ? "" : "s"}${by(sums)}` : countOf(sums[0], "tensor")) },
         { of: (i) => (share(i) === null ? 0 : share(i) * size1(i)) }, { of: (i) => (share(i) === null ? 0 : size1(i)) },
       ],
       tone: (sums) => toneOf(mean(sums)), leaf: (i) => { document.getElementById("tensors").scrollIntoView(); table.reveal(i); },
