@@ -301,6 +301,10 @@ def command(
     as_json = output == "json"
     if a == b == "-":
         raise click.UsageError("standard input can be one of the two, not both")
+    if output == "html":
+        from ckptkit.page.frame import charts_script
+
+        charts_script()  # before hours of comparing
     with ui.json_errors(as_json), progress_line(progress, quiet=quiet or as_json) as update:
         difference = api.diff(a, b, progress=update, **options)
     code = ending.verdict(0 if difference.ok else 1)

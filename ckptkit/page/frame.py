@@ -20,7 +20,7 @@ from typing import Any
 from ckptkit.extras import __version__, package_file
 from ckptkit.report import printable
 
-__all__ = ["element", "page", "plain"]
+__all__ = ["charts_script", "element", "page", "plain"]
 
 _LARGEST = 1 << 53
 """The whole numbers below it are exact in JavaScript."""
@@ -49,7 +49,7 @@ def page(title: str, script: str, elements: Iterable[str], *, has_charts: bool =
     names = ("page.js", "table.js", "charts.js", script) if has_charts else ("page.js", "table.js", script)
     scripts = [_own(name) for name in names]
     if has_charts:
-        scripts.insert(0, _ascii(package_file("plotly", "package_data/plotly.min.js").decode()))
+        scripts.insert(0, charts_script())
     hashes = " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(s.encode()).digest()).decode()}'" for s in scripts)
     policy = (
         f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data: blob:; "
@@ -67,6 +67,15 @@ def page(title: str, script: str, elements: Iterable[str], *, has_charts: bool =
     yield from elements
     yield from (f"<script>{text}</script>" for text in scripts)
     yield "</body></html>"
+
+
+def charts_script() -> str:
+    """plotly.js; whoever computes long for a page with charts asks for it first.
+
+    Raises:
+        MissingDependencyError: plotly is not installed.
+    """
+    return _ascii(package_file("plotly", "package_data/plotly.min.js").decode())
 
 
 def element(name: str, value: Any) -> str:

@@ -23,8 +23,9 @@ class Browser:
         self.emulate(dark=dark)
         self.size(1400)
         if not as_it_is or self.driver.current_url != page.as_uri():
+            self.js("window.isOld = true")  # a driver may be back before the page that it opens
             self.driver.get(page.as_uri())
-            self.until("return document.readyState === 'complete' && typeof Page === 'object'")
+            self.until("return !window.isOld && document.readyState === 'complete' && typeof Page === 'object'")
 
     def size(self, width: int, height: int = 900) -> None:
         metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
