@@ -115,7 +115,16 @@ def later(name: str) -> Renderer:
 COLORS = {"error": "red", "warning": "yellow", "info": "cyan"}
 """Of the severities of findings."""
 
-_SYMBOLS = str.maketrans({"‥": "..", "…": "...", "\N{MULTIPLICATION SIGN}": "x"})
+_SYMBOLS = str.maketrans(
+    {
+        "‥": "..",
+        "…": "...",
+        "\N{MULTIPLICATION SIGN}": "x",
+        "█": "#",
+        **dict.fromkeys("▌▋▊▉", "+"),
+        **dict.fromkeys("▏▎▍", "-"),
+    }
+)
 """What stands for the symbols of our own on a terminal that does not have them."""
 
 _NARROWEST = 40

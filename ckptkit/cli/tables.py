@@ -33,12 +33,15 @@ _INDENT = "    "
 
 _BLOCKS = " ▏▎▍▌▋▊▉█"
 
-_CODE = re.compile(r"\x1b\[[0-9;]*m")
+_OWN = str.maketrans(dict.fromkeys(f"{_BLOCKS}‥…\N{MULTIPLICATION SIGN}", " "))
+"""Our own symbols, one column each."""
+
+_CODE = r"\x1b\[[0-9;]*m"
 """What colours text; from files come none, for their control characters are escaped."""
 
 _RESET = "\x1b[0m"
 
-_WORD = re.compile(r"( *)(\S*\[[\d, ]*\]\S*|[\d.,]+ (?:[kMGT]?B|\N{MULTIPLICATION SIGN})(?!\w)\S*|\S+)")
+_WORD = r"( *)(\S*\[[\d, ]*\]\S*|[\d.,]+ (?:[kMGT]?B|\N{MULTIPLICATION SIGN})(?!\w)\S*|\S+)"
 """Spaces, and what stands behind them: a shape, and a number with its unit, are one word."""
 
 
@@ -193,7 +196,7 @@ def _must_stand(cell: str) -> bool:
 
 def width_of(text: str) -> int:
     """Columns that a text takes on a terminal."""
-    if text.isascii():
+    if text.isascii() or text.translate(_OWN).isascii():
         return len(text)
     from wcwidth import wcswidth  # most files do without
 
@@ -203,7 +206,7 @@ def width_of(text: str) -> int:
 
 def seen(text: str) -> int:
     """The same of a text that may be coloured."""
-    return width_of(_CODE.sub("", text))
+    return width_of(re.sub(_CODE, "", text))
 
 
 def padded(cell: str, width: int, side: str = "l") -> str:
@@ -214,7 +217,7 @@ def padded(cell: str, width: int, side: str = "l") -> str:
 
 def _characters(text: str) -> list[str]:
     """What a reader sees as characters."""
-    if text.isascii():
+    if text.isascii() or text.translate(_OWN).isascii():
         return [*text]
     from wcwidth import iter_graphemes
 
@@ -305,7 +308,7 @@ def wrapped(text: str, width: int | None, indent: int | None = None) -> Iterator
         indent = len(text) - len(text.lstrip(" ")) + len(_INDENT)
     for line in _lines(text, width, " " * indent):
         started = colors
-        for code in _CODE.findall(line):
+        for code in re.findall(_CODE, line):
             colors = "" if code == _RESET else colors + code
         yield started + line + _RESET * bool(colors)
 
@@ -314,7 +317,7 @@ def _lines(text: str, width: int, indent: str) -> Iterator[str]:
     bare = text.lstrip(" ")
     line = text[: len(text) - len(bare)]
     used, is_empty = len(line), True
-    for spaces, word in _WORD.findall(bare):
+    for spaces, word in re.findall(_WORD, bare):
         for number, piece in enumerate(_pieces(word, max(width - len(indent), _LEAST_NOTE))):
             gap = "" if is_empty else spaces
             if not is_empty and (number or used + len(gap) + seen(piece) > width):
@@ -330,8 +333,8 @@ def _pieces(word: str, room: int) -> Iterator[str]:
         yield word
         return
     piece, used = "", 0
-    for part in re.split(f"({_CODE.pattern})", word):
-        for character in [part] if _CODE.fullmatch(part) else _characters(part):
+    for part in re.split(f"({_CODE})", word):
+        for character in [part] if re.fullmatch(_CODE, part) else _characters(part):
             wide = seen(character)
             if used and used + wide > room:
                 yield piece
