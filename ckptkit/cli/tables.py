@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -24,6 +25,9 @@ _LONGEST_NAME, _LEAST_NOTE, _LONG_NAME, _LEAST_NAME = 36, 12, 30, 16
 
 _LONG_NOTE = 28
 """Columns that notes keep as long as there are columns that are spared first."""
+
+_EARLIER = 8
+"""Characters before the first difference at which what is shown of a name may begin."""
 
 _GAP = 2
 """Spaces between columns."""
@@ -263,33 +267,42 @@ def _names(cells: Sequence[str], width: int) -> list[str]:
     """Names in so many columns: those that differ do so still, as far as there is room for it."""
     cut = {cell: _middle(cell, width) for cell in cells}
     if any(cell != short for cell, short in cut.items()):
-        _tell_apart(cut, [*cut], width, 0)
+        _tell_apart(cut, [*cut], width, 0, Counter(cut.values()))
     return [cut[cell] for cell in cells]
 
 
-def _tell_apart(cut: dict[str, str], names: Sequence[str], width: int, known: int) -> None:
-    """Cut those that look alike where they begin to differ.
+def _tell_apart(cut: dict[str, str], names: Sequence[str], width: int, known: int, shown: Counter[str]) -> None:
+    """Cut those that look alike where they begin to differ, or a little before, where others would look like that.
 
     Args:
         cut: each name, as it is shown.
         names: to look at.
         width: columns of each.
         known: characters they are known to have in common.
+        shown: how many of all are shown as what.
     """
     alike: dict[str, list[str]] = {}
     for name in names:
         alike.setdefault(cut[name], []).append(name)
-    for group in alike.values():
+    for look, group in alike.items():
         characters = [_characters(name) for name in group]
         ends = zip(min(characters), max(characters), strict=False)
         at = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], ends)) if len(group) > 1 else 0
         if at <= known:
             continue
+        shown[look] -= len(group)
         for name, each in zip(group, characters, strict=True):
-            rest = "".join(each[at:])
-            head = _cut(each[:at], max(width - min(width_of(rest), width * 2 // 3), 1), 0)
-            cut[name] = head + _middle(rest, width - width_of(head))
-        _tell_apart(cut, group, width, at)
+            looks = (_windowed(each, start, width) for start in range(at, max(at - _EARLIER, 0), -1))
+            cut[name] = next((each for each in looks if not shown[each]), _windowed(each, at, width))
+        shown.update(cut[name] for name in group)
+        _tell_apart(cut, group, width, at, shown)
+
+
+def _windowed(characters: Sequence[str], at: int, width: int) -> str:
+    """A name in so many columns, of which most show what is there from a place on."""
+    rest = "".join(characters[at:])
+    head = _cut(characters[:at], max(width - min(width_of(rest), width * 2 // 3), 1), 0)
+    return head + _middle(rest, width - width_of(head))
 
 
 def wrapped(text: str, width: int | None, indent: int | None = None) -> Iterator[str]:
