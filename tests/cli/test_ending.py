@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -14,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -353,3 +355,37 @@ def test_no_input_and_no_checkpoint_is_overwritten_by_the_output(folder: Path, r
     ):
         assert run(*arguments, cwd=folder).returncode == 2
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+# A terminal.
+
+
+class Terminal(io.StringIO):
+    encoding = "utf-8"
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+@pytest.mark.parametrize(
+    ("name", "code"), [(name, code) for name, cases in CASES.items() for code in cases if name != "manifest"]
+)
+def test_lines_fit_the_terminal(
+    folder: Path, name: str, code: int, encoding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of every command, but for commands to copy, which are whole."""
+    arguments = [word for word in CASES[name][code] if word not in ("--json", "--format", "markdown")]
+    terminal = Terminal()
+    monkeypatch.setattr(Terminal, "encoding", encoding)
+    monkeypatch.setattr(ending._ending, "file", terminal)
+    monkeypatch.setenv("COLUMNS", "64")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.chdir(folder)
+    with pytest.raises(SystemExit) as ended:
+        main([name, *arguments])
+    lines = [click.unstyle(line) for line in terminal.getvalue().splitlines()]
+    assert ended.value.code == code and lines
+    assert "\x1b[" in terminal.getvalue() or name == "convert"
+    long = [line for line in lines if len(line) > 64]
+    assert [line for line in long if "ckptkit " not in line and "model.load_state_dict(" not in line] == []
