@@ -115,8 +115,20 @@ def later(name: str) -> Renderer:
 COLORS = {"error": "red", "warning": "yellow", "info": "cyan"}
 """Of the severities of findings."""
 
-_SYMBOLS = str.maketrans({"‥": "..", "…": "...", "\N{MULTIPLICATION SIGN}": "x"})
+_SYMBOLS = str.maketrans(
+    {
+        "‥": "..",
+        "…": "...",
+        "\N{MULTIPLICATION SIGN}": "x",
+        "█": "#",
+        **dict.fromkeys("▌▋▊▉", "+"),
+        **dict.fromkeys("▏▎▍", "-"),
+    }
+)
 """What stands for the symbols of our own on a terminal that does not have them."""
+
+_REPLACED = 6
+"""Columns of a line that are kept for what stands for those symbols: it takes more than they do."""
 
 _NARROWEST = 40
 """Columns of a terminal below which nothing is cut: whoever says so is no terminal."""
@@ -353,6 +365,8 @@ def terminal_width() -> int | None:
     import shutil
 
     width = shutil.get_terminal_size().columns
+    if encodable("…") != "…":
+        width -= _REPLACED
     return width if width >= _NARROWEST else None
 
 
