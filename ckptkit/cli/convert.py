@@ -11,6 +11,7 @@ from ckptkit import api
 from ckptkit.arguments import device_problem
 from ckptkit.cli import ending
 from ckptkit.cli import options as ui
+from ckptkit.cli.closing import converted
 from ckptkit.cli.ending import progress_line
 from ckptkit.cli.tables import columns
 from ckptkit.options import ConvertOptions
@@ -250,6 +251,7 @@ def command(
     if output == "text" and not quiet:
         for line in ui.finding_lines(found, view.style):
             ending.say(line)
+        ending.summary(converted(document))
     return code
 
 

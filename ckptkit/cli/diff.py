@@ -298,5 +298,9 @@ def command(
     with ui.json_errors(as_json), progress_line(progress, quiet=quiet or as_json) as update:
         difference = api.diff(a, b, progress=update, **options)
     code = ending.verdict(0 if difference.ok else 1)
+    if output == "text":
+        a_nbytes, b_nbytes = human_size(difference.a["nbytes"]), human_size(difference.b["nbytes"])
+        tensors = count_of(difference.tensors, "tensor")
+        ending.summary(f"{tensors} of {a_nbytes} in A and {b_nbytes} in B compared in {ending.elapsed()}")
     ui.show(difference.to_dict(), output, RENDERERS, ui.View(ui.styler(color), ui.terminal_width(), top=top))
     return code

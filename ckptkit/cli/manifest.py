@@ -10,6 +10,7 @@ import click
 from ckptkit import api
 from ckptkit.cli import ending
 from ckptkit.cli import options as ui
+from ckptkit.cli.closing import read
 from ckptkit.cli.usage import Choice
 from ckptkit.errors import FileAccessError
 from ckptkit.formats.folder import passed_over_text
@@ -168,6 +169,8 @@ def command(
             storage_options=storage_options,
             jobs=jobs,
         )
+    if output == "text":
+        ending.summary(read(len(manifest.files), sum(record.size for record in manifest.files)))
     code = ending.verdict(0, f"{printable(destination)} was written" if destination is not None else "")
     ui.show(document_of(manifest), output, RENDERERS, ui.View(ui.styler(color), quiet=quiet, written=destination))
     return code

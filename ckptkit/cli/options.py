@@ -162,7 +162,10 @@ def common_options(
                 ending.into_file(output_file, _texts([*args, *options.values()])),
                 ending.watched(quiet=options["quiet"] or "progress" in options),
             ):
-                return function(*args, output=output, **options)
+                code = function(*args, output=output, **options)
+            if not options["quiet"]:
+                ending.sum_up()
+            return code
 
         made = cast(F, command)
         for option in (

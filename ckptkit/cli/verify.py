@@ -11,7 +11,7 @@ from ckptkit import api
 from ckptkit.bytesource import pace
 from ckptkit.cli import ending
 from ckptkit.cli import options as ui
-from ckptkit.cli.closing import combined_lines
+from ckptkit.cli.closing import combined_lines, verified
 from ckptkit.cli.explain import complete_reference
 from ckptkit.cli.tables import padded
 from ckptkit.options import VerifyOptions
@@ -119,5 +119,7 @@ def command(path: str, output: str, quiet: bool, color: str, **given: Any) -> in
         report = api.verify(path, **ui.keywords_of(VerifyOptions, given))
     written = any(finding.code == "golden-written" for finding in report.findings)
     code = ending.verdict(0 if report.ok else 1, f"{printable(given['write_golden'])} was written" if written else "")
+    if output == "text":
+        ending.summary(verified(report.to_dict()))
     ui.show(report.to_dict(), output, RENDERERS, ui.View(ui.styler(color), quiet=quiet))
     return code
