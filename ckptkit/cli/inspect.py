@@ -14,7 +14,7 @@ from ckptkit.bytesource import pace
 from ckptkit.cli import ending, inspect_text, tensor_tables
 from ckptkit.cli import options as ui
 from ckptkit.cli.closing import read
-from ckptkit.cli.tables import width_of
+from ckptkit.cli.tables import width_of, wrapped
 from ckptkit.cli.usage import Choice
 from ckptkit.errors import CkptkitError, FileAccessError
 from ckptkit.inspection import describe_error, json_chunks, plain_document, survey
@@ -52,7 +52,12 @@ RENDERERS: dict[str, ui.Renderer] = {
 @click.option("--flat", is_flag=True, help="One line a tensor, fields separated by tabs, for grep and cut.")
 @click.option("--brief", is_flag=True, help="One line a file.")
 @click.option(
-    "--top", "largest", type=click.IntRange(1), metavar="N", help="The N largest tensors in place of the tree."
+    "--top",
+    "largest",
+    type=click.IntRange(0),
+    default=0,
+    metavar="N",
+    help="The N largest tensors in place of the tree.",
 )
 @click.option("--filter", "filters", multiple=True, metavar="GLOB", help="Only tensors whose name matches; repeatable.")
 @click.option("--sort", type=Choice(["name", "size", "file"]), default="file", show_default=True, help="Order.")
@@ -77,7 +82,7 @@ def command(
     depth: int | None,
     flat: bool,
     brief: bool,
-    largest: int | None,
+    largest: int,
     filters: tuple[str, ...],
     sort: str,
     section: str | None,
@@ -116,14 +121,14 @@ def command(
     passed_over: Counter[str] = Counter()
     files = [each for path in given for each in _expanded(path, tag or tp_rules, passed_over)]
     named = set(given)
-    if flat and brief:
-        raise click.UsageError("--flat and --brief: give one of them")
-    paths_width = max((width_of(printable(path)) for path, _ in files), default=0) if brief else 0
-    view = ui.View(ui.styler(color), ui.terminal_width(), quiet, depth, sort, largest=largest or 0, paths=paths_width)
-    one_line = "flat" if flat else "brief" if brief else None
+    one_line = _one_line(flat, brief)
+    widest = max((width_of(printable(path)) for path, _ in files), default=0)
+    view = ui.View(ui.styler(color), ui.terminal_width(), quiet, depth, sort, largest=largest, paths=widest)
     shown = one_line if one_line and output != "json" else output
     is_shared = len(files) > 1 and _are_shared(len(files), jobs)
-    as_typed = _Asked("", None, opening, filters, stats, shown, view.style is click.style, view._replace(style=_plain))
+    as_typed = _Asked(
+        "", None, opening, filters, stats, shown, view.style is click.style, view._replace(style=_plain, seconds={})
+    )
     seen: list[_Seen] = []
 
     def documents() -> Iterator[Survey | UnreadFile]:
@@ -146,24 +151,34 @@ def command(
         _echo_documents(documents(), passed_over)
         return _exit_code(seen, fail_on)
     render = _as_shown if is_shared else _RENDERERS[shown]
-    if one_line:
-        for document in documents():
+    _echo_text(documents(), passed_over, render, view, output if one_line is None else one_line)
+    return _exit_code(seen, fail_on)
+
+
+def _one_line(flat: bool, brief: bool) -> str | None:
+    """The renderer of a line a tensor or a file, where one is asked for."""
+    if flat and brief:
+        raise click.UsageError("--flat and --brief: give one of them")
+    return "flat" if flat else "brief" if brief else None
+
+
+def _echo_text(
+    documents: Iterator[Any], passed_over: Mapping[str, int], render: ui.Renderer, view: ui.View, output: str
+) -> None:
+    """Print the files' lines as they come; those that programs read are all that stdout gets."""
+    if output not in RENDERERS:
+        for document in documents:
             if document["error"] is None:
                 for line in render(document, view):
                     ui.echo(line)
-        if passed_over and not quiet:
+        if passed_over and not view.quiet:
             from ckptkit.formats.folder import passed_over_text
 
-            ending.say(passed_over_text(passed_over))
-        return _exit_code(seen, fail_on)
-    told = lines(documents(), passed_over, render, view)
-    if output == "html":
-        from ckptkit.cli import html
-
-        told = html.inspected((render(document, view) for document in documents()), passed_over)
-    for line in told:
+            for line in wrapped(passed_over_text(passed_over), view.width):
+                ending.say(line)
+        return
+    for line in (_page if output == "html" else lines)(documents, passed_over, render, view):
         ui.echo(line)
-    return _exit_code(seen, fail_on)
 
 
 def _paths_of(context: click.Context) -> click.Parameter:
@@ -290,7 +305,14 @@ def lines(
         from ckptkit.formats.folder import passed_over_text
 
         yield ""
-        yield passed_over_text(passed_over)
+        yield from wrapped(passed_over_text(passed_over), view.width)
+
+
+def _page(files: Iterable[Any], passed_over: Mapping[str, int], render: ui.Renderer, view: ui.View) -> Iterator[str]:
+    """The same as a page."""
+    from ckptkit.cli import html
+
+    return html.inspected((render(document, view) for document in files), passed_over)
 
 
 def _expanded(path: str, asked: str | None, passed_over: Counter[str]) -> Iterator[tuple[str, CkptkitError | None]]:

@@ -181,7 +181,7 @@ class Run:
         taken = () if self._earlier is None else self._earlier.results(kept)
         if self._is_nothing and not self._may_skip and not told:
             where = "" if self._released is None else self._released.folder
-            told = [nothing_selected(where, "no file to check was found")]
+            told = [nothing_selected(where, "found no file to check")]
         told.sort(key=lambda result: result.path)
         yield from merge(told, (result for _, result in opened), taken, key=lambda result: result.path)
 

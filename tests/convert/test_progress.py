@@ -191,7 +191,7 @@ def test_what_a_command_says_last(run, save, tmp_path: Path, monkeypatch: pytest
         ("convert runs/1.pth a.safetensors", "402 kB to 400 kB in T; 2 tensors compared byte for byte"),
         (
             "convert runs/1.pth b.pth --dtype float16",
-            "402 kB to 202 kB in T; 2 tensors compared byte for byte after the cast",
+            "402 kB to 201 kB in T; 2 tensors compared byte for byte after the cast",
         ),
         ("convert runs/1.pth c.safetensors --no-check", "402 kB to 400 kB in T; 2 tensors not compared"),
         ("convert runs out --to safetensors", "1.2 MB to 1.2 MB in T; 4 tensors in 2 files compared byte for byte"),
