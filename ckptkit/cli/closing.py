@@ -7,7 +7,7 @@ everything else: how much was read or written, what was proven, how long it took
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from ckptkit.cli.ending import elapsed
 from ckptkit.cli.tables import wrapped
@@ -56,8 +56,10 @@ def read(files: int, nbytes: int, unread: int = 0) -> str:
 
 def converted(document: ConvertDocument | ConvertFolderDocument) -> str:
     """The sizes before and after, how long it took, and what was proven; nothing where nothing was written."""
+    files: Sequence[ConvertDocument]
     if "files" in document:
-        files = [each for each in document["files"] if each["error"] is None and each["written"]]
+        every = cast("ConvertFolderDocument", document)["files"]
+        files = [each for each in every if each["error"] is None and each["written"]]
     else:
         files = [document] if document["written"] and "part" not in document else []
     if not files:
