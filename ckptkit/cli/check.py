@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ckptkit import api
-from ckptkit.cli import ending
+from ckptkit.cli import closing, ending
 from ckptkit.cli import options as ui
 from ckptkit.cli.closing import combined_lines, read
 from ckptkit.cli.outputs import add_summary, findings_of, github, gitlab, junit, sarif
@@ -315,7 +315,7 @@ def _echo_text(run: Run, view: ui.View) -> int:
     code = ending.verdict(end["exit_code"])
     if gone is not None:
         raise gone
-    ending.summary(f"{read(tally.files, nbytes)}: {end['verdict']}")
+    closing.summary(f"{read(tally.files, nbytes)}: {end['verdict']}")
     for line in _last_lines(end["passed_over"], end["verdict"], code, view):
         ui.echo(line)
     return code

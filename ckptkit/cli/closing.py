@@ -6,10 +6,11 @@ everything else: how much was read or written, what was proven, how long it took
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, cast
 
-from ckptkit.cli.ending import elapsed
+from ckptkit.cli import ending
 from ckptkit.cli.tables import wrapped
 from ckptkit.report import CONVERT, count_of, human_size, listed, printable, share_of
 
@@ -18,7 +19,27 @@ if TYPE_CHECKING:
     from ckptkit.documents import ConvertDocument, VerifyDocument
     from ckptkit.report import CombinedFix, FindingDocument
 
-__all__ = ["combined_lines", "combined_title", "converted", "read", "verified"]
+__all__ = [
+    "begin", "combined_lines", "combined_title", "converted", "elapsed", "read", "sum_up", "summary", "verified",
+]  # fmt: skip
+
+_TENTHS_SECONDS = 9.95
+"""Before that it is told in tenths how long something took."""
+
+
+class _Closing:
+    """What is told at the end.
+
+    Attributes:
+        summary: what the command went through, in a line.
+        began: when it began (`time.monotonic`).
+    """
+
+    summary: str = ""
+    began: float = 0.0
+
+
+_closing = _Closing()
 
 
 def combined_title(fix: CombinedFix | None, findings: Sequence[FindingDocument]) -> str | None:
@@ -46,6 +67,32 @@ def combined_lines(
         yield f"{indent}{title}"
         yield f"{indent}    {printable(fix['command'])}"
         yield from wrapped(f"{indent}    {printable(fix['keeps'])}", width)
+
+
+def begin() -> None:
+    """A command begins."""
+    _closing.summary, _closing.began = "", time.monotonic()
+
+
+def summary(text: str) -> None:
+    """What the command went through; it is told when all else has been (`sum_up`)."""
+    _closing.summary = text
+
+
+def sum_up() -> None:
+    """Tell the summary on stderr, if there is one."""
+    if _closing.summary:
+        ending.say(f"ckptkit: {_closing.summary}")
+
+
+def elapsed() -> str:
+    """How long the command has been at work: ``"0.4 s"``, ``"2 min 5 s"``."""
+    seconds = time.monotonic() - _closing.began
+    if seconds < _TENTHS_SECONDS:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(int(seconds + 0.5), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def read(files: int, nbytes: int, unread: int = 0) -> str:

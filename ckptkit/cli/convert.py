@@ -11,7 +11,7 @@ import click
 
 from ckptkit import api
 from ckptkit.arguments import device_problem
-from ckptkit.cli import ending
+from ckptkit.cli import closing, ending
 from ckptkit.cli import options as ui
 from ckptkit.cli.closing import converted
 from ckptkit.cli.ending import progress_line
@@ -259,7 +259,7 @@ def command(
     if output == "text" and not quiet:
         for line in ui.finding_lines(found, view.style, view.width):
             ending.say(line)
-        ending.summary(converted(document))
+        closing.summary(converted(document))
     return code
 
 

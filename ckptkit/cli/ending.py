@@ -30,7 +30,6 @@ __all__ = [
     "OutputLostError",
     "SignalledError",
     "begin",
-    "elapsed",
     "exit_code",
     "into_file",
     "keep_stdout",
@@ -38,8 +37,6 @@ __all__ = [
     "say",
     "signals_heard",
     "stdout",
-    "sum_up",
-    "summary",
     "take_descriptors",
     "ticking",
     "verdict",
@@ -49,9 +46,6 @@ __all__ = [
 
 _CLEANING_SECONDS = 3.0
 """After a signal others are not heard for so long: what is unfinished is being removed."""
-
-_TENTHS_SECONDS = 9.95
-"""Before that it is told in tenths how long something took."""
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
@@ -83,8 +77,6 @@ class _Ending:
     Attributes:
         verdict: the exit code; ``None``: a command is at work and does not know it yet.
         done: what a command did that stays done, such as a file that was written.
-        summary: what it went through, in a line.
-        began: when the command began (`time.monotonic`).
         owns_process: whether this is the program, and not a function of another.
         stdout: the stream of the program's own output, where it has one.
         file: what takes its place while a file is made of the output.
@@ -92,8 +84,6 @@ class _Ending:
 
     verdict: int | None = 0
     done: str = ""
-    summary: str = ""
-    began: float = 0.0
     owns_process: bool = False
     stdout: TextIO | None = None
     file: TextIO | None = None
@@ -104,7 +94,7 @@ _ending = _Ending()
 
 def begin(*, known: int | None) -> None:
     """Before a command 0 is known (``--help`` and ``--version`` have no other verdict); once it works, nothing is."""
-    _ending.verdict, _ending.done, _ending.summary, _ending.began = known, "", "", time.monotonic()
+    _ending.verdict, _ending.done = known, ""
 
 
 def verdict(code: int, done: str = "") -> int:
@@ -239,27 +229,6 @@ def write(data: str | bytes = "") -> None:
             click.echo(data, file=stdout(), nl=False, color=True)
         except (OSError, ValueError) as error:  # ValueError: somebody closed it
             raise OutputLostError(getattr(error, "errno", errno.EBADF)) from error
-
-
-def summary(text: str) -> None:
-    """What the command went through; it is told when all else has been (`sum_up`)."""
-    _ending.summary = text
-
-
-def sum_up() -> None:
-    """Tell the summary, if there is one."""
-    if _ending.summary:
-        say(f"ckptkit: {_ending.summary}")
-
-
-def elapsed() -> str:
-    """How long the command has been at work: ``"0.4 s"``, ``"2 min 5 s"``."""
-    seconds = time.monotonic() - _ending.began
-    if seconds < _TENTHS_SECONDS:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(int(seconds + 0.5), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def say(text: str, *, nl: bool = True) -> None:

@@ -11,7 +11,7 @@ import click
 
 from ckptkit import api, places
 from ckptkit.bytesource import pace
-from ckptkit.cli import ending, inspect_text, tensor_tables
+from ckptkit.cli import closing, ending, inspect_text, tensor_tables
 from ckptkit.cli import options as ui
 from ckptkit.cli.closing import read
 from ckptkit.cli.tables import width_of, wrapped
@@ -144,7 +144,7 @@ def command(
             if len(seen) == len(files):
                 ending.verdict(_exit_code(seen, fail_on))
                 if output == "text" and not flat and len(seen) > 1:
-                    ending.summary(read(len(seen), sum(each.nbytes for each in seen), len(_unread(seen))))
+                    closing.summary(read(len(seen), sum(each.nbytes for each in seen), len(_unread(seen))))
             yield document
 
     if output == "json":

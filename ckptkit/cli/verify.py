@@ -9,7 +9,7 @@ import click
 
 from ckptkit import api
 from ckptkit.bytesource import pace
-from ckptkit.cli import ending
+from ckptkit.cli import closing, ending
 from ckptkit.cli import options as ui
 from ckptkit.cli.closing import combined_lines, verified
 from ckptkit.cli.tables import padded, wrapped
@@ -129,6 +129,6 @@ def command(path: str, output: str, quiet: bool, color: str, **given: Any) -> in
     written = any(finding.code == "golden-written" for finding in report.findings)
     code = ending.verdict(0 if report.ok else 1, f"{printable(given['write_golden'])} was written" if written else "")
     if output == "text":
-        ending.summary(verified(report.to_dict()))
+        closing.summary(verified(report.to_dict()))
     ui.show(report.to_dict(), output, RENDERERS, ui.View(ui.styler(color), ui.terminal_width(), quiet))
     return code
