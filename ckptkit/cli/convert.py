@@ -11,8 +11,9 @@ import click
 
 from ckptkit import api
 from ckptkit.arguments import device_problem
-from ckptkit.cli import ending
+from ckptkit.cli import closing, ending
 from ckptkit.cli import options as ui
+from ckptkit.cli.closing import converted
 from ckptkit.cli.ending import progress_line
 from ckptkit.cli.tables import columns, wrapped
 from ckptkit.options import ConvertOptions
@@ -258,6 +259,7 @@ def command(
     if output == "text" and not quiet:
         for line in ui.finding_lines(found, view.style, view.width):
             ending.say(line)
+        closing.summary(converted(document))
     return code
 
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 import click
 
 from ckptkit.arguments import Option, Options, device_problem, tolerance
-from ckptkit.cli import ending
+from ckptkit.cli import closing, ending
 from ckptkit.cli.tables import wrapped
 from ckptkit.cli.usage import Choice
 from ckptkit.errors import CkptkitError
@@ -168,13 +168,17 @@ def common_options(
         @functools.wraps(function)
         def command(*args: Any, as_json: bool, output: Any, output_file: str | None = None, **options: Any) -> Any:
             ending.begin(known=None)
+            closing.begin()
             if as_json:
                 output = (*output, "json") if isinstance(output, tuple) else "json"
             with (
                 ending.into_file(output_file, _texts([*args, *options.values()])),
                 ending.watched(quiet=options["quiet"] or "progress" in options),
             ):
-                return function(*args, output=output, **options)
+                code = function(*args, output=output, **options)
+            if not options["quiet"]:
+                closing.sum_up()
+            return code
 
         made = cast(F, command)
         for option in (
