@@ -275,7 +275,7 @@ def _like(like: Any, args: Mapping[str, Any]) -> Like:
 
         return like_reference(path or like, args)
     if args:
-        raise RewriteError(f"--like {path}: is a checkpoint, and takes no --model-arg")
+        raise RewriteError(f"--like {path}: is a checkpoint, so --model-arg does not apply")
     return like_checkpoint(path)
 
 
@@ -324,7 +324,7 @@ def diff(a: Readable, b: Readable, **options: Unpack[DiffKeywords]) -> Differenc
         )
         for file in (ours, theirs):
             if file._file.changed():
-                raise CorruptError("the file was changed while it was read", path=file.path)
+                raise CorruptError("the file was changed while it was being read", path=file.path)
         return difference
 
 

@@ -129,7 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     debug = "--debug" in arguments
     try:
         ending.begin(known=0)
-        with ending.signals_heard(), ending.arrivals_line(arguments):
+        with ending.signals_heard():
             code = _called([*arguments])
             ending.write()
     except click.ClickException as error:

@@ -14,7 +14,7 @@ from ckptkit.arguments import device_problem
 from ckptkit.cli import ending
 from ckptkit.cli import options as ui
 from ckptkit.cli.ending import progress_line
-from ckptkit.cli.tables import columns
+from ckptkit.cli.tables import columns, wrapped
 from ckptkit.options import ConvertOptions
 from ckptkit.report import count_of, human_size, printable, share_of
 
@@ -35,14 +35,14 @@ def text(document: ConvertDocument | ConvertFolderDocument, view: ui.View) -> It
         yield from _folder_text(cast("ConvertFolderDocument", document), view)
         return
     if not document["written"] or not view.quiet:
-        yield _line(document)
+        yield from wrapped(_line(document), view.width)
     if document["written"]:
         return
-    yield from columns(step_rows(document), ["moved as", "steps", "bytes"], "lrr")
+    yield from columns(step_rows(document), ["moved as", "steps", "bytes"], "lrr", view.width)
     for kind, items in changes(document):
-        yield from (f"{kind}: {item}" for item in items[:_SHOWN])
-        if len(items) > _SHOWN:
-            yield f"{kind}: and {len(items) - _SHOWN:,} more (--json lists all)"
+        more = [f"and {len(items) - _SHOWN:,} more (--json lists all)"] if len(items) > _SHOWN else []
+        for item in (*items[:_SHOWN], *more):
+            yield from wrapped(f"{kind}: {item}", view.width)
     yield _DRY
 
 
@@ -66,8 +66,9 @@ def _line(document: ConvertDocument) -> str:
 def _folder_text(document: ConvertFolderDocument, view: ui.View) -> Iterator[str]:
     if document["written"] and view.quiet:
         return
-    yield from (_line(file) for file in document["files"] if file["error"] is None)
-    yield from summary(document)
+    lines = (_line(file) for file in document["files"] if file["error"] is None)
+    for line in (*lines, *summary(document)):
+        yield from wrapped(line, view.width)
     if not document["written"]:
         yield _DRY
 
@@ -252,10 +253,10 @@ def command(
         part = f"part {document['part']['part']} of " if "part" in document else ""
         written = f"{part}{printable(document['destination'])} was written" if document["written"] else ""
         code, found = ending.verdict(0, written), document["findings"]
-    view = ui.View(ui.styler(color), quiet=quiet)
+    view = ui.View(ui.styler(color), ui.terminal_width(), quiet)
     ui.show(document, output, RENDERERS, view)
     if output == "text" and not quiet:
-        for line in ui.finding_lines(found, view.style):
+        for line in ui.finding_lines(found, view.style, view.width):
             ending.say(line)
     return code
 

@@ -102,7 +102,7 @@ class Job:
         given = options.max_shard_size
         size: Any = parse_size(given) if isinstance(given, str) else given
         if size is not None and (not isinstance(size, int) or size < 1):
-            raise RewriteError(f"{size!r} is not a valid size of a file; give one such as 5GB")
+            raise RewriteError(f"{size!r} is not a valid file size; give one such as 5GB")
         tokens = Tokens()
         if options.receipt:
             hashed = options.check and not options.dry_run
@@ -147,9 +147,9 @@ class Job:
             DestinationExistsError: something is there that it may not replace.
         """
         if not options.force and self.plan.in_folder is None and os.path.lexists(self.asked):
-            raise DestinationExistsError(f"{self.asked}: exists already; --force overwrites it", path=self.asked)
+            raise DestinationExistsError(f"{self.asked}: already exists; --force overwrites it", path=self.asked)
         if formats.is_part(self.source, self.path):
-            told = "is a file of the checkpoint that is read, and that needs all of its files; name another"
+            told = "is one of the files being read, and all of them are needed; name another"
             raise DestinationExistsError(f"{self.path}: {told}", path=self.path)
         if self.plan.in_folder is None:
             folder = os.path.dirname(self.path)
@@ -161,7 +161,7 @@ class Job:
             yield Finding(
                 code="not-sharded",
                 severity="info",
-                message=f"all of it fits into one file: {self.path}, and no index is written",
+                message=f"everything fits into one file: {self.path}, so no index is written",
             )
 
     @property

@@ -306,7 +306,7 @@ def _require_options(options: ConvertOptions, destination: str) -> None:
         RewriteError: an option's value makes no sense.
     """
     if options.finish:
-        raise RewriteError("--finish makes one checkpoint of parts; each file of a folder is whole by itself")
+        raise RewriteError("--finish combines parts into one checkpoint; the files of a folder are converted whole")
     renamers_of(options)
     require_fitting(options, formats.target(destination, options.to)[1])
     if options.dtype is not None:
@@ -337,7 +337,7 @@ def _surveyed(source: str, destination: str, files_from: str | None) -> FolderSu
     if files_from is not None:
         for path in paths_from(files_from):
             if os.path.relpath(path, source).split(os.sep)[0] == os.pardir:
-                raise RewriteError(f"--files-from {files_from}: {path} does not lie below {source}", path=path)
+                raise RewriteError(f"--files-from {files_from}: {path} is not below {source}", path=path)
             surveyor.named(path)
         survey = surveyor.result()
         if not survey.checkpoints:

@@ -72,8 +72,8 @@ def require_file_name(destination: str | os.PathLike[str]) -> None:
     places.require_local(os.fsdecode(destination))
     if os.fsdecode(destination) == "-":
         raise FileAccessError(
-            "-: nothing is written to standard output: an output is compared with its source before it gets its name; "
-            "name a file (one that is called so is ./-)",
+            "-: ckptkit cannot write to standard output, because the output is compared with its source before it gets "
+            "its name; name a file (./- is a file called -)",
             path="-",
         )
 
@@ -122,7 +122,7 @@ def name_in(folder: str, path: str, options: ConvertOptions) -> str:
     if not places.is_url(path) and not os.path.lexists(path):  # in an archive, or nowhere
         name = "" if path == "-" or path.startswith("<") else re.split("[/!]", path)[-1]
     if not name:
-        raise RewriteError(f"{folder}: is a folder, and the source has no name to give to a file in it; name a file")
+        raise RewriteError(f"{folder}: is a folder, and the source has no file name to use in it; name a file")
     if options.to is None and _names_a_file(name):
         return name
     return without_endings(name) + ending_of(folder, options)
@@ -165,11 +165,11 @@ def require_fitting(options: ConvertOptions, container: Format) -> None:
     """
     if container.is_folder and options.max_shard_size is not None:
         raise RewriteError(
-            f"--max-shard-size makes shards and an index; a {container.name} folder has a file for each rank: --ranks "
-            "N makes N of them"
+            f"--max-shard-size makes shards and an index; a {container.name} folder has one file per rank; use --ranks "
+            "N"
         )
     if options.ranks is not None and not container.is_folder:
-        raise RewriteError("--ranks is for --to dcp alone: a folder with a file for each of N ranks")
+        raise RewriteError("--ranks is only for --to dcp, which writes a folder with one file for each of N ranks")
 
 
 def is_folder(path: str, options: ConvertOptions) -> bool:
@@ -196,7 +196,7 @@ def ending_of(folder: str, options: ConvertOptions) -> str:
     """
     if options.to is None:
         raise RewriteError(
-            f"{folder}: a folder's name does not say what to write into it; give --to safetensors or --to torch-zip"
+            f"{folder}: a folder's name does not determine the output format; give --to safetensors or --to torch-zip"
         )
     _, container, _ = formats.target(folder, options.to)
     if container.is_folder:
@@ -244,12 +244,10 @@ def require_names(
     for folder in dict.fromkeys((destination, *(os.path.dirname(item.destination) for item in items))):
         above = _existing(folder)
         if not os.path.isdir(above):
-            raise FileAccessError(
-                f"{above}: is a file, and outputs are to be put into a folder of that name", path=above
-            )
+            raise FileAccessError(f"{above}: is a file, but the outputs need a folder with that name", path=above)
         is_ours = os.access(above, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids)
         if not options.dry_run and not is_ours:
-            raise FileAccessError(f"{above}: nothing can be written into this folder", path=above)
+            raise FileAccessError(f"{above}: this folder is not writable", path=above)
     is_sharded = options.max_shard_size is not None
     if options.to is not None:
         is_sharded = is_sharded or formats.target(destination, options.to)[2] is not None
@@ -269,11 +267,14 @@ def require_names(
     if taken and not options.force:
         if len(taken) == 1:
             raise exists(taken[0])
-        told = f"{count_of(len(taken), 'output')} exist already; --force overwrites them; nothing was written:"
+        told = (
+            f"{count_of(len(taken), 'output', 'already exists', 'already exist')}; --force overwrites "
+            f"{'it' if len(taken) == 1 else 'them'}; nothing was written:"
+        )
         raise DestinationExistsError("\n  ".join([told, *taken]), path=destination)
     replaced = list(_replaced(items, own)) if taken else ()
     if replaced:
-        told = f"{count_of(len(replaced), 'output')} cannot have the name; nothing was written:"
+        told = f"{count_of(len(replaced), 'output')} cannot have this name; nothing was written:"
         raise RewriteError("\n  ".join([told, *replaced]), path=destination)
     require_confirmed(taken, options)
 
