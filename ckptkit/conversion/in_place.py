@@ -58,7 +58,7 @@ def convert_in_place(source: object, options: ConvertOptions, convert: Convert) 
         above = common_folder(paths)
         return converted_all(items, options.but(confirm=None), convert, started, above, above)
     if not isinstance(source, (str, os.PathLike)):
-        raise RewriteError(f"--in-place replaces a file, and {type(source).__name__} is no path of one")
+        raise RewriteError(f"--in-place replaces a file: expected its path, found {type(source).__name__}")
     path = os.fsdecode(source)
     return convert(path, path, options)
 

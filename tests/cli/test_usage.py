@@ -61,7 +61,7 @@ def typed(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytes
         ("manifest modle.pth", "did you mean model.pth?"),
         ("check --manifest modle.json", "did you mean model.pth?"),
         ("report modle.pth", "did you mean model.pth?"),
-        ("inspect nets.zip!modle.pth", "it holds 'model.pth'; did you mean 'model.pth'?"),
+        ("inspect nets.zip!modle.pth", "'model.pth'; did you mean 'model.pth'?"),
         ("inspect nest.zip!model.pth", "did you mean 'nets.zip!model.pth'?"),
         ("inspect two.pth --section modle", "did you mean 'model'?"),
         ("convert run o.pth --tag checkpoint-1O", "did you mean 'checkpoint-10'"),

@@ -177,7 +177,7 @@ def test_several_into_a_folder(convert, ddp: Path, tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path / "out")) == ["b.safetensors", "ddp.safetensors"]
     assert convert("ddp.pth", "b.pth", "same/").code == 0  # in the containers that they have
     assert sorted(os.listdir(tmp_path / "same")) == ["b.pth", "ddp.pth"]
-    assert "2 outputs exist already" in convert("ddp.pth", "b.pth", "same").err
+    assert "2 outputs already exist" in convert("ddp.pth", "b.pth", "same").err
     assert "unexpected extra argument (c.pth)" in convert("ddp.pth", "b.pth", "c.pth").err
     (tmp_path / "x").mkdir()
     torch.save(DDP, tmp_path / "x/b.pth")
@@ -200,7 +200,7 @@ def test_python(ddp: Path) -> None:
         ckptkit.convert(ddp, ddp, in_place=True)
     with pytest.raises(ckptkit.RewriteError, match="--backup keeps the old file of --in-place"):
         ckptkit.convert(ddp, ddp, backup=True)
-    with pytest.raises(ckptkit.RewriteError, match="--in-place replaces a file, and bytes is no path of one"):
+    with pytest.raises(ckptkit.RewriteError, match="--in-place replaces a file: expected its path, found bytes"):
         ckptkit.convert(ddp.read_bytes(), in_place=True)
 
 
