@@ -48,7 +48,7 @@ def nearest(given: str, known: Iterable[str], n: int = 3, *, called: Mapping[str
     begun = [word for word in words if len(wanted) > 1 and word.startswith(wanted)]
     near = begun if 0 < len(begun) <= n else get_close_matches(wanted, words, n, cutoff=_ALIKE)
     share = {word: SequenceMatcher(None, word, wanted).ratio() for word in near}
-    near.sort(key=share.__getitem__, reverse=True)
+    near = sorted((word for word in words if word in share), key=share.__getitem__, reverse=True)
     return [name for word in near if share[word] > share[near[0]] - _SPREAD for name in words[word]][:n]
 
 

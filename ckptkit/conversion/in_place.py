@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ckptkit import formats, places
 from ckptkit.bytesource import Source, SourceFile
-from ckptkit.conversion.folder import common_folder, converted_all
+from ckptkit.conversion.folder import shared_folder, converted_all
 from ckptkit.conversion.outputs import Item, require_confirmed
 from ckptkit.errors import FileAccessError, RewriteError
 from ckptkit.report import Report
@@ -55,7 +55,7 @@ def convert_in_place(source: object, options: ConvertOptions, convert: Convert) 
         paths = [os.fsdecode(path) for path in source]
         items = [Item(path, path, (path,)) for path in dict.fromkeys(paths)]
         require_confirmed([] if options.backup else paths, options)
-        above = common_folder(paths)
+        above = shared_folder(paths)
         return converted_all(items, options.but(confirm=None), convert, started, above, above)
     if not isinstance(source, (str, os.PathLike)):
         raise RewriteError(f"--in-place replaces a file: expected its path, found {type(source).__name__}")

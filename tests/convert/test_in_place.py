@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pty
 import select
 import signal
 import stat
@@ -235,6 +234,7 @@ def test_who_asks_before_files_are_replaced(ddp: Path, tmp_path: Path) -> None:
 
 def on_a_terminal(folder: Path, answer: bytes | int, *words: str) -> tuple[int, str]:
     """The command on a terminal of its own; ``answer`` is typed, or sent as a signal, when it asks."""
+    pty = pytest.importorskip("pty", reason="Windows has no such terminals")
     pid, fd = pty.fork()
     if pid == 0:  # pragma: no cover
         os.chdir(folder)
