@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     Convert = Callable[[str, str, ConvertOptions], Report[ConvertDocument]]
     """Converts one file."""
 
-__all__ = ["shared_folder", "convert_files", "convert_folder", "converted_all", "outcome"]
+__all__ = ["convert_files", "convert_folder", "converted_all", "outcome", "shared_folder"]
 
 
 def convert_folder(source: str, destination: str, options: ConvertOptions, convert: Convert) -> Report[Any]:

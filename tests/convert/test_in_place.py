@@ -122,6 +122,8 @@ def test_a_dry_run_changes_nothing(convert, ddp: Path, tmp_path: Path) -> None:
         ("ddp.pth.gz", [], "is compressed"),
         ("old.pth", [], "is torch-legacy, which is read and not written; --to torch-zip makes that of it"),
         ("ddp.pth", ["--to", "safetensors"], "--in-place keeps the name"),
+        ("ddp.pth", ["--to", "dcp"], "--to dcp writes several files; --in-place replaces one"),
+        ("ddp.pth", ["--to", "torch-sharded"], "--to torch-sharded writes several files"),
         ("none.pth", [], "no such file"),
         ("model.safetensors.index.json", [], "a checkpoint that lies in several"),
         ("ddp.pth", ["--max-shard-size", "5MB"], "--max-shard-size: --in-place replaces single files"),
