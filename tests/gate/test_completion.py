@@ -125,6 +125,8 @@ def test_what_the_files_on_the_line_hold(run, files: Path, shell: str) -> None:
 
     assert offered("inspect", "several.pth", "--section", "model") == ["model", "model_ema"]
     assert offered("convert", "several.pth", "o.pth", "--leave-out", "ep") == ["epoch"]
+    assert offered("convert", "several.pth", "o.pth", "--as", "model") == ["model", "model_ema"]
+    assert offered("convert", "run/checkpoint-10/model.pth", "--strip-prefix", "c") == ["conv."]
     assert offered("convert", "run/checkpoint-10/model.pth", "--include", "conv.") == ["conv.weight", "conv.bias"]
     assert offered("convert", "run", "o.pth", "--tag", "check") == ["checkpoint-10", "checkpoint-20"]
     assert offered("inspect", "odd.pth", "--filter", "o") == ["old"]  # a line is a name
