@@ -228,8 +228,8 @@ def command(
     Shards can be written by several processes, on one machine or on many: --jobs N, or --part I/N in each of N and
     then --finish, all with the same SRC, DST and options. Until then no reader sees any of it.
 
-    On a terminal a question comes first where files would be replaced and no copy of them kept: with --force, and with
-    --in-place that has no --backup; --yes leaves it out.
+    On a terminal, convert asks before it replaces a file without keeping a copy (--force, or --in-place without
+    --backup); --yes skips the question.
 
     Exit code 0: all is converted; 2: something could not be.
     """
