@@ -149,7 +149,7 @@ def _compared(
         yield Finding(
             code="load-differs",
             severity="error",
-            message=f"{count_of(len(different), 'tensor')} in the model {'differs' if len(different) == 1 else 'differ'} from the checkpoint: "
+            message=f"{count_of(len(different), 'tensor', 'differs', 'differ')} between the model and the checkpoint: "
             f"{listed(different)}; names that are tied in the reference have different values in the file, or its "
             "loading code changes them",
         )

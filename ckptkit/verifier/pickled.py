@@ -122,8 +122,8 @@ def unsafe_findings(checkpoint: Checkpoint, module: nn.Module) -> Iterator[Findi
         yield Finding(
             code="pickled-differs",
             severity="error",
-            message=f"{count_of(len(apart), 'tensor')} of the loaded module {'differs' if len(apart) == 1 else 'differ'} from the file: {listed(apart)}; "
-            f"its code changes them while it loads",
+            message=f"{count_of(len(apart), 'tensor', 'differs', 'differ')} between the loaded module and the file: "
+            f"{listed(apart)}; its code changes them while it loads",
         )
 
 
