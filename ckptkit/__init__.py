@@ -208,7 +208,7 @@ _DOCUMENTS = ("CheckEnd", "CheckHead", "CheckLine", "InspectedFile", "UnreadFile
 
 
 def __getattr__(name: str) -> Any:
-    """What writing alone needs is imported when it is asked for: inspecting starts faster without."""
+    """Import what only writing needs when it is asked for, so that inspecting starts faster."""
     if name not in __all__:
         raise AttributeError(f"module 'ckptkit' has no attribute {name!r}")
     if name == "Difference":

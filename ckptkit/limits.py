@@ -1,7 +1,7 @@
 """Upper bounds on what a file may ask of the machine, each with its reason.
 
-Every size read from a file is held against one of these before it is used to allocate, loop or
-seek.  The bounds are far above what honest checkpoints need and far below what hurts.
+Every size read from a file is compared with one of these before it is used to allocate, loop or seek.  The bounds are
+far above what honest checkpoints need and far below what hurts.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What ``verify`` and ``diff`` can be asked for."""
+"""The options of ``verify`` and ``diff``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["DiffOptions", "VerifyOptions"]
 
 
 class VerifyOptions(Options):
-    """What `ckptkit.verify` can be asked for, in the order of ``ckptkit verify --help``."""
+    """The options of `ckptkit.verify`, in the order of ``ckptkit verify --help``."""
 
     command = "verify"
 
@@ -123,7 +123,7 @@ class VerifyOptions(Options):
 
 
 class DiffOptions(Options):
-    """What `ckptkit.diff` can be asked for, in the order of ``ckptkit diff --help``."""
+    """The options of `ckptkit.diff`, in the order of ``ckptkit diff --help``."""
 
     command = "diff"
 
