@@ -6,7 +6,7 @@ import contextlib
 import os
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ckptkit.arguments import documented, several
 from ckptkit.bytesource import Readable
@@ -186,36 +186,58 @@ def load(
 
 @in_session
 @documented(ConvertOptions)
-def convert(source: Readable, destination: PathLike, **options: Unpack[ConvertKeywords]) -> Report[ConvertDocument]:
-    """Rewrite a checkpoint into another file, or every checkpoint below a folder into another folder.
+def convert(
+    source: Readable | Sequence[PathLike], destination: PathLike | None = None, **options: Unpack[ConvertKeywords]
+) -> Report[ConvertDocument]:
+    """Rewrite a checkpoint into another file or in place, or every checkpoint below a folder into another folder.
 
     A ``.pth`` keeps everything in the source; anything that a safetensors file or shards cannot store is an error
     unless you leave it out explicitly.
 
     Args:
-        source: any readable checkpoint (see `open`), or a folder.
+        source: any readable checkpoint (see `open`), or a folder; or a list of paths, each to be converted into the
+            destination, a folder.  With ``in_place``: a path or a list of paths.
         destination: the output; its extension determines the container.  In a folder that exists or whose path ends in
-            a slash, the output is named after the source, with the extension of ``to``.  With ``to="dcp"`` it is the
-            folder to write, which must be new or empty.  If the source is a folder, each checkpoint goes to the same
-            place below the destination, which is created if needed.
+            a slash, the output is named after the source, with the extension of ``to``, if given.  With ``to="dcp"`` it
+            is the folder to write, which must be new or empty.  If the source is a folder, each checkpoint goes to the
+            same place below the destination, which is created if needed.  ``None``: with ``in_place``.
         **options: those of `ckptkit.options.ConvertOptions`.
 
     Returns:
-        A report whose ``details`` contain the plan and the changes.  For a folder they contain those of each file,
-        under ``files`` (`ckptkit.ConvertFolderDocument`), and a file that cannot be converted is a finding of severity
-        ``"error"``; the others are converted.
+        A report whose ``details`` contain the plan and the changes.  For a folder or a list they contain those of each
+        file, under ``files`` (`ckptkit.ConvertFolderDocument`), and a file that cannot be converted is a finding of
+        severity ``"error"``; the others are converted.  In place they contain the path of the ``backup``.
 
     Raises:
         As `open` and `CheckpointFile.save`; SectionError if weights are needed and none are selected; PartError;
         RewriteError if the weights are not those of ``like``, or several files of a folder would get the same name;
         VerifyError if ``like`` does not name a model.
     """
-    from ckptkit.conversion import convert_file, outputs, run  # reading alone starts faster without the writing half
+    from ckptkit.conversion import (
+        convert_file,
+        outputs,
+        replace_file,
+        run,
+    )  # reading alone starts faster without the writing half
 
     asked = ConvertOptions(**options)
-    outputs.require_file_name(destination)
+    if destination is not None:
+        outputs.require_file_name(destination)
     if asked.like is not None:
         asked = asked.but(like=_like(asked.like, asked.model_args))
+    if asked.in_place:
+        if destination is not None:
+            raise RewriteError(f"{os.fsdecode(destination)}: with --in-place there is no destination")
+        from ckptkit.conversion.in_place import convert_in_place
+
+        return convert_in_place(source, asked, replace_file)
+    if destination is None:
+        raise TypeError("convert() missing 1 required positional argument: 'destination'")
+    if isinstance(source, (list, tuple)):
+        from ckptkit.conversion.folder import convert_files
+
+        return convert_files([os.fsdecode(path) for path in source], os.fsdecode(destination), asked, convert_file)
+    source = cast("Readable", source)
     if outputs.is_folder_of_files(source, destination, asked):
         from ckptkit.conversion.folder import convert_folder
 

@@ -281,7 +281,7 @@ def over_workers(
 
     if given is None or given == formats.STDIN:
         raise RewriteError("workers open the source by its path, and this source has none: omit --jobs")
-    plain = options.but(progress=None, jobs=None, executor=None, storage_options=None)
+    plain = options.but(progress=None, confirm=None, jobs=None, executor=None, storage_options=None)
     require_portable(plain)
     places(job.plan, job.path, force=options.force)
     folder, name = os.path.split(job.path)
@@ -347,10 +347,10 @@ def require_portable(options: ConvertOptions) -> None:
 
 # Options as text.
 
-_UNSAID = frozenset({"executor", "progress", "storage_options"})
+_UNSAID = frozenset({"confirm", "executor", "progress", "storage_options"})
 """Options that are not typed, and those that may be secrets."""
 
-_OWN = frozenset({*_UNSAID, "part", "finish", "jobs", "files_from", "dry_run", "force"})
+_OWN = frozenset({*_UNSAID, "part", "finish", "jobs", "files_from", "dry_run", "force", "in_place", "backup"})
 """Those that do not change what is written, too."""
 
 

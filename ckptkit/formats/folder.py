@@ -24,7 +24,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from ckptkit import places
-from ckptkit.bytesource import Source
+from ckptkit.bytesource import Source, pace
 from ckptkit.errors import CkptkitError, FileAccessError, FormatError, MissingFileError
 from ckptkit.formats.containers import FORMATS, INDEX_SUFFIXES, PACKED, SHARED_SUFFIXES, SUFFIXES, holds_files
 from ckptkit.formats.format import Format, Probe
@@ -307,6 +307,7 @@ class Surveyor:
 
     def _file(self, path: str) -> bool:
         name = places.split(path)[1]
+        pace.look()
         try:
             file = places.opened(path)
         except FileAccessError as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ckptkit.arguments import Option, Options, count, dtype, flag, pairs, path, several, text, texts
@@ -186,6 +186,22 @@ class ConvertOptions(Options):
     )
     dry_run = flag("Show the plan; write nothing.", "make the plan, write nothing")
     force = flag("Overwrite DST if it exists.", "whether an existing destination may be replaced")
+    in_place = flag(
+        "Replace each PATH by what is made of it: the old file or the whole new one.",
+        "whether to replace the source, in its own container; there is no destination then, and ``source`` may be a "
+        "list of paths, which are converted each by itself",
+    )
+    backup = flag(
+        "With --in-place: keep the old file as PATH.bak.",
+        "with ``in_place``: whether to keep the old file beside it, as ``FILE.bak`` or ``FILE.bak.1`` and so on",
+    )
+    confirm: Option[Callable[[Sequence[str]], bool] | None] = Option(
+        "text",
+        None,
+        "",
+        "called with the paths of files that would be replaced and not kept, before anything is written; where it is "
+        "false, nothing is",
+    )
     part: Option[Share | None] = Option(
         "text",
         None,
@@ -254,12 +270,22 @@ class ConvertOptions(Options):
         if self.finish and (self.part is not None or self.dry_run):
             other = "--dry-run" if self.part is None else f"--part {self.part}"
             raise RewriteError(f"--finish combines the parts; omit {other}")
+        self._check_in_place()
         if self.executor is not None and self.jobs is not None:
             raise RewriteError("jobs and executor both choose the workers; give only one of them")
         if self.executor is not None and not callable(getattr(self.executor, "submit", None)):
             raise RewriteError(f"executor is {type(self.executor).__name__}; expected a concurrent.futures.Executor")
         if self.like is not None:
             vars(self)["weights_only"] = True
+
+    def _check_in_place(self) -> None:
+        if self.backup and not self.in_place:
+            raise RewriteError("--backup keeps the old file of --in-place, which is not given")
+        useless = ("tag", "tp_rules", "max_shard_size", "ranks", "part", "finish", "files_from")
+        given = [self.declared[name].typed for name in useless if getattr(self, name) not in (None, False)]
+        if self.in_place and given:
+            told = "--in-place replaces single files; leave it out, and name a destination"
+            raise RewriteError(f"{', '.join(given)}: {told}")
 
 
 class LoadOptions(Options):

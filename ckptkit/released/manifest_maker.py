@@ -170,13 +170,17 @@ def _size(task: _Task) -> int:
     return size_of(task.path)
 
 
+def _is_far(task: _Task) -> bool:
+    return places.is_url(task.path)
+
+
 def _made(tasks: list[_Task], workers: Workers) -> list[FileRecord | CkptkitError | None]:
     """What is made of each file; workers of an executor, which may be in other folders, are told whole paths."""
     if workers.executor is not None:
         tasks = [
             replace(task, path=places.absolute(task.path), reading=_absolute_rules(task.reading)) for task in tasks
         ]
-    return list(side_by_side(tasks, _recorded, workers=workers, nbytes=_size, lost=_lost))
+    return list(side_by_side(tasks, _recorded, workers=workers, nbytes=_size, lost=_lost, is_far=_is_far))
 
 
 def _absolute_rules(reading: Mapping[str, bool | str | None]) -> Mapping[str, bool | str | None]:
@@ -366,7 +370,7 @@ def make_at(
         raise FileAccessError("there is no manifest to update; name it with -o")
     if destination is not None:
         places.require_local(destination)
-    _require_none([error for path in paths if (error := _problem(path)) is not None])
+    _require_none([*filter(None, map(_problem, paths))])
     there = destination is not None and os.path.lexists(destination)
     if destination is not None and there and not (update or force):
         raise DestinationExistsError(

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ckptkit.architectures import identify
-from ckptkit.bytesource import Source
+from ckptkit.bytesource import Source, pace
 from ckptkit.checkpoint import Checkpoint
 from ckptkit.conversion.options import unselected_weights
 from ckptkit.errors import SectionError, VerifyError
@@ -89,6 +89,7 @@ def verify(
     if options.write_golden is not None:
         require_writable(options.write_golden, force=options.force)
     cuda = [where.index or 0 for where in devices if where.type == "cuda"]
+    pace.enter("building the model")
     with foreign(), torch.random.fork_rng(devices=cuda):
         torch.manual_seed(options.seed)
         started = time.perf_counter()
@@ -134,9 +135,11 @@ def _run(
     """Run every check: each one's line in the document, and what they find."""
     lines: list[VerifyCheckDocument] = []
     findings: list[VerifyFinding] = []
-    for check in CHECKS:
+    for number, check in enumerate(CHECKS, 1):
         name = check.__name__.removeprefix("check_")
         found: list[VerifyFinding] = []
+        nbytes = sum(entry.nbytes for entry in checkpoint.state_dict.values()) if check is check_load else 0
+        pace.enter(f"check {number} of {len(CHECKS)}: {name}", nbytes)
         with context.step(name):
             for finding in check(checkpoint, model, context):
                 found.append(VerifyFinding.of(finding, name))

@@ -320,7 +320,7 @@ def test_other_names_of_a_checkpoint_are_counted(convert, save: Save, tmp_path: 
         ("runs/old.bin", "-", [], "ckptkit cannot write to standard output"),
         ("bare", "out", ["--to", "safetensors"], "without checkpoint files; passed over: 1 file (1 text"),
         ("none", "out/", ["--to", "safetensors"], "none: no such file"),
-        ("runs/old.bin", "out/", [], "a folder's name does not determine the output format"),
+        ("runs/best.pth.tar", "out/", [], "a folder's name does not determine the output format"),
         (
             "runs", "y/x.pth", [],
             "4 checkpoints are in this folder: best.pth.tar, old.bin, deep, hub; give one of them, or",
