@@ -216,8 +216,7 @@ GRAVITY: Mapping[Verdict, int] = {"torch": 0, "allowed": 0, "unknown": 1, "dange
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GlobalUse:
-    """A Python name in a pickle, never resolved; or a part of a file, not named by a pickle, that matters for trust
-    too.
+    """A Python name in a pickle, never resolved; or another part of a file that matters for trust.
 
     Attributes:
         name: ``"module.attribute"``; for a part, what it is: ``"compiled code"``.

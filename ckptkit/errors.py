@@ -96,7 +96,7 @@ class FormatError(CkptkitError, ValueError):
 
     Attributes:
         message: what is wrong, without the place, which ``str`` adds before it.
-        path, where, offset, names: as of `CkptkitError`.
+        path, where, offset, names: as in `CkptkitError`.
         globals: the verdict (`ckptkit.checkpoint.GlobalUse`) on every name that the file's pickles gave before the
             error: refused files are still reported.
         called: whether the pickle that has the error calls one of them before it.

@@ -49,7 +49,7 @@ def package_file(package: str, path: str) -> bytes:
     """A file in an optional package, read without importing the package.
 
     Args:
-        package: as of `require`.
+        package: as in `require`.
         path: below the package's folder, with ``/``.
 
     Raises:

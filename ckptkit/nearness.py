@@ -85,7 +85,7 @@ def _plain(word: str) -> str:
 
 
 def meant_file(path: str) -> str:
-    """The end of a message about a local file that is not there: what lies in its folder and may be meant.
+    """The end of a message about a local file that is not there: what is in its folder and may be meant.
 
     That is a file or folder of a name that is alike, or of the same name with another ending; where it is a folder of
     the path that is not there, the same path through one that is.  Of ``FILE!MEMBER`` the file is looked for.

@@ -395,7 +395,7 @@ def tied_groups(entries: Mapping[str, TensorEntry]) -> list[list[str]]:
 
 
 def unordered(entries: Mapping[str, TensorEntry]) -> list[str]:
-    """The names of the tensors whose elements do not lie in C order; see `TensorEntry.is_contiguous`."""
+    """The names of the tensors whose elements are not in C order; see `TensorEntry.is_contiguous`."""
     geometries = {(entry.shape, entry.stride): entry for entry in entries.values()}
     moved = {geometry for geometry, entry in geometries.items() if not entry.is_contiguous}
     return [name for name, entry in entries.items() if (entry.shape, entry.stride) in moved] if moved else []

@@ -16,6 +16,7 @@ from ckptkit.cli.tables import padded, wrapped
 from ckptkit.options import VerifyOptions
 from ckptkit.report import printable
 
+if TYPE_CHECKING:
     from ckptkit.documents import VerifyDocument
     from ckptkit.report import Severity
 

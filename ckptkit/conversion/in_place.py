@@ -96,7 +96,7 @@ def _require_file(path: str) -> None:
     """Refuse what is no local file by its path alone.
 
     Raises:
-        RewriteError: it is none.
+        RewriteError: it is not one.
     """
     what = None
     if path == formats.STDIN:

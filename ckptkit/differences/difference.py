@@ -272,7 +272,7 @@ class Difference:
         ties: names that are one tensor in only one of the files.
         modules: the differences rolled up; see `ckptkit.differences.rolled_up`.
         findings: what is remarkable about it.
-        strict: whether what stands beside the tensors counts for `ok`.
+        strict: whether what is beside the tensors counts for `ok`.
     """
 
     a: DiffFile

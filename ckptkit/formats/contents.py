@@ -1,4 +1,4 @@
-"""What stands in bytes that no container's reader understands: pickles, archives, compiled code.
+"""What is in bytes that no container's reader understands: pickles, archives, compiled code.
 
 A record that nothing refers to, a resource of a package, a file of the user's in a program, a member of an archive, a
 file that is not a checkpoint: whoever is told to will load it, whatever its name.  So each is known by its first bytes
@@ -7,11 +7,11 @@ file that is not a checkpoint: whoever is told to will load it, whatever its nam
 - a pickle of any protocol, or several one behind the other, torch's row of pickles before 1.6, a numpy array of objects
   (``numpy/lib/_format_impl.py``: a header, then a pickle): the names in it are judged
 - a zip or tar archive: its records are looked at in the same way, one level deep, and where one of them is an archive
-  of torch's, those of that too
+  of torch, those of that too
 - code compiled for a machine
 - anything else is data
 
-What is compressed, encrypted or damaged, lies deeper, or is larger than `ckptkit.limits.Limits` has room for is not
+What is compressed, encrypted or damaged, is deeper, or is larger than `ckptkit.limits.Limits` has room for is not
 looked into, and that is said: nobody vouches for it.
 """
 
@@ -103,7 +103,7 @@ class ContentSearch:
     Args:
         limits: bounds on what the file may ask for: `Limits.members`, `Limits.looked_nbytes` and `Limits.pickle_nbytes`
             are for all that is looked at.
-        levels: archives that are opened inside one another; one of torch's is opened one level deeper.
+        levels: archives that are opened inside one another; one of torch is opened one level deeper.
 
     Attributes:
         pickles: where they were found: names of records, ``""`` for the file itself.
@@ -200,7 +200,7 @@ class ContentSearch:
             raise FormatError(str(error)) from error
 
     def _array(self, name: str, head: bytes, held: Record | ByteRange) -> None:
-        """An array file of numpy's: its pickle, where its values are objects."""
+        """An array file of numpy: its pickle, where its values are objects."""
         width = 2 if head[6:7] == b"\x01" else 4
         start = 8 + width + int.from_bytes(head[8 : 8 + width], "little")
         area = None
@@ -274,7 +274,7 @@ class ContentSearch:
         return found.count == most
 
     def _follow(self, row: PickleRow, rest: bytes, found: _Found, error: FormatError) -> None:
-        """Look at what stands where a pickle could not be read, and behind it."""
+        """Look at what is where a pickle could not be read, and behind it."""
         found.uses += error.globals
         found.is_one = found.is_one or error.called or any(map(runs, error.globals))
         if found.is_one:
@@ -397,7 +397,7 @@ def look_inside(path: str | Source, limits: Limits = DEFAULT_LIMITS) -> Inside:
 
     Args:
         path: the file, or its source, which is closed.
-        limits: bounds; what is past them stands in `Inside.beyond`.
+        limits: bounds; what is past them is in `Inside.beyond`.
 
     Raises:
         FileAccessError: it cannot be opened or read.

@@ -1,7 +1,7 @@
 """torch.package: objects, the Python code they need, and their storages in one archive.
 
-Layout, one of torch's archives (`ckptkit.formats.torch_archive`; ``torch/package/package_exporter.py``
-and ``package_importer.py``):
+Layout, one of torch archives (`ckptkit.formats.torch_archive`; ``torch/package/package_exporter.py`` and
+``package_importer.py``):
 
 - ``PACKAGE/RESOURCE``: what ``save_pickle`` (pickle protocol 3), ``save_text`` and ``save_binary`` wrote;
   a name tells nothing, so that a pickle is what begins like one

@@ -60,11 +60,11 @@ class LegacyTable(StorageTable):
     """The storages of a file before torch 1.6, whose places are known only after the pickle.
 
     Args:
-        file: what they lie in.
+        file: what they are in.
         limits: bounds on tensor geometry.
 
     Attributes:
-        sources: of each class that came with its source: the class, the file it stood in, the text.
+        sources: of each class that came with its source: the class, the file it was in, the text.
     """
 
     def __init__(self, file: Source, limits: Limits) -> None:
@@ -351,7 +351,7 @@ def _script_dtype(cls: object) -> str | None:
 
 
 def _sparse(args: tuple[object, ...]) -> object:
-    """The call as Python makes it; it does not say whether places stand twice, and neither does C++."""
+    """The call as Python makes it; it does not say whether places appear twice, and neither does C++."""
     layout = _LAYOUTS.get(args[0]) if args and isinstance(args[0], int) else None
     size = shape_of(args[1]) if len(args) > 1 else None
     parts = args[3:-1]

@@ -1,10 +1,10 @@
 """Released weights: what they must be, and checking that they are.
 
 A check goes one way: paths stand for files (`selection`), each file is opened and read once (`examine`, `reading`), and
-held against its record in the manifest (`manifest_file`, `manifest_rules`) and against its policy (`policy`,
+checked against its record in the manifest (`manifest_file`, `manifest_rules`) and against its policy (`policy`,
 `policy_rules`, as `config` has it), which `file_check` does, here or in other processes; what came of them all is a
 report (`results`).  `Run` is that way from its beginning to its end.  `manifest_maker` goes it too, as far as the
-record.  What came of each file can be kept (`lines`), taken over by another run, and put together (`merging`).
+record.  What came of each file can be kept (`lines`), taken over by another run, and combined (`merging`).
 
 A file whose bytes are the manifest's needs no more than its hash.  Of one whose are not, the tensors are digested, so
 that it can be told whether the same weights were written differently or the weights are others: a file of

@@ -57,7 +57,7 @@ class CheckEnd(TypedDict):
 
     Attributes:
         ok: whether no finding is an error.
-        exit_code: as of ``ckptkit check``.
+        exit_code: as in ``ckptkit check``.
         verdict: the outcome in a sentence.
         results: how many files the run has reported on.
         checked: how many of them every rule could be applied to.

@@ -72,7 +72,7 @@ _SIGN_IN = {
 """What to set where access is refused."""
 
 _HARMLESS = 4
-"""Characters of a text that is no secret: ``anon``."""
+"""Characters of a text that is not a secret: ``anon``."""
 
 _NO_BUCKET = "no such bucket"
 

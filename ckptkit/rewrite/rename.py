@@ -8,11 +8,11 @@ The module versions (``_metadata``) and the names an optimizer keeps its state b
 A rule is a regular expression and a replacement, as ``re.sub`` takes them: the expression is searched for
 anywhere in a name, and the replacement may hold ``\1`` and ``\g<name>``.
 
-In Python whole names can be given others by a dict or a function too; they are no expressions.
+In Python whole names can be given others by a dict or a function too; they are not expressions.
 
-As text a rule is ``REGEX=>REPLACEMENT``, split at the first ``=>``.  Nothing is stripped: spaces around
-the arrow belong to the rule.  An expression that must contain ``=>`` itself writes ``=\>``.
-A file of rules has one a line; empty lines and lines that begin with ``#`` are passed over.
+As text a rule is ``REGEX=>REPLACEMENT``, split at the first ``=>``.  Nothing is stripped: spaces around the arrow
+belong to the rule.  An expression that must contain ``=>`` itself writes ``=\>``. A file of rules has one a line; empty
+lines and lines that begin with ``#`` are skipped.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ __all__ = ["AddModule", "AddPrefix", "Rename", "StripModule", "StripPrefix", "pa
 class StripModule:
     """Take every wrapper off the names: ``module.``, ``_orig_mod.`` and others, nested in any order.
 
-    What a wrapper's prefix is says `ckptkit.normalize.modules`.  Names that carry none are left as they are, so it
-    is safe to apply twice.
+    What a wrapper's prefix is says `ckptkit.normalize.modules`.  Names that have none are left as they are, so it is
+    safe to apply twice.
 
     Raises (when applied):
         KeyCollisionError: two names would become one.
@@ -204,7 +204,7 @@ class Rename:
                 raise RewriteError(f"rule {_shown(pattern, replacement)}: bad {where}: {reason}") from None
 
     def __repr__(self) -> str:
-        """As it stands in receipts, which the header of each output carries: of a large dict its digest."""
+        """As it is in receipts, which the header of each output carries: of a large dict its digest."""
         rules = self.rules
         if isinstance(rules, Mapping) and len(rules) > _MAX_NAMES:
             from hashlib import sha256
@@ -296,7 +296,7 @@ def parse_rule(text: str) -> tuple[str, str]:
     """The regular expression and the replacement of a rule ``REGEX=>REPLACEMENT``.
 
     Raises:
-        RewriteError: there is no ``=>``, nothing before it, or what stands there is no rule.
+        RewriteError: there is no ``=>``, nothing before it, or what is there is no rule.
     """
     pattern, arrow, replacement = text.partition(_ARROW)
     if not arrow or not pattern:

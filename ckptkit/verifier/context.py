@@ -50,7 +50,7 @@ class VerifyFinding(Finding):
         return cls(code=finding.code, severity=finding.severity, message=finding.message, fix=finding.fix, check=check)
 
     def to_dict(self) -> VerifyFindingDocument:
-        """The finding as it stands in JSON documents."""
+        """The finding as it is in JSON documents."""
         return {**Finding.to_dict(self), "check": self.check}
 
 
@@ -242,7 +242,7 @@ def floating_dtype(name: str) -> torch.dtype:
     """The floating point type a model can be cast to.
 
     Raises:
-        VerifyError: it is none, or this torch lacks it.
+        VerifyError: it is not one, or this torch lacks it.
     """
     try:
         found = dtype_of(name)

@@ -189,7 +189,7 @@ def _value(text: str, wanted: Any) -> object:
     """The text as a value of a type.
 
     Raises:
-        _UnfitError: it is none.
+        _UnfitError: it is not one.
     """
     origin = typing.get_origin(wanted)
     if origin in (typing.Union, types.UnionType):
