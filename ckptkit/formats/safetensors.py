@@ -17,9 +17,9 @@ safetensors: a JSON header and plain tensors behind it.
 Layout (the safetensors project's README "Format" and ``safetensors/src/tensor.rs``):
 
 - 8 bytes: header size N, little-endian, at most 100,000,000
-- N bytes: UTF-8 JSON that begins with ``{`` and may end in spaces; each key is a tensor's name with
-  ``dtype``, ``shape`` and ``data_offsets`` [begin, end) in bytes after the header; the key ``__metadata__`` maps
-  strings to strings
+- N bytes: UTF-8 JSON that begins with ``{`` and may end in spaces; each key is a tensor's name with ``dtype``,
+  ``shape`` and ``data_offsets`` [begin, end) in bytes after the header; the key ``__metadata__`` maps strings to
+  strings
 - the data: contiguous, C order, little-endian; no holes, no overlaps, nothing behind
 
 A reader must accept data that is not aligned (older files); a finding says so.

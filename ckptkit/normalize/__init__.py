@@ -4,9 +4,10 @@
 Here that part is taken out, the marker `STATE_DICT` put in its place, and what is remarkable on the
 way noted:
 
-- a whole model gives the state_dict that `ckptkit.normalize.modules` walks - a bound method such as
-``model.state_dict`` contains the whole model, and is read as one - a list of (name, tensor) pairs is a state_dict, and
-written back as one - where several parts could be meant none is taken: the sections are listed, and whoever needs
+- a whole model gives the state_dict that `ckptkit.normalize.modules` walks
+- a bound method such as ``model.state_dict`` contains the whole model, and is read as one
+- a list of (name, tensor) pairs is a state_dict, and written back as one
+- where several parts could be meant none is taken: the sections are listed, and whoever needs
   weights is asked for ``--section``
 """
 

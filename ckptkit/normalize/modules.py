@@ -8,12 +8,12 @@ modules, which keep their weights packed and whose rules `_packed_values` knows.
 
 What a pickle holds of a module (`module_state`) is its ``__dict__``, in one of these places:
 
-- the state that BUILD applies, or a member of it where ``__getstate__`` gave a tuple - an argument of the function that
-makes it again: ``torch.fx`` (``reduce_graph_module(dict, code)``
-  and its relatives) and classes with a ``__reduce__`` of their own; StyleGAN's
-  (``torch_utils/persistence.py`` ``_reconstruct_persistent_obj(meta)``) have it in ``meta["state"]``
-- nowhere: ``torch.compile`` saves ``OptimizedModule(module, context)``, and quantized convolutions
-  a tuple of their settings and tensors (torch/ao/nn/quantized/modules/conv.py ``__getstate__``); objects of TorchScript
+- the state that BUILD applies, or a member of it where ``__getstate__`` gave a tuple
+- an argument of the function that makes it again: ``torch.fx`` (``reduce_graph_module(dict, code)`` and its relatives)
+  and classes with a ``__reduce__`` of their own; StyleGAN's (``torch_utils/persistence.py``
+  ``_reconstruct_persistent_obj(meta)``) have it in ``meta["state"]``
+- nowhere: ``torch.compile`` saves ``OptimizedModule(module, context)``, and quantized convolutions a tuple of their
+  settings and tensors (torch/ao/nn/quantized/modules/conv.py ``__getstate__``); objects of TorchScript
   (``__torch__.Net``) in a file without their code, as libtorch's ``pickle_save`` writes them, have attributes alone, of
   which a tensor that requires a gradient is a parameter and another a buffer. Their ``__dict__`` is combined here.
 

@@ -6,8 +6,8 @@
 - all that it holds are tensors (and ``_extra_state``), none of them an optimizer's, and no two get one name
 - some module in it is a dict of its own (its names have no dots): a dict of whole state_dicts, each with dotted
   names, is several models
-- it is under a customary key, or the names are those of parameters, three dicts down - no key of its own says that it
-contains several models, or an optimizer, and none in it that weights are there
+- it is under a customary key, or the names are those of parameters, three dicts down
+- no key of its own says that it contains several models, or an optimizer, and none in it that weights are there
 
 It is written as it was while every name stays; where names are changed or left out, or nothing is beside it any more
 (``--weights-only``), as one flat dict under the dotted names.

@@ -11,8 +11,8 @@ Decided by shape, never by a file's name:
   nested dicts of tensors are values too.  Inside a file's own dict, one in which nothing could be a
   parameter (losses, metrics, random states), or that has the names of a graph (of PyG), is none, unless a
   customary key says so.  Modules may be dicts inside dicts (`ckptkit.normalize.nested`).
-- an *optimizer* is a mapping or object with ``state`` and ``param_groups`` (fastai: ``hypers``),
-  whatever it is under; never the weights.  Neither are its moments (`ckptkit.normalize.shapes.MOMENTS`).
+- an *optimizer* is a mapping or object with ``state`` and ``param_groups`` (fastai: ``hypers``), whatever it is under;
+  never the weights.  Neither are its moments (`ckptkit.normalize.shapes.MOMENTS`).
 - what else contains tensors is a *tensor* or a *collection*; so is a data set of graphs, ``(data, slices)``
 
 Parts are looked for in dicts, lists, tuples, and the attributes, items and arguments of objects

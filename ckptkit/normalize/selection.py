@@ -2,9 +2,9 @@
 
 The state_dict is
 
-1. the one asked for by its path. 2. The only one that contains weights.  One object, or the same tensors under the same
-names, in
-   several places is one, and is where its keys are the most customary.
+1. the one asked for by its path.
+2. The only one that contains weights.  One object, or the same tensors under the same names, in several places is one,
+   and is where its keys are the most customary.
 3. The only one left when those are put aside that no model would be (nothing in them is a floating-point tensor
    with at least one dimension: losses, metrics, random states), and those that are the weights under `MASTERS` at a
    lower precision.

@@ -2,9 +2,9 @@
 
 What shows, compares, digests, checks or counts the tensors of a file goes through `every_tensor`.  It goes to:
 
-- the values of the state_dict, and what they are made of where they are not plain tensors - the other sections, each
-under its path - what belongs to no section, whose `FoundTensor.section` is ``None`` and whose name is its path from the
-top of the
+- the values of the state_dict, and what they are made of where they are not plain tensors
+- the other sections, each under its path
+- what belongs to no section, whose `FoundTensor.section` is ``None`` and whose name is its path from the top of the
   file: attributes of modules and of tensors, buffers that a module does not save, what hangs on a mapping's class,
   keys of dicts and members of sets
 

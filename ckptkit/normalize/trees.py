@@ -2,8 +2,8 @@
 
 `side_by_side` goes through two trees at once, by one of two rules:
 
-- `Identical`: node for node as the files say it, devices, strides and order included; what was one object must still
-  be one.  So an output is checked against what it was written from.
+- `Identical`: node for node as the files say it, devices, strides and order included; what was one object must still be
+  one.  So an output is checked against what it was written from.
 - `SameContent`: what two files mean (`ckptkit.normalize.content`).  Tensors are compared by their values, mappings key
   by key.  Whether two places hold one object or two equal ones does not matter.  The order of keys does, but for names
   of tensors, as in a state_dict.

@@ -2,11 +2,11 @@
 
 - ``getattr(a.B, "c")`` is the name ``a.B.c``, and is judged as one: Python pickles bound methods,
   nested classes and enumeration members so, and attackers ``getattr(torch.serialization, "os")``.
-- ``reduce_graph_module(body, imports)`` of ``torch.fx`` runs ``imports + body["_code"]`` as Python
-  text, function body included (``torch/fx/graph_module.py`` traces it).  That is how every FX GraphModule is pickled,
-  so the call needs trust but is not hostile by itself.  It is where the text contains what torch never generates there:
-  anything but imports in the first part, anything but one function (and ``wrap("name")``) in the second, or dangerous
-  names in either.
+- ``reduce_graph_module(body, imports)`` of ``torch.fx`` runs ``imports + body["_code"]`` as Python text, function body
+  included (``torch/fx/graph_module.py`` traces it).  That is how every FX GraphModule is pickled, so the call needs
+  trust but is not hostile by itself.  It is where the text contains what torch never generates there: anything but
+  imports in the first part, anything but one function (and ``wrap("name")``) in the second, or dangerous names in
+  either.
 
   ``reduce_package_graph_module`` of torch.package takes the text from the package's own sources.
 - ``functools.reduce(operator.or_, types)`` is ``int | None``; anything else that is reduced is hostile.

@@ -5,8 +5,8 @@ persistent id ``('storage', class, key, location, numel[, view_metadata])`` (``t
 ``torch/_tensor.py`` ``_reduce_ex_internal``, ``torch/serialization.py`` ``persistent_id``):
 
 - ``_rebuild_tensor(storage, offset, size, stride)``: before 0.4
-- ``_rebuild_tensor_v2(storage, offset, size, stride, requires_grad, hooks[, metadata])``: dtype is
-  the storage class's, ``metadata`` contains the ``conj`` and ``neg`` bits
+- ``_rebuild_tensor_v2(storage, offset, size, stride, requires_grad, hooks[, metadata])``: dtype is the storage class's,
+  ``metadata`` contains the ``conj`` and ``neg`` bits
 - ``_rebuild_tensor_v3(storage, ..., hooks, dtype[, metadata])``: untyped storage, whose ``numel``
   counts bytes (float8, uint16/32/64, complex32, bits)
 - ``_rebuild_parameter(data, requires_grad, hooks)``, and ``_rebuild_parameter_with_state``

@@ -4,8 +4,8 @@ Nothing is held in memory but a block of the values, what it is made of, and of 
 
 - Sparse (``to_dense()``): zeros, to which each value is added in its place, in the order in which they are stored and
   each sum rounded; so -0.0 becomes 0.0, and what appears twice is added up.
-- Nested (``to_padded_tensor(0)``): each tensor in the corner of a box that contains the largest, zeros behind it. -
-Quantized (``dequantize()``, ATen's ``AffineQuantizerBase.cpp`` and ``QuantizedOpKernels.cpp``; values are float32):
+- Nested (``to_padded_tensor(0)``): each tensor in the corner of a box that contains the largest, zeros behind it.
+- Quantized (``dequantize()``, ATen's ``AffineQuantizerBase.cpp`` and ``QuantizedOpKernels.cpp``; values are float32):
   ``(number - zero point) * scale``, where the difference is one of whole numbers of 32 bits and the scale a float32.
   Per channel the product is one of float64, rounded once; with zero points in float32 everything is float32.
 - Scaled by blocks (torchao's ``dequantize_affine`` and ``dequantize_affine_float8``, DeepSeek's ``weight_dequant``):
