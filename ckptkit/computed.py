@@ -1,4 +1,4 @@
-"""Bytes that are not in a file as they are wanted: compressed, of another dtype, made of others, or in memory.
+"""Bytes that are not in a file as they are wanted: compressed, of another dtype, computed from others, or in memory.
 
 The first three are made when they are asked for, and read like a `ckptkit.bytesource.ByteRange`.  A
 `DeflatedRange` is inflated once, into a temporary file without a name, one for all of a source.  A `ConvertedRange` is
@@ -127,7 +127,7 @@ class Held(Source):
 
 
 class _Computed:
-    """Bytes that are made of others at most once, and only when they are asked for."""
+    """Bytes that are computed from others at most once, and only when they are asked for."""
 
     __slots__ = ("_lock", "_plain", "file", "name", "nbytes")
 

@@ -31,7 +31,7 @@ are made for their effect, ties, and the container's own metadata.  It is ``sha2
 ``["ties",[[name,…],…]]``.  A tree's digest is that of `tree_digest`.  What is saved again is the same: the order and
 names of records, their alignment and times, keys and sharing of storages, strides, byte order, devices, the pickle's
 protocol and memo, and the order of names of tensors do not count.  `ckptkit.differences` finds no difference between
-two files of one whole digest, with ``strict``.  Programs, and files with parts that are not looked into, have none.
+two files of one whole digest, with ``strict``.  Programs, and files with parts that are not read, have none.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def _json(value: object) -> bytes:
 
 
 def whole_digest(checkpoint: Checkpoint, values: Values) -> str | None:
-    """The digest of everything in a file; ``None``: it contains what is not looked into."""
+    """The digest of everything in a file; ``None``: it contains what is not read."""
     if checkpoint.origin.is_program or checkpoint.unvouched:
         return None
     root, weights = _whole(checkpoint)

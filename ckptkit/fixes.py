@@ -3,12 +3,13 @@
 Each finding advises the conversion that it needs, by itself.  `combined_fix` puts them together; where two do not go
 together, these rules decide, and what is left out is told:
 
-- A command that writes weights alone goes before one that keeps everything: what it drops, the others advised to drop.
+- A command that writes weights alone takes precedence over one that keeps everything: what it drops, the others advised
+  to drop.
 - Weights are those that are selected; where none are, or another section is asked for, those of the most severe
   finding. A section that is advised beside them, such as averaged weights, has a command of its own.
 - The weights go into the ``.safetensors`` that was advised, unless one of the commands needs a ``.pth``.  There are no
   devices in a ``.safetensors``, so that nothing has to be moved to the CPU.
-- Of two values for one option that takes one, the graver finding's counts.
+- Of two values for one option that takes one, the more severe finding's counts.
 """
 
 from __future__ import annotations

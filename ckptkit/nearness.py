@@ -19,7 +19,7 @@ from ckptkit.errors import FileAccessError, MissingFileError
 __all__ = ["did_you_mean", "meant_file", "nearest", "with_meant_file"]
 
 _MOST, _LONGEST = 4096, 200
-"""Words that are compared, and characters of each: files may hold any number of any length."""
+"""Words that are compared, and characters of each: files may contain any number of any length."""
 
 _ALIKE, _SPREAD = 0.6, 0.12
 """How alike a word must be (of 1), and how much less than the most alike one."""

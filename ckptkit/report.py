@@ -118,7 +118,7 @@ _Finding = TypeVar("_Finding", bound=Finding)
 
 
 def at_least(severity: Severity, bound: Severity) -> bool:
-    """Whether ``severity`` is ``bound`` or graver."""
+    """Whether ``severity`` is ``bound`` or more severe."""
     return _ORDER[severity] >= _ORDER[bound]
 
 

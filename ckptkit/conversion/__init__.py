@@ -97,7 +97,7 @@ class Job:
                 read for it.
 
         Raises:
-            RewriteError: the container cannot hold the checkpoint.
+            RewriteError: the container cannot store the checkpoint.
         """
         given = options.max_shard_size
         size: Any = parse_size(given) if isinstance(given, str) else given

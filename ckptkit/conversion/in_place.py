@@ -93,7 +93,7 @@ def replacing(path: str, options: ConvertOptions) -> Iterator[Replacing]:
 
 
 def _require_file(path: str) -> None:
-    """Refuse what is no local file by its path alone.
+    """Refuse what is not a local file by its path alone.
 
     Raises:
         RewriteError: it is not one.

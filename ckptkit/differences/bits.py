@@ -1,4 +1,4 @@
-"""Whether tensors hold the same bits: read side by side, a piece at a time.
+"""Whether tensors have the same bits: read side by side, a piece at a time.
 
 Tensors whose values are in a row are compared as they lie, and nothing is computed; numpy is imported only for what has
 to be gathered.
@@ -61,7 +61,7 @@ def pieces(a: TensorEntry, b: TensorEntry, elements: int) -> Iterator[tuple[Tens
 
 
 def same_piece(a: TensorEntry, b: TensorEntry, checksums: Checksums, ahead: tuple[Ahead, Ahead] | None = None) -> bool:
-    """Whether two tensors of one dtype and as many elements hold the same bits, in C order.
+    """Whether two tensors of one dtype and as many elements have the same bits, in C order.
 
     Args:
         a: one.

@@ -260,7 +260,7 @@ def _count(mask: Any) -> int:
 
 
 def _values(data: memoryview | bytes, dtype: str) -> Any:
-    """The elements; of a bool whatever is no zero is true, as in C."""
+    """The elements; of a bool whatever is not zero is true, as in C."""
     import numpy
 
     if DTYPES[dtype].kind == "bool":

@@ -5,14 +5,14 @@ bits.  Where several have the same (zeros, counters of batches), those whose nam
 is left over in file order.  Then by shape: tensors of one dtype and shape, whose names end in the same segment, and of
 which both files have as many, are matched in file order; that is a guess unless there is but one.
 
-Whether tensors hold the same bits: read side by side, a piece at a time.
+Whether tensors have the same bits: read side by side, a piece at a time.
 
 Tensors whose values are in a row are compared as they lie, and nothing is computed; numpy is imported only for what has
 to be gathered.
 
 The figures of many pairs of tensors, in pieces and on every core; only then is numpy imported.
 
-The reading: which pairs of tensors hold the same bits, and by how much the others differ; on every core.
+The reading: which pairs of tensors have the same bits, and by how much the others differ; on every core.
 
 A pair is compared once however many names it has.  Bits come first, up to the first piece that differs; values are
 computed only of what was found to differ, which is when numpy is imported.  Of files that are far each piece is held in

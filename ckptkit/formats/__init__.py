@@ -198,7 +198,7 @@ def _read(probe: Probe) -> RawCheckpoint:
 def _part_instead(
     file: Source, seen: tuple[GlobalUse, ...], error: FormatError
 ) -> tuple[tuple[GlobalUse, ...], FormatError, FormatError]:
-    """What is told of archives end to end, one a tensor, compressed ones too: names, cause and error."""
+    """What is told of archives end to end, one per tensor, compressed ones too: names, cause and error."""
     from ckptkit.formats.shard_parts import part_error
 
     return (*seen, *error.globals), error, part_error(file)
@@ -453,7 +453,7 @@ def plan(
         The file, which is the index of ``destination`` where there are shards, or the folder, and its plan.
 
     Raises:
-        RewriteError: no container is meant, or it cannot hold the checkpoint.
+        RewriteError: no container is meant, or it cannot store the checkpoint.
     """
     path, container, most = target(destination, to, shard_nbytes)
     if most is None:

@@ -11,8 +11,8 @@ file that is not a checkpoint: whoever is told to will load it, whatever its nam
 - code compiled for a machine
 - anything else is data
 
-What is compressed, encrypted or damaged, is deeper, or is larger than `ckptkit.limits.Limits` has room for is not
-looked into, and that is said: nobody vouches for it.
+What is compressed, encrypted or damaged, is deeper, or is larger than `ckptkit.limits.Limits` has room for is not read,
+and that is said: nobody vouches for it.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ class ContentSearch:
         self._uses: list[GlobalUse] = []
 
     def uses(self) -> tuple[GlobalUse, ...]:
-        """The names in all of them, code, and what could not be looked into; see `GlobalUse.kind`."""
+        """The names in all of them, code, and what could not be read; see `GlobalUse.kind`."""
         return merge_uses(self._uses)
 
     def look(self, name: str, held: Record | ByteRange, *, is_program: bool = False) -> None:
@@ -147,7 +147,7 @@ class ContentSearch:
         self._uses.append(GlobalUse(name=what, verdict="unknown", count=1, where=(name,), reason=reason, kind="code"))
 
     def unread(self, name: str, why: str) -> None:
-        """Say that a record was not looked into."""
+        """Say that a record was not read."""
         what = "unread content"
         self.beyond.append((name, why))
         self._uses.append(GlobalUse(name=what, verdict="unknown", count=1, where=(name,), reason=why, kind="unread"))
@@ -379,7 +379,7 @@ def names_left(probe: Probe, known: Iterable[GlobalUse] = ()) -> tuple[GlobalUse
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inside:
-    """What pickles a file holds, as far as it was looked into.
+    """What pickles a file holds, as far as it was read.
 
     Attributes:
         pickles: where they are: names of members; ``""`` is the file itself.

@@ -89,7 +89,7 @@ class Around:
     Attributes:
         given: the file that was given: one that is compressed, or an archive.
         findings: what is to be told of the way.
-        uses: the names in the pickles beside it, and what could not be looked into.
+        uses: the names in the pickles beside it, and what could not be read.
         has_pickle: whether there may be any.
         where: the way, for messages.
     """

@@ -115,7 +115,7 @@ _COMPILED_NAME = re.compile(
 
 
 def opaque(head: bytes) -> str | None:
-    """What it is that may hold pickles and cannot be looked into; ``None``: it can, or is not a container."""
+    """What it is that may hold pickles and cannot be read; ``None``: it can, or is not a container."""
     found = _IS_OPAQUE.match(head)
     if found is not None:
         return OPAQUE[found[0]].partition(";")[0]

@@ -261,7 +261,7 @@ def _field(node: object, name: str, kind: type[_T]) -> _T:
     """A field of a JSON object, of the type it must have.
 
     Raises:
-        CorruptError: the node is no object, or has no such field, or it is of another type.
+        CorruptError: the node is not an object, or has no such field, or it is of another type.
     """
     value = node.get(name) if isinstance(node, dict) else None
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):

@@ -83,7 +83,7 @@ def describe_pickle(probe: Probe) -> tuple[str, tuple[GlobalUse, ...]]:
 
 
 def names_joblib(names: Iterable[GlobalUse]) -> bool:
-    """Whether a pickle with these names is one of joblib's, which puts arrays between the opcodes."""
+    """Whether a pickle with these names is one of joblib, which puts arrays between the opcodes."""
     return any(use.name.startswith(("joblib.numpy_pickle", "sklearn.externals.joblib.numpy_pickle")) for use in names)
 
 

@@ -89,7 +89,7 @@ _JSON_TYPES: dict[type, str] = {
 TensorLayout = tuple[DType, tuple[int, ...], int, int]
 """A tensor as its header describes it: element type, shape, first byte and the byte after the last.
 
-F4 and F6 fill no whole byte.  torch has the first as pairs, of which the last dimension counts one for two
+F4 and F6 are smaller than a byte.  torch has the first as pairs, of which the last dimension counts one for two
 (``safetensors/bindings/python/src/lib.rs`` does the same); where that is odd there is no such tensor in torch.
 """
 
@@ -126,7 +126,7 @@ def strings(node: object) -> dict[str, str]:
     """The file's own metadata.
 
     Raises:
-        CorruptError: it is something else than strings by name.
+        CorruptError: it is something other than strings by name.
     """
     if node is None:
         return {}

@@ -38,7 +38,7 @@ _OPTIONS = 2000
 
 
 def require_storable(checkpoint: Checkpoint, what: str, *, plain: bool) -> None:
-    """Raise unless a container of named tensors can hold the checkpoint.
+    """Raise unless a container of named tensors can store the checkpoint.
 
     Args:
         checkpoint: what is to be written.
@@ -168,7 +168,7 @@ def write(checkpoint: Checkpoint) -> Plan:
     """The plan of a safetensors file; see `ckptkit.formats.safetensors` for the layout.
 
     Raises:
-        DTypeError, RewriteError: the format cannot hold the checkpoint; the message lists why.
+        DTypeError, RewriteError: the format cannot store the checkpoint; the message lists why.
     """
     state_dict = checkpoint.state_dict
     require_storable(checkpoint, NAME, plain=True)

@@ -76,7 +76,7 @@ class Member:
         start: of its data in the file.
         nbytes: of its data, as declared; the file may be shorter.
         path: the name of a regular file, also where it is too long for the header: a pax header, or before it a member
-            of type ``L`` (GNU tar), has it.  ``None``: it is not a regular file, or one is said to be more than
+            of type ``L`` (GNU tar), has it.  ``None``: it is not a regular file, or one is declared to be more than
             renamed.
     """
 
@@ -159,7 +159,7 @@ def _long_name(member: Member, area: ByteRange, limits: Limits) -> str:
 def _pax(member: Member, area: ByteRange, limits: Limits) -> tuple[int | None, str, bool]:
     """The size and the name that a pax header gives the next member (``""``: none), and whether all is as stated.
 
-    That is what the member's own header states.  A name counts where nothing else is said to be otherwise.
+    That is what the member's own header states.  A name counts where nothing else is declared to be otherwise.
     """
     if member.nbytes > limits.record_nbytes:
         raise LimitError("bytes of a pax header", limit=limits.record_nbytes, actual=member.nbytes)

@@ -139,7 +139,7 @@ class TorchArchive:
     Args:
         records: of the zip archive.
         limits: bounds on what the file may ask for.
-        levels: archives inside it that are looked into.
+        levels: archives inside it that are searched.
 
     Attributes:
         records, limits: these.

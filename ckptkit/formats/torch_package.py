@@ -7,7 +7,7 @@ Layout, one of torch archives (`ckptkit.formats.torch_archive`; ``torch/package/
   a name tells nothing, so that a pickle is what begins like one
 - ``….py``: the sources of the modules that were interned, run by the importer
 - ``.data/KEY.storage``: the storages, shared by all pickles; the KEY in a persistent id is an int
-- ``.data/extern_modules``: names of the modules that are imported from outside, one a line
+- ``.data/extern_modules``: names of the modules that are imported from outside, one per line
 - ``.data/python_version``, ``.data/version``
 - ``.data/ts_code/ID/data.pkl`` and ``constants.pkl``: a TorchScript module, whose storages are the
   package's; all share the source in ``.data/ts_code/code/``

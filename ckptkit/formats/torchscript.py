@@ -125,7 +125,7 @@ def _extra_files(archive: TorchArchive) -> Iterator[Finding]:
 
 
 def _marking(archive: TorchArchive) -> Callable[[object], object]:
-    """Of a pickle that no weights are taken from, the storages are only said to be in use."""
+    """Of a pickle that no weights are taken from, the storages are only declared to be in use."""
 
     def load(pid: object) -> object:
         if isinstance(pid, tuple) and len(pid) > 2 and isinstance(pid[2], str):

@@ -132,7 +132,7 @@ def is_flat_name(name: str) -> bool:
 
 
 def _own_keys(root: object) -> Mapping[str, object]:
-    """The values of a file's own dict by their keys; nothing of what is no such dict."""
+    """The values of a file's own dict by their keys; nothing of what is not such a dict."""
     pairs = mapping_items(root)
     return {} if pairs is None or len(pairs) > _MOST_KEYS else {k: v for k, v in pairs if isinstance(k, str)}
 

@@ -191,7 +191,7 @@ class _Facts(NamedTuple):
 _STATE = ".quant_state.bitsandbytes__"
 
 _KIN = re.compile(r"qzeros|g_idx|perm|weight_format|nbits|group_size")
-"""Names of what belongs to whatever weight is beside it and is no scale."""
+"""Names of what belongs to whatever weight is beside it and is not a scale."""
 
 _SIZED = re.compile(r"(?P<of>.+)_(?:shape|g_idx)")
 """Names that say which weight they belong to, and are not scales."""

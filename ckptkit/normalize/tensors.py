@@ -76,7 +76,7 @@ _ONCE = (list, tuple, InertDict, InertSet, Global)
 
 
 class Nameless(str):
-    """A key of a dict that is no text and no number: a parameter, by which old optimizers keep their state.
+    """A key of a dict that is not text or a number: a parameter, by which old optimizers keep their state.
 
     Attributes:
         position: its place in the dict.

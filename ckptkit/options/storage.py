@@ -95,7 +95,7 @@ def local(given: Any) -> Any:
 
 
 def _is_far(given: Any) -> bool:
-    """Whether it names URLs: they are few, and what is none is no harm."""
+    """Whether it names URLs: they are few, and what is none does no harm."""
     if isinstance(given, list | tuple):
         return any(isinstance(each, str) and "://" in each for each in given)
     return isinstance(given, str) and "://" in given

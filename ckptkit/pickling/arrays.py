@@ -122,7 +122,7 @@ def is_numpy_scalar(node: object) -> bool:
 
 
 def names_arrays(names: Iterable[str]) -> bool:
-    """Whether a pickle with these names may hold an array."""
+    """Whether a pickle with these names may contain an array."""
     return any(name.startswith("numpy.") and name.endswith(("._reconstruct", "._frombuffer")) for name in names)
 
 

@@ -275,7 +275,7 @@ class CallsThatReach:
         return None, ()
 
     def _kept_function(self, node: object) -> Global | None:
-        """The name that made a function of its code; ``None``: the node is no such function, given arguments or not."""
+        """The name that made a function of its code; ``None``: the node is not such a function."""
         for _ in range(_MAX_CHAIN):
             if not isinstance(node, Object):
                 return None

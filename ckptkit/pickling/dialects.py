@@ -16,7 +16,7 @@ Before 1.6:
   ``torch.save`` is ``FloatTensor()`` with ``(storage, offset, size, stride)``.
 - Before 0.4 a tensor of no dimensions had no elements.
 
-A gradient that was saved along is kept as the attribute ``grad`` of its parameter, and is no weight.
+A gradient that was saved along is kept as the attribute ``grad`` of its parameter, and is not a weight.
 
 TorchScript's storages and tensors (``torch/csrc/jit/serialization``, ``pickler.cpp`` and ``unpickler.cpp``):
 
@@ -245,7 +245,7 @@ def _members(args: tuple[object, ...], state: object, is_parameter: bool) -> tup
 
 
 def _variable(node: Object, found: dict[int, TensorEntry]) -> tuple[TensorEntry, object] | None:
-    """The tensor a Variable held, as saved, and its gradient; ``None``: the node is no Variable, or more than one."""
+    """A saved Variable's tensor and its gradient; ``None``: the node is not a Variable, or more than one."""
     cls, args = node.cls, node.args
     if isinstance(cls, Global) and (cls.module, cls.name) in _NEWOBJ and args:
         cls, args = args[0], args[1:]

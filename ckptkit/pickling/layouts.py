@@ -1,7 +1,7 @@
 """Tensors that are not plain strided ones, as the calls say that torch rebuilds them with; checked against their parts.
 
-``torch/_utils.py`` has the functions, which check next to nothing: of what they are given a quantizer's axis, a
-sparse tensor's index or a nested tensor's offset may lie anywhere, and whoever uses the tensor reads there.
+``torch/_utils.py`` has the functions, which check next to nothing: of what they are given a quantizer's axis, a sparse
+tensor's index or a nested tensor's offset may point anywhere, and whoever uses the tensor reads there.
 
 - ``_rebuild_qtensor(storage, offset, size, stride, (scheme, scale, zero_point) or (scheme, scales, zero_points, axis),
   requires_grad, hooks)``; the scheme of float zero points is saved as that of whole ones

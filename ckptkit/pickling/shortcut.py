@@ -341,7 +341,7 @@ class _Names:
 
 
 def _key(text: bytes, size: bytes) -> str | None:
-    """A storage's key; ``None``: it is longer or shorter than it is said to be, and names no storage."""
+    """A storage's key; ``None``: it is longer or shorter than it is declared to be, and names no storage."""
     return text.decode("ascii") if size[0] == len(text) else None
 
 

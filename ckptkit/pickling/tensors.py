@@ -244,7 +244,7 @@ class StorageTable:
 
 
 def is_tensor_like(node: object) -> bool:
-    """Whether a node is a tensor, or a tensor torch rebuilds that is no plain strided one."""
+    """Whether a node is a tensor, or a tensor torch rebuilds that is not a plain strided one."""
     if isinstance(node, TensorEntry):
         return True
     return isinstance(node, Object) and isinstance(node.cls, Global) and (

@@ -43,7 +43,7 @@ def write_pickle(
         root: an inert tree.
         lower: from a node that is not an inert node (a tensor, a storage, a marker) to the inert node that stands for
             it in the pickle; called once for each object.  A `TensorEntry` that `REBUILD` makes of its storage and
-            sizes alone may stand for itself as its `Storage`.
+            sizes alone may represent itself as its `Storage`.
         protocol: the one the tree was read with, at least 2; names are understood by it.
         common_sizes: whether many tensors may have their shape and stride in common.
 

@@ -203,7 +203,7 @@ class Examined:
         kind: what it holds.
         trust: what a loader that executes pickles would have to be trusted with.
         globals: every Python name in its pickles.
-        unvouched: its parts that are code, or could not be looked into.
+        unvouched: its parts that are code, or could not be read.
         has_pickle: whether it has any.
         is_program: whether it contains a program, of which only the weights can be written.
         shards: of a sharded checkpoint, in the order of the index; of a folder its own files.

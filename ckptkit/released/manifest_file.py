@@ -170,7 +170,7 @@ class Manifest:
         folder: the folder that paths are relative to.
         origin: the URL of the folder that it was made of; ``None``: it was made of files beside it.
         beside: the folder it is in, which golden files are relative to; ``None``: ``folder``.
-        folders: those it was made of, relative to it: in them no other checkpoint may lie; ``"."`` is itself.
+        folders: those it was made of, relative to it: in them no other checkpoint may be; ``"."`` is itself.
         changes: what `make` did; of a manifest that was read, nothing.
         passed_over: how many files of each kind its folders hold that are not checkpoints; it is not written.
     """

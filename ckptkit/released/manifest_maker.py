@@ -68,7 +68,7 @@ def make(
         selected: the checkpoints; named relative to the folder.
         folder: that paths are relative to: where the manifest will be, or the URL that its files are below.
         beside: where it will be then, for golden files.
-        folders: in which no other checkpoint may lie; named relative to it.  The previous manifest's stay.
+        folders: in which no other checkpoint may be; named relative to it.  The previous manifest's stay.
         digests: whether each tensor is listed; ``None``: as the previous manifest has it, and if it has none, yes.
         golden: golden files by the name of the checkpoint they belong to; named relative to the folder.
         allow_part: whether a file may be a part of a checkpoint.

@@ -100,7 +100,7 @@ def _worst(runs: Sequence[Sequence[Stream]]) -> dict[str, FileResult]:
 
 
 def _gravity(result: FileResult) -> tuple[bool, bool, bool]:
-    """How grave a result is: that something could not be checked is graver than an error, and that than a warning."""
+    """How severe a result is: what could not be checked is more severe than an error, and that than a warning."""
     findings = result.findings
     unchecked = any(finding.is_unchecked for finding in findings)
     return unchecked, not result.ok, any(at_least(finding.severity, "warning") for finding in findings)

@@ -37,7 +37,7 @@ class Policy:
     """What every file is held to.
 
     Attributes:
-        no_pickle: whether a file may hold no pickle at all.
+        no_pickle: whether a file may contain no pickle at all.
         max_trust: the most a loader may have to be trusted with; a hostile file passes under no policy.
         no_nan: whether no tensor may hold NaN and no parameter Inf; reads the data.
         tp_rules: file of rules by which slices of tensor-parallel ranks are joined.

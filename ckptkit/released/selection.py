@@ -84,7 +84,7 @@ def select(
 ) -> Selection:
     """The checkpoints that paths stand for.
 
-    A file stands for itself, whether it exists or not: that is for whoever opens it to say.  A folder stands for the
+    A file represents itself, whether it exists or not: that is for whoever opens it to say.  A folder stands for the
     checkpoint files in it and below it, as for ``ckptkit inspect``; one that names its last step, or of which a tag
     chooses one, for what that step holds.  A shard is left out where its index is there.
 

@@ -77,7 +77,7 @@ class Target(NamedTuple):
             shown: what errors call it.
 
         Raises:
-            FileAccessError: it is no such URL.
+            FileAccessError: it is not such a URL.
         """
         try:
             parts = urlsplit(url.strip())

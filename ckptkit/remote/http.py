@@ -98,7 +98,7 @@ class HttpStore(Store):
         """Where the file of a URL is asked for.
 
         Raises:
-            FileAccessError: it is no URL.
+            FileAccessError: it is not a URL.
         """
         shown = masked(url)
         authorization = Target.of(url, shown).authorization

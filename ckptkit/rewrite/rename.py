@@ -11,8 +11,8 @@ anywhere in a name, and the replacement may hold ``\1`` and ``\g<name>``.
 In Python whole names can be given others by a dict or a function too; they are not expressions.
 
 As text a rule is ``REGEX=>REPLACEMENT``, split at the first ``=>``.  Nothing is stripped: spaces around the arrow
-belong to the rule.  An expression that must contain ``=>`` itself writes ``=\>``. A file of rules has one a line; empty
-lines and lines that begin with ``#`` are skipped.
+belong to the rule.  An expression that must contain ``=>`` itself writes ``=\>``. A file of rules has one per line;
+empty lines and lines that begin with ``#`` are skipped.
 """
 
 from __future__ import annotations
@@ -175,7 +175,7 @@ class Rename:
             two.  Or a function from each name to its new one (the same, to keep it); it may be asked several times.
 
     Raises:
-        RewriteError: an expression or replacement is none; a name of the dict is no text; (when applied) a name would
+        RewriteError: an expression or replacement is none; a name of the dict is not text; (when applied) a name would
             be empty, the checkpoint lacks names of the dict, or the function returns no text.
         KeyCollisionError: (when applied) two names would become one.
     """
@@ -222,7 +222,7 @@ class Rename:
         """The new name of what is called ``name``.
 
         Raises:
-            RewriteError: it would be empty, or is no text.
+            RewriteError: it would be empty, or is not text.
         """
         if callable(self.rules):
             found: object = self.rules(name)
@@ -313,7 +313,7 @@ def read_rules(path: str | os.PathLike[str]) -> tuple[tuple[str, str], ...]:
 
     Raises:
         FileAccessError: it cannot be read, or is larger than any file of rules.
-        RewriteError: it is no UTF-8, or a line is no rule; the message names file and line.
+        RewriteError: it is not UTF-8, or a line is not a rule; the message names file and line.
     """
     from pathlib import Path
 

@@ -276,11 +276,10 @@ class MapLocation:
     """Rewrite device tags: of the weights, the optimizer's state, and everything else in the file.
 
     Args:
-        location: as ``torch.load``'s ``map_location``: a string (or ``torch.device``) for everything;
-            a dict, in which tags that are no key stay; or a callable ``f(storage, location)``.
-            The callable gets the `Storage` and its tag, and returns the new tag, ``None`` to keep
-            it, or the storage itself, which (as in torch, where it is given on the CPU) means
-            ``"cpu"``.
+        location: as ``torch.load``'s ``map_location``: a string (or ``torch.device``) for everything; a dict, in which
+            tags that are not keys stay; or a callable ``f(storage, location)``. The callable gets the `Storage` and its
+            tag, and returns the new tag, ``None`` to keep it, or the storage itself, which (as in torch, where it is
+            given on the CPU) means ``"cpu"``.
 
     Attributes:
         met: the tags of what it was applied to, as they were.
@@ -358,7 +357,7 @@ class MapLocation:
         return (*args[:place], new, *args[place + 1 :])
 
     def _mapped(self, tag: str) -> str:
-        """A tag by the forms that are no function."""
+        """A tag by the forms that are not functions."""
         self.met.add(tag)
         if isinstance(self.location, Mapping):
             tags = {str(old): new for old, new in self.location.items()}  # keys may be torch.device, too

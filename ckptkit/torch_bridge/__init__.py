@@ -63,7 +63,7 @@ import torch  # noqa: E402 - behind the check, so that its absence is explained
 __all__ = ["TorchLocation", "dtype_of", "state_dict_of", "tensors", "tree_of"]
 
 _MOST_DEPTH = 100
-"""Containers inside one another that are made; a value that is deeper is no honest one."""
+"""Containers inside one another that are made; a value that is deeper is not an honest one."""
 
 _MANY_KEYS = 10_000
 """Keys of a dict from which it matters that they differ in their hashes."""

@@ -247,7 +247,7 @@ class Checksums:
         """Raise where anything is damaged; see `damages`.
 
         Raises:
-            CorruptError: the message names the tensor, and the option that insists.
+            CorruptError: the message names the tensor, and the option that accepts it.
         """
         damages = self.damages()
         if any(damage.storage.source.file.changed() for damage in damages):

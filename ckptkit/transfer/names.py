@@ -1,9 +1,9 @@
 """Files under temporary names, and how they get their own: all at once, or as good as.
 
-A sharded checkpoint is several files that change together, and an index that names them.  Where
-shards of these names stand already, the index is first replaced by one that names the new shards
-under their temporary names, then the shards get their own names too, then the index that says so
-takes its place: at every moment the index names one whole checkpoint, the old one or the new one.
+A sharded checkpoint is several files that change together, and an index that names them.  Where shards of these names
+exist already, the index is first replaced by one that names the new shards under their temporary names, then the shards
+get their own names too, then the index that says so takes its place: at every moment the index names one whole
+checkpoint, the old one or the new one.
 
 A temporary file is locked (``flock``) for as long as its run has it open, and the system unlocks it whatever
 becomes of the run.  So the next run into the same folder removes what a killed one left there: the files whose names

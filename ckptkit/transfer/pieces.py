@@ -263,7 +263,7 @@ def pieced(
     Raises:
         CorruptError: a piece reaches outside, is of other sizes or of another dtype than it should be; two have
             elements in common; or they leave some out.
-        UnsupportedError: elements that fill no whole byte are in several pieces.
+        UnsupportedError: elements that are smaller than a byte are in several pieces.
     """
     for piece in pieces:
         if isinstance(piece.local, TensorEntry):

@@ -147,7 +147,7 @@ def stream(
 
 
 def same_values(a: TensorEntry, b: TensorEntry) -> bool:
-    """Whether two tensors of one dtype and shape hold the same bits in C order."""
+    """Whether two tensors of one dtype and shape have the same bits in C order."""
     right = b""
     others = stream(b)
     for left in stream(a):

@@ -198,7 +198,7 @@ def pick_devices(names: str) -> tuple[torch.device, ...]:
     """The devices that names, separated by commas, mean on this machine; see `pick_device`.
 
     Raises:
-        VerifyError: one is no such name, is not here, or is named twice.
+        VerifyError: one is not such a name, is not here, or is named twice.
     """
     devices = tuple(pick_device(name.strip()) for name in names.split(","))
     known = [(device.type, device.index or 0) for device in devices]
@@ -215,7 +215,7 @@ def pick_device(name: str) -> torch.device:
             and the CPU that is here.
 
     Raises:
-        VerifyError: it is no such name, or this machine lacks the device.
+        VerifyError: it is not such a name, or this machine lacks the device.
     """
     if name == "auto":
         here = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"

@@ -153,7 +153,7 @@ def wanted_inputs(known: Sequence[Input], shapes: Sequence[Sequence[int]], label
         label: the reference, for messages.
 
     Raises:
-        VerifyError: neither says, or one is no shape.
+        VerifyError: neither says, or one is not a shape.
     """
     for shape in shapes:
         if not shape or any(size < 1 for size in shape):

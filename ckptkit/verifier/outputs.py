@@ -107,7 +107,7 @@ class OutputDifference:
         path: where both are in the output.
         is_equal: bit for bit.
         is_close: within the tolerance; whole numbers and truth values only where they are equal.
-        max_abs: largest absolute difference; infinite where one side is no number.
+        max_abs: largest absolute difference; infinite where one side is not a number.
         max_rel: the same, as a share of the largest magnitude in either.
         allowed: the largest absolute difference that is close.
         reason: why they cannot be compared; ``""``: they were.

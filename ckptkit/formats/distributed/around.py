@@ -49,7 +49,7 @@ _DEEPEST = 8
 """Folders that are processed from one that points to the next."""
 
 _MOST_FOLDERS = 1000
-"""Folders in one that are looked into."""
+"""Folders in one that are searched."""
 
 _MOST_FILES = 1000
 """Files in a folder that are looked at."""
@@ -182,7 +182,7 @@ def _shards(folder: str, names: tuple[str, ...]) -> Found | None:
 
 
 def _stems(names: Sequence[str]) -> dict[str, list[str]]:
-    """The shards of each checkpoint, by how it would be called as one file and how many they are said to be."""
+    """The shards of each checkpoint, by how it would be called as one file and how many they are declared to be."""
     stems: dict[str, list[str]] = {}
     for match in filter(None, map(CUSTOMARY.fullmatch, names)):
         is_plain = "/" not in match[0] and os.path.splitext(match[0])[1] in SUFFIXES

@@ -148,7 +148,7 @@ class ItemReader:
 
         Raises:
             FormatError: it is damaged or refused.
-            UnsupportedError: it went through something else than zstd.
+            UnsupportedError: it went through something other than zstd.
             MissingDependencyError: it is compressed, and nothing that decompresses it is installed.
         """
         area, ends, mold = self._known(row)

@@ -163,7 +163,7 @@ class Metadata:
 def together(parts: Sequence[Metadata]) -> Metadata | None:
     """What the metadata of several ranks say, each of which knows its own chunks alone.
 
-    ``None``: it is no whole, or they contradict each other: each rank saved something of its own.
+    ``None``: it is not a whole, or they contradict each other: each rank saved something of its own.
     """
     first, union, items = parts[0], _Union(), Items([], [], [], [])
     paths: dict[str, tuple[str | int, ...]] = {}

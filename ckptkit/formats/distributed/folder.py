@@ -26,7 +26,7 @@ from ckptkit.report import Finding
 __all__ = ["FolderSource", "folder_of", "listing", "read_part"]
 
 _DEEPEST = 4
-"""Folders below the given one that are looked into: ``zero/NAME/fp32.pt``, ``mp_rank_00/model_optim_rng.pt``."""
+"""Folders below the given one that are searched: ``zero/NAME/fp32.pt``, ``mp_rank_00/model_optim_rng.pt``."""
 
 
 _OPENED = 100

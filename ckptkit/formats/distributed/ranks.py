@@ -49,7 +49,7 @@ _LISTED = 5
 
 
 class _SamePlaces(SameContent):
-    """Two ranks' trees; what each has a part of is one thing, and not looked into."""
+    """Two ranks' trees; what each has a part of is one thing, and not read."""
 
     def __init__(self) -> None:
         super().__init__(flags=False)
