@@ -200,7 +200,7 @@ def _contradictions(examined: Examined, record: FileRecord) -> Iterator[CheckFin
     ):
         is_older = name == "others" and record.whole_digest is None and {*record.others} <= {*examined.others}
         if recorded != found and not is_older:
-            yield _contradiction(examined, name, recorded, found, f"{name} {recorded}, but it is {found}")
+            yield _contradiction(examined, name, recorded, found, f"{name} {recorded}, and it is {found}")
     if record.tensors is None:
         return
     facts = {tensor.name: (tensor.dtype, tensor.shape) for tensor in examined.tensors}

@@ -282,7 +282,7 @@ def test_several_files_are_a_list(browser: Browser, inspected: Pages, files: Pat
     browser.open(inspected(files, code=2))
     assert len(browser.column("files")) == 3
     assert browser.text("h1") == "<img src=x onerror=window.pwned=8>.pth"
-    assert "passed over: 1 file (1 text file)" in browser.text("#files .note")
+    assert "skipped: 1 file (1 text file)" in browser.text("#files .note")
     browser.click("#files tbody tr[data-at]", 1)
     assert browser.text("h1") == "broken.pth"
     assert browser.texts("nav a") == ["Files", "Error"]

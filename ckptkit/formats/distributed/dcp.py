@@ -123,7 +123,7 @@ class Opened:
             yield Finding(
                 code="rank-values",
                 severity="info",
-                message=f"{listed(own, LISTED)} differ from rank to rank; those of the first rank are used",
+                message=f"each rank has its own {listed(own, LISTED)}; the values of the first rank are used",
             )
 
     def _unread(self) -> Iterator[GlobalUse]:

@@ -274,7 +274,7 @@ def unproven(weights: Weights) -> list[Finding]:
     found = []
     if weights.own:
         own = listed(weights.own, _LISTED)
-        message = f"{own} differ from rank to rank; those of rank 0 are used"
+        message = f"each rank has its own {own}; the values of rank 0 are used"
         found.append(Finding(code="rank-values", severity="info", message=message))
     if not names:
         return found

@@ -264,7 +264,7 @@ def _findings(sets: Sequence[_Set], merged: Sequence[Ranks], count: int, folder:
         yield Finding(
             code="rank-values",
             severity="info",
-            message=f"{listed(own, _LISTED)} differ from rank to rank; those of rank 0 are used",
+            message=f"each rank has its own {listed(own, _LISTED)}; the values of rank 0 are used",
         )
     if flat := [place for ranks in merged for place in ranks.flat]:
         yield Finding(

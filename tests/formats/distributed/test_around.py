@@ -166,7 +166,7 @@ def test_several_steps_are_listed(step: Step, tmp_path: Path) -> None:
     assert number(tmp_path, tag="10") == 10, "by the number alone"
     assert number(tmp_path / "checkpoint-2", tag="checkpoint-2") == 2
     with pytest.raises(
-        MissingFileError, match=r"no step '7' is in this folder; there are: checkpoint-2, checkpoint-10"
+        MissingFileError, match=r"no step '7' is in this folder; available: checkpoint-2, checkpoint-10"
     ):
         formats.read(tmp_path, tag="7")
     for tag in ("..", "../x", "/etc", "a//b", ""):
