@@ -230,7 +230,7 @@ def test_ties_and_shared_storages(save: Save) -> None:
     saved = {"a": base, "b": base, "c": base[1:], "d": base.view(2, 5), "e": torch.ones(1), "f": torch.ones(0)}
     found = findings(save(saved))
     assert found["tied-tensors"].message == "1 tensor has several names: a = b"
-    assert found["shared-storage"].message == "3 tensors are different views of storages they share"
+    assert found["shared-storage"].message == "3 tensors are different views of shared storages"
 
 
 def test_empty_tensors_are_not_tied(save: Save) -> None:

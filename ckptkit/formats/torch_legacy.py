@@ -350,7 +350,7 @@ def _truncated(file: ByteRange, end: int, missing: set[str], total: int, raw: Ra
     return (
         f"truncated: the file has {file.nbytes:,} bytes, but at least {end:,} are expected ({end - file.nbytes:,} "
         f"missing); {share_of(total - len(missing), total, 'storage', 'is', 'are')} complete, {whole}. Download or "
-        f"copy the file again.{unfinished(file.file.path)}"
+        f"copy the file again{unfinished(file.file.path)}"
     )
 
 

@@ -52,7 +52,7 @@ _UNFINISHED_ENDINGS = (".part", ".crdownload", ".download", ".incomplete", ".ari
 def unfinished(path: str) -> str:
     """A sentence, with a space before it, where the file's name says that it is still being downloaded; else none."""
     ending = os.path.splitext(path)[1].lower()
-    return f" The extension {ending} means that its download is not finished." if ending in _UNFINISHED_ENDINGS else ""
+    return f". The extension {ending} means that its download is not finished" if ending in _UNFINISHED_ENDINGS else ""
 
 
 def what_is_left(file: Source, limits: Limits) -> str | None:

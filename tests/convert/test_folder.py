@@ -127,7 +127,7 @@ def test_one_file_that_cannot_be_converted_stops_no_other(convert, save: Save, t
     assert len(errors) == 4
     for name, why in {
         "in/several.pth": "several sections contain weights",
-        "in/hostile.pth": "cannot hold",
+        "in/hostile.pth": "cannot store",
         "in/bad/flipped.pth": "damaged",
         "in/bad/empty.pth": "the file is empty",
     }.items():

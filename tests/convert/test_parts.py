@@ -212,7 +212,7 @@ def test_missing_parts_are_named_with_their_commands(convert, source: Path) -> N
     before = {path: path.read_bytes() for path in hidden.iterdir()}
     done = convert(*arguments, "--finish")
     assert done.code == 2
-    assert "2 of 4 parts are missing or not whole; nothing was changed" in done.err
+    assert "2 of 4 parts are missing or incomplete; nothing was changed" in done.err
     assert {path: path.read_bytes() for path in hidden.iterdir()} == before
     commands = [line.partition(": ")[2] for line in done.err.splitlines() if line.startswith("  part ")]
     assert [command.split()[-1] for command in commands] == ["2/4", "3/4"]

@@ -249,7 +249,7 @@ def test_any_first_bytes_of_anything_are_described_in_one_line(length: int, tmp_
 def test_a_download_that_is_not_finished(ending: str, tmp_path: Path) -> None:
     path = tmp_path / f"model.pth.{ending}"
     path.write_bytes(bytes(100))
-    with pytest.raises(UnknownFormatError, match=f"The ending .{ending} means that its download is not finished"):
+    with pytest.raises(UnknownFormatError, match=f"The extension .{ending} means that its download is not finished"):
         formats.read(path)
 
 

@@ -90,7 +90,7 @@ def test_a_link_to_the_last_step(step: Step, tmp_path: Path) -> None:
     (tmp_path / "latest").symlink_to("step-10")
     found = sharded_in(str(tmp_path))
     assert found is not None and found.tag == "step-10" and number(tmp_path) == 10
-    assert "also there: step-20 (" in found.findings[0].message
+    assert "others: step-20 (" in found.findings[0].message
 
 
 @pytest.mark.parametrize("pointer", ["latest", "latest_checkpointed_iteration.txt"])

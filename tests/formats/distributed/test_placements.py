@@ -184,7 +184,7 @@ def test_what_cannot_be_placed_is_refused() -> None:
     assert "UnsupportedError" in refused(made("Partial", PLACEMENTS, reduce_op="sum"))
     assert "Partial(sum)" in refused(made("Partial", PLACEMENTS, reduce_op="sum"))
     assert "_MaskPartial" in refused(made("_MaskPartial", PLACEMENTS))
-    assert "is not known" in refused(made("Somehow", PLACEMENTS))
+    assert "is unknown" in refused(made("Somehow", PLACEMENTS))
     assert "of no dimension" in refused(made("Shard", PLACEMENTS, dim="0"))
     assert "of no dimension" in refused(made("_StridedShard", PLACEMENTS, dim=0, split_factor=0))
     assert "along dimension 3 and has 1" in refused(made("Shard", PLACEMENTS, dim=3))
