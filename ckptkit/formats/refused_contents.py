@@ -265,7 +265,7 @@ def describe_zip(records: Mapping[str, Record]) -> str:
     names = [name for name in records if not name.endswith("/")]
     inside = [name for name in names if name.lower().endswith(_CHECKPOINTS)]
     if not names:
-        return "an empty zip archive"
+        return "a zip archive without any files"
     if all(name.endswith(".npy") for name in names):
         return f"a numpy archive (.npz) of {count_of(len(names), 'array')}: {_some(names)}; numpy.load reads it"
     if "model.weights.h5" in records or ("config.json" in records and "metadata.json" in records):

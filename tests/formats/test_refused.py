@@ -294,7 +294,7 @@ def test_folders(names: list[str], words: str, tmp_path: Path) -> None:
             "with 2 checkpoints in it",
         ),
         ([f"f{n}.txt" for n in range(6)], r"it contains 6 files: 'f0.txt', 'f1.txt', 'f2.txt', 'f3.txt' and 2 more"),
-        (["folder/"], "without a file in it"),
+        (["folder/"], "without any files"),
         (["x" * 300 + ".txt"], "x{80}…"),
     ],
 )
