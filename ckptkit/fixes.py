@@ -32,10 +32,10 @@ _REPEATED = frozenset({"--exclude", "--model-arg", "--rename"})
 """Those that may be given several times."""
 
 _TELLING = {
-    "--strip-module": "without the prefixes of wrappers",
+    "--strip-module": "without wrapper prefixes",
     "--rename": "renamed",
-    "--exclude": "less those excluded",
-    "--like": "those of the model alone",
+    "--exclude": "without the excluded ones",
+    "--like": "only those of the model",
     "--densify": "as plain tensors",
     "--map-location": "moved to {}",
 }

@@ -58,7 +58,7 @@ def convert_in_place(source: object, options: ConvertOptions, convert: Convert) 
         above = common_folder(paths)
         return converted_all(items, options.but(confirm=None), convert, started, above, above)
     if not isinstance(source, (str, os.PathLike)):
-        raise RewriteError(f"--in-place replaces a file, and {type(source).__name__} is no path of one")
+        raise RewriteError(f"--in-place replaces a file, and {type(source).__name__} is not a path")
     path = os.fsdecode(source)
     return convert(path, path, options)
 
@@ -125,15 +125,15 @@ def _container(path: str, checkpoint: Checkpoint, file: Source, options: Convert
     own = formats.format_named(checkpoint.origin.format)
     what = None
     if own.shards is not None or own.is_folder or formats.hashed_parts(file):
-        what = "is one of the files of a checkpoint that lies in several"
+        what = "is one of several files of a checkpoint"
     elif not isinstance(file, SourceFile):
-        what = "is compressed, or holds the checkpoint as an archive does"
+        what = "is compressed, or is an archive with the checkpoint in it"
     if what is not None:
         raise RewriteError(f"{path}: {what}; --in-place replaces one plain file{_instead(path)}", path=path)
     if options.to is None:
         if own.writer is not None:
             return own.name
-        told = f"is {own.name}, which is read and not written; --to torch-zip makes that of it"
+        told = f"is {own.name}, which ckptkit reads but does not write; --to torch-zip converts it to that"
         raise RewriteError(f"{path}: {told}{_instead(path)}", path=path)
     asked = formats.target(path, options.to)[1]
     if asked.name != own.name and os.path.splitext(path)[1].lower() not in asked.suffixes:

@@ -23,7 +23,7 @@ __all__ = ["ConvertOptions", "LoadOptions", "allow_part_option", "progress_optio
 
 def progress_option(meaning: str) -> Option[Progress | None]:
     """The function that is told the progress; ``meaning`` is for the docstring."""
-    return Option("switch", None, "Progress on stderr; default: on a terminal.", meaning)
+    return Option("switch", None, "Show progress on stderr; default: on a terminal.", meaning)
 
 
 def allow_part_option(which: str) -> Option[bool]:
@@ -34,7 +34,7 @@ def allow_part_option(which: str) -> Option[bool]:
 
 def section_option(verb: str, told: str = "if the file has several") -> Option[str | None]:
     """The weights to use; ``verb`` says what for."""
-    return text("NAME", f"The weights to {verb}, {told}.", f"path of the weights, {told}")
+    return text("NAME", f"Weights to {verb}, {told}.", f"path of the weights, {told}")
 
 
 def tag_option(which: str) -> Option[str | None]:
@@ -94,7 +94,7 @@ class ConvertOptions(Options):
         "use every tensor of the file as a weight, each named by the keys that lead to it: ``0``, "
         "``optimizer.state.3.exp_avg``; see `ckptkit.AllTensors`",
     )
-    weights_only = flag("Drop all but the state_dict.", "drop all but the state_dict")
+    weights_only = flag("Drop everything except the state_dict.", "drop all but the state_dict")
     keep_beside = flag(
         "Keep plain values beside the weights: in the metadata of a .safetensors.",
         "keep the plain values beside the weights (``epoch``, settings) when the container stores only tensors or "
@@ -177,7 +177,7 @@ class ConvertOptions(Options):
         'bytes per file, as a number or as ``"5GB"``; a larger output becomes shards and an index',
         "SIZE",
     )
-    metadata = pairs("--metadata", "Set in the output's metadata.", "strings to set in the output's metadata")
+    metadata = pairs("--metadata", "Set this in the output's metadata.", "strings to set in the output's metadata")
     allow_part = allow_part_option("the source")
     receipt = flag(
         "Do not record in the metadata what was done.",
@@ -187,7 +187,7 @@ class ConvertOptions(Options):
     dry_run = flag("Show the plan; write nothing.", "make the plan, write nothing")
     force = flag("Overwrite DST if it exists.", "whether an existing destination may be replaced")
     in_place = flag(
-        "Replace each PATH by what is made of it: the old file or the whole new one.",
+        "Replace each PATH with its converted version: always the old file or the complete new one.",
         "whether to replace the source, in its own container; there is no destination then, and ``source`` may be a "
         "list of paths, which are converted each by itself",
     )

@@ -66,10 +66,10 @@ class VerifyOptions(Options):
     tp_rules = ConvertOptions.tp_rules
     strip_module = flag("Remove wrapper prefixes first, as convert does.", "remove wrapper prefixes first")
     allow_missing = texts(
-        "GLOB", "Names that may be missing; repeatable.", "glob patterns of names that may be missing"
+        "GLOB", "Names that may be missing from the file; repeatable.", "glob patterns of names that may be missing"
     )
     allow_unexpected = texts(
-        "GLOB", "Names that may be left over; repeatable.", "glob patterns of names that may be left over"
+        "GLOB", "Names that the file may have in addition; repeatable.", "glob patterns of names that may be left over"
     )
     allow_part = allow_part_option("a file")
     against = path(

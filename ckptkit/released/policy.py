@@ -34,11 +34,11 @@ _UNASKED = _Unasked("needs_trust")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Policy:
-    """What every file is held to.
+    """What every file must meet.
 
     Attributes:
-        no_pickle: whether a file may contain no pickle at all.
-        max_trust: the most a loader may have to be trusted with; a hostile file passes under no policy.
+        no_pickle: whether pickles are forbidden.
+        max_trust: the highest trust level allowed; no policy lets a hostile file pass.
         no_nan: whether no tensor may hold NaN and no parameter Inf; reads the data.
         tp_rules: file of rules by which slices of tensor-parallel ranks are joined.
         ignore_checksums: whether a file's recorded checksums are not checked against its bytes.

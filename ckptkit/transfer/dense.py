@@ -1,4 +1,4 @@
-"""Dense values of tensors that are made of others: sparse, nested, quantized, block-scaled; as torch makes them.
+"""Dense values of tensors that are computed from others: sparse, nested, quantized, block-scaled; as torch makes them.
 
 Nothing is held in memory but a block of the values, what it is made of, and of one sparse tensor the rows' beginnings.
 

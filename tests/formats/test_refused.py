@@ -146,7 +146,7 @@ NO_CHECKPOINTS: dict[str, tuple[bytes, str]] = {
     "gguf": (b"GGUF" + struct.pack("<I", 3), "a GGUF file, version 3 .llama.cpp., which ckptkit does not read"),
     "ggml": (struct.pack("<I", 0x67676A74), "a GGML file"),
     "lua": (torch7(4, 1, b"V 1", b"nn.Sequential", 3, 2), "Torch7 for Lua .* with a nn.Sequential, .*torchfile"),
-    "lua, ascii": (torch7(4, 1, b"V 1", b"torch.FloatTensor", 2, lines=True), "with a torch.FloatTensor, not a PyTorch"),
+    "lua, ascii": (torch7(4, 1, b"V 1", b"torch.FloatTensor", 2, lines=True), "with a torch.FloatTensor, not a Py"),
     "lua table": (torch7(3, 1, 5, 2, b"model", 4, 2), "Torch7 for Lua .* with a table, not a PyTorch checkpoint"),
     "lua table, ascii": (torch7(3, 1, 5, 2, b"model", 4, 2, lines=True), "with a table, not a PyTorch checkpoint"),
     "ctranslate2": (ctranslate("TransformerSpec"), "a CTranslate2 model .TransformerSpec., .*faster-whisper"),
@@ -287,7 +287,10 @@ def test_folders(names: list[str], words: str, tmp_path: Path) -> None:
         (["[Content_Types].xml", "word/document.xml"], "office document"),
         (["META-INF/MANIFEST.MF", "A.class"], "Java or Android"),
         (["p/__init__.py", "p-1.dist-info/METADATA"], r"Python package \(.whl\), not a checkpoint"),
-        (["p/w.pth", "p-1.dist-info/METADATA"], r"Python package \(.whl\), which contains 'p/w.pth': unpack that first"),
+        (
+            ["p/w.pth", "p-1.dist-info/METADATA"],
+            r"Python package \(.whl\), which contains 'p/w.pth': unpack that first",
+        ),
         (["data.pkl", "data/0", "version"], "without their folder"),
         (
             ["a/model.safetensors", "b.ckpt", "README"],
