@@ -2,8 +2,8 @@
 
 A notebook shows a block of HTML with a title, facts, a table and a tree that folds.  It is made of elements and inline
 styles that notebooks leave in: ``<details>`` folds without a script, and where styles are taken out (GitHub's view of a
-notebook) what is left is still an outline.  Text has the notebook's own colour, so that it is readable on light and on
-dark; the few colours are of dots and bars, and what they say stands beside them in words.
+notebook) what is left is still an outline.  Text has the notebook's own color, so that it is readable on light and on
+dark; the few colors are of dots and bars, and what they say is beside them in words.
 
 No text of a file is markup, nothing is loaded, and nothing runs.  However much there is, a block stays small: cells,
 rows and lines are limited.
@@ -68,8 +68,8 @@ class TreeLine:
     """A module or a tensor.
 
     Attributes:
-        level: 0 for what stands at the top; what is in it follows.
-        label: its name below what stands above it.
+        level: 0 for what is at the top; what is in it follows.
+        label: its name below what is above it.
         tensors: how many are in it; 0: it is one.
         elements, nbytes: of all of them.
         note: dtype and shape, or class.

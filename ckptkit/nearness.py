@@ -19,7 +19,7 @@ from ckptkit.errors import FileAccessError, MissingFileError
 __all__ = ["did_you_mean", "meant_file", "nearest", "with_meant_file"]
 
 _MOST, _LONGEST = 4096, 200
-"""Words that are compared, and characters of each: files may hold any number of any length."""
+"""Words that are compared, and characters of each: files may contain any number of any length."""
 
 _ALIKE, _SPREAD = 0.6, 0.12
 """How alike a word must be (of 1), and how much less than the most alike one."""
@@ -84,7 +84,7 @@ def _plain(word: str) -> str:
 
 
 def meant_file(path: str) -> str:
-    """The end of a message about a local file that is not there: what lies in its folder and may be meant.
+    """The end of a message about a local file that is not there: what is in its folder and may be meant.
 
     That is a file or folder of a name that is alike, or of the same name with another ending; where it is a folder of
     the path that is not there, the same path through one that is.  Of ``FILE!MEMBER`` the file is looked for.

@@ -1,7 +1,7 @@
 """What a command says last: the one command that does what its findings advise, and what it went through.
 
-The combined fix is part of the document, and stands below its findings.  The summary is a line on stderr, after
-everything else: how much was read or written, what was proven, how long it took.
+The combined fix is part of the document, and is below its findings.  The summary is a line on stderr, after everything
+else: how much was read or written, what was proven, how long it took.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _closing = _Closing()
 
 
 def combined_title(fix: CombinedFix | None, findings: Sequence[FindingDocument]) -> str | None:
-    """What stands above the combined fix; ``None``: it is the only fix there is, or there is none.
+    """What is above the combined fix; ``None``: it is the only fix there is, or there is none.
 
     Args:
         fix: of the document; saved ones may lack it.

@@ -48,29 +48,31 @@ RENDERERS: dict[str, ui.Renderer] = {
     ),
 )
 @ui.path_argument("paths", nargs=-1, metavar="PATHS...")
-@click.option("--depth", type=click.IntRange(1), help="Levels of the module tree; default: as many as are readable.")
-@click.option("--flat", is_flag=True, help="One line a tensor, fields separated by tabs, for grep and cut.")
-@click.option("--brief", is_flag=True, help="One line a file.")
+@click.option("--depth", type=click.IntRange(1), help="Levels of the module tree; default: as many as remain readable.")
+@click.option("--flat", is_flag=True, help="One line per tensor with tab-separated fields, for grep and cut.")
+@click.option("--brief", is_flag=True, help="One line per file.")
 @click.option(
     "--top",
     "largest",
     type=click.IntRange(0),
     default=0,
     metavar="N",
-    help="The N largest tensors in place of the tree.",
+    help="The N largest tensors instead of the tree.",
 )
 @click.option("--filter", "filters", multiple=True, metavar="GLOB", help="Only tensors whose name matches; repeatable.")
 @click.option("--sort", type=Choice(["name", "size", "file"]), default="file", show_default=True, help="Order.")
-@click.option("--section", metavar="NAME", help="The weights to select, where a file holds several.")
+@click.option("--section", metavar="NAME", help="Weights to select, if a file has several.")
 @ui.tag_option
 @ui.tp_rules_option
-@click.option("--stats", is_flag=True, help="Read the data: min, max, mean, std, zeros, NaN, Inf of each tensor.")
+@click.option(
+    "--stats", is_flag=True, help="Read the data and show min, max, mean, std, zeros, NaN and Inf of each tensor."
+)
 @click.option(
     "--fail-on",
     type=Choice(["warning", "error", "never"]),
     default="error",
     show_default=True,
-    help="Exit 1 from this severity on.",
+    help="Exit with 1 from this severity on.",
 )
 @ui.files_from_option
 @ui.jobs_option
@@ -100,13 +102,13 @@ def command(
 ) -> int:
     """Show what is in checkpoints: container, kind, sections, tensors, findings.
 
-    Nothing in a file is executed, and no tensor is read but a few single numbers, such as step counts
-    (all are with --stats). A folder stands for the checkpoints below it, whatever their names; what else lies there is
-    counted. One that several processes wrote (FSDP, DeepSpeed, Megatron, torch.distributed.checkpoint) is one
-    checkpoint, and one that names its last step stands for that. FILE/MEMBER or FILE!MEMBER is a file in a zip or tar
-    archive, - is standard input, and what is compressed by gzip, xz, bzip2 or zstd is read through. Of a URL (https://,
-    s3://, gs://, az://, hf://user/repo[@revision][/path]) only what is needed is fetched; that of a bucket's prefix or
-    of a repository is a folder.
+    Nothing in a file is executed, and no tensor is read except a few single numbers, such as step counts (--stats reads
+    all).  A folder means the checkpoints below it, whatever their names; other files are counted.  A folder that
+    several processes wrote (FSDP, DeepSpeed, Megatron, torch.distributed.checkpoint) is one checkpoint, and a folder
+    that names its last step means that step.  FILE/MEMBER or FILE!MEMBER is a file in a zip or tar archive, - is
+    standard input, and gzip, xz, bzip2 or zstd compression is read transparently.  From a URL (https://, s3://, gs://,
+    az://, hf://user/repo[@revision][/path]) only the bytes needed are fetched; a bucket prefix or a repository is a
+    folder.
     """
     if not paths and files_from is None:
         raise click.MissingParameter(param=_paths_of(click.get_current_context()))
@@ -158,7 +160,7 @@ def command(
 def _one_line(flat: bool, brief: bool) -> str | None:
     """The renderer of a line a tensor or a file, where one is asked for."""
     if flat and brief:
-        raise click.UsageError("--flat and --brief: give one of them")
+        raise click.UsageError("--flat and --brief: give only one of them")
     return "flat" if flat else "brief" if brief else None
 
 
@@ -200,7 +202,7 @@ class _Asked(NamedTuple):
         error: why it cannot be read, where that is known.
         opening: how it is opened.
         output: ``"json"``, ``"flat"``, ``"brief"`` or a renderer's name.
-        is_colored: whether it is coloured.
+        is_colored: whether it is colored.
         view: all else of how it is shown.
     """
 
@@ -295,7 +297,7 @@ def lines(
     render: ui.Renderer,
     view: ui.View,
 ) -> Iterator[str]:
-    """The files of a document, an empty line before each but the first, and what was passed over."""
+    """The files of a document, an empty line before each but the first, and what was skipped."""
     for number, document in enumerate(files):
         if document["error"] is None:
             if number:

@@ -444,7 +444,7 @@ def totals(rows: Rows, several: set[int]) -> dict[str, Totals]:
 
 
 def section_documents(sections: Sequence[Section], sums: dict[str, Totals], size: int) -> list[SectionDocument]:
-    """The elements of the document's ``sections``; parameters and buffers are ``None`` for what is no weights."""
+    """The elements of the document's ``sections``; parameters and buffers are ``None`` for what is not weights."""
     documents: list[SectionDocument] = []
     for section in sections:
         total = sums.get(section.path) if section.is_weights else None

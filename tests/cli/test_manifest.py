@@ -59,7 +59,7 @@ def test_what_is_passed_over_is_counted_and_not_written(run, weights: Path) -> N
     lock = weights / "weights.lock.json"
     (weights / "README.md").write_text("words")
     done = run("manifest", weights, "-o", lock)
-    assert done.stdout.splitlines()[-2:] == ["passed over: 1 file (1 text file)", f"{lock}: 2 files (2 added)"]
+    assert done.stdout.splitlines()[-2:] == ["skipped: 1 file (1 text file)", f"{lock}: 2 files (2 added)"]
     assert json.loads(run("manifest", "--json", weights).stdout)["passed_over"] == {"text file": 1, "JSON file": 1}
     assert "passed_over" not in lock.read_text()
     (weights / "x.pth").symlink_to("nowhere")
