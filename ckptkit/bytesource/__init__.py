@@ -19,6 +19,7 @@ from ckptkit.bytesource.source import (
     given_up,
     made_by_position,
     outside,
+    pace,
     require_wanted,
 )
 
@@ -36,6 +37,7 @@ __all__ = [
     "given_up",
     "made_by_position",
     "outside",
+    "pace",
     "read_at",
     "require_wanted",
     "spool_room",

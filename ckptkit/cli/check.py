@@ -18,7 +18,6 @@ from ckptkit import api
 from ckptkit.cli import ending
 from ckptkit.cli import options as ui
 from ckptkit.cli.closing import combined_lines
-from ckptkit.cli.explain import complete_reference
 from ckptkit.cli.outputs import add_summary, findings_of, github, gitlab, junit, sarif
 from ckptkit.cli.tables import wrapped
 from ckptkit.cli.usage import Choice
@@ -106,6 +105,7 @@ RENDERERS: dict[str, ui.Renderer] = {
     "github": github,
     "gitlab": gitlab,
     "markdown": ui.later("markdown.check"),
+    "html": ui.later("html.check"),
 }
 
 OUTPUTS = ("text", "json", *(name for name in RENDERERS if name != "text"))
@@ -168,7 +168,6 @@ OUTPUTS = ("text", "json", *(name for name in RENDERERS if name != "text"))
 @click.option(
     "--fits",
     metavar="REF",
-    shell_complete=complete_reference,
     help="The model every file must load into, as for verify; needs torch.",
 )
 @click.option("--forward", is_flag=True, default=None, help="Run the model too; needs torch.")

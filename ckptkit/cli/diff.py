@@ -255,7 +255,7 @@ def _shown(value: object, most: int | None) -> str:
     return shown if most is None or len(shown) <= most else shown[:most] + "…"
 
 
-RENDERERS: dict[str, ui.Renderer] = {"text": text, "markdown": ui.later("markdown.diff")}
+RENDERERS: dict[str, ui.Renderer] = {"text": text, "markdown": ui.later("markdown.diff"), "html": ui.later("html.diff")}
 
 
 _top = click.option(

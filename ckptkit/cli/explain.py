@@ -1,8 +1,4 @@
-"""``ckptkit explain``: what a finding code means and how to fix it; topics; and what the shell offers at Tab.
-
-click completes commands, options, choices and file names by itself, for bash, zsh and fish; here is what only
-ckptkit knows (references of models, codes of findings), and what bash needs for names with a colon.
-"""
+"""``ckptkit explain``: what a finding code means and how to fix it; topics."""
 
 from __future__ import annotations
 
@@ -11,9 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import click
-from click.shell_completion import BashComplete, CompletionItem, add_completion_class, get_completion_class
 
-from ckptkit.architectures.index import LIBRARIES, load
 from ckptkit.cli import ending
 from ckptkit.cli import options as ui
 from ckptkit.cli.tables import columns, wrapped
@@ -24,69 +18,14 @@ from ckptkit.report import SCHEMA_VERSION
 if TYPE_CHECKING:
     from ckptkit.documents import ExplainDocument
 
-__all__ = ["RENDERERS", "command", "complete_code", "complete_reference", "register", "text", "titled"]
+__all__ = ["RENDERERS", "command", "text", "titled"]
 
-
-_GLUE = (":", "=")
-"""What bash takes for words of their own, by its ``COMP_WORDBREAKS``."""
 
 _CONTAINERS = "<!-- table: containers -->"
 """Where the table of containers stands in a topic."""
 
 _STRESSED = re.compile(r"`[^`]*`|\*{1,2}([^*]+)\*{1,2}")
 """Code, which stays as it is, or what stands between asterisks in prose."""
-
-
-def complete_reference(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem[str]]:
-    """The models that ckptkit has an index of, and files for what is none: ``path/to/file.py:factory``."""
-    known = {f"{library}:{row.name}" for library in LIBRARIES for row in load(library).rows()}
-    found = sorted(name for name in known if name.startswith(incomplete))
-    return [CompletionItem(name) for name in found] or [CompletionItem(incomplete, type="file")]
-
-
-def complete_code(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem[str]]:
-    """The topics and the codes of findings, each with its title."""
-    titles = {name: titled(topic(name)) for name in TOPICS} | {code: CODES[code].title for code in sorted(CODES)}
-    return [CompletionItem(name, help=title) for name, title in titles.items() if name.startswith(incomplete)]
-
-
-class _Bash(BashComplete):
-    """Puts together the words that bash takes apart at ``:`` and ``=``, and answers with what follows the last one."""
-
-    def get_completion_args(self) -> tuple[list[str], str]:
-        args, last = super().get_completion_args()
-        words: list[str] = []
-        is_open = False
-        for word in (*args, last):
-            if words and (is_open or word in _GLUE):
-                words[-1] += word
-            else:
-                words.append(word)
-            is_open = word in _GLUE
-        incomplete = words.pop()
-        option, equals, value = incomplete.partition("=")
-        if equals and option.startswith("--"):
-            words, incomplete = [*words, option], value
-        self._there = incomplete.removesuffix(last) if last not in _GLUE else incomplete
-        return words, incomplete
-
-    def format_completion(self, item: CompletionItem[str]) -> str:
-        return f"{item.type},{item.value.removeprefix(self._there)}"
-
-
-def register(wanted: str) -> None:
-    """Let click use what is here.
-
-    Args:
-        wanted: what the shell asks for, by click's convention: ``bash_source``, ``zsh_complete``.
-
-    Raises:
-        click.UsageError: it is none of click's shells.
-    """
-    add_completion_class(_Bash)
-    shell, _, instruction = wanted.partition("_")
-    if get_completion_class(shell) is None or instruction not in ("source", "complete"):
-        raise click.UsageError(f"completion for {wanted!r}: expected bash_source, zsh_source or fish_source")
 
 
 def text(document: ExplainDocument, view: ui.View) -> Iterator[str]:
@@ -168,7 +107,7 @@ RENDERERS: dict[str, ui.Renderer] = {"text": text, "markdown": ui.later("markdow
 @click.command(
     "explain", epilog=ui.with_examples("ckptkit explain module-prefix", "ckptkit explain trust", "ckptkit explain")
 )
-@click.argument("subject", metavar="[CODE|TOPIC]", required=False, shell_complete=complete_code)
+@click.argument("subject", metavar="[CODE|TOPIC]", required=False)
 @ui.common_options(RENDERERS)
 def command(subject: str | None, output: str, quiet: bool, color: str) -> int:
     """Explain a finding's CODE, or a TOPIC; without one, list all of both."""

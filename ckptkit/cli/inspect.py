@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import click
 
 from ckptkit import api, places
+from ckptkit.bytesource import pace
 from ckptkit.cli import ending, inspect_text, tensor_tables
 from ckptkit.cli import options as ui
 from ckptkit.cli.tables import width_of, wrapped
@@ -135,7 +136,7 @@ def command(
         for found, error in files:
             is_given = found in named and (len(given) == 1 or places.isdir(found))
             tasks.append(as_typed._replace(path=found, error=error, opening=of_folders if is_given else opening))
-        for document in _shared(tasks, jobs) if is_shared else map(_surveyed, tasks):
+        for document in _shared(tasks, jobs) if is_shared else _one_by_one(tasks):
             seen.append(_told(document))
             if filters and not quiet and document["error"] is None and not document["tensors"]:
                 ending.say(f"ckptkit: {printable(document['path'])}: no tensor matches --filter")
@@ -173,12 +174,7 @@ def _echo_text(
             for line in wrapped(passed_over_text(passed_over), view.width):
                 ending.say(line)
         return
-    told = lines(documents, passed_over, render, view)
-    if output == "html":
-        from ckptkit.cli import html
-
-        told = html.inspected((render(document, view) for document in documents), passed_over)
-    for line in told:
+    for line in (_page if output == "html" else lines)(documents, passed_over, render, view):
         ui.echo(line)
 
 
@@ -227,6 +223,30 @@ def _surveyed(asked: _Asked) -> Survey | UnreadFile:
         return describe_error(asked.path, error)
 
 
+def _one_by_one(tasks: Sequence[_Asked]) -> Iterator[Survey | UnreadFile]:
+    """The documents of files as this process makes them."""
+    sizes = None if pace.tell is None else [*map(_nbytes, tasks)]
+    if sizes is not None:
+        pace.expect(len(tasks), 0 if any(map(_is_far, tasks)) else sum(sizes))
+    for number, task in enumerate(tasks):
+        document = _surveyed(task)
+        pace.finish(sizes[number] if sizes else 0)
+        yield document
+
+
+def _nbytes(asked: _Asked) -> int:
+    """The bytes that are read of a file: all of them, where statistics are asked for."""
+    if not asked.stats or _is_far(asked):
+        return 0
+    from ckptkit.released.selection import size_of  # few are asked for them
+
+    return size_of(asked.path)
+
+
+def _is_far(asked: _Asked) -> bool:
+    return places.is_url(asked.path)
+
+
 def _are_shared(count: int, jobs: int | None) -> bool:
     from ckptkit.transfer.many import Workers  # a file alone is shown sooner without
 
@@ -237,7 +257,7 @@ def _shared(tasks: Sequence[_Asked], jobs: int | None) -> Iterator[Any]:
     """The documents of files as other processes show them: with ``lines``, and of the tensors whether there are any."""
     from ckptkit.transfer.many import Workers, side_by_side
 
-    return side_by_side(tasks, _shown, workers=Workers(jobs=jobs), nbytes=lambda _: 0, lost=_lost)
+    return side_by_side(tasks, _shown, workers=Workers(jobs=jobs), nbytes=_nbytes, lost=_lost, is_far=_is_far)
 
 
 def _shown(asked: _Asked, threads: int = 1) -> dict[str, Any]:
@@ -283,6 +303,13 @@ def lines(
 
         yield ""
         yield from wrapped(passed_over_text(passed_over), view.width)
+
+
+def _page(files: Iterable[Any], passed_over: Mapping[str, int], render: ui.Renderer, view: ui.View) -> Iterator[str]:
+    """The same as a page."""
+    from ckptkit.cli import html
+
+    return html.inspected((render(document, view) for document in files), passed_over)
 
 
 def _expanded(path: str, asked: str | None, passed_over: Counter[str]) -> Iterator[tuple[str, CkptkitError | None]]:

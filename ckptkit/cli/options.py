@@ -158,7 +158,10 @@ def common_options(
             ending.begin(known=None)
             if as_json:
                 output = (*output, "json") if isinstance(output, tuple) else "json"
-            with ending.into_file(output_file, _texts([*args, *options.values()])):
+            with (
+                ending.into_file(output_file, _texts([*args, *options.values()])),
+                ending.watched(quiet=options["quiet"] or "progress" in options),
+            ):
                 return function(*args, output=output, **options)
 
         made = cast(F, command)

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import click
 
 from ckptkit import api
+from ckptkit.bytesource import pace
 from ckptkit.cli import ending
 from ckptkit.cli import options as ui
 from ckptkit.cli.closing import combined_lines
-from ckptkit.cli.explain import complete_reference
 from ckptkit.cli.tables import padded, wrapped
 from ckptkit.options import VerifyOptions
 from ckptkit.report import printable
@@ -89,7 +89,11 @@ def check_rows(document: VerifyDocument) -> Iterator[Row]:
             yield Row(check["name"], None, "ok", check["note"] or _SOUND.get(check["name"], ""))
 
 
-RENDERERS: dict[str, ui.Renderer] = {"text": text, "markdown": ui.later("markdown.verify")}
+RENDERERS: dict[str, ui.Renderer] = {
+    "text": text,
+    "markdown": ui.later("markdown.verify"),
+    "html": ui.later("html.verify"),
+}
 
 
 @click.command(
@@ -105,7 +109,7 @@ RENDERERS: dict[str, ui.Renderer] = {"text": text, "markdown": ui.later("markdow
     ),
 )
 @ui.path_argument("path")
-@ui.options_of(VerifyOptions, model={"shell_complete": complete_reference})
+@ui.options_of(VerifyOptions)
 @ui.common_options(RENDERERS)
 def command(path: str, output: str, quiet: bool, color: str, **given: Any) -> int:
     """Load PATH into a reference model, strictly, and examine what it computes.
@@ -119,7 +123,8 @@ def command(path: str, output: str, quiet: bool, color: str, **given: Any) -> in
     another number of threads, in another batch and with other rounding; a golden keeps that of when it was written.
     """
     ending.keep_stdout()
-    with ui.json_errors(output == "json"):
+    with ui.json_errors(output == "json"), ending.ticking():
+        pace.enter("loading torch")
         report = api.verify(path, **ui.keywords_of(VerifyOptions, given))
     written = any(finding.code == "golden-written" for finding in report.findings)
     code = ending.verdict(0 if report.ok else 1, f"{printable(given['write_golden'])} was written" if written else "")

@@ -143,8 +143,9 @@ def select(
     found = surveyor.result()
     del surveyor  # of very many files it is large
     checkpoints: dict[str, Selected] = {}
+    seen: dict[str, str] = {}
     for each in found.checkpoints:
-        names = [name_of(path, relative_to) for path in (each.path, *each.others)]
+        names = [name_of(path, relative_to, seen) for path in (each.path, *each.others)]
         checkpoints.setdefault(names[0], Selected(path=each.path, name=names[0], names=tuple(names)))
     return Selection(
         checkpoints=tuple(checkpoints[name] for name in sorted(checkpoints)),
@@ -173,10 +174,22 @@ def step_of(path: str, tag: str | None = None) -> str:
     return path if found is None else found.root
 
 
-def name_of(path: str, folder: str) -> str:
-    """A file's name relative to a folder, with ``/``; links are not followed."""
+def name_of(path: str, folder: str, seen: dict[str, str] | None = None) -> str:
+    """A file's name relative to a folder, with ``/``; links are not followed.
+
+    Args:
+        path: the file.
+        folder: what it is relative to.
+        seen: of very many files, gets the names of the folders they lie in, each of which is asked for once.
+    """
     if not folder and os.sep == "/" and path[:1] not in ("/", ".") and os.path.normpath(path) == path:
         return path  # as most are, of very many
+    above, _, last = path.rpartition("/")
+    if seen is not None and above and last not in ("", ".", "..") and os.sep == "/" and not places.is_url(path):
+        if above not in seen:
+            seen[above] = places.relative(above, folder)
+        if not seen[above].endswith(".."):  # else the path may be that of the folder
+            return f"{seen[above]}/{last}".removeprefix("./")
     name = places.relative(path, folder)
     return path if name == path else name  # the same text takes no room of its own
 

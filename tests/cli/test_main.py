@@ -79,7 +79,7 @@ def refusals(folder: Path) -> dict[str, Path]:
         "a text file": folder / "text.pth",
         "a folder": folder / "folder.pth",
         "truncated: the file has": folder / "cut.pth",
-        "no known checkpoint container": folder / "noise.bin",
+        "not a known checkpoint container": folder / "noise.bin",
         "git-lfs pointer, not the file of 102,502,400 bytes": folder / "lfs.pth",
         "is not a regular file": folder / "pipe.pth",
     }

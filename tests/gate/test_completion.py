@@ -74,8 +74,10 @@ def test_references(run) -> None:
 
 def test_a_reference_is_asked_for_without_torch() -> None:
     code = (
-        "import sys, click\nfrom ckptkit.cli.explain import complete_reference\n"
-        "print(len(complete_reference(None, None, 'timm:')) > 1000, 'torch' in sys.modules)"
+        "import sys, click\nfrom ckptkit.cli import cli\nfrom ckptkit.cli.completion import equip\n"
+        "model = next(each for each in cli.get_command(None, 'verify').params if each.name == 'model')\n"
+        "equip(cli.get_command(None, 'verify'))\n"
+        "print(len(model.shell_complete(None, 'timm:')) > 1000, 'torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)})
     assert done.stdout.split() == ["True", "False"], done.stderr
