@@ -190,6 +190,8 @@ def peak_memory() -> int | None:
         import resource
     except ImportError:  # Windows
         return None
+    if sys.platform == "win32":
+        return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # bytes there, kilobytes elsewhere
 
