@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING
 
+from ckptkit import shell
 from ckptkit.checkpoint import Checkpoint, StateDict, Storage, TensorEntry, shared_storages, tied_groups
 from ckptkit.dtypes import DTYPES
 from ckptkit.formats import format_named
@@ -152,11 +153,9 @@ def _copies(checkpoint: Checkpoint, contents: Everything) -> Iterator[Finding]:
 
 def _checked(checkpoint: Checkpoint) -> str:
     """The command that looks into all of a folder."""
-    import shlex
-
     options = checkpoint.origin.options
     typed = [word for name in ("--tag", "--tp-rules") if name in options for word in options[options.index(name) :][:2]]
-    return shlex.join(["ckptkit", "check", checkpoint.origin.path, *typed])
+    return shell.join(["ckptkit", "check", checkpoint.origin.path, *typed])
 
 
 def _part(checkpoint: Checkpoint, contents: Everything) -> Iterator[Finding]:

@@ -14,10 +14,10 @@ together, these rules decide, and what is left out is told:
 from __future__ import annotations
 
 import os
-import shlex
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import NamedTuple
 
+from ckptkit import shell
 from ckptkit.report import CONVERT, CombinedFix, Finding, convert_command, listed
 
 __all__ = ["combined_fix"]
@@ -127,7 +127,7 @@ def combined_fix(
 
 
 def _advice(code: str, command: str) -> _Advice:
-    _, _, path, destination, *words = shlex.split(command)
+    _, _, path, destination, *words = shell.split(command)
     options: list[tuple[str, str | None]] = []
     rest = iter(words)
     for word in rest:

@@ -245,7 +245,7 @@ def _say(text: str, *, nl: bool = False) -> None:
 
 @contextmanager
 def signals_heard() -> Iterator[None]:
-    """SIGINT, SIGTERM and SIGHUP are raised in the block, so that what is unfinished is cleaned up.
+    """SIGINT, SIGTERM, SIGHUP and (on Windows, Ctrl-Break) SIGBREAK are raised in the block, so that what is unfinished is cleaned up.
 
     Those that are ignored (as by ``nohup``), or that somebody else handles, are left as they are.
 
@@ -262,7 +262,8 @@ def signals_heard() -> Iterator[None]:
             came.append((number, time.monotonic()))
             raise SignalledError(number)
 
-    defaults = {"SIGINT": signal.default_int_handler, "SIGTERM": signal.SIG_DFL, "SIGHUP": signal.SIG_DFL}
+    defaults: dict[str, Any] = dict.fromkeys(("SIGTERM", "SIGHUP", "SIGBREAK"), signal.SIG_DFL)
+    defaults["SIGINT"] = signal.default_int_handler
     ours = [
         (number, default)
         for name, default in defaults.items()
@@ -292,7 +293,8 @@ def exit_code(error: BaseException) -> int:
         say(f"ckptkit: error: standard output is {state}" + (f"; {_ending.done}" if _ending.done else ""))
         return 2
     number = error.number if isinstance(error, SignalledError) else signal.SIGINT
-    how = {"SIGINT": "interrupted", "SIGTERM": "terminated"}.get(signal.Signals(number).name, "the terminal has gone")
+    told = {"SIGINT": "interrupted", "SIGBREAK": "interrupted", "SIGTERM": "terminated"}
+    how = told.get(signal.Signals(number).name, "the terminal has gone")
     say(f"ckptkit: {how}; {_ending.done or 'no file is half-written'}")
     return 128 + number
 

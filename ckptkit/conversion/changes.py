@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from ckptkit import shell
 from ckptkit.checkpoint import STATE_DICT, Checkpoint, GlobalUse, Storage, TensorEntry, tied_groups
 from ckptkit.computed import ConvertedRange, DTypeConversion
 from ckptkit.errors import FormatError
@@ -261,7 +261,7 @@ def diagnose_losses(
                 severity="warning",
                 message=f"{path!r:.200}, {kinds[path]} of {count_of(len(inside), 'tensor')}, is not in the output: "
                 "weights too, under other names than those that are",
-                fix=f"--section {shlex.quote(path)}",
+                fix=f"--section {shell.quote(path)}",
             )
     outside = [f"{found.path:.100} ({brief(found.node)})" for found in lost if found.section is None]
     if outside:

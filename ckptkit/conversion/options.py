@@ -5,12 +5,11 @@ Which of a file's weights are those of a model: each section is tried as if it h
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING
 
-from ckptkit import rewrite  # each rewriter is imported when it is used
+from ckptkit import rewrite, shell  # each rewriter is imported when it is used
 from ckptkit.bytesource import Source
 from ckptkit.checkpoint import STATE_DICT, Checkpoint, TensorEntry
 from ckptkit.computed import ConvertedRange
@@ -446,7 +445,7 @@ def section_like(checkpoint: Checkpoint, file: Source, options: ConvertOptions) 
             tensors = _tensors(named, fitting)
             if tensors not in found:
                 found[tensors] = path
-                labels.append(shlex.join(["--section", path, *fitting.options]))
+                labels.append(shell.join(["--section", path, *fitting.options]))
         problems.append(f"{path!r} {like.misfit(max(fittings, key=lambda fitting: len(fitting.sources)))}")
     if len(set(found.values())) > 1:
         raise RewriteError(

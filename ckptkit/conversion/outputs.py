@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, NamedTuple, TypeGuard
 
-from ckptkit import formats, places
+from ckptkit import formats, places, shell
 from ckptkit.errors import DestinationExistsError, FileAccessError, RewriteError
 from ckptkit.formats.unpacked import is_unpacked
 from ckptkit.report import count_of, listed, without_endings
@@ -125,7 +124,7 @@ def told(
         return error
     path, container, _ = formats.target(destination, options.to)
     into = os.path.join(os.path.dirname(path), without_endings(os.path.basename(path)), "")
-    command = shlex.join(["ckptkit", "convert", source, into, "--to", container.name])
+    command = shell.join(["ckptkit", "convert", source, into, "--to", container.name])
     return FileAccessError(f"{error}; or convert each checkpoint below it: {command}", path=source)
 
 

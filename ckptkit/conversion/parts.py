@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import os
 import pickle
-import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ckptkit import formats
+from ckptkit import formats, shell
 from ckptkit.bytesource import Source
 from ckptkit.checkpoint import STATE_DICT, Checkpoint, StateDict
 from ckptkit.errors import CorruptError, RewriteError
@@ -238,7 +237,7 @@ def _finished(job: _Job, options: ConvertOptions, parts: Parts) -> Tally:
 def _told_missing(job: _Job, options: ConvertOptions, given: str | None, count: int, missing: Mapping[int, str]) -> str:
     """What is missing, and the command that writes each."""
     source = job.source.path if given is None else shown(given)
-    command = shlex.join(["ckptkit", "convert", source, job.asked, *words_of(options.but(finish=False))])
+    command = shell.join(["ckptkit", "convert", source, job.asked, *words_of(options.but(finish=False))])
     if not count:
         return f"{job.path}: no part of it is there; write each of N parts, from 1/N to N/N: {command} --part 1/N"
     lines = [f"part {number} {what}: {command} --part {number}/{count}" for number, what in missing.items()]
@@ -353,7 +352,7 @@ def _as_text(options: ConvertOptions) -> dict[str, str]:
     for name, option in options.declared.items():
         words = [] if name in _OWN else list(_words(option, getattr(options, name)))
         if words:
-            texts[option.typed] = shlex.join(words[1:]) or "given"
+            texts[option.typed] = shell.join(words[1:], "posix") or "given"
     return texts
 
 

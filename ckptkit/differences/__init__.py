@@ -7,11 +7,11 @@ compared too: sections, scalars, and everything in both files' trees (`rest`).
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal
 
+from ckptkit import shell
 from ckptkit.checkpoint import Checkpoint, TensorEntry, tied_groups
 from ckptkit.differences.difference import Difference
 from ckptkit.differences.figures import Sums, Tolerance
@@ -328,7 +328,7 @@ def _prefixes(
         for side, each in (("a", a), ("b", b))
         for word in each.origin.options
     ]
-    fix = shlex.join(["ckptkit", "diff", a.origin.path, b.origin.path, *options, *given, "--strip-module"])
+    fix = shell.join(["ckptkit", "diff", a.origin.path, b.origin.path, *options, *given, "--strip-module"])
     yield Finding(code="prefix-differs", severity="warning", message=message, fix=fix)
 
 

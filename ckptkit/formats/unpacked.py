@@ -17,6 +17,7 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from itertools import accumulate
 
+from ckptkit import shell
 from ckptkit.bytesource import Source, read_at
 from ckptkit.errors import AmbiguousError, CorruptError, FileAccessError, LimitError
 from ckptkit.formats.zip_records import Records
@@ -51,11 +52,9 @@ def packing_of(folder: str) -> str | None:
 
     if not holds("version", "byteorder", "data") or not holds("data.pkl", ".data", "archive_format"):
         return None
-    import shlex
-
     above, name = os.path.split(os.path.abspath(folder))
     # Not python -m zipfile: unzip gives torch's records the date they have, which is before 1980, and that refuses it.
-    command = f"cd {shlex.quote(above)} && zip -0 -r {shlex.quote(f'{name}.pth')} {shlex.quote(name)}"
+    command = f"cd {shell.quote(above)} && zip -0 -r {shell.quote(f'{name}.pth')} {shell.quote(name)}"
     return f"an archive of torch that was unpacked; pack it again, stored: {command}"
 
 

@@ -24,6 +24,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Final, Literal, NamedTuple, TypeGuard
 
+from ckptkit import shell
 from ckptkit.checkpoint import Checkpoint, Part, StateDict, TensorEntry
 from ckptkit.errors import PartError
 from ckptkit.limits import DEFAULT_LIMITS
@@ -374,9 +375,7 @@ def part_findings(checkpoint: Checkpoint) -> Iterator[Finding]:
     if part is not None:
         fix: str | None = way_out(part)
         if part.opens and part.instead is not None:
-            import shlex
-
-            fix = f"ckptkit inspect {shlex.quote(part.instead)}"
+            fix = f"ckptkit inspect {shell.quote(part.instead)}"
         told = part_text(part)
         if part.remedy:
             told, fix = f"{told}; {part.remedy}", None

@@ -5,10 +5,10 @@ Adding one is a field of `Policy`, a function here and a line in `RULES`.
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ckptkit import shell
 from ckptkit.checkpoint import GlobalUse, Trust, trust_of
 from ckptkit.dtypes import DTYPES
 from ckptkit.formats import format_for, format_named
@@ -308,7 +308,7 @@ def _convert(examined: Examined, *options: str, pickled: bool = True) -> str | N
 
 def _written_by(command: str) -> Format:
     """The container that a command of `convert_command` writes."""
-    return format_for(shlex.split(command)[3])
+    return format_for(shell.split(command)[3])
 
 
 def _tensors(tensors: list[TensorFact]) -> str:

@@ -18,12 +18,12 @@ model has no module of that path.  Old names, as regular expressions:
 from __future__ import annotations
 
 import re
-import shlex
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ckptkit import shell
 from ckptkit.checkpoint import STATE_DICT, Checkpoint, StateDict, TensorEntry, tied_groups
 from ckptkit.errors import RewriteError
 from ckptkit.normalize.modules import wrapper_of
@@ -119,7 +119,7 @@ class Fitting:
     @property
     def label(self) -> str:
         """The options that change the names."""
-        return shlex.join(self.options) or "the names as they are"
+        return shell.join(self.options) or "the names as they are"
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)

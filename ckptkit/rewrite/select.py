@@ -11,6 +11,7 @@ from fnmatch import fnmatchcase
 from itertools import islice
 from typing import Any, Final, NamedTuple
 
+from ckptkit import shell
 from ckptkit.arguments import several
 from ckptkit.checkpoint import STATE_DICT, Checkpoint, StateDict, TensorEntry
 from ckptkit.errors import RewriteError
@@ -134,9 +135,7 @@ def _check_optimizer(checkpoint: Checkpoint, kept: dict[str, object]) -> None:
     ]
     optimizers = list(_optimizers(checkpoint.rest)) if lost else []
     if optimizers:
-        import shlex
-
-        remedy = " ".join(f"--leave-out {shlex.quote(path[:_MAX_NAME])}" for path in optimizers[:_MAX_LISTED])
+        remedy = " ".join(f"--leave-out {shell.quote(path[:_MAX_NAME])}" for path in optimizers[:_MAX_LISTED])
         raise RewriteError(
             f"{_listed(lost, len(lost))} would be left out, but the optimizer's state is keyed by the position of "
             f"each parameter; {remedy} leaves it out",

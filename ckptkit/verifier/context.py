@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ckptkit import shell
 from ckptkit.arguments import device_problem
 from ckptkit.bytesource import Source
 from ckptkit.checkpoint import Checkpoint
@@ -151,7 +151,7 @@ class Context:
         if spec is None or (self.golden is not None and (model or args)):
             return None
         like = self.model_options("--model", spec, {**(self.reference.args if model is None else {}), **args})
-        return shlex.join(["ckptkit", "verify", *self.reading, *self.asked, path, *like, *self.taken(options)])
+        return shell.join(["ckptkit", "verify", *self.reading, *self.asked, path, *like, *self.taken(options)])
 
     @staticmethod
     def model_options(option: str, spec: str, args: Mapping[str, object]) -> list[str]:

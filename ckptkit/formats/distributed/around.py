@@ -21,11 +21,10 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import shlex
 from collections.abc import Hashable, Iterator, Sequence
 from typing import NamedTuple
 
-from ckptkit import places
+from ckptkit import places, shell
 from ckptkit.errors import CkptkitError, CorruptError, FileAccessError, MissingFileError
 from ckptkit.formats.containers import FORMATS, SHARED_SUFFIXES, SUFFIXES
 from ckptkit.formats.distributed.folder import listing
@@ -385,7 +384,7 @@ def _standing(path: str, depth: int = 0, *, way: str = "", is_inner: bool = Fals
     there = [name for name, _ in choices]
     raise FileAccessError(
         f"{path}: {count_of(len(there), 'checkpoint')} are in this folder: {listed(there, _LISTED)}; "
-        f"give one of them, or choose with --tag: --tag {shlex.quote(way + there[-1])}",
+        f"give one of them, or choose with --tag: --tag {shell.quote(way + there[-1])}",
         path=path,
         names=there,
     )
