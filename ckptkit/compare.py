@@ -68,7 +68,7 @@ def check_output(
     try:
         for key, value in source.metadata.items():
             if output.metadata.get(key) != value:
-                raise CorruptError(f"metadata {key!r}: the output does not hold its value; nothing was written")
+                raise CorruptError(f"metadata {key!r}: its value is not in the output; nothing was written")
         comparison = _Comparison(compared, passed)
         container = format_named(output.origin.format)
         if container.is_folder:
@@ -78,9 +78,9 @@ def check_output(
             _extra_values(source, output, comparison)
         elif container.tensors_alone:
             if versions_text(source.state_dict) not in (None, versions_text(output.state_dict)):
-                raise CorruptError("the output does not hold the same module versions; nothing was written")
+                raise CorruptError("the output does not have the same module versions; nothing was written")
             if source.state_dict.keys() == output.state_dict.keys() and [*source.state_dict] != [*output.state_dict]:
-                raise CorruptError("the output does not hold the tensors in the same order; nothing was written")
+                raise CorruptError("the output does not have the tensors in the same order; nothing was written")
             _tensors(source.state_dict, output.state_dict, comparison)
         else:
             _trees(source, output, comparison)
@@ -255,7 +255,7 @@ def _covers_original(storage: Storage) -> bool:
 def _tensors(ours: Mapping[str, TensorEntry], theirs: Mapping[str, TensorEntry], comparison: _Comparison) -> None:
     """A container of named tensors only: names and values."""
     if set(ours) != set(theirs):
-        raise CorruptError("the output does not hold the same tensor names; nothing was written")
+        raise CorruptError("the output does not have the same tensor names; nothing was written")
     several = shared_storages(ours.values())
     pairs: set[tuple[object, ...]] = set()
     for name, entry in ours.items():
@@ -287,7 +287,7 @@ def _extra_values(source: Checkpoint, output: Checkpoint, comparison: _Compariso
     """What a sharded state_dict holds beside plain tensors."""
     ours, theirs = source.state_dict.extra, output.state_dict.extra
     if set(ours) != set(theirs):
-        raise CorruptError("the output does not hold the same values beside its tensors; nothing was written")
+        raise CorruptError("the output does not have the same values beside its tensors; nothing was written")
     for name, value in ours.items():
         for pair in _paired_storages([(Place().below(name), value, theirs[name])]):
             comparison.storages(*pair)

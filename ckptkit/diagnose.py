@@ -131,11 +131,11 @@ def hostile_finding(name: str) -> Finding:
 def _unread(checkpoint: Checkpoint, contents: Everything) -> Iterator[Finding]:
     if checkpoint.unread is not None:
         count = sum(use.count for use in checkpoint.unvouched if use.kind == "unread")
-        told = count_of(count, "item", "is a pickle of its own and was", "are pickles of their own and were")
+        told = count_of(count, "item", "is a separate pickle and was", "are separate pickles and were")
         yield Finding(
             code="items-not-read",
             severity="info",
-            message=f"{told} not read; check, convert and load judge every one",
+            message=f"{told} not read; check, convert and load read every one",
             fix=_checked(checkpoint),
         )
 
@@ -146,7 +146,7 @@ def _copies(checkpoint: Checkpoint, contents: Everything) -> Iterator[Finding]:
         yield Finding(
             code="copies-not-compared",
             severity="info",
-            message=f"{told} not compared with the values that are taken; check, convert and load compare each",
+            message=f"{told} not compared with the values that are used; check, convert and load compare each",
             fix=_checked(checkpoint),
         )
 
@@ -228,12 +228,12 @@ def _prefix(checkpoint: Checkpoint, contents: Everything) -> Iterator[Finding]:
         return
     bare = Counter(map(unwrapped, names))
     twice = next((name for name in names if bare[unwrapped(name)] > 1), None)
-    told = "" if twice is None else f"; it cannot come off, for {unwrapped(twice)!r:.60} would be the name of two"
+    told = "" if twice is None else f"; it cannot be removed, because two would be called {unwrapped(twice)!r:.60}"
     yield Finding(
         code="module-prefix",
         severity="warning",
-        message=f"{share_of(len(carrying), len(names), 'name', 'carries', 'carry')} a wrapper's prefix "
-        f"(`{carrying[0]}`) that the bare model lacks{told}",
+        message=f"{share_of(len(carrying), len(names), 'name', 'has', 'have')} a wrapper's prefix "
+        f"(`{carrying[0]}`) that the bare model does not have{told}",
         fix=_extract(checkpoint, "--strip-module") if twice is None else None,
     )
 
@@ -258,7 +258,7 @@ def _stale_versions(checkpoint: Checkpoint, contents: Everything) -> Iterator[Fi
         yield Finding(
             code="stale-versions",
             severity="warning",
-            message=f"module versions are recorded under other names ({recorded!r:.60}) than the weights carry "
+            message=f"module versions are recorded under other names ({recorded!r:.60}) than the weights have "
             f"({module!r:.60}): the names were changed by hand",
         )
 
@@ -271,17 +271,17 @@ def _not_a_model(checkpoint: Checkpoint, contents: Everything) -> Iterator[Findi
     if checkpoint.origin.is_program:
         return  # which are run, and have findings of their own
     path, names = checkpoint.origin.path, list(islice(checkpoint.state_dict.everything, _SAMPLED))
-    what = "build the model, then give it these"
+    what = "build the model, then load these into it"
     fix = f"model.load_state_dict(ckptkit.load_state_dict({path!r}))"
     if is_adapter(names):
-        what = "an adapter (LoRA or a relative of it), which is added to the model it was trained for"
+        what = "an adapter (LoRA or a related type), to be added to the model it was trained for"
         fix = _adapted(path, names)
     elif embeds:
         what = "a textual inversion, the embedding of a new word for a text encoder"
         fix = f"pipeline.load_textual_inversion({path!r})  # of diffusers"
     elif are_data(names):
-        what, fix = "by their names a data set, not weights", f"data = ckptkit.load_state_dict({path!r})"
-    yield Finding(code="not-a-model", severity="info", message=f"names and tensors, no model: {what}", fix=fix)
+        what, fix = "a data set, judging by the names, not weights", f"data = ckptkit.load_state_dict({path!r})"
+    yield Finding(code="not-a-model", severity="info", message=f"names and tensors, not a model: {what}", fix=fix)
 
 
 def _adapted(path: str, names: Sequence[str]) -> str:
@@ -301,8 +301,8 @@ def _quantized(checkpoint: Checkpoint, contents: Everything) -> Iterator[Finding
         yield Finding(
             code="quantized-weights",
             severity="info",
-            message=f"the weights of {count_of(found['modules'], 'module')} are quantized: {names} are values only "
-            "together, and a model that is not quantized does not know these names",
+            message=f"the weights of {count_of(found['modules'], 'module')} are quantized: {names} make sense only "
+            "together, and a model that is not quantized does not have these names",
         )
 
 
@@ -339,7 +339,7 @@ def _elsewhere(checkpoint: Checkpoint, contents: Everything) -> Iterator[Finding
         if any(pattern.fullmatch(name) for name in names)
     ]
     if found:
-        told = f"objects that load only on the system or with the versions they come from: {'; '.join(found)}"
+        told = f"objects that load only on the system or with the versions they were saved with: {'; '.join(found)}"
         fix = _weights(checkpoint, "--weights-only")
         yield Finding(code="other-system", severity="info", message=told, fix=fix)
 
@@ -361,7 +361,7 @@ def _devices(checkpoint: Checkpoint, contents: Everything) -> Iterator[Finding]:
     told = "a plain torch.load fails on a machine without these devices"
     fix: str | None = convert_command(path, "--map-location", "cpu", suffix=".pth")
     if container.is_program:
-        told = "the program is loaded onto these devices, and fails on a machine without them"
+        told = "the program loads onto these devices and fails on a machine without them"
         fix = f"{container.loader}({path!r}, map_location='cpu')" if container.maps_location else None
     yield Finding(
         code="device-location",
@@ -381,14 +381,14 @@ def _ties(checkpoint: Checkpoint, contents: Everything) -> Iterator[Finding]:
         yield Finding(
             code="tied-tensors",
             severity="info",
-            message=f"{count_of(len(groups), 'tensor', 'stands', 'stand')} under several names: {shown}",
+            message=f"{count_of(len(groups), 'tensor', 'has', 'have')} several names: {shown}",
         )
     shared = sum(count for count in views.values() if count > 1)
     if shared:
         yield Finding(
             code="shared-storage",
             severity="info",
-            message=f"{shared} tensors are different views of storages they share",
+            message=f"{shared} tensors are different views of shared storages",
         )
 
 
@@ -429,8 +429,8 @@ def _discarded(checkpoint: Checkpoint, contents: Everything) -> Iterator[Finding
         yield Finding(
             code="discarded-call",
             severity="warning",
-            message=f"the pickle makes {discarded_text(checkpoint.discarded)} and drops the result, which belongs to "
-            f"nothing in the file{kept}",
+            message=f"the pickle makes {discarded_text(checkpoint.discarded)} and discards the result, which belongs "
+            f"to nothing in the file{kept}",
             fix=_weights(checkpoint, "--weights-only"),
         )
 
@@ -442,7 +442,8 @@ def _other_weights(checkpoint: Checkpoint, contents: Everything) -> Iterator[Fin
         yield Finding(
             code="other-parts",
             severity="info",
-            message=f"weights under other names than those selected: {shown}; parts of the model, or another one",
+            message=f"weights under other names than the selected ones: {shown}; they are parts of the model, or of "
+            "another one",
         )
 
 
@@ -459,7 +460,7 @@ def _outside(checkpoint: Checkpoint, contents: Everything) -> Iterator[Finding]:
 
 def _nothing(checkpoint: Checkpoint, contents: Everything) -> Iterator[Finding]:
     if checkpoint.origin.kind == "other":
-        yield Finding(code="no-tensors", severity="warning", message="the file holds no tensor at all")
+        yield Finding(code="no-tensors", severity="warning", message="the file contains no tensors")
 
 
 def _byteorder(checkpoint: Checkpoint, contents: Everything) -> Iterator[Finding]:

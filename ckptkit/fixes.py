@@ -44,6 +44,10 @@ _MOST_DROPPED = 6
 """Parts that are named."""
 
 
+_Option = tuple[str, str | None]
+"""An option, and its value."""
+
+
 class _Advice(NamedTuple):
     """The conversion that a finding advises."""
 
@@ -51,8 +55,7 @@ class _Advice(NamedTuple):
     command: str
     path: str
     destination: str
-    options: tuple[tuple[str, str | None], ...]
-    """Each with its value."""
+    options: tuple[_Option, ...]
 
     @property
     def suffix(self) -> str:
@@ -92,50 +95,57 @@ def combined_fix(
         needs: the flags that the weights of a section need beside, where the findings are of another.
     """
     every = [_advice(each.code, each.fix) for each in findings if each.fix is not None and each.fix.startswith(CONVERT)]
+    every = [each for each in every if each.path == every[0].path]
     if not every:
         return None
-    alone = [each for each in every if each.is_alone and each.path == every[0].path]
+    alone = [each for each in every if each.is_alone]
     is_selected = any(each.section is None for each in alone)
     section = None if is_selected else (alone or every)[0].section
     suffix = next((each.suffix for each in alone if each.suffix != ".safetensors"), (alone or every)[0].suffix)
-    options: dict[tuple[str, str | None], None] = {}
-    done: list[str] = []
-    left: list[str] = []
-    for each in every:
-        wanted = _wanted(each, section, suffix) if each.path == every[0].path else None
-        given = dict(options)
-        if wanted is None or any(_clashes(option, given) for option in wanted):
-            left.append(each.code)
-        else:
-            options.update(dict.fromkeys(wanted))
-            done.append(each.code)
+    options, done = _merged(every, section, suffix)
     if alone and section is not None:
         options.update(dict.fromkeys((flag, None) for flag in needs(section)))
-    ordered = sorted(options, key=lambda option: (option[0] != _SECTION, option[0] == _ALONE))
-    same = [each for each in every if each.suffix == suffix and set(each.options) == options.keys() and each.is_named]
-    command = same[0].command if same else None
-    if command is None:
-        words = [word for option in ordered for word in option if word is not None]
-        others = {each.destination for each in every}
-        command = convert_command(every[0].path, *words, suffix=suffix, taken=others, is_clean=True)
-    codes = [code for code in dict.fromkeys(done) if code not in partly]
+    codes = [code for code in done if code not in partly]
     if not codes:
         return None
-    left = [code for code in dict.fromkeys([*left, *done]) if code not in codes]
+    left = [code for code in dict.fromkeys(each.code for each in every) if code not in codes]
+    ordered = sorted(options, key=lambda option: (option[0] != _SECTION, option[0] == _ALONE))
     keeps = _told(ordered, beside, left, is_alone=bool(alone), is_model=is_model)
-    return {"command": command, "keeps": keeps, "codes": codes}
+    return {"command": _command(every, ordered, suffix), "keeps": keeps, "codes": codes}
+
+
+def _merged(every: Sequence[_Advice], section: str | None, suffix: str) -> tuple[dict[_Option, None], list[str]]:
+    """The options of all that go together, and the codes of the findings that these fix."""
+    options: dict[_Option, None] = {}
+    done: dict[str, None] = {}
+    for each in every:
+        wanted = _wanted(each, section, suffix)
+        if wanted is not None and not any(_clashes(option, options) for option in wanted):
+            options.update(dict.fromkeys(wanted))
+            done[each.code] = None
+    return options, [*done]
+
+
+def _command(every: Sequence[_Advice], options: Sequence[_Option], suffix: str) -> str:
+    """The command with these options: that of a finding, where it is the same and named like any other."""
+    for each in every:
+        if each.suffix == suffix and {*each.options} == {*options} and each.is_named:
+            return each.command
+    words = [word for option in options for word in option if word is not None]
+    others = {each.destination for each in every}
+    return convert_command(every[0].path, *words, suffix=suffix, taken=others, is_clean=True)
 
 
 def _advice(code: str, command: str) -> _Advice:
     _, _, path, destination, *words = shell.split(command)
-    options: list[tuple[str, str | None]] = []
+    options: list[_Option] = []
     rest = iter(words)
     for word in rest:
         options.append((word, None if word in _FLAGS else next(rest, None)))
     return _Advice(code, command, path, destination, tuple(options))
 
 
-def _wanted(advice: _Advice, section: str | None, suffix: str) -> list[tuple[str, str | None]] | None:
+def _wanted(advice: _Advice, section: str | None, suffix: str) -> list[_Option] | None:
     """The options that one conversion needs for what another does; ``None``: it cannot be done with it."""
     if advice.section != section and (advice.is_alone or advice.section is not None):
         return None
@@ -146,14 +156,14 @@ def _wanted(advice: _Advice, section: str | None, suffix: str) -> list[tuple[str
     return [option for option in advice.options if option[0] != _LOCATION]
 
 
-def _clashes(option: tuple[str, str | None], given: dict[tuple[str, str | None], None]) -> bool:
+def _clashes(option: _Option, given: dict[_Option, None]) -> bool:
     """Whether an option that takes one value has another."""
     name, value = option
     return name not in _REPEATED and any(known == name and other != value for known, other in given)
 
 
 def _told(
-    options: Sequence[tuple[str, str | None]],
+    options: Sequence[_Option],
     beside: Sequence[str] | None,
     left: Sequence[str],
     *,

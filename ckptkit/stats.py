@@ -92,9 +92,9 @@ def tensor_stats(
 class Histogram:
     """Counts finite values in bins of equal width in one pass, whatever comes next.
 
-    The width is a power of two, and each bin begins at a multiple of it, so that of bins twice as wide each is two of
-    these, and counts stay exact.  It is the least with which `BINS` bins hold all values: what comes out does not depend
-    on how the values are cut into pieces.  Whole numbers have bins no narrower than 1.
+    The width is a power of two, and each bin begins at a multiple of it: each bin twice as wide is two of these, so
+    counts stay exact when bins are merged.  It is the least with which `BINS` bins hold all values, however the values
+    are cut into pieces.  Whole numbers have bins no narrower than 1.
 
     Args:
         dtype: torch name, of the values before they became float64.

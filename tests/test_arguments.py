@@ -413,7 +413,7 @@ def test_documents_survive_pickling(save: SaveAs, tmp_path: Path) -> None:
 DECLARED: dict[str, type[Options]] = {"convert": ConvertOptions, "verify": VerifyOptions, "diff": DiffOptions}
 
 TYPED_ALONE = {
-    "convert": {"source", "destination", "rename_file"},
+    "convert": {"paths", "rename_file", "yes"},
     "verify": {"path"},
     "diff": {"a", "b", "top"},
 }

@@ -265,7 +265,7 @@ def test_nothing_is_inflated_before_it_is_asked_for(tmp_path: Path, monkeypatch:
         ({"nbytes": 1023}, "does not inflate to the 1,023 bytes it declares"),
         ({"nbytes": 1025}, "does not inflate to the 1,025 bytes"),
         ({"nbytes": 0}, "does not inflate to the 0 bytes"),
-        ({"crc32": 1}, "its CRC-32 is [0-9a-f]{8}, recorded is 00000001: damaged"),
+        ({"crc32": 1}, "its CRC-32 is [0-9a-f]{8}, but the archive records 00000001: damaged"),
     ],
 )
 def test_what_it_inflates_to_must_be_what_is_declared(changes: dict[str, int], words: str, tmp_path: Path) -> None:

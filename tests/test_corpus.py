@@ -196,7 +196,7 @@ def test_converts_to_pth(path: Path, tmp_path: Path) -> None:
     with ckptkit.open(path) as file:
         is_program = file.format == "torchscript"
         if is_program and not file.state_dict.everything:  # frozen: constants without names
-            with pytest.raises(ckptkit.RewriteError, match="none under names"):
+            with pytest.raises(ckptkit.RewriteError, match="none with names"):
                 file.save(result)
             return
         state_dict = file.checkpoint.state_dict

@@ -166,7 +166,7 @@ def test_what_a_folder_leaves_for_later() -> None:
         state_dict=StateDict(), rest=None, origin=origin, unread=Pickles(), unvouched=(unread,), replicas=copies
     )
     found = {finding.code: finding for finding in diagnose(checkpoint)}
-    assert found["items-not-read"].message.startswith("3 items are pickles of their own and were not read;")
+    assert found["items-not-read"].message.startswith("3 items are separate pickles and were not read;")
     assert found["copies-not-compared"].message.startswith("1 copy was not compared")
     assert found["items-not-read"].fix == "ckptkit check 'a b' --tag 'step 1'"
 
@@ -339,7 +339,7 @@ def peft(names: str = "base_model.model.{}.q_proj.lora_{}.weight") -> dict[str, 
         ({"x": torch.ones(9, 3), "y": torch.ones(9)}, "a data set", "data = ckptkit.load_state_dict("),
         ({"input_ids": torch.ones(9, 3), "attention_mask": torch.ones(9, 3)}, "a data set", "data = "),
         ({"Images": torch.ones(9, 3), "labels": torch.ones(9)}, "a data set", "data = "),
-        (WEIGHTS, "build the model, then give it these", "model.load_state_dict("),
+        (WEIGHTS, "build the model, then load these into it", "model.load_state_dict("),
         ({"floral.weight": torch.ones(2), "x": torch.ones(2)}, "build the model", "model.load_state_dict("),
     ],
 )  # fmt: skip
@@ -407,7 +407,7 @@ class OwnState(nn.Module):
 def test_a_program_that_keeps_a_state_of_its_own(run: Any, tmp_path: Path) -> None:
     path = scripted(OwnState(), tmp_path / "own.pt")
     found = findings(path)
-    assert "1 module saves a state of its own making (__getstate__), with 1 tensor" in found["own-script-state"].message
+    assert "1 module saves custom state (__getstate__), with 1 tensor" in found["own-script-state"].message
     assert "OwnState" in found["torchscript-program"].message
     for output in ("o.pth", "o.safetensors"):
         done = run("convert", path, output)
@@ -420,7 +420,7 @@ def test_a_program_that_keeps_a_state_of_its_own(run: Any, tmp_path: Path) -> No
 def test_a_frozen_program_is_called_frozen_and_no_other(run: Any, tmp_path: Path) -> None:
     bare = scripted(nn.ReLU(), tmp_path / "bare.pt")
     told = run("convert", bare, "o.pth").stderr
-    assert "it holds no tensors under names" in told and "were frozen" not in told
+    assert "it contains no named tensors" in told and "frozen" not in told
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.jit.freeze(torch.jit.script(nn.Sequential(nn.Linear(2, 2)).eval())).save(str(tmp_path / "frozen.pt"))

@@ -60,9 +60,8 @@ def test_what_would_be_found(text: str) -> None:
 # Numbers and their nouns.
 
 COUNTED = re.compile(
-    r" (?:(?:of|other|more|different) )?(?:classes|entries|"
-    r"(?:tensor|file|name|value|key|storage|record|path|checkpoint|parameter|buffer|shard|finding|module|section|weight|"
-    r"input|output|step|object)s)\b"
+    r" (?:(?:of|other|more|different) "
+    r")?(?:classes|entries|(?:tensor|file|name|value|key|storage|record|path|checkpoint|parameter|buffer|shard|finding|module|section|weight|input|output|step|object)s)\b"
 )
 
 SEVERAL = {
@@ -145,7 +144,7 @@ def test_a_folder_around_an_unpacked_archive_is_told(save: Save, run: Any, tmp_p
     for given in paths:
         done = run("inspect", given)
         assert done.returncode == 2
-        assert "an archive of torch that was unpacked; pack it again, stored: cd " in done.stderr
+        assert "a torch archive that was unpacked; pack it again, stored: cd " in done.stderr
         assert "zip -0 -r model.pth model" in done.stderr and "pickle.load" not in done.stderr
 
 

@@ -166,7 +166,7 @@ def test_what_cannot_be_saved_is_named(tmp_path: Path) -> None:
             r"object (of class builtins.object)",
             r"sparse (a tensor of layout sparse_coo; .to_dense() makes it a plain one)",
             r"text (torch has no dtype for numpy's <U1)",
-            r"meta (a tensor on the device meta, which has no values)",
+            r"meta (a tensor on the meta device, which has no values)",
             "_Wrapped; .as_subclass(torch.Tensor) makes it a plain one",
             "zeros (a tensor without memory of its own; .clone() makes it a plain one)",
             r"deep.er.1.2 (of class builtins.complex)",
@@ -226,7 +226,7 @@ def test_trees_that_are_no_dict(tmp_path: Path) -> None:
     deep: Any = torch.ones(1)
     for _ in range(200):
         deep = [deep]
-    with pytest.raises(RewriteError, match="nested more than 100 deep"):
+    with pytest.raises(RewriteError, match="nested more than 100 levels deep"):
         ckptkit.save(deep, tmp_path / "deep.pth")
 
 
@@ -262,7 +262,7 @@ def test_the_old_file_or_the_new_one(tmp_path: Path) -> None:
 
     with pytest.raises(CorruptError, match="'w': the output differs at byte"):
         ckptkit.save(state, path, force=True, progress=meddle)
-    with pytest.raises(RewriteError, match="chooses no container"):
+    with pytest.raises(RewriteError, match="does not belong to a known container"):
         ckptkit.save(state, tmp_path / "a.txt")
     with pytest.raises(RewriteError, match="is not text"):
         ckptkit.save(state, path, force=True, metadata={"a": 1})  # type: ignore[dict-item]

@@ -31,6 +31,9 @@ def right(path: Path) -> None:
     ckptkit.convert(path, path, progress=lambda done, of: None, metadata={"a": "b"}, model_args=None)
     ckptkit.convert(path, path, all_tensors=True, keep_beside=False, as_key="model")
     ckptkit.convert(path, path, max_shard_size="5GB", part="2/8", jobs=None, files_from=path, finish=False)
+    ckptkit.convert(path, in_place=True, backup=True, strip_module=True)
+    ckptkit.convert([path, "other.pth"], in_place=True, confirm=lambda paths: len(paths) < 3)
+    ckptkit.convert(["a.pth", path], "folder/", to="safetensors")
     with ThreadPoolExecutor() as executor:
         ckptkit.convert(path, path, executor=executor)
     report = ckptkit.verify(path, model="torchvision:resnet18", golden=path, input_shapes=[(1, 3, 64, 64)], seed=1)
@@ -63,7 +66,8 @@ def wrong(path: Path) -> None:
     ckptkit.convert(path, path, strip_modul=True)  # type: ignore[call-arg]
     ckptkit.convert(path, path, strip_module="yes")  # type: ignore[arg-type]
     ckptkit.convert(path, path, tied="both")  # type: ignore[arg-type]
-    ckptkit.convert(path)  # type: ignore[call-arg]
+    ckptkit.convert(path, in_place="yes")  # type: ignore[arg-type]
+    ckptkit.convert(path, path, confirm=lambda: True)  # type: ignore[arg-type,misc]
     ckptkit.verify(path, modle="torchvision:resnet18")  # type: ignore[call-arg]
     ckptkit.verify(path, seed="7")  # type: ignore[arg-type]
     ckptkit.diff(path, path, rtol="small")  # type: ignore[arg-type]

@@ -6,7 +6,7 @@ import contextlib
 import os
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ckptkit.arguments import documented, several
 from ckptkit.bytesource import Readable
@@ -188,36 +188,59 @@ def load(
 
 @in_session
 @documented(ConvertOptions)
-def convert(source: Readable, destination: PathLike, **options: Unpack[ConvertKeywords]) -> Report[ConvertDocument]:
-    """Rewrite a checkpoint into another file, or each one below a folder into another folder.
+def convert(
+    source: Readable | Sequence[PathLike], destination: PathLike | None = None, **options: Unpack[ConvertKeywords]
+) -> Report[ConvertDocument]:
+    """Rewrite a checkpoint into another file, or each one below a folder into another folder; or a file in place.
 
     A ``.pth`` keeps everything that is in the source; what a safetensors file or shards cannot hold is an
     error unless it is named to be left out.
 
     Args:
-        source: any readable checkpoint (see `open`), or a folder.
+        source: any readable checkpoint (see `open`), or a folder; or a list of paths, of which each is converted into
+            the destination, a folder.  With ``in_place`` a path, or a list of paths.
         destination: the output; its ending chooses the container.  A folder, which is there or has a slash at its end:
-            the output is put into it and named after the source, with the ending of ``to``.  With ``to="dcp"`` it is
-            the folder that is written, which must be new or empty.  Of a source folder each checkpoint goes to the same
-            place below it; the folder is made where it is not there.
+            the output is put into it and named after the source, with the ending of ``to`` where that is given.  With
+            ``to="dcp"`` it is the folder that is written, which must be new or empty.  Of a source folder each
+            checkpoint goes to the same place below it; the folder is made where it is not there.  ``None``: with
+            ``in_place``.
         **options: those of `ckptkit.options.ConvertOptions`.
 
     Returns:
-        A report whose ``details`` hold the plan and what was changed.  Of a folder they hold those of each file, under
-        ``files`` (`ckptkit.ConvertFolderDocument`), and a file that cannot be converted is a finding of severity
-        ``"error"``; the others are converted.
+        A report whose ``details`` hold the plan and what was changed.  Of a folder, and of a list, they
+        hold those of each file, under ``files`` (`ckptkit.ConvertFolderDocument`), and a file that cannot be converted
+        is a finding of severity ``"error"``; the others are converted.  In place they hold the path of the ``backup``.
 
     Raises:
         As `open` and `CheckpointFile.save`; SectionError where weights are needed and none is selected; PartError;
         RewriteError where the weights are not those of ``like``, or several files of a folder would get one name;
         VerifyError where ``like`` names no model.
     """
-    from ckptkit.conversion import convert_file, outputs, run  # reading alone starts faster without the writing half
+    from ckptkit.conversion import (
+        convert_file,
+        outputs,
+        replace_file,
+        run,
+    )  # reading alone starts faster without the writing half
 
     asked = ConvertOptions(**options)
-    outputs.require_file_name(destination)
+    if destination is not None:
+        outputs.require_file_name(destination)
     if asked.like is not None:
         asked = asked.but(like=_like(asked.like, asked.model_args))
+    if asked.in_place:
+        if destination is not None:
+            raise RewriteError(f"{os.fsdecode(destination)}: with --in-place there is no destination")
+        from ckptkit.conversion.in_place import convert_in_place
+
+        return convert_in_place(source, asked, replace_file)
+    if destination is None:
+        raise TypeError("convert() missing 1 required positional argument: 'destination'")
+    if isinstance(source, (list, tuple)):
+        from ckptkit.conversion.folder import convert_files
+
+        return convert_files([os.fsdecode(path) for path in source], os.fsdecode(destination), asked, convert_file)
+    source = cast("Readable", source)
     if outputs.is_folder_of_files(source, destination, asked):
         from ckptkit.conversion.folder import convert_folder
 
@@ -252,7 +275,7 @@ def _like(like: Any, args: Mapping[str, Any]) -> Like:
 
         return like_reference(path or like, args)
     if args:
-        raise RewriteError(f"--like {path}: is a checkpoint, and takes no --model-arg")
+        raise RewriteError(f"--like {path}: is a checkpoint, so --model-arg does not apply")
     return like_checkpoint(path)
 
 
@@ -301,7 +324,7 @@ def diff(a: Readable, b: Readable, **options: Unpack[DiffKeywords]) -> Differenc
         )
         for file in (ours, theirs):
             if file._file.changed():
-                raise CorruptError("the file was changed while it was read", path=file.path)
+                raise CorruptError("the file was changed while it was being read", path=file.path)
         return difference
 
 

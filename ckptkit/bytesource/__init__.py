@@ -19,6 +19,7 @@ from ckptkit.bytesource.source import (
     given_up,
     made_by_position,
     outside,
+    pace,
     require_wanted,
 )
 
@@ -37,6 +38,7 @@ __all__ = [
     "given_up",
     "made_by_position",
     "outside",
+    "pace",
     "read_at",
     "require_wanted",
     "spool_room",

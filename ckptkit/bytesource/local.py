@@ -9,7 +9,7 @@ import stat
 import sys
 import threading
 
-from ckptkit.bytesource.source import ByteRange, Source
+from ckptkit.bytesource.source import ByteRange, Source, pace
 from ckptkit.errors import CorruptError, FileAccessError, MissingFileError
 
 __all__ = ["SourceFile", "fill_from", "flush_to_disk", "read_at", "spool_room", "write_at"]
@@ -172,11 +172,15 @@ class SourceFile(Source):
 
     def _some(self, offset: int, nbytes: int) -> bytes:
         try:
-            return read_at(self.fileno(), nbytes, offset)
+            data = read_at(self.fileno(), nbytes, offset)
         except FileAccessError:
             raise
         except OSError as error:
             raise FileAccessError(f"{self.path}: cannot be read: {error.strerror}", path=self.path) from error
+        if pace.tell is not None:
+            pace.read += len(data)
+            pace.tell()
+        return data
 
     def read_into(self, offset: int, buffer: bytearray | memoryview) -> None:
         """As `Source.read_into`; no memory is taken for the bytes."""
@@ -193,6 +197,9 @@ class SourceFile(Source):
             raise FileAccessError(f"{self.path}: cannot be read: {error.strerror}", path=self.path) from error
         if filled < len(buffer):
             raise self._shorter(offset + filled)
+        if pace.tell is not None:
+            pace.read += filled
+            pace.tell()
 
     def stamp(self) -> tuple[int, int, int, int]:
         """As `identity`, by now."""

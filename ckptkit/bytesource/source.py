@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import MISSING, dataclass, fields
@@ -24,6 +25,7 @@ __all__ = [
     "given_up",
     "made_by_position",
     "outside",
+    "pace",
     "require_wanted",
 ]
 
@@ -34,6 +36,68 @@ GAP_NBYTES = 8 << 10
 """Bytes between two wanted ones that take longer to read along than another read does to begin."""
 
 _Record = TypeVar("_Record")
+
+
+class _Pace:
+    """How far this process is with what a command asks of it: numbers, which nobody reads where nobody watches.
+
+    Attributes:
+        read: bytes that were read of files on this machine since something was expected.
+        arrived: bytes that servers gave.
+        total: bytes to go through; 0: nobody knows.
+        finished: bytes of the files that are done with.
+        files, done: how many files there are to deal with, and how many are done with; 0: nobody knows.
+        looked: files that were looked at to see what they are.
+        stage: what is done now, in words.
+        began: when that, or what is expected, began (`time.monotonic`).
+        tell: called when one of these has changed; ``None``: nobody watches.
+    """
+
+    __slots__ = ("arrived", "began", "done", "files", "finished", "looked", "read", "stage", "tell", "total")
+    tell: Callable[[], object] | None
+
+    def __init__(self) -> None:
+        self.watch(None)
+
+    def watch(self, tell: Callable[[], object] | None) -> None:
+        """From here on this is called when something has changed; all begins anew."""
+        self.read = self.arrived = self.total = self.finished = self.files = self.done = self.looked = 0
+        self.stage, self.began, self.tell = "", time.monotonic(), tell
+
+    def expect(self, files: int, nbytes: int) -> None:
+        """So many files are to be dealt with, of so many bytes in all (0: nobody knows)."""
+        self.files, self.total, self.began = files, nbytes, time.monotonic()
+        self.read = self.finished = self.done = 0
+
+    def enter(self, stage: str, nbytes: int = 0) -> None:
+        """Something else begins, of what is one step for whoever deals with several files; so many bytes are read."""
+        if self.tell is not None and not self.files:
+            self.expect(0, nbytes)
+            self.stage = stage
+            self.tell()
+
+    def finish(self, nbytes: int) -> None:
+        """A file of so many bytes is done with."""
+        if self.tell is not None:
+            self.finished += nbytes
+            self.done += 1
+            self.tell()
+
+    def look(self) -> None:
+        """A file is looked at."""
+        if self.tell is not None:
+            self.looked += 1
+            self.tell()
+
+    def arrive(self, nbytes: int) -> None:
+        """A server gave so many bytes."""
+        self.arrived += nbytes
+        if self.tell is not None:
+            self.tell()
+
+
+pace = _Pace()
+"""Of this process."""
 
 
 class Source:

@@ -67,6 +67,10 @@ class _Commands(click.Group):
         if cmd_name not in COMMANDS:
             return None
         command = import_module(f"ckptkit.cli.{cmd_name}").command
+        if _COMPLETION in os.environ:
+            from ckptkit.cli.completion import equip
+
+            equip(command)
         return command if isinstance(command, click.Command) else None
 
     def resolve_command(
@@ -125,7 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     debug = "--debug" in arguments
     try:
         ending.begin(known=0)
-        with ending.signals_heard(), ending.arrivals_line(arguments):
+        with ending.signals_heard():
             code = _called([*arguments])
             ending.write()
     except click.ClickException as error:
@@ -155,7 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 def _called(arguments: list[str]) -> int:
     """Run what the arguments ask for; its exit code."""
     if _COMPLETION in os.environ:  # a shell asks what it may offer
-        from ckptkit.cli.explain import register
+        from ckptkit.cli.completion import register
 
         register(os.environ[_COMPLETION])
         try:

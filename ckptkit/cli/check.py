@@ -18,8 +18,8 @@ from ckptkit import api
 from ckptkit.cli import ending
 from ckptkit.cli import options as ui
 from ckptkit.cli.closing import combined_lines
-from ckptkit.cli.explain import complete_reference
 from ckptkit.cli.outputs import add_summary, findings_of, github, gitlab, junit, sarif
+from ckptkit.cli.tables import wrapped
 from ckptkit.cli.usage import Choice
 from ckptkit.dtypes import DTYPES, meant_dtype
 from ckptkit.formats.folder import passed_over_text
@@ -43,7 +43,7 @@ _TOGETHER = 4096
 """Elements of a document that are written at once."""
 
 _MOST = 160
-"""Characters of an expected or found value."""
+"""Characters of an expected or found value, on a terminal."""
 
 
 def text(document: CheckDocument, view: ui.View) -> Iterator[str]:
@@ -57,10 +57,10 @@ def _lines(file: CheckedFile, findings: Sequence[CheckFindingDocument], view: ui
     """What is said of a file."""
     if view.quiet and not findings:
         return
-    yield _head(file, findings, view.style)
+    yield from wrapped(_head(file, findings, view.style), view.width)
     for finding in findings:
-        yield from _finding(finding, view.style)
-    yield from combined_lines(file.get("combined_fix"), findings, indent="  ")
+        yield from _finding(finding, view)
+    yield from combined_lines(file.get("combined_fix"), findings, view.width, "  ")
 
 
 def _last_lines(passed_over: Mapping[str, int], verdict: str, code: int, view: ui.View) -> Iterator[str]:
@@ -68,8 +68,10 @@ def _last_lines(passed_over: Mapping[str, int], verdict: str, code: int, view: u
     if view.quiet:
         return
     if passed_over:
-        yield passed_over_text(passed_over)
-    yield view.style(verdict, fg="green" if code == 0 else "red", bold=True)
+        yield from wrapped(passed_over_text(passed_over), view.width)
+    yield from (
+        view.style(line, fg="green" if code == 0 else "red", bold=True) for line in wrapped(verdict, view.width)
+    )
 
 
 def _head(file: CheckedFile, findings: Sequence[CheckFindingDocument], style: ui.Style) -> str:
@@ -80,20 +82,20 @@ def _head(file: CheckedFile, findings: Sequence[CheckFindingDocument], style: ui
     return f"{printable(file['path'])}: {style(outcome, fg=color, bold=outcome != 'ok')}{size}"
 
 
-def _finding(finding: CheckFindingDocument, style: ui.Style) -> Iterator[str]:
-    severity = finding["severity"]
-    label = style(severity, fg=ui.COLORS[severity], bold=severity == "error")
-    yield f"  {label}: {finding['rule']}: {printable(finding['message'])} [{finding['code']}]"
+def _finding(finding: CheckFindingDocument, view: ui.View) -> Iterator[str]:
+    severity, style = finding["severity"], view.style
+    label, code = style(severity, fg=ui.COLORS[severity], bold=True), style(f"[{finding['code']}]", dim=True)
+    yield from wrapped(f"  {label}: {finding['rule']}: {printable(finding['message'])} {code}", view.width)
     for name, value in (("expected", finding["expected"]), ("found", finding["found"])):
         if value is not None:
-            yield f"      {name}: {_value(value)}"
+            yield from wrapped(f"      {name}: {_value(value, None if view.width is None else _MOST)}", view.width)
     if finding["fix"]:
         yield f"      fix: {printable(finding['fix'])}"
 
 
-def _value(value: object) -> str:
+def _value(value: object, most: int | None) -> str:
     shown = printable(", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value))
-    return shown if len(shown) <= _MOST else f"{shown[: _MOST - 1]}…"
+    return shown if most is None or len(shown) <= most else f"{shown[: most - 1]}…"
 
 
 RENDERERS: dict[str, ui.Renderer] = {
@@ -103,6 +105,7 @@ RENDERERS: dict[str, ui.Renderer] = {
     "github": github,
     "gitlab": gitlab,
     "markdown": ui.later("markdown.check"),
+    "html": ui.later("html.check"),
 }
 
 OUTPUTS = ("text", "json", *(name for name in RENDERERS if name != "text"))
@@ -165,7 +168,6 @@ OUTPUTS = ("text", "json", *(name for name in RENDERERS if name != "text"))
 @click.option(
     "--fits",
     metavar="REF",
-    shell_complete=complete_reference,
     help="The model every file must load into, as for verify; needs torch.",
 )
 @click.option("--forward", is_flag=True, default=None, help="Run the model too; needs torch.")
@@ -248,7 +250,7 @@ def command(
     policy["model_args"] = ui.key_values("--model-arg", model_args) or None
     policy["input_shapes"] = [ui.input_shape(shape) for shape in shapes] or None
     ending.keep_stdout()
-    view = ui.View(ui.styler(color), quiet=quiet)
+    view = ui.View(ui.styler(color), ui.terminal_width(), quiet)
     with ui.json_errors(wanted == "json"), ExitStack() as stack:
         given = ui.with_listed(paths, files_from)
         stack.enter_context(session_of(storage_options, given))

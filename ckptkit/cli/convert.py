@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import sys
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import click
@@ -12,12 +14,12 @@ from ckptkit.arguments import device_problem
 from ckptkit.cli import ending
 from ckptkit.cli import options as ui
 from ckptkit.cli.ending import progress_line
-from ckptkit.cli.tables import columns
+from ckptkit.cli.tables import columns, wrapped
 from ckptkit.options import ConvertOptions
 from ckptkit.report import count_of, human_size, printable, share_of
 
 if TYPE_CHECKING:
-    from ckptkit.conversion.document import ConvertFolderDocument
+    from ckptkit.conversion.document import ConvertFolderDocument, ReplacedDocument
     from ckptkit.documents import ConvertDocument
     from ckptkit.report import FindingDocument
 
@@ -33,14 +35,14 @@ def text(document: ConvertDocument | ConvertFolderDocument, view: ui.View) -> It
         yield from _folder_text(cast("ConvertFolderDocument", document), view)
         return
     if not document["written"] or not view.quiet:
-        yield _line(document)
+        yield from wrapped(_line(document), view.width)
     if document["written"]:
         return
-    yield from columns(step_rows(document), ["moved as", "steps", "bytes"], "lrr")
+    yield from columns(step_rows(document), ["moved as", "steps", "bytes"], "lrr", view.width)
     for kind, items in changes(document):
-        yield from (f"{kind}: {item}" for item in items[:_SHOWN])
-        if len(items) > _SHOWN:
-            yield f"{kind}: and {len(items) - _SHOWN:,} more (--json lists all)"
+        more = [f"and {len(items) - _SHOWN:,} more (--json lists all)"] if len(items) > _SHOWN else []
+        for item in (*items[:_SHOWN], *more):
+            yield from wrapped(f"{kind}: {item}", view.width)
     yield _DRY
 
 
@@ -56,14 +58,17 @@ def _line(document: ConvertDocument) -> str:
         own = f"{human_size(part['nbytes'])} in {count_of(len(part['shards']), 'shard')} of {len(plan['shards'])}"
         state = "was there already" if part["kept"] else checked
         return f"{printable(document['destination'])}: part {part['part']} of {part['of']}: {own}, {state}"
-    return f"{head}{human_size(plan['nbytes'])}{shards}, {checked}"
+    backup = cast("ReplacedDocument", document)["backup"] if "backup" in document else None
+    kept = f"; the old file is {printable(backup)}" if backup is not None else ""
+    return f"{head}{human_size(plan['nbytes'])}{shards}, {checked}{kept}"
 
 
 def _folder_text(document: ConvertFolderDocument, view: ui.View) -> Iterator[str]:
     if document["written"] and view.quiet:
         return
-    yield from (_line(file) for file in document["files"] if file["error"] is None)
-    yield from summary(document)
+    lines = (_line(file) for file in document["files"] if file["error"] is None)
+    for line in (*lines, *summary(document)):
+        yield from wrapped(line, view.width)
     if not document["written"]:
         yield _DRY
 
@@ -155,11 +160,7 @@ def _rename_rules(given: tuple[tuple[str, str], ...]) -> list[tuple[str, str]]:
     return rules
 
 
-def _complete_reference(*given: Any) -> Any:
-    from ckptkit.cli.explain import complete_reference  # converting starts faster without
-
-    return complete_reference(*given)
-
+_yes = click.option("-y", "--yes", is_flag=True, help="Replace files without asking.")
 
 _rename_file = click.option(
     "--rename-file",
@@ -177,6 +178,8 @@ _rename_file = click.option(
         "ckptkit convert ddp.pth clean.safetensors --strip-module",
         "ckptkit convert resume.pth weights.safetensors --weights-only --dtype bfloat16 --keep-dtype '*norm*'",
         "ckptkit convert ddp.pth clean.pth --strip-module --map-location cpu",
+        "ckptkit convert model.pth --in-place --backup --strip-module",
+        "ckptkit convert a.pth b.pth converted/ --to safetensors --weights-only",
         "ckptkit convert s3://bucket/model.pth model.safetensors",
         "ckptkit convert big.pth out/model.safetensors --max-shard-size 5GB",
         "ckptkit convert run/step-9 out/model.safetensors --max-shard-size 5GB --part 3/8",
@@ -188,18 +191,16 @@ _rename_file = click.option(
         "ckptkit convert moco.pth backbone.safetensors --like torchvision:resnet50",
     ),
 )
-@ui.path_argument("source", metavar="SRC")
-@ui.path_argument("destination", metavar="DST")
+@ui.path_argument("paths", nargs=-1, metavar="SRC... DST")
 @ui.options_of(
     ConvertOptions,
-    behind={"rename": _rename_file},
+    behind={"rename": _rename_file, "backup": _yes},
     rename={"expose_value": False},
-    like={"shell_complete": _complete_reference},
 )
 @ui.common_options(RENDERERS)
 def command(
-    source: str,
-    destination: str,
+    paths: tuple[str, ...],
+    yes: bool,
     rules: tuple[tuple[str, str], ...],
     map_location: tuple[str, ...],
     progress: bool | None,
@@ -208,7 +209,7 @@ def command(
     color: str,
     **given: Any,
 ) -> int:
-    """Rewrite SRC into DST, without executing or loading it.
+    """Rewrite SRC into DST, or with --in-place into itself, without executing or loading it.
 
     DST's ending chooses the container: .safetensors, or .pth .pt .pkl .ckpt .bin. A .pth keeps
     everything that is in SRC (optimizer, epoch, arguments, unknown objects). DST is either the old
@@ -217,17 +218,24 @@ def command(
     FILE/MEMBER or FILE!MEMBER of a zip or tar archive, - for standard input, and compressed (.gz .xz
     .bz2 .zst).
 
-    DST may be a folder (one that is there, or with a slash at its end): the output is named after SRC, with the
-    ending of --to. Of a folder SRC each checkpoint below it is converted to the same place below DST; --to is
-    needed. With --to dcp DST is the folder that is written, for torch.distributed.checkpoint: it must be new or empty,
-    --force or not. What is no checkpoint is passed over and counted, and a file that cannot be converted stops no
-    other.
+    DST may be a folder (one that is there, or with a slash at its end), and SRC several: each output is named after
+    its source, with the ending of --to. Of a folder SRC each checkpoint below it is converted to the same place below
+    DST; --to is needed. With --to dcp DST is the folder that is written, for torch.distributed.checkpoint: it must be
+    new or empty, --force or not. What is no checkpoint is passed over and counted, and a file that cannot be converted
+    stops no other.
 
     Shards can be written by several processes, on one machine or on many: --jobs N, or --part I/N in each of N and
     then --finish, all with the same SRC, DST and options. Until then no reader sees any of it.
 
+    On a terminal a question comes first where files would be replaced and no copy of them kept: with --force, and with
+    --in-place that has no --backup; --yes leaves it out.
+
     Exit code 0: all is converted; 2: something could not be.
     """
+    source, destination = _source_and_destination(paths, is_in_place=given["in_place"])
+    asked = ui.keywords_of(ConvertOptions, given)
+    if not yes and sys.stdin.isatty() and sys.stderr.isatty():
+        asked["confirm"] = _confirmed
     with ui.json_errors(output == "json"), progress_line(progress, quiet=quiet) as moved:
         report = api.convert(
             source,
@@ -235,7 +243,7 @@ def command(
             rename=_rename_rules(rules),
             map_location=_map_location(map_location),
             progress=moved,
-            **ui.keywords_of(ConvertOptions, given),
+            **asked,
         )
     document = cast("ConvertDocument | ConvertFolderDocument", report.to_dict())
     if "files" in document:
@@ -245,12 +253,46 @@ def command(
         part = f"part {document['part']['part']} of " if "part" in document else ""
         written = f"{part}{printable(document['destination'])} was written" if document["written"] else ""
         code, found = ending.verdict(0, written), document["findings"]
-    view = ui.View(ui.styler(color), quiet=quiet)
+    view = ui.View(ui.styler(color), ui.terminal_width(), quiet)
     ui.show(document, output, RENDERERS, view)
     if output == "text" and not quiet:
-        for line in ui.finding_lines(found, view.style):
+        for line in ui.finding_lines(found, view.style, view.width):
             ending.say(line)
     return code
+
+
+def _source_and_destination(paths: tuple[str, ...], *, is_in_place: bool) -> tuple[str | list[str], str | None]:
+    """What is to be converted, and into what.
+
+    Raises:
+        click.UsageError: one of them is missing, or there are too many.
+    """
+    context = click.get_current_context()
+    if not paths or (len(paths) == 1 and not is_in_place):
+        raise click.MissingParameter(param_hint="'DST'" if paths else "'SRC'", param_type="argument", ctx=context)
+    if is_in_place:
+        return (paths[0] if len(paths) == 1 else [*paths]), None
+    *sources, destination = paths
+    if len(sources) == 1:
+        return sources[0], destination
+    if not os.path.isdir(destination) and not destination.endswith(("/", os.sep)):
+        extra = f"extra argument{'s' if len(paths) > 3 else ''} ({' '.join(paths[2:])})"
+        told = "several files are converted into a folder, with a slash at its end, or with --in-place"
+        raise click.UsageError(f"Got unexpected {extra}; {told}", context)
+    return sources, destination
+
+
+def _confirmed(paths: Sequence[str]) -> bool:
+    """Whether whoever sits at the terminal lets files be replaced."""
+    shown = [printable(path) for path in paths[:_SHOWN]]
+    more = f" and {len(paths) - _SHOWN:,} more" if len(paths) > _SHOWN else ""
+    them = "it" if len(paths) == 1 else "them"
+    try:
+        told = f"{', '.join(shown)}{more} will be replaced, and no copy is kept. Replace {them}?"
+        return click.confirm(told, err=True)
+    except click.Abort:  # the end of the input
+        ending.say("")
+        return False
 
 
 def _verdict(document: ConvertFolderDocument) -> int:

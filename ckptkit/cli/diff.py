@@ -56,7 +56,7 @@ def text(document: DiffDocument, view: ui.View) -> Iterator[str]:
         yield from wrapped(f"{style(side, bold=True)}  {file_line(facts)}", width)
     label = style("same", fg="green", bold=True) if document["ok"] else style("different", fg="red", bold=True)
     yield from wrapped(f"{label}: {printable(document['summary'])}", width)
-    for table in tables(document, view.top):
+    for table in tables(document, view.top, None if width is None else _MAX_VALUE):
         table = table if width is None else _with_dtype_in_title(table)
         yield ""
         yield from (style(line, bold=True) for line in wrapped(table.title, width))
@@ -99,8 +99,14 @@ def file_line(facts: DiffFile) -> str:
     return printable(f"{facts['path']}: {', '.join(parts)}")
 
 
-def tables(document: DiffDocument, top: int) -> Iterator[Table]:
-    """Every list of the document that has something to say, each with a title."""
+def tables(document: DiffDocument, top: int, most: int | None = _MAX_VALUE) -> Iterator[Table]:
+    """Every list of the document that has something to say, each with a title.
+
+    Args:
+        document: of ``ckptkit diff``.
+        top: rows of each list.
+        most: characters of a plain value; ``None``: all.
+    """
     yield from _module_table(document["modules"])
     for title, rows in (("changed", document["changed"]), ("within tolerance", document["within_tolerance"])):
         headers = "tensor,dtype,shape,max |b-a|,mean |b-a|,|b-a|/|a|,cosine,equal,"
@@ -109,7 +115,7 @@ def tables(document: DiffDocument, top: int) -> Iterator[Table]:
         title = f"{key}: {count_of(len(names), 'tensor')} only in {where}"
         yield from _table(title, [[name] for name in names], "name", "n", 0, most=top)
     yield from _other_tensors(document, top)
-    yield from _beside(document, top)
+    yield from _beside(document, top, most)
 
 
 def _table(
@@ -160,7 +166,7 @@ def _other_tensors(document: DiffDocument, top: int) -> Iterator[Table]:
     yield from _table("not compared", lost, "name,why", "nl", 0, most=top)
 
 
-def _beside(document: DiffDocument, top: int) -> Iterator[Table]:
+def _beside(document: DiffDocument, top: int, most: int | None) -> Iterator[Table]:
     """What is to be said of all else in the files."""
     sections = [
         [row["path"] or "(whole file)", row["kind"], _count(row["a"]), _count(row["b"]), _section(row)]
@@ -168,7 +174,7 @@ def _beside(document: DiffDocument, top: int) -> Iterator[Table]:
     ]
     yield from _table("beside the weights", sections, "section,kind,tensors in A,in B,", "nlrrl", 0, most=top)
     for title, found in (("metadata", document["metadata"]), ("training state", document["training"])):
-        scalars = [[row["key"], _shown(row["a"]), _shown(row["b"])] for row in found]
+        scalars = [[row["key"], _shown(row["a"], most), _shown(row["b"], most)] for row in found]
         yield from _table(title, scalars, "key,A,B", "nll", 0, 1, 2, most=top)
     told = {row["key"] for row in document["training"]}
     rest = [row for row in document["tree"] if row["what"] == "tensor" or row["path"] not in told]
@@ -244,12 +250,12 @@ def _section(row: SectionRow) -> str:
     return "the same" if row["equal"] else f"{row['differing']:,} {'differs' if row['differing'] == 1 else 'differ'}"
 
 
-def _shown(value: object) -> str:
+def _shown(value: object, most: int | None) -> str:
     shown = "-" if value is None else str(value)
-    return shown if len(shown) <= _MAX_VALUE else shown[:_MAX_VALUE] + "…"
+    return shown if most is None or len(shown) <= most else shown[:most] + "…"
 
 
-RENDERERS: dict[str, ui.Renderer] = {"text": text, "markdown": ui.later("markdown.diff")}
+RENDERERS: dict[str, ui.Renderer] = {"text": text, "markdown": ui.later("markdown.diff"), "html": ui.later("html.diff")}
 
 
 _top = click.option(

@@ -18,7 +18,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
@@ -29,7 +29,6 @@ from ckptkit.report import human_size
 __all__ = [
     "OutputLostError",
     "SignalledError",
-    "arrivals_line",
     "begin",
     "exit_code",
     "into_file",
@@ -39,7 +38,9 @@ __all__ = [
     "signals_heard",
     "stdout",
     "take_descriptors",
+    "ticking",
     "verdict",
+    "watched",
     "write",
 ]
 
@@ -222,17 +223,19 @@ def write(data: str | bytes = "") -> None:
     Raises:
         OutputLostError: it could not be written.
     """
-    _line.wipe()
-    try:
-        click.echo(data, file=stdout(), nl=False, color=True)
-    except (OSError, ValueError) as error:  # ValueError: somebody closed it
-        raise OutputLostError(getattr(error, "errno", errno.EBADF)) from error
+    with _line.lock:  # nobody writes the line again before the data are out
+        _line.wipe()
+        try:
+            click.echo(data, file=stdout(), nl=False, color=True)
+        except (OSError, ValueError) as error:  # ValueError: somebody closed it
+            raise OutputLostError(getattr(error, "errno", errno.EBADF)) from error
 
 
 def say(text: str, *, nl: bool = True) -> None:
     """A message on stderr; whether it arrives decides nothing."""
-    _line.wipe()
-    _say(text, nl=nl)
+    with _line.lock:
+        _line.wipe()
+        _say(text, nl=nl)
 
 
 def _say(text: str, *, nl: bool = False) -> None:
@@ -245,7 +248,7 @@ def _say(text: str, *, nl: bool = False) -> None:
 
 @contextmanager
 def signals_heard() -> Iterator[None]:
-    """SIGINT, SIGTERM, SIGHUP and (on Windows, Ctrl-Break) SIGBREAK are raised in the block, so that what is unfinished is cleaned up.
+    """Signals that ask for the end, Windows' Ctrl-Break too, are raised in the block: what is unfinished is removed.
 
     Those that are ignored (as by ``nohup``), or that somebody else handles, are left as they are.
 
@@ -302,8 +305,11 @@ def exit_code(error: BaseException) -> int:
 _SECONDS = 0.2
 """Time between two updates."""
 
-_PATIENCE_SECONDS = 1.0
-"""Before that nobody asks how fast files come."""
+_PATIENCE_SECONDS = 0.5
+"""Before that nobody asks how far a command is."""
+
+_FEW = 2
+"""Files of which it is not told how many are done with, where there is more to tell."""
 
 
 class _Line:
@@ -314,8 +320,9 @@ class _Line:
         self.width = 0
 
     def show(self, text: str) -> None:
-        """Write it over what stands there."""
+        """Write it over what stands there, as much of it as the terminal has room for."""
         with self.lock:
+            text = _fitting(text)
             _say("\r" + text.ljust(self.width))
             self.width = len(text)
 
@@ -330,37 +337,100 @@ class _Line:
 _line = _Line()
 
 
+def _fitting(text: str) -> str:
+    """The parts of a line that a terminal has room for, so that it never wraps; the cursor needs a column too."""
+    try:
+        width = os.get_terminal_size(sys.stderr.fileno()).columns - 1
+    except (OSError, ValueError, AttributeError):  # it is none
+        return text
+    while 0 < width < len(text) and "  " in text.strip():
+        text = text[: text.rindex("  ")].rstrip()
+    return text[:width] if width > 0 else text
+
+
 @contextmanager
-def arrivals_line(arguments: Sequence[str]) -> Iterator[None]:
-    """While a command reads URLs: how much came from their servers, and how fast, on a terminal.
+def watched(*, quiet: bool) -> Iterator[None]:
+    """While a command works: how far it is, how fast, and how long it will take, on a terminal.
 
-    Those that tell how far they are (`progress_line`) tell it themselves.
-
-    Args:
-        arguments: of the command line.
+    Those that are told so themselves (`progress_line`) need no more.
     """
-    is_wanted = not {"-q", "--quiet", "convert", "diff"}.intersection(arguments)
-    if not is_wanted or not any("://" in each for each in arguments) or not sys.stderr.isatty():
+    if quiet or not sys.stderr.isatty():
         yield
         return
-    from ckptkit.remote.store import arrived
+    from ckptkit.bytesource import pace  # what is shown at once starts faster without
 
-    started, before, ended = time.monotonic(), arrived.nbytes, threading.Event()
+    started = shown = time.monotonic()
 
     def tell() -> None:
-        while not ended.wait(_SECONDS):
-            nbytes, seconds = arrived.nbytes - before, time.monotonic() - started
-            if nbytes and seconds > _PATIENCE_SECONDS:
-                _line.show(f"{human_size(nbytes)} read  {human_size(int(nbytes / seconds))}/s")
+        nonlocal shown
+        now = time.monotonic()
+        if now - shown < _SECONDS or now - started < _PATIENCE_SECONDS:
+            return
+        shown = now
+        with _line.lock:
+            if pace.tell is tell and (text := _told(pace, now - pace.began, now - started)):
+                _line.show(text)
 
-    thread = threading.Thread(target=tell, daemon=True)
+    pace.watch(tell)
+    try:
+        yield
+    finally:
+        with _line.lock:
+            pace.watch(None)
+            _line.wipe()
+
+
+@contextmanager
+def ticking() -> Iterator[None]:
+    """For a command whose steps say nothing as long as they last: what is `watched` is told again and again.
+
+    It has a thread for it, so that no process is forked meanwhile.
+    """
+    from ckptkit.bytesource import pace
+
+    if pace.tell is None:
+        yield
+        return
+    ended = threading.Event()
+
+    def tick() -> None:
+        while not ended.wait(_SECONDS):
+            if pace.tell is not None:
+                pace.tell()
+
+    thread = threading.Thread(target=tick, daemon=True)
     thread.start()
     try:
         yield
     finally:
         ended.set()
         thread.join()
-        _line.wipe()
+
+
+def _told(pace: Any, seconds: float, since: float) -> str:
+    """What there is to tell of a `ckptkit.bytesource.pace`, the most important first; nothing where nothing is known.
+
+    Args:
+        pace: that.
+        seconds: since what is expected began.
+        since: since the command began.
+    """
+    passed = min(max(pace.read, pace.finished), pace.total)
+    parts: list[str] = []
+    if passed:
+        parts = [_how_far(passed, pace.total, seconds)]
+    elif pace.arrived:
+        parts = [f"{human_size(pace.arrived)} read", f"{human_size(int(pace.arrived / since))}/s"]
+    elif pace.files > _FEW:
+        parts = [f"{pace.done * 100 // pace.files:3d}%"]
+        parts += [f"{_clock((pace.files - pace.done) * seconds / pace.done)} left"] if pace.done else []
+    if pace.files > (1 if passed else _FEW):
+        parts.append(f"{pace.done:,} of {pace.files:,} files")
+    elif pace.looked > _FEW and not pace.files:
+        parts.append(f"{pace.looked:,} files looked at")
+    if pace.stage:
+        parts += [pace.stage] if passed else [pace.stage, _clock(seconds)]
+    return "  ".join(parts)
 
 
 @contextmanager
@@ -399,8 +469,12 @@ def _how_far(done: int, total: int, seconds: float) -> str:
     percent = done * 100 // total if total else 100
     text = f"{percent:3d}%  {human_size(done)} of {human_size(total)}  {human_size(int(rate))}/s"
     if rate:
-        left = int((total - done) / rate + 0.5)
-        hours, minutes = divmod(left // 60, 60)
-        clock = f"{hours}:{minutes:02}:{left % 60:02}" if hours else f"{minutes}:{left % 60:02}"
-        text += f"  {clock} left"
+        text += f"  {_clock((total - done) / rate)} left"
     return text
+
+
+def _clock(seconds: float) -> str:
+    """``"0:07"``, ``"27:46:30"``."""
+    whole = int(seconds + 0.5)
+    hours, minutes = divmod(whole // 60, 60)
+    return f"{hours}:{minutes:02}:{whole % 60:02}" if hours else f"{minutes}:{whole % 60:02}"

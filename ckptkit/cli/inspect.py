@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import click
 
 from ckptkit import api, places
+from ckptkit.bytesource import pace
 from ckptkit.cli import ending, inspect_text, tensor_tables
 from ckptkit.cli import options as ui
-from ckptkit.cli.tables import width_of
+from ckptkit.cli.tables import width_of, wrapped
 from ckptkit.cli.usage import Choice
 from ckptkit.errors import CkptkitError, FileAccessError
 from ckptkit.inspection import describe_error, json_chunks, plain_document, survey
@@ -50,7 +51,12 @@ RENDERERS: dict[str, ui.Renderer] = {
 @click.option("--flat", is_flag=True, help="One line a tensor, fields separated by tabs, for grep and cut.")
 @click.option("--brief", is_flag=True, help="One line a file.")
 @click.option(
-    "--top", "largest", type=click.IntRange(1), metavar="N", help="The N largest tensors in place of the tree."
+    "--top",
+    "largest",
+    type=click.IntRange(0),
+    default=0,
+    metavar="N",
+    help="The N largest tensors in place of the tree.",
 )
 @click.option("--filter", "filters", multiple=True, metavar="GLOB", help="Only tensors whose name matches; repeatable.")
 @click.option("--sort", type=Choice(["name", "size", "file"]), default="file", show_default=True, help="Order.")
@@ -75,7 +81,7 @@ def command(
     depth: int | None,
     flat: bool,
     brief: bool,
-    largest: int | None,
+    largest: int,
     filters: tuple[str, ...],
     sort: str,
     section: str | None,
@@ -114,14 +120,14 @@ def command(
     passed_over: Counter[str] = Counter()
     files = [each for path in given for each in _expanded(path, tag or tp_rules, passed_over)]
     named = set(given)
-    if flat and brief:
-        raise click.UsageError("--flat and --brief: give one of them")
-    paths_width = max((width_of(printable(path)) for path, _ in files), default=0) if brief else 0
-    view = ui.View(ui.styler(color), ui.terminal_width(), quiet, depth, sort, largest=largest or 0, paths=paths_width)
-    one_line = "flat" if flat else "brief" if brief else None
+    one_line = _one_line(flat, brief)
+    widest = max((width_of(printable(path)) for path, _ in files), default=0)
+    view = ui.View(ui.styler(color), ui.terminal_width(), quiet, depth, sort, largest=largest, paths=widest)
     shown = one_line if one_line and output != "json" else output
     is_shared = len(files) > 1 and _are_shared(len(files), jobs)
-    as_typed = _Asked("", None, opening, filters, stats, shown, view.style is click.style, view._replace(style=_plain))
+    as_typed = _Asked(
+        "", None, opening, filters, stats, shown, view.style is click.style, view._replace(style=_plain, seconds={})
+    )
     seen: list[_Seen] = []
 
     def documents() -> Iterator[Survey | UnreadFile]:
@@ -130,7 +136,7 @@ def command(
         for found, error in files:
             is_given = found in named and (len(given) == 1 or places.isdir(found))
             tasks.append(as_typed._replace(path=found, error=error, opening=of_folders if is_given else opening))
-        for document in _shared(tasks, jobs) if is_shared else map(_surveyed, tasks):
+        for document in _shared(tasks, jobs) if is_shared else _one_by_one(tasks):
             seen.append(_told(document))
             if filters and not quiet and document["error"] is None and not document["tensors"]:
                 ending.say(f"ckptkit: {printable(document['path'])}: no tensor matches --filter")
@@ -142,24 +148,34 @@ def command(
         _echo_documents(documents(), passed_over)
         return _exit_code(seen, fail_on)
     render = _as_shown if is_shared else _RENDERERS[shown]
-    if one_line:
-        for document in documents():
+    _echo_text(documents(), passed_over, render, view, output if one_line is None else one_line)
+    return _exit_code(seen, fail_on)
+
+
+def _one_line(flat: bool, brief: bool) -> str | None:
+    """The renderer of a line a tensor or a file, where one is asked for."""
+    if flat and brief:
+        raise click.UsageError("--flat and --brief: give one of them")
+    return "flat" if flat else "brief" if brief else None
+
+
+def _echo_text(
+    documents: Iterator[Any], passed_over: Mapping[str, int], render: ui.Renderer, view: ui.View, output: str
+) -> None:
+    """Print the files' lines as they come; those that programs read are all that stdout gets."""
+    if output not in RENDERERS:
+        for document in documents:
             if document["error"] is None:
                 for line in render(document, view):
                     ui.echo(line)
-        if passed_over and not quiet:
+        if passed_over and not view.quiet:
             from ckptkit.formats.folder import passed_over_text
 
-            ending.say(passed_over_text(passed_over))
-        return _exit_code(seen, fail_on)
-    told = lines(documents(), passed_over, render, view)
-    if output == "html":
-        from ckptkit.cli import html
-
-        told = html.inspected((render(document, view) for document in documents()), passed_over)
-    for line in told:
+            for line in wrapped(passed_over_text(passed_over), view.width):
+                ending.say(line)
+        return
+    for line in (_page if output == "html" else lines)(documents, passed_over, render, view):
         ui.echo(line)
-    return _exit_code(seen, fail_on)
 
 
 def _paths_of(context: click.Context) -> click.Parameter:
@@ -207,6 +223,30 @@ def _surveyed(asked: _Asked) -> Survey | UnreadFile:
         return describe_error(asked.path, error)
 
 
+def _one_by_one(tasks: Sequence[_Asked]) -> Iterator[Survey | UnreadFile]:
+    """The documents of files as this process makes them."""
+    sizes = None if pace.tell is None else [*map(_nbytes, tasks)]
+    if sizes is not None:
+        pace.expect(len(tasks), 0 if any(map(_is_far, tasks)) else sum(sizes))
+    for number, task in enumerate(tasks):
+        document = _surveyed(task)
+        pace.finish(sizes[number] if sizes else 0)
+        yield document
+
+
+def _nbytes(asked: _Asked) -> int:
+    """The bytes that are read of a file: all of them, where statistics are asked for."""
+    if not asked.stats or _is_far(asked):
+        return 0
+    from ckptkit.released.selection import size_of  # few are asked for them
+
+    return size_of(asked.path)
+
+
+def _is_far(asked: _Asked) -> bool:
+    return places.is_url(asked.path)
+
+
 def _are_shared(count: int, jobs: int | None) -> bool:
     from ckptkit.transfer.many import Workers  # a file alone is shown sooner without
 
@@ -217,7 +257,7 @@ def _shared(tasks: Sequence[_Asked], jobs: int | None) -> Iterator[Any]:
     """The documents of files as other processes show them: with ``lines``, and of the tensors whether there are any."""
     from ckptkit.transfer.many import Workers, side_by_side
 
-    return side_by_side(tasks, _shown, workers=Workers(jobs=jobs), nbytes=lambda _: 0, lost=_lost)
+    return side_by_side(tasks, _shown, workers=Workers(jobs=jobs), nbytes=_nbytes, lost=_lost, is_far=_is_far)
 
 
 def _shown(asked: _Asked, threads: int = 1) -> dict[str, Any]:
@@ -262,7 +302,14 @@ def lines(
         from ckptkit.formats.folder import passed_over_text
 
         yield ""
-        yield passed_over_text(passed_over)
+        yield from wrapped(passed_over_text(passed_over), view.width)
+
+
+def _page(files: Iterable[Any], passed_over: Mapping[str, int], render: ui.Renderer, view: ui.View) -> Iterator[str]:
+    """The same as a page."""
+    from ckptkit.cli import html
+
+    return html.inspected((render(document, view) for document in files), passed_over)
 
 
 def _expanded(path: str, asked: str | None, passed_over: Counter[str]) -> Iterator[tuple[str, CkptkitError | None]]:

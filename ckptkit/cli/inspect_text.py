@@ -54,7 +54,7 @@ _MAX_VALUE = 80
 _GRAVITY = {"error": 0, "warning": 1, "info": 2}
 
 _WIDEST = (
-    "safetensors", "whole model", "9,999 tensors", Cell("999,999,999 parameters", "99.9 M"),
+    "-" * 12, "whole model", "9,999 tensors", Cell("999,999,999 parameters", "99.9 M"),
     "bfloat16 +1", "99.9 MB", "needs trust",
     Cell("warning: torchscript-program", "torchscript-program"),
 )  # fmt: skip

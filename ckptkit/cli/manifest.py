@@ -10,6 +10,7 @@ import click
 from ckptkit import api
 from ckptkit.cli import ending
 from ckptkit.cli import options as ui
+from ckptkit.cli.tables import wrapped
 from ckptkit.cli.usage import Choice
 from ckptkit.errors import FileAccessError
 from ckptkit.formats.folder import passed_over_text
@@ -56,10 +57,11 @@ def text(document: ManifestDocument, view: ui.View) -> Iterator[str]:
         return
     for what, path, about in changed_files(document):
         mark, color = _MARKS[what]
-        yield f"{view.style(mark, fg=color)} {printable(path)}{f'  {printable(about)}' if about else ''}"
+        line = f"{view.style(mark, fg=color)} {printable(path)}{f'  {printable(about)}' if about else ''}"
+        yield from wrapped(line, view.width)
     if document.get("passed_over"):
-        yield passed_over_text(document["passed_over"])
-    yield f"{printable(view.written)}: {told(document)}"
+        yield from wrapped(passed_over_text(document["passed_over"]), view.width)
+    yield from wrapped(f"{printable(view.written)}: {told(document)}", view.width)
 
 
 def changed_files(document: ManifestDocument) -> Iterator[tuple[str, str, str]]:
@@ -169,7 +171,12 @@ def command(
             jobs=jobs,
         )
     code = ending.verdict(0, f"{printable(destination)} was written" if destination is not None else "")
-    ui.show(document_of(manifest), output, RENDERERS, ui.View(ui.styler(color), quiet=quiet, written=destination))
+    ui.show(
+        document_of(manifest),
+        output,
+        RENDERERS,
+        ui.View(ui.styler(color), ui.terminal_width(), quiet, written=destination),
+    )
     return code
 
 

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 
 import click
 
+from ckptkit import places
 from ckptkit.arguments import Option, Options, device_problem, tolerance
 from ckptkit.cli import ending
 from ckptkit.cli.tables import wrapped
@@ -158,7 +159,10 @@ def common_options(
             ending.begin(known=None)
             if as_json:
                 output = (*output, "json") if isinstance(output, tuple) else "json"
-            with ending.into_file(output_file, _texts([*args, *options.values()])):
+            with (
+                ending.into_file(output_file, _texts([*args, *options.values()])),
+                ending.watched(quiet=options["quiet"] or "progress" in options),
+            ):
                 return function(*args, output=output, **options)
 
         made = cast(F, command)

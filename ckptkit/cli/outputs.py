@@ -77,7 +77,8 @@ def github(document: CheckDocument, view: View) -> Iterator[str]:
     hidden["notices"] = counts["info"] - _MOST_ANNOTATIONS
     told = [f"{count:,} more {kind if count > 1 else kind[:-1]}" for kind, count in hidden.items() if count > 0]
     if told:
-        yield f"GitHub annotates {_MOST_ANNOTATIONS} findings of each kind; this log has {listed(told, last=' and ')}"
+        most = f"GitHub shows at most {_MOST_ANNOTATIONS} annotations of a kind"
+        yield f"{most}; this log has {listed(told, last=' and ')}"
     if document["passed_over"]:
         yield passed_over_text(document["passed_over"])
     yield f"ckptkit check: {verdict_of(document)}"

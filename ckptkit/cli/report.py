@@ -48,4 +48,4 @@ def command(files: tuple[str, ...], as_lines: bool, output: str | None, quiet: b
             report.results,
             lambda tally: end_of(tally, report.passed_over, may_be_empty=report.may_be_empty, part=None),
         )
-    return show(report, output or "text", ui.View(ui.styler(color), quiet=quiet))
+    return show(report, output or "text", ui.View(ui.styler(color), ui.terminal_width(), quiet))

@@ -4,9 +4,10 @@ Columns are counted as terminals count them, by ``wcwidth``: two for a wide char
 another, one or two for a whole sequence of emoji; escape codes of colours have none.  Text is cut between what a reader
 sees as characters, never inside of one.
 
-Where a table is wider than the terminal, its columns give way in this order: very long names, notes, columns that are spared first
-(bars), long names, counts (``11.7 M`` for ``11,689,512``), names, columns that are spared last.  What no cell gives up
-is the last of its forms, which for a tensor is its shape: where not even that finds room, it stands below its row.
+Where a table is wider than the terminal, its columns give way in this order: very long names, notes, columns that are
+spared first (bars), long names, counts (``11.7 M`` for ``11,689,512``), names, columns that are spared last.  What no
+cell gives up is the last of its forms, which for a tensor is its shape: where not even that finds room, it stands below
+its row.
 """
 
 from __future__ import annotations
@@ -18,8 +19,11 @@ from typing import NamedTuple
 
 __all__ = ["Cell", "bar", "columns", "count_cell", "padded", "seen", "width_of", "wrapped"]
 
-_LONGEST_NAME, _LEAST_NOTE, _LONG_NAME, _LEAST_NAME = 48, 12, 30, 16
-"""Columns that names keep before notes are cut; that notes keep; that names keep before and after counts are shortened."""
+_LONGEST_NAME, _LEAST_NOTE, _LONG_NAME, _LEAST_NAME = 36, 12, 30, 16
+"""Columns that names keep before notes are cut; that notes keep; that names keep before and after counts are."""
+
+_LONG_NOTE = 28
+"""Columns that notes keep as long as there are columns that are spared first."""
 
 _GAP = 2
 """Spaces between columns."""
@@ -80,11 +84,13 @@ class _Layout(NamedTuple):
         inside: the columns of a row.
         below: those that stand below it.
         stage: how far the others give way: 0, notes; 1, names and counts too; 2, names down to a few letters.
+        note: columns that notes keep.
     """
 
     inside: tuple[int, ...]
     below: tuple[int, ...] = ()
     stage: int = 0
+    note: int = _LEAST_NOTE
 
 
 def columns(
@@ -118,22 +124,31 @@ def columns(
     cut = {i: _names([row[i] for row in table], widths[i]) for i in layout.inside if align[i] == "n"}
     lines = []
     for number, row in enumerate(table):
-        cells = [(cut[i][number] if i in cut else _shortened(row[i], widths[i]), i) for i in layout.inside]
+        moved = [i for i in layout.inside if i not in cut and not _finds_room(row[i], widths[i])]
+        cells = [
+            ("" if i in moved else cut[i][number] if i in cut else _shortened(row[i], widths[i]), i)
+            for i in layout.inside
+        ]
         lines.append((" " * _GAP).join(padded(cell, widths[i], align[i]) for cell, i in cells).rstrip())
-        if row is not headers and layout.below:
-            labels = {i: f"{headers[i]} " for i in layout.below if align[i] == "r" and headers}
-            told = (" " * _GAP).join(labels.get(i, "") + row[i] for i in layout.below if _must_stand(row[i]))
+        if row is not headers:
+            below = [i for i in (*layout.below, *moved) if _must_stand(row[i])]
+            labels = {i: f"{headers[i]} " for i in below if align[i] == "r" and headers}
+            told = (" " * _GAP).join(labels.get(i, "") + row[i] for i in below)
             lines += wrapped(_INDENT + told, width) if told else ()
     return lines
+
+
+def _finds_room(cell: str, width: int) -> bool:
+    return not isinstance(cell, Cell) or width_of(cell.forms[-1]) <= width
 
 
 def _layouts(align: str, first: Sequence[int], last: Sequence[int]) -> Iterator[_Layout]:
     """The ways to lay out a table, each narrower than the one before."""
     inside = tuple(range(len(align)))
-    yield _Layout(inside)
-    for left_out in first:
+    yield _Layout(inside, note=_LONG_NOTE if first else _LEAST_NOTE)
+    for number, left_out in enumerate(first, 1):
         inside = tuple(i for i in inside if i != left_out)
-        yield _Layout(inside)
+        yield _Layout(inside, note=_LONG_NOTE if number < len(first) else _LEAST_NOTE)
     yield _Layout(inside, stage=1)
     for left_out in last:
         inside = tuple(i for i in inside if i != left_out)
@@ -153,10 +168,10 @@ def _widths(table: Sequence[Sequence[str]], align: str, width: int | None, layou
     notes = [i for i in reversed(layout.inside) if align[i] == "l"]
     names = [i for i in layout.inside if align[i] == "n"]
     least += ((i, _LONGEST_NAME) for i in names)
-    least += ((i, max(_least(row[i], min(widths[i], _LEAST_NOTE)) for row in table)) for i in notes)
+    least += ((i, max(_least(row[i], layout.note, width // 2) for row in table)) for i in notes)
     if layout.stage:
         least += ((i, _LONG_NAME) for i in names)
-        least += ((i, max(_least(row[i], widths[i]) for row in table)) for i in layout.inside if align[i] == "r")
+        least += ((i, max(_least(row[i], widths[i], width) for row in table)) for i in layout.inside if align[i] == "r")
         least += ((i, _LEAST_NAME if layout.stage == 1 else 1) for i in names or layout.inside[:1])
     surplus = sum(widths.values()) + _GAP * (len(widths) - 1) - width
     for i, fewest in least:
@@ -166,9 +181,10 @@ def _widths(table: Sequence[Sequence[str]], align: str, width: int | None, layou
     return widths
 
 
-def _least(cell: str, fewest: int) -> int:
-    """The columns below which a cell cannot be shortened; of one without other forms that of ``fewest`` it takes."""
-    return width_of(cell.forms[-1]) if isinstance(cell, Cell) else min(width_of(cell), fewest)
+def _least(cell: str, fewest: int, most: int) -> int:
+    """The columns that a cell needs: of one without other forms ``fewest``; none if it needs more than ``most``."""
+    least = width_of(cell.forms[-1]) if isinstance(cell, Cell) else min(width_of(cell), fewest)
+    return least if least <= most else 0
 
 
 def _must_stand(cell: str) -> bool:
@@ -273,23 +289,31 @@ def _tell_apart(cut: dict[str, str], names: Sequence[str], width: int, known: in
         _tell_apart(cut, group, width, at)
 
 
-def wrapped(text: str, width: int | None) -> Iterator[str]:
-    """The text in lines of at most so many columns, all but the first indented; a word that is longer is broken."""
+def wrapped(text: str, width: int | None, indent: int | None = None) -> Iterator[str]:
+    """The text in lines of at most so many columns, all but the first indented; a word that is longer is broken.
+
+    Args:
+        text: one line, perhaps coloured.
+        width: columns of the terminal; ``None``: it stays one line.
+        indent: columns before all lines but the first; ``None``, or more than half of them: four more than before that.
+    """
     if width is None or seen(text) <= width:
         yield text
         return
     colors = ""
-    for line in _lines(text, width):
+    if indent is None or indent > width // 2:
+        indent = len(text) - len(text.lstrip(" ")) + len(_INDENT)
+    for line in _lines(text, width, " " * indent):
         started = colors
         for code in _CODE.findall(line):
             colors = "" if code == _RESET else colors + code
         yield started + line + _RESET * bool(colors)
 
 
-def _lines(text: str, width: int) -> Iterator[str]:
+def _lines(text: str, width: int, indent: str) -> Iterator[str]:
     bare = text.lstrip(" ")
     line = text[: len(text) - len(bare)]
-    indent, used, is_empty = line + _INDENT, len(line), True
+    used, is_empty = len(line), True
     for spaces, word in _WORD.findall(bare):
         for number, piece in enumerate(_pieces(word, max(width - len(indent), _LEAST_NOTE))):
             gap = "" if is_empty else spaces

@@ -112,7 +112,7 @@ def _note(line: OutlineLine, dtypes: str) -> str:
     """What stands at the end of a line: of a tensor dtype and shape, which stay, and the name it is tied to."""
     pieces = [*map(printable, line.pieces)]
     if not pieces or (not line.is_tensor and line.note == line.pieces[0]):
-        return pieces[0] if pieces else dtypes
+        return pieces[0] if pieces else Cell(dtypes, "")
     if line.is_tensor:
         value = line.note == line.pieces[0]
         return _tensor_note("" if value else dtypes, pieces[0], pieces[1] if len(pieces) > 1 else None)

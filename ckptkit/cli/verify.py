@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import click
 
 from ckptkit import api
+from ckptkit.bytesource import pace
 from ckptkit.cli import ending
 from ckptkit.cli import options as ui
 from ckptkit.cli.closing import combined_lines
-from ckptkit.cli.explain import complete_reference
-from ckptkit.cli.tables import padded
+from ckptkit.cli.tables import padded, wrapped
 from ckptkit.options import VerifyOptions
 from ckptkit.report import printable
 
@@ -40,6 +40,7 @@ class Row(NamedTuple):
         label: what came of it.
         text: what is to be said.
         fix: the command that fixes it.
+        code: of the finding, which the text ends with.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Row(NamedTuple):
     label: str
     text: str
     fix: str | None = None
+    code: str | None = None
 
 
 def text(document: VerifyDocument, view: ui.View) -> Iterator[str]:
@@ -57,14 +59,18 @@ def text(document: VerifyDocument, view: ui.View) -> Iterator[str]:
     labels = len("not loaded") if is_partial else len("warning")
     for row in rows:
         color = {"ok": "green", "failed": "red"}.get(row.label, ui.COLORS.get(f"{row.severity}"))
-        label = style(padded(row.label, labels), fg=color, bold=row.severity == "error")
-        yield f"{padded(row.name, width)}{_GAP}{label}{_GAP}{printable(row.text)}"
+        label = style(padded(row.label, labels), fg=color, bold=row.label != "ok")
+        indent = width + labels + 2 * len(_GAP)
+        said = printable(row.text.removesuffix(f" [{row.code}]"))
+        said += f" {style(f'[{row.code}]', dim=True)}" if row.code else ""
+        yield from wrapped(f"{padded(row.name, width)}{_GAP}{label}{_GAP}{said}", view.width, indent)
         if row.fix:
-            yield " " * (width + len(_GAP) + labels) + _GAP + _GAP + printable(row.fix)
-    yield from combined_lines(document.get("combined_fix"), document["findings"])
+            yield " " * indent + _GAP + printable(row.fix)
+    yield from combined_lines(document.get("combined_fix"), document["findings"], view.width)
     if not view.quiet:
         verdict = style("passed", fg="green", bold=True) if document["ok"] else style("FAILED", fg="red", bold=True)
-        yield f"{printable(document['path'])}: {verdict} against {printable(document['reference'])}"
+        line = f"{printable(document['path'])}: {verdict} against {printable(document['reference'])}"
+        yield from wrapped(line, view.width)
 
 
 def check_rows(document: VerifyDocument) -> Iterator[Row]:
@@ -78,12 +84,16 @@ def check_rows(document: VerifyDocument) -> Iterator[Row]:
             label = "not loaded" if finding["code"] == "not-loaded" else label
             label = severity if severity != "info" else "ok" if number else label
             said = f"{finding['message']} [{finding['code']}]"
-            yield Row("" if number else name or "", severity, label, said, finding["fix"])
+            yield Row("" if number else name or "", severity, label, said, finding["fix"], finding["code"])
         if check is not None and check["run"] and not found:
             yield Row(check["name"], None, "ok", check["note"] or _SOUND.get(check["name"], ""))
 
 
-RENDERERS: dict[str, ui.Renderer] = {"text": text, "markdown": ui.later("markdown.verify")}
+RENDERERS: dict[str, ui.Renderer] = {
+    "text": text,
+    "markdown": ui.later("markdown.verify"),
+    "html": ui.later("html.verify"),
+}
 
 
 @click.command(
@@ -99,7 +109,7 @@ RENDERERS: dict[str, ui.Renderer] = {"text": text, "markdown": ui.later("markdow
     ),
 )
 @ui.path_argument("path")
-@ui.options_of(VerifyOptions, model={"shell_complete": complete_reference})
+@ui.options_of(VerifyOptions)
 @ui.common_options(RENDERERS)
 def command(path: str, output: str, quiet: bool, color: str, **given: Any) -> int:
     """Load PATH into a reference model, strictly, and examine what it computes.
@@ -113,9 +123,10 @@ def command(path: str, output: str, quiet: bool, color: str, **given: Any) -> in
     another number of threads, in another batch and with other rounding; a golden keeps that of when it was written.
     """
     ending.keep_stdout()
-    with ui.json_errors(output == "json"):
+    with ui.json_errors(output == "json"), ending.ticking():
+        pace.enter("loading torch")
         report = api.verify(path, **ui.keywords_of(VerifyOptions, given))
     written = any(finding.code == "golden-written" for finding in report.findings)
     code = ending.verdict(0 if report.ok else 1, f"{printable(given['write_golden'])} was written" if written else "")
-    ui.show(report.to_dict(), output, RENDERERS, ui.View(ui.styler(color), quiet=quiet))
+    ui.show(report.to_dict(), output, RENDERERS, ui.View(ui.styler(color), ui.terminal_width(), quiet))
     return code

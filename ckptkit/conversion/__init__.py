@@ -27,7 +27,7 @@ from ckptkit import formats
 from ckptkit.bytesource import Source
 from ckptkit.checkpoint import STATE_DICT, Checkpoint
 from ckptkit.conversion.options import Conversion, needs_weights, read_section, section_like, with_flat_cut
-from ckptkit.conversion.outputs import require_fitting
+from ckptkit.conversion.outputs import require_confirmed, require_fitting
 from ckptkit.errors import DestinationExistsError, RewriteError
 from ckptkit.extras import __version__
 from ckptkit.normalize.made_plain import devices_made_plain
@@ -47,7 +47,17 @@ if TYPE_CHECKING:
     from ckptkit.options import ConvertOptions
     from ckptkit.transfer.part_records import PartRecord
 
-__all__ = ["Job", "Outcome", "Tokens", "convert_file", "run", "with_digests", "with_receipt", "write_part"]
+__all__ = [
+    "Job",
+    "Outcome",
+    "Tokens",
+    "convert_file",
+    "replace_file",
+    "run",
+    "with_digests",
+    "with_receipt",
+    "write_part",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,7 +102,7 @@ class Job:
         given = options.max_shard_size
         size: Any = parse_size(given) if isinstance(given, str) else given
         if size is not None and (not isinstance(size, int) or size < 1):
-            raise RewriteError(f"{size!r} is not a valid size of a file; give one such as 5GB")
+            raise RewriteError(f"{size!r} is not a valid file size; give one such as 5GB")
         tokens = Tokens()
         if options.receipt:
             hashed = options.check and not options.dry_run
@@ -137,10 +147,13 @@ class Job:
             DestinationExistsError: something is there that it may not replace.
         """
         if not options.force and self.plan.in_folder is None and os.path.lexists(self.asked):
-            raise DestinationExistsError(f"{self.asked}: exists already; --force overwrites it", path=self.asked)
+            raise DestinationExistsError(f"{self.asked}: already exists; --force overwrites it", path=self.asked)
         if formats.is_part(self.source, self.path):
-            told = "is a file of the checkpoint that is read, and that needs all of its files; name another"
+            told = "is one of the files being read, and all of them are needed; name another"
             raise DestinationExistsError(f"{self.path}: {told}", path=self.path)
+        if self.plan.in_folder is None:
+            folder = os.path.dirname(self.path)
+            require_confirmed([self.asked, self.path, *(os.path.join(folder, s) for s in self.plan.shards)], options)
 
     def findings(self) -> Iterator[Finding]:
         """What the output is that was not asked for: one file, where shards and an index were."""
@@ -148,7 +161,7 @@ class Job:
             yield Finding(
                 code="not-sharded",
                 severity="info",
-                message=f"all of it fits into one file: {self.path}, and no index is written",
+                message=f"everything fits into one file: {self.path}, so no index is written",
             )
 
     @property
@@ -417,6 +430,19 @@ def convert_file(source: str, destination: str, options: ConvertOptions) -> Repo
             return run(checkpoint, file, destination, options).report()
     finally:
         file.close()
+
+
+def replace_file(source: str, _: str, options: ConvertOptions) -> Report[ConvertDocument]:
+    """Convert a file by its path into itself; its second argument is the same path, as of `convert_file`.
+
+    Raises:
+        As `ckptkit.convert`.
+    """
+    from ckptkit.conversion.in_place import replacing
+
+    with replacing(source, options) as (checkpoint, file, own, backup):
+        report = run(checkpoint, file, source, own, given=source).report()
+    return Report(findings=report.findings, details={**report.details, "backup": backup})
 
 
 def _opened(source: str, options: ConvertOptions) -> tuple[Checkpoint, Source]:

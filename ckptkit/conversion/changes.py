@@ -66,7 +66,7 @@ def diagnose_renames(
         yield Finding(
             code="renamed",
             severity="info",
-            message=f"{len(renames)} of {count_of(len(names), 'name')} changed, as {old!r} to {new!r}",
+            message=f"{len(renames)} of {count_of(len(names), 'name')} changed, for example {old!r} to {new!r}",
         )
     if ruled is not None and not ruled:
         yield Finding(
@@ -78,14 +78,14 @@ def diagnose_renames(
         yield Finding(
             code="nothing-to-strip",
             severity="info",
-            message=f"none of {count_of(len(names), 'name')} carries the prefix",
+            message=f"none of {count_of(len(names), 'name')} has the prefix",
         )
     elif stripped is not None and len(stripped) < len(names):
         kept = next(name for name in names if name not in stripped)
         yield Finding(
             code="mixed-prefix",
             severity="warning",
-            message=f"{len(names) - len(stripped)} of {count_of(len(names), 'name')} did not carry the prefix, "
+            message=f"{len(names) - len(stripped)} of {count_of(len(names), 'name')} did not have the prefix, "
             f"such as {kept!r}",
         )
 
@@ -105,8 +105,8 @@ def diagnose_wrappers(
     code, told = "inner-module", inner_module_told(names) if stripped else None
     carrying = [prefix for prefix in map(wrapper_of, changed) if prefix]
     if carrying and not stripped:
-        what = f"{len(carrying)} of {count_of(len(names), 'name')} carry a wrapper's prefix (`{carrying[0]}`)"
-        code, told = "module-prefix", (f"{what}; --strip-module takes it off too", ["--strip-module"])
+        what = f"{len(carrying)} of {count_of(len(names), 'name')} have a wrapper's prefix (`{carrying[0]}`)"
+        code, told = "module-prefix", (f"{what}; --strip-module removes it too", ["--strip-module"])
     if told is not None:
         message, options = told
         if sum(section.is_weights for section in result.sections) > 1 and result.rest is not STATE_DICT:
@@ -144,7 +144,9 @@ def diagnose_dense(made: Mapping[str, str], padded: Collection[str], result: Che
     left = quantization_in(result.state_dict)
     if left is not None:
         stay = f"{count_of(left['modules'], 'module', 'stays', 'stay')} quantized"
-        told = f"{stay}: {quantized_text(left)}; --densify unpacks no such weights, the library that made them does"
+        told = (
+            f"{stay}: {quantized_text(left)}; --densify cannot unpack such weights, but the library that made them can"
+        )
         yield Finding(code="densified", severity="warning", message=told)
         if not made:
             return
@@ -179,12 +181,12 @@ def diagnose_fitting(fitting: Fitting, label: str, source: Checkpoint) -> Iterat
     count = len(fitting.sources) + len(fitting.aliases) + len(fitting.counters)
     section = f" in section {source.origin.state_path!r}" if source.origin.state_path else ""
     changed = f", {'; '.join(fitting.causes)}" if fitting.causes else ""
-    message = f"all {count_of(count, 'tensor')} of {label} are there{section}{changed}"
+    message = f"all {count_of(count, 'tensor')} of {label} are present{section}{changed}"
     if fitting.aliases:
         pairs = [f"{name} = {twin}" for name, twin in fitting.aliases.items()]
-        message += f"; tied to one that is there: {listed(pairs, 8, characters=100)}"
+        message += f"; tied to one that is present: {listed(pairs, 8, characters=100)}"
     if fitting.counters:
-        message += f"; counted by torch itself when it loads: {listed(fitting.counters, 8, characters=100)}"
+        message += f"; counters that torch sets when it loads: {listed(fitting.counters, 8, characters=100)}"
     yield Finding(code="like-reference", severity="info", message=message)
 
 
@@ -200,7 +202,7 @@ def diagnose_moves(unmet: Sequence[str], met: Collection[str]) -> Iterator[Findi
             code="nothing-moved",
             severity="warning",
             message=f"--map-location {location}=…: nothing in the file is on {location!r}; "
-            f"there is {listed(sorted(met), 8, characters=100) or 'no storage'}",
+            f"it has {listed(sorted(met), 8, characters=100) or 'no storage'}",
         )
 
 
@@ -209,7 +211,7 @@ def diagnose_scaled(scaled: Mapping[str, str]) -> Iterator[Finding]:
     if scaled:
         pairs = listed([f"{name} (with {other})" for name, other in scaled.items()], 8, characters=100)
         have = "is cast that has" if len(scaled) == 1 else "are cast that have"
-        told = f"{count_of(len(scaled), 'tensor')} {have} a meaning only together with another: {pairs}"
+        told = f"{count_of(len(scaled), 'tensor')} {have} meaning only together with another: {pairs}"
         yield Finding(code="cast-scaled", severity="warning", message=told)
 
 
@@ -260,7 +262,7 @@ def diagnose_losses(
                 code="weights-left-out",
                 severity="warning",
                 message=f"{path!r:.200}, {kinds[path]} of {count_of(len(inside), 'tensor')}, is not in the output: "
-                "weights too, under other names than those that are",
+                "it also contains weights, under other names",
                 fix=f"--section {shell.quote(path)}",
             )
     outside = [f"{found.path:.100} ({brief(found.node)})" for found in lost if found.section is None]
@@ -306,7 +308,7 @@ def diagnose_beside(
         yield Finding(
             code="not-kept",
             severity="warning",
-            message=f"{count_of(len(parts), 'part', 'is', 'are')} more than plain values, and not kept: "
+            message=f"{count_of(len(parts), 'part', 'is', 'are')} not plain values and not kept: "
             + listed(parts, 8, characters=160),
         )
     if plain:
@@ -314,7 +316,7 @@ def diagnose_beside(
             code="plain-values",
             severity="info",
             message=f"{count_of(len(plain), 'plain value')} of the state_dict {'is' if len(plain) == 1 else 'are'} not "
-            f"in the output, which holds tensors alone: {listed(plain, 8, characters=100)}",
+            f"in the output, which stores only tensors: {listed(plain, 8, characters=100)}",
             fix="--keep-beside",
         )
 
@@ -389,8 +391,8 @@ def diagnose_trust(source: Checkpoint, result: Checkpoint, plan: Plan) -> Iterat
     yield Finding(
         code="hostile-output",
         severity="warning",
-        message="what is written is as hostile as the source: its pickle names "
-        f"{listed(told, 8, characters=100)}; whoever loads it with pickle runs that",
+        message="the output is as hostile as the source: its pickle names "
+        f"{listed(told, 8, characters=100)}; loading it with pickle runs that",
         fix=" ".join(options),
     )
 
@@ -458,7 +460,7 @@ def diagnose_flat(flat: Flat) -> Iterator[Finding]:
         told = f"{count_of(len(ties), 'tensor')} with several names, which are no longer tied: {listed(ties, 4)}"
         yield Finding(code="untied", severity="info", message=told)
     if flat.lost:
-        told = f"not as it is in the source, as torch.distributed.checkpoint saves it too: {listed(flat.lost, 8)}"
+        told = f"stored differently from the source, as torch.distributed.checkpoint also does: {listed(flat.lost, 8)}"
         yield Finding(code="flattened", severity="info", message=told)
 
 

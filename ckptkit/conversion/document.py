@@ -7,7 +7,17 @@ from typing import TypedDict
 from ckptkit.documents import ConvertDocument, ErrorDocument
 from ckptkit.report import FindingDocument
 
-__all__ = ["ConvertFolderDetails", "ConvertFolderDocument", "ConvertedFile", "UnconvertedFile"]
+__all__ = ["ConvertFolderDetails", "ConvertFolderDocument", "ConvertedFile", "ReplacedDocument", "UnconvertedFile"]
+
+
+class ReplacedDocument(ConvertDocument):
+    """A file that was converted in place.
+
+    Attributes:
+        backup: the path under which the old file is kept; ``None``: it is not.
+    """
+
+    backup: str | None
 
 
 class ConvertedFile(ConvertDocument):

@@ -15,13 +15,14 @@ import filecmp
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from ckptkit import formats, places, rewrite
 from ckptkit.conversion.options import renamers_of
-from ckptkit.conversion.outputs import Item, ending_of, require_fitting, require_names
+from ckptkit.conversion.outputs import Item, ending_of, is_folder, name_in, require_fitting, require_names
 from ckptkit.errors import CkptkitError, DestinationExistsError, FileAccessError, RewriteError
 from ckptkit.fleet.shares import paths_from
 from ckptkit.report import Finding, Report, parse_size, without_endings
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     Convert = Callable[[str, str, ConvertOptions], Report[ConvertDocument]]
     """Converts one file."""
 
-__all__ = ["convert_folder", "outcome"]
+__all__ = ["common_folder", "convert_files", "convert_folder", "converted_all", "outcome"]
 
 
 def convert_folder(source: str, destination: str, options: ConvertOptions, convert: Convert) -> Report[Any]:
@@ -65,24 +66,77 @@ def convert_folder(source: str, destination: str, options: ConvertOptions, conve
     survey = _surveyed(source, destination, options.files_from)
     items, refused = list(_items(survey, source, destination, ending)), dict(survey.unreadable)
     own = items
+    passed = dict(survey.passed) | {path: "other name" for each in survey.checkpoints for path in each.others}
     if options.part is not None:
         own = [item for item in items if options.part.holds(os.path.relpath(item.source, source))]
         refused = {path: error for path, error in refused.items() if options.part.holds(os.path.relpath(path, source))}
     require_names(items, destination, options, own)
+    return converted_all(own, options, convert, started, source, destination, refused=refused, passed=passed)
+
+
+def convert_files(sources: Sequence[str], destination: str, options: ConvertOptions, convert: Convert) -> Report[Any]:
+    """Convert each of several files into a folder, as `convert_folder` does those that lie below one.
+
+    Raises:
+        RewriteError: the destination is no folder, two files would get one name, or options are wrong.
+        DestinationExistsError: outputs exist and are not to be replaced.
+    """
+    started = time.monotonic()
+    if not is_folder(destination, options):
+        raise RewriteError(f"{destination}: several files are put into a folder; one that is yet to be made ends in /")
+    if options.to is not None:
+        _require_options(options, destination)
+    items = [
+        Item(path, os.path.join(destination, name_in(destination, path, options)), (path,))
+        for path in dict.fromkeys(sources)
+    ]
+    require_names(items, destination, options)
+    return converted_all(items, options, convert, started, common_folder(sources), destination)
+
+
+def common_folder(paths: Sequence[str]) -> str:
+    """The folder that all lie below."""
+    with contextlib.suppress(ValueError):  # on several drives, or of paths some absolute
+        return os.path.commonpath([os.path.dirname(path) for path in paths]) or os.curdir
+    return os.curdir
+
+
+def converted_all(
+    items: Sequence[Item],
+    options: ConvertOptions,
+    convert: Convert,
+    started: float,
+    source: str,
+    destination: str,
+    *,
+    refused: Mapping[str, CkptkitError] = MappingProxyType({}),
+    passed: Mapping[str, str] = MappingProxyType({}),
+) -> Report[Any]:
+    """Convert each of several files, here or by workers, though others cannot be; a report as of a folder.
+
+    Args:
+        items: the files.
+        options: for each file.
+        convert: converts one file.
+        started: when it began, by `time.monotonic`.
+        source: the folder, for the report.
+        destination: that of the outputs.
+        refused: what could not even be tried, and why.
+        passed: what is no checkpoint, with its kind.
+    """
     files = [_unconverted(path, None, error, 0, 0.0) for path, error in refused.items()]
-    tasks = [_Task(item.source, item.destination, item.nbytes) for item in own]
+    tasks = [_Task(item.source, item.destination, item.nbytes) for item in items]
     progress = _Progress(options.progress, sum(task.nbytes for task in tasks))
     with names_flushed_together(), contextlib.closing(_outcomes(tasks, convert, options, progress)) as outcomes:
         for file in outcomes:
             files.append(_sharing(file, files[-1] if files else file))
-    passed = dict(survey.passed) | {path: "other name" for each in survey.checkpoints for path in each.others}
     details: ConvertFolderDetails = {
         "source": source,
         "destination": destination,
         "written": not options.dry_run,
         "files": files,
         "passed_over": dict(Counter(passed.values())),
-        "passed_over_files": passed,
+        "passed_over_files": dict(passed),
         "seconds": time.monotonic() - started,
     }
     failures = (
@@ -105,7 +159,8 @@ def _outcomes(
     tasks: list[_Task], convert: Convert, options: ConvertOptions, progress: _Progress
 ) -> Generator[ConvertedFile | UnconvertedFile, None, None]:
     """What comes of each file, in their order."""
-    plain = options.but(progress=None, jobs=None, executor=None, part=None, files_from=None, storage_options=None)
+    own = ("progress", "confirm", "jobs", "executor", "part", "files_from", "storage_options")
+    plain = options.but(**dict.fromkeys(own))
     if not _are_others(tasks, options, plain):
         for task in tasks:
             yield outcome(convert, *task, progress.within(plain, task.nbytes))
@@ -251,7 +306,7 @@ def _require_options(options: ConvertOptions, destination: str) -> None:
         RewriteError: an option's value makes no sense.
     """
     if options.finish:
-        raise RewriteError("--finish makes one checkpoint of parts; each file of a folder is whole by itself")
+        raise RewriteError("--finish combines parts into one checkpoint; the files of a folder are converted whole")
     renamers_of(options)
     require_fitting(options, formats.target(destination, options.to)[1])
     if options.dtype is not None:
@@ -282,7 +337,7 @@ def _surveyed(source: str, destination: str, files_from: str | None) -> FolderSu
     if files_from is not None:
         for path in paths_from(files_from):
             if os.path.relpath(path, source).split(os.sep)[0] == os.pardir:
-                raise RewriteError(f"--files-from {files_from}: {path} does not lie below {source}", path=path)
+                raise RewriteError(f"--files-from {files_from}: {path} is not below {source}", path=path)
             surveyor.named(path)
         survey = surveyor.result()
         if not survey.checkpoints:

@@ -105,7 +105,7 @@ def _described(result: Checkpoint, metadata: Mapping[str, str]) -> Checkpoint:
         RewriteError: they would replace the plain values that are kept there.
     """
     if BESIDE in metadata and BESIDE in result.metadata:
-        raise RewriteError(f"--metadata {BESIDE}: that key holds the plain values that are kept")
+        raise RewriteError(f"--metadata {BESIDE}: that key is reserved for the plain values that are kept")
     return result.replace(metadata={**result.metadata, **metadata})
 
 
@@ -254,9 +254,7 @@ class Conversion:
         options = self._options
         if options.as_key is not None:
             if self._weights_alone:
-                raise RewriteError(
-                    "--as puts the weights under a key of a .pth; what is to be written holds the weights alone"
-                )
+                raise RewriteError("--as puts the weights under a key of a .pth; this output contains only the weights")
             put = rewrite.PutUnder(options.as_key)
             self._put = put.replaced(result)
             result = result.rewrite(put)
@@ -319,9 +317,7 @@ class Conversion:
             yield from diagnose_moves(self._moves.unmet, self._moves.met)
         container = self.result.state_dict.container
         if isinstance(container, NestedDicts) and container.filled(self.result.state_dict.everything) is None:
-            told = (
-                "the dicts inside dicts become one flat dict under dotted names, since names were changed or left out"
-            )
+            told = "the nested dicts become one flat dict with dotted names, because names were changed or left out"
             yield Finding(code="nested-names", severity="info", message=told)
         leave_out, beside = self._options.leave_out, self._beside
         yield from diagnose_losses(self.source, self.result, plan, leave_out=leave_out, beside=beside)
@@ -332,8 +328,8 @@ class Conversion:
         if self._options.all_tensors:
             yield from diagnose_all_tensors(self.source, self._tensorless)
         if self._put is not None:
-            place = f"the weights stand under {self._options.as_key!r:.200}"
-            told = f"{place}; what was there is not in the output: {self._put}"
+            place = f"the weights are under {self._options.as_key!r:.200}"
+            told = f"{place}; the previous value there is not in the output: {self._put}"
             yield Finding(code="replaced", severity="info", message=told)
         yield from diagnose_trust(self.source, self.result, plan)
         flat = flat_in(plan, self.result)
@@ -398,7 +394,7 @@ def read_section(file: Source, section: str | None, *, ignore_checksums: bool = 
     """
     checkpoint = reread(file, section=section, ignore_checksums=ignore_checksums)
     if file.changed():
-        raise CorruptError("the file was changed while it was read", path=file.path)
+        raise CorruptError("the file was changed while it was being read", path=file.path)
     return checkpoint
 
 
@@ -449,7 +445,7 @@ def section_like(checkpoint: Checkpoint, file: Source, options: ConvertOptions) 
         problems.append(f"{path!r} {like.misfit(max(fittings, key=lambda fitting: len(fitting.sources)))}")
     if len(set(found.values())) > 1:
         raise RewriteError(
-            f"{checkpoint.origin.path}: {len(found)} sets of tensors fit {like.label} equally: those of "
+            f"{checkpoint.origin.path}: {len(found)} sets of tensors fit {like.label} equally well: those of "
             f"{listed(labels, between=', of ')}; name one with --section",
             path=checkpoint.origin.path,
             names=labels,
@@ -474,9 +470,9 @@ def like_checkpoint(path: str) -> Like:
     try:
         require_whole(checkpoint)
         if checkpoint.origin.state_path is None:
-            weights = paths_listed(checkpoint.sections) or "no section holds any"
+            weights = paths_listed(checkpoint.sections) or "no section contains any"
             raise SectionError(
-                f"{path}: has no one set of weights to be like ({weights})",
+                f"{path}: does not have exactly one set of weights to match ({weights})",
                 path=path,
                 names=weights_paths(checkpoint.sections),
             )

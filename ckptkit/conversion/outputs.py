@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, NamedTuple, TypeGuard
 
@@ -29,8 +29,11 @@ __all__ = [
     "Item",
     "destination_of",
     "ending_of",
+    "is_folder",
     "is_folder_of_files",
+    "name_in",
     "named_after",
+    "require_confirmed",
     "require_file_name",
     "require_fitting",
     "require_names",
@@ -52,7 +55,7 @@ def is_folder_of_files(
     path = os.fsdecode(destination)
     if options.tag is not None or options.tp_rules is not None:
         return False
-    if not formats.makes_folder(options.to) and _names_a_file(path) and not _is_folder(path, options):
+    if not formats.makes_folder(options.to) and _names_a_file(path) and not is_folder(path, options):
         return False
     from ckptkit.formats.distributed.around import sharded_in
 
@@ -68,8 +71,8 @@ def require_file_name(destination: str | os.PathLike[str]) -> None:
     places.require_local(os.fsdecode(destination))
     if os.fsdecode(destination) == "-":
         raise FileAccessError(
-            "-: nothing is written to standard output: an output is compared with its source before it gets its name; "
-            "name a file (one that is called so is ./-)",
+            "-: ckptkit cannot write to standard output, because the output is compared with its source before it gets "
+            "its name; name a file (./- is a file called -)",
             path="-",
         )
 
@@ -100,17 +103,28 @@ def destination_of(
         with folder_made("" if options.dry_run else above, flush=options.check):
             yield destination
         return
-    if not _is_folder(folder, options):
+    if not is_folder(folder, options):
         yield destination
         return
-    ending = ending_of(folder, options)
+    name = name_in(folder, path, options)
+    with folder_made("" if options.dry_run else folder, flush=options.check):
+        yield os.path.join(folder, name)
+
+
+def name_in(folder: str, path: str, options: ConvertOptions) -> str:
+    """What an output in a folder is called: as the source, with the ending of the container where one is asked for.
+
+    Raises:
+        RewriteError: no container is known, or the source has no name.
+    """
     name = places.own_name(path)
     if not places.is_url(path) and not os.path.lexists(path):  # in an archive, or nowhere
         name = "" if path == "-" or path.startswith("<") else re.split("[/!]", path)[-1]
     if not name:
-        raise RewriteError(f"{folder}: is a folder, and the source has no name to give to a file in it; name a file")
-    with folder_made("" if options.dry_run else folder, flush=options.check):
-        yield os.path.join(folder, without_endings(name) + ending)
+        raise RewriteError(f"{folder}: is a folder, and the source has no file name to use in it; name a file")
+    if options.to is None and _names_a_file(name):
+        return name
+    return without_endings(name) + ending_of(folder, options)
 
 
 def told(
@@ -128,6 +142,20 @@ def told(
     return FileAccessError(f"{error}; or convert each checkpoint below it: {command}", path=source)
 
 
+def require_confirmed(paths: Iterable[str], options: ConvertOptions) -> None:
+    """Ask, where somebody is to be asked, whether what has one of these paths may be replaced.
+
+    Raises:
+        DestinationExistsError: it may not.
+    """
+    if options.confirm is None or options.dry_run:
+        return
+    there = [path for path in dict.fromkeys(paths) if os.path.lexists(path)]
+    if there and not options.confirm(there):
+        told = f"{listed(there, 4)}: {'stays as it is' if len(there) == 1 else 'stay as they are'}; nothing was changed"
+        raise DestinationExistsError(told, path=there[0])
+
+
 def require_fitting(options: ConvertOptions, container: Format) -> None:
     """Raise where options are not for the container that is written.
 
@@ -136,14 +164,14 @@ def require_fitting(options: ConvertOptions, container: Format) -> None:
     """
     if container.is_folder and options.max_shard_size is not None:
         raise RewriteError(
-            f"--max-shard-size makes shards and an index; a {container.name} folder has a file for each rank: --ranks "
-            "N makes N of them"
+            f"--max-shard-size makes shards and an index; a {container.name} folder has one file per rank; use --ranks "
+            "N"
         )
     if options.ranks is not None and not container.is_folder:
-        raise RewriteError("--ranks is for --to dcp alone: a folder with a file for each of N ranks")
+        raise RewriteError("--ranks is only for --to dcp, which writes a folder with one file for each of N ranks")
 
 
-def _is_folder(path: str, options: ConvertOptions) -> bool:
+def is_folder(path: str, options: ConvertOptions) -> bool:
     """Whether a path means a folder: by its slash, or because it is one and no name for a file either."""
     if path.endswith(("/", os.sep)):
         return True
@@ -167,7 +195,7 @@ def ending_of(folder: str, options: ConvertOptions) -> str:
     """
     if options.to is None:
         raise RewriteError(
-            f"{folder}: a folder's name does not say what to write into it; give --to safetensors or --to torch-zip"
+            f"{folder}: a folder's name does not determine the output format; give --to safetensors or --to torch-zip"
         )
     _, container, _ = formats.target(folder, options.to)
     if container.is_folder:
@@ -215,13 +243,13 @@ def require_names(
     for folder in dict.fromkeys((destination, *(os.path.dirname(item.destination) for item in items))):
         above = _existing(folder)
         if not os.path.isdir(above):
-            raise FileAccessError(
-                f"{above}: is a file, and outputs are to be put into a folder of that name", path=above
-            )
+            raise FileAccessError(f"{above}: is a file, but the outputs need a folder with that name", path=above)
         is_ours = os.access(above, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids)
         if not options.dry_run and not is_ours:
-            raise FileAccessError(f"{above}: nothing can be written into this folder", path=above)
-    is_sharded = options.max_shard_size is not None or formats.target(destination, options.to)[2] is not None
+            raise FileAccessError(f"{above}: this folder is not writable", path=above)
+    is_sharded = options.max_shard_size is not None
+    if options.to is not None:
+        is_sharded = is_sharded or formats.target(destination, options.to)[2] is not None
     found = list(_clashes(items, is_sharded))
     clashes = [f"{output}: from {listed(names, len(names), last=' and ')}" for output, names in found]
     names = [name.removesuffix(_AS_FOLDER) for _, sources in found for name in sources]
@@ -238,12 +266,16 @@ def require_names(
     if taken and not options.force:
         if len(taken) == 1:
             raise exists(taken[0])
-        told = f"{count_of(len(taken), 'output')} exist already; --force overwrites them; nothing was written:"
+        told = (
+            f"{count_of(len(taken), 'output', 'already exists', 'already exist')}; --force overwrites "
+            f"{'it' if len(taken) == 1 else 'them'}; nothing was written:"
+        )
         raise DestinationExistsError("\n  ".join([told, *taken]), path=destination)
     replaced = list(_replaced(items, own)) if taken else ()
     if replaced:
-        told = f"{count_of(len(replaced), 'output')} cannot have the name; nothing was written:"
+        told = f"{count_of(len(replaced), 'output')} cannot have this name; nothing was written:"
         raise RewriteError("\n  ".join([told, *replaced]), path=destination)
+    require_confirmed(taken, options)
 
 
 def _existing(path: str) -> str:

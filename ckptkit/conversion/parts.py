@@ -119,21 +119,25 @@ def require_shards(options: ConvertOptions, plan: Plan) -> None:
         RewriteError: there are not.
     """
     if options.files_from is not None:
-        raise RewriteError(f"--files-from {options.files_from} lists files of a folder; one checkpoint is converted")
+        raise RewriteError(
+            f"--files-from {options.files_from} lists files of a folder, but the source is one checkpoint"
+        )
     if options.part is None and not options.finish:
         return
     asked = "--finish" if options.part is None else f"--part {options.part}"
     if plan.in_folder is not None:
         raise RewriteError(
-            f"{asked}: shards are shared, and a {plan.format} folder is written by one process; leave it out"
+            f"{asked}: processes can share shards, but a {plan.format} folder is written by one process; omit it"
         )
     if plan.index is None:
-        told = f"all of it fits into one file of {human_size(plan.nbytes)}, and there is nothing to share"
-        raise RewriteError(f"{asked}: {told}; leave it out, or give a smaller --max-shard-size")
+        told = f"everything fits into one file of {human_size(plan.nbytes)}, so there is nothing to share"
+        raise RewriteError(f"{asked}: {told}; omit it, or give a smaller --max-shard-size")
     if options.part is not None and options.part.count > DEFAULT_LIMITS.shards:
-        raise RewriteError(f"{asked}: there are at most {count_of(DEFAULT_LIMITS.shards, 'shard')}, and as many parts")
+        raise RewriteError(
+            f"{asked}: there can be at most {count_of(DEFAULT_LIMITS.shards, 'shard')}, and no more parts than that"
+        )
     if options.part is not None and (options.executor is not None or options.jobs is not None):
-        raise RewriteError(f"{asked}: a part is written by one process; leave out --jobs, or give it alone")
+        raise RewriteError(f"{asked}: one process writes a part; omit --jobs, or use it alone")
 
 
 def _parts(job: _Job, options: ConvertOptions, staging: str | None = None) -> Parts:
@@ -228,7 +232,10 @@ def _finished(job: _Job, options: ConvertOptions, parts: Parts) -> Tally:
         except CorruptError as error:
             if not modified:
                 raise
-            told = f"the source was changed after a part was written ({listed(sorted(modified), 4)}); write all anew"
+            told = (
+                f"the source was changed after a part was written ({listed(sorted(modified), 4)}); write all parts "
+                "again"
+            )
             raise RewriteError(f"{job.path}: {told}, with --force: {error}", path=job.path) from error
 
     return parts.finish(force=options.force, flush=options.check, opened=opened, replaces=job.stale, source=job.source)
@@ -239,10 +246,10 @@ def _told_missing(job: _Job, options: ConvertOptions, given: str | None, count: 
     source = job.source.path if given is None else shown(given)
     command = shell.join(["ckptkit", "convert", source, job.asked, *words_of(options.but(finish=False))])
     if not count:
-        return f"{job.path}: no part of it is there; write each of N parts, from 1/N to N/N: {command} --part 1/N"
+        return f"{job.path}: it has no parts yet; write each of N parts, from 1/N to N/N: {command} --part 1/N"
     lines = [f"part {number} {what}: {command} --part {number}/{count}" for number, what in missing.items()]
     more = [f"and {len(lines) - _LISTED:,} more"] if len(lines) > _LISTED else []
-    told = f"{len(missing)} of {count_of(count, 'part')} {'is' if len(missing) == 1 else 'are'} missing or not whole"
+    told = f"{len(missing)} of {count_of(count, 'part')} {'is' if len(missing) == 1 else 'are'} missing or incomplete"
     return "\n  ".join(
         [f"{job.path}: {told}; nothing was changed; write them, then run --finish again:", *lines[:_LISTED], *more]
     )
@@ -272,8 +279,8 @@ def over_workers(
     from ckptkit.fleet import each
 
     if given is None or given == formats.STDIN:
-        raise RewriteError("workers open the source themselves, by its path; what was given has none: leave out --jobs")
-    plain = options.but(progress=None, jobs=None, executor=None, storage_options=None)
+        raise RewriteError("workers open the source by its path, and this source has none: omit --jobs")
+    plain = options.but(progress=None, confirm=None, jobs=None, executor=None, storage_options=None)
     require_portable(plain)
     places(job.plan, job.path, force=options.force)
     folder, name = os.path.split(job.path)
@@ -311,7 +318,7 @@ def over_workers(
         _, missing = parts.missing(hashed=False)
         if missing:
             number, what = next(iter(missing.items()))
-            raise CorruptError(f"part {number}, which a worker has written, {what}; nothing was written", path=job.path)
+            raise CorruptError(f"part {number}, written by a worker, {what}; nothing was written", path=job.path)
         tally = _finished(job, options, parts)
         if options.progress is not None:
             options.progress(job.plan.total_nbytes, job.plan.total_nbytes)
@@ -334,15 +341,15 @@ def require_portable(options: ConvertOptions) -> None:
         except Exception as error:
             value = "" if option.kind == "storage" else f" {getattr(options, name)!r:.80}"
             told = f"{option.typed}{value} cannot be sent to other processes ({error!s:.200})"
-            raise RewriteError(f"{told}; give a function of a module, or leave out jobs and executor") from None
+            raise RewriteError(f"{told}; give a function from a module, or omit jobs and executor") from None
 
 
 # Options as text.
 
-_UNSAID = frozenset({"executor", "progress", "storage_options"})
+_UNSAID = frozenset({"confirm", "executor", "progress", "storage_options"})
 """Options that are not typed, and those that may be secrets."""
 
-_OWN = frozenset({*_UNSAID, "part", "finish", "jobs", "files_from", "dry_run", "force"})
+_OWN = frozenset({*_UNSAID, "part", "finish", "jobs", "files_from", "dry_run", "force", "in_place", "backup"})
 """Those that do not change what is written, too."""
 
 

@@ -132,7 +132,7 @@ def _values(a: Checkpoint, b: Checkpoint, *, strict: bool) -> tuple[Mapping[str,
         lacking, option = (b, "--section-b") if has_weights[0] else (a, "--section-a")
         if several := paths_listed(lacking.sections):
             raise SectionError(
-                f"{lacking.origin.path}: several sections hold weights ({several}); name the one to compare with "
+                f"{lacking.origin.path}: several sections contain weights ({several}); name the one to compare with "
                 f"{option}",
                 path=lacking.origin.path,
                 names=weights_paths(lacking.sections),
@@ -143,7 +143,8 @@ def _values(a: Checkpoint, b: Checkpoint, *, strict: bool) -> tuple[Mapping[str,
     ]
     if not any(found) and not strict:
         raise SectionError(
-            f"{a.origin.path} and {b.origin.path}: neither holds a tensor: there is nothing to compare without --strict"
+            f"{a.origin.path} and {b.origin.path}: neither contains a tensor, so there is nothing to compare without "
+            "--strict"
         )
     return found[0], found[1], all(has_weights)
 
@@ -286,7 +287,7 @@ class _Comparison:
     def _told(self, rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterator[Finding]:
         lost = [row["name"] for row in rows["not_compared"]]
         if lost:
-            message = f"{count_of(len(lost), 'value')} could not be compared, which is not to say equal: {_names(lost)}"
+            message = f"{count_of(len(lost), 'value')} could not be compared, which does not mean equal: {_names(lost)}"
             yield Finding(code="not-compared", severity="error", message=message)
         fresh = [row["name"] for row in rows["changed"] if row["nan"] and row["nan"]["b"] and not row["nan"]["a"]]
         if fresh:
@@ -320,7 +321,7 @@ def _prefixes(
     if len(bare[0]) < len(ours) or len(bare[1]) < len(theirs) or len(bare[0] & bare[1]) <= agreeing:
         return
     message = (
-        f"{count_of(agreeing, 'name', 'agrees', 'agree')}; without the prefixes of wrappers (module. and the like) "
+        f"{count_of(agreeing, 'name', 'agrees', 'agree')}; without wrapper prefixes (such as module.) "
         f"{len(bare[0] & bare[1]):,} of {len(ours):,} and {len(theirs):,} would"
     )
     options = [
@@ -348,7 +349,7 @@ def _ties_told(ties: Sequence[TieRow]) -> Iterator[Finding]:
     if ties:
         first = ties[0]
         message = (
-            f"{count_of(len(ties), 'group')} of tensors are one tensor in only one of the files: "
+            f"{count_of(len(ties), 'group')} of tensors are tied in only one of the files: "
             f"{_names(first['names'])} in {first['tied_in'].upper()}"
         )
         yield Finding(code="ties-differ", severity="info", message=message)

@@ -141,7 +141,7 @@ class _Taken:
             while missing > 0:
                 part = next(self._chunks, b"")
                 if not part:
-                    raise CorruptError(f"a tensor has {missing:,} bytes less than its shape asks for", path=self._path)
+                    raise CorruptError(f"a tensor has {missing:,} bytes less than its shape requires", path=self._path)
                 parts.append(memoryview(part))
                 missing -= len(part)
             self._chunk = memoryview(b"".join(parts)) if len(parts) > 2 or len(parts[0]) else parts[1]

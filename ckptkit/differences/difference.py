@@ -356,11 +356,11 @@ class Difference:
         """The verdict: ``"only fc changed; 120 of 122 tensors are bit-identical"``."""
         share = share_of(self.unchanged, self.tensors, "tensor", "is", "are")
         every = "the only tensor is" if self.unchanged == 1 else f"all {count_of(self.unchanged, 'tensor')} are"
-        everything = f"{every} bit-identical" if self.tensors else "neither holds a tensor"
+        everything = f"{every} bit-identical" if self.tensors else "neither contains a tensor"
         if self.equal:
             within = f"{share} bit-identical, the others are within tolerance"
             told = within if self.within_tolerance else everything
-            return told if self.ok else f"{told}; what stands beside them differs"
+            return told if self.ok else f"{told}; what is stored beside them differs"
         if not self.modules:
             apart = [
                 section["path"] or "the rest of the file" for section in self.sections if section["equal"] is False

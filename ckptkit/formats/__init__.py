@@ -242,7 +242,7 @@ def source_of(path: Readable, tag: str | None = None, tp_rules: str | os.PathLik
     """
     given = os.fsdecode(path) if isinstance(path, (str, os.PathLike)) else None
     if tag is not None and (given is None or places.isfile(given) or given == STDIN):
-        what = "what was given" if given is None else given
+        what = "the source" if given is None else given
         raise FileAccessError(f"{what}: --tag {tag} chooses one of several steps in a folder, and this is a file")
     if tp_rules is not None and not (given is not None and places.isdir(given)):
         raise FileAccessError(
@@ -386,10 +386,11 @@ def format_for(destination: str | os.PathLike[str], name: str | None = None) -> 
     if name is not None:
         names = [container.name for container in writable]
         meant = did_you_mean(name, [*names, *_SHARDED], called=_CALLED)
-        raise RewriteError(f"no container {name!r}; one of: {', '.join(names)}{meant}")
+        raise RewriteError(f"unknown container {name!r}; choose from: {', '.join(names)}{meant}")
     meant = did_you_mean(ending, endings.split(", ")) if len(ending) > 1 else ""
     raise RewriteError(
-        f"{os.fsdecode(destination)}: the ending {ending!r} chooses no container; use {endings}, or --to{meant}",
+        f"{os.fsdecode(destination)}: the extension {ending!r} does not belong to a known container; use {endings}, "
+        f"or --to{meant}",
         path=os.fsdecode(destination),
     )
 

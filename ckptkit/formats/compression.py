@@ -144,14 +144,14 @@ class Compression:
             part = self._made(stream, data, made)
             data, made = b"", made + len(part)
             if made > allowed:
-                raise LimitError(f"bytes of what is {self.name}-compressed", limit=allowed, actual=made)
+                raise LimitError(f"bytes of {self.name}-compressed data", limit=allowed, actual=made)
             yield part
             if stream.eof:
                 data, stream = stream.unused_data, None
         if stream is not None:
             raise CorruptError(
-                f"truncated: the {self.name} data goes on past the file's {file.size:,} bytes, which decompress to "
-                f"{made:,}. Get the file again"
+                f"truncated: the {self.name} data continues past the file's {file.size:,} bytes, which decompress "
+                f"to {made:,}. Download or copy the file again"
             )
         if zeros and (not self.padding or zeros % self.padding):
             raise self._followed(file.size - zeros)
@@ -161,16 +161,16 @@ class Compression:
         try:
             part: bytes = stream.decompress(data, CHUNK_NBYTES)
         except errors as error:
-            told = f"{self.name}-compressed, and damaged after {made:,} bytes that it decompresses to"
+            told = f"{self.name}-compressed, and damaged after {made:,} decompressed bytes"
             if isinstance(error, MemoryError) or "memory" in str(error).lower():
-                told = f"{self.name}-compressed so that it takes over {_MEMORY_NBYTES:,} bytes of memory"
+                told = f"{self.name}-compressed in a way that takes more than {_MEMORY_NBYTES:,} bytes of memory"
                 raise UnsupportedError(f"{told}; decompress it first") from None
-            raise CorruptError(f"{told}: {error}. Get the file again") from None
+            raise CorruptError(f"{told}: {error}. Download or copy the file again") from None
         return part
 
     def _followed(self, at: int) -> AmbiguousError:
         return AmbiguousError(
-            f"other bytes follow the {self.name} data: some readers stop before them, and some do not", offset=at
+            f"other bytes follow the {self.name} data: some readers stop before them, others do not", offset=at
         )
 
 

@@ -107,7 +107,7 @@ class ContentSearch:
 
     Attributes:
         pickles: where they were found: names of records, ``""`` for the file itself.
-        beyond: what was not looked into, or not to its end, and why.
+        beyond: content that was not read, or not to its end, and why.
     """
 
     def __init__(self, limits: Limits, levels: int = 1) -> None:
@@ -138,17 +138,17 @@ class ContentSearch:
         try:
             self._look(name, held, is_program)
         except LimitError as error:
-            self.unread(name, f"more than are looked at ({error.message})")
+            self.unread(name, f"more than the limit ({error.message})")
         except FormatError as error:
             self.unread(name, f"damaged, encrypted or ambiguous: {error.message}")
 
-    def code(self, name: str, what: str = "compiled code", reason: str = "whoever loads the file runs it") -> None:
+    def code(self, name: str, what: str = "compiled code", reason: str = "loading the file runs it") -> None:
         """Say that a record is code."""
         self._uses.append(GlobalUse(name=what, verdict="unknown", count=1, where=(name,), reason=reason, kind="code"))
 
     def unread(self, name: str, why: str) -> None:
         """Say that a record was not looked into."""
-        what = "what was not looked into"
+        what = "unread content"
         self.beyond.append((name, why))
         self._uses.append(GlobalUse(name=what, verdict="unknown", count=1, where=(name,), reason=why, kind="unread"))
 
@@ -245,7 +245,7 @@ class ContentSearch:
         self.pickles.append(name)
         self._uses.extend(replace(use, where=(name,) if name else ()) for use in found.uses)
         if not is_whole:
-            behind = f"{count_of(row.left, 'byte')} behind a pickle"
+            behind = f"{count_of(row.left, 'byte')} after a pickle"
             what = behind if found.count else "a pickle that cannot be read to its end"
             self.unread(name, what if found.error is None else f"{what}: {found.error.message}")
         return True
@@ -290,7 +290,7 @@ class ContentSearch:
         """The names in what some unpickler may go on reading; ``None``: none of them runs something or is called."""
         self._looked_left -= area.nbytes
         if self._looked_left < 0 or area.nbytes > self._limits.pickle_nbytes:
-            raise LimitError("bytes behind what is refused", limit=self._limits.pickle_nbytes, actual=area.nbytes)
+            raise LimitError("bytes after the refused content", limit=self._limits.pickle_nbytes, actual=area.nbytes)
         data = area.read()
         names = scanned(data, error.globals)
         if any(map(runs, names)):
@@ -298,7 +298,7 @@ class ContentSearch:
         for is_called in attempts(data):
             self._attempts_left -= 1
             if self._attempts_left < 0:
-                raise LimitError("names behind what is refused", limit=_ATTEMPTS, actual=_ATTEMPTS + 1)
+                raise LimitError("names after the refused content", limit=_ATTEMPTS, actual=_ATTEMPTS + 1)
             if is_called:
                 return names
         return None
@@ -384,7 +384,7 @@ class Inside:
     Attributes:
         pickles: where they are: names of members; ``""`` is the file itself.
         globals: the verdict on every name in them, each once.
-        beyond: what was not looked into, or not to its end (a member's name, ``""`` for the file), and why.
+        beyond: content that was not read, or not to its end (a member's name, ``""`` for the file), and why.
     """
 
     pickles: tuple[str, ...] = ()
@@ -407,7 +407,7 @@ def look_inside(path: str | Source, limits: Limits = DEFAULT_LIMITS) -> Inside:
     try:
         contents.look("", file.whole)
         if not head_of(file.whole).startswith(LOCAL_SIGNATURE) and ends_like_a_zip(file.whole):
-            contents.unread("", "a zip archive behind something else")
+            contents.unread("", "a zip archive after something else")
     finally:
         file.close()
     return Inside(

@@ -24,7 +24,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from ckptkit import places
-from ckptkit.bytesource import Source
+from ckptkit.bytesource import Source, pace
 from ckptkit.errors import CkptkitError, FileAccessError, FormatError, MissingFileError
 from ckptkit.formats.containers import FORMATS, INDEX_SUFFIXES, PACKED, SHARED_SUFFIXES, SUFFIXES, holds_files
 from ckptkit.formats.format import Format, Probe
@@ -110,7 +110,7 @@ def passed_over_text(passed_over: Mapping[str, int]) -> str:
     """What was passed over, in a line: ``"passed over: 3 files (2 text files, 1 PNG image)"``."""
     kinds = sorted((kind for kind, count in passed_over.items() if count), key=lambda kind: (-passed_over[kind], kind))
     each = ", ".join(count_of(passed_over[kind], kind) for kind in kinds)
-    return f"passed over: {count_of(sum(passed_over.values()), 'file')} ({each})"
+    return f"skipped: {count_of(sum(passed_over.values()), 'file')} ({each})"
 
 
 def says_checkpoint(name: str) -> bool:
@@ -307,6 +307,7 @@ class Surveyor:
 
     def _file(self, path: str) -> bool:
         name = places.split(path)[1]
+        pace.look()
         try:
             file = places.opened(path)
         except FileAccessError as error:
@@ -397,9 +398,7 @@ class Surveyor:
                 self._unreadable[path] = FileAccessError(f"{path}: cannot be opened: {error.strerror}", path=path)
                 return True
             if says_checkpoint(path):
-                self._unreadable[path] = MissingFileError(
-                    f"{path}: a link that leads to no file: {error.strerror}", path=path
-                )
+                self._unreadable[path] = MissingFileError(f"{path}: a broken link: {error.strerror}", path=path)
                 return True
             self._passed[path] = "broken link"
             return False

@@ -211,7 +211,7 @@ class _Archive:
         if len(found) > 1:
             is_path = self.file.is_far or split_member(f"{self.file.path}!{found[0]}") is not None
             each = [f"{self.file.path if is_path else 'FILE'}!{name:.200}" for name in found]
-            how = "" if is_path else ", by a path: of standard input or what is open already no member can be named"
+            how = "" if is_path else ", by its path: members of standard input or of an open file cannot be named"
             raise UnknownFormatError(
                 f"an archive with {count_of(len(found), 'checkpoint')} in it; give one of them{how}: {listed(each, 8)}",
                 names=found,
@@ -281,7 +281,7 @@ def _archive_in(probe: Probe) -> _Archive | None:
         if member.path is not None and not member.path.endswith("/"):
             archive.add(member.path, member.data(probe.file.whole))
         elif member.kind in _KINDS or member.kind == "x":
-            archive.others[_tidy(member.name)] = _KINDS.get(member.kind, "what a pax header makes another file of")
+            archive.others[_tidy(member.name)] = _KINDS.get(member.kind, "a member changed by a pax header")
     return archive
 
 
@@ -330,7 +330,7 @@ def _step(probe: Probe, path: str, around: Around) -> tuple[Inner, Around] | Non
     contents = archive.judged(name, layout)
     others = [repr(other) for other in archive.members if other != name]
     what = f" ({layout.what})" if layout is not None else ""
-    told = f"{name!r:.200} of this archive{what} is shown"
+    told = f"{name!r:.200} in this archive{what} is shown"
     told += f"; others: {listed(others, characters=80)}" if others else ""
     finding = Finding(code="inside-an-archive", severity="info", message=told)
     has_pickle = bool(contents.pickles or contents.beyond)
@@ -396,7 +396,9 @@ def _member(file: Source, wanted: str, path: str, limits: Limits) -> Source:
     archive = _archive_in(probe) if holds_files(probe) else None
     if archive is None:
         claims = [container.name for container in FORMATS if container.claims(probe)]
-        what = f"is a checkpoint itself ({claims[0]}), and holds records, not files" if claims else "is not an archive"
+        what = (
+            f"is a checkpoint itself ({claims[0]}) and contains records, not files" if claims else ("is not an archive")
+        )
         told = f"{file.path}: {what}; there is no {wanted!r:.200} to open. Give the file: {file.path}"
         raise FileAccessError(told, path=file.path)
     if wanted in archive.members:
@@ -410,7 +412,7 @@ def _member(file: Source, wanted: str, path: str, limits: Limits) -> Source:
     names = below or sorted(archive.members, key=lambda name: os.path.splitext(name)[1].lower() not in SUFFIXES)
     told = listed([f"{name!r:.200}" for name in names], 10) or "nothing"
     meant = "" if below else did_you_mean(wanted, names, shown=repr)
-    raise MissingFileError(f"{file.path}: {what}; it holds {told}{meant}", path=file.path, names=names)
+    raise MissingFileError(f"{file.path}: {what}; it contains {told}{meant}", path=file.path, names=names)
 
 
 def begins_like_one(probe: Probe) -> bool:

@@ -102,7 +102,7 @@ def parse(raw: bytes, limits: Limits, what: str, hook: Callable[[dict[str, objec
         fields = dict(pairs)
         if len(fields) != len(pairs):
             twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
-            raise AmbiguousError(f"the name {shown(twice)} stands twice in {what}")
+            raise AmbiguousError(f"the name {shown(twice)} appears twice in {what}")
         if may_be_half:
             for part in (*fields, *fields.values()):
                 if isinstance(part, str) and _SURROGATE.search(part):
@@ -122,7 +122,7 @@ def parse(raw: bytes, limits: Limits, what: str, hook: Callable[[dict[str, objec
     except ValueError as error:
         if isinstance(error, CorruptError):
             raise
-        raise CorruptError(f"{what} is not valid JSON: a number of too many digits") from None
+        raise CorruptError(f"{what} is not valid JSON: a number with too many digits") from None
 
 
 def _integer(digits: str) -> int | float:
@@ -150,7 +150,7 @@ def check_ignored(value: object, what: str) -> None:
         if not below:
             return
         level = below
-    raise CorruptError(f"{what}: nested more than {DEFAULT_LIMITS.json_depth} deep")
+    raise CorruptError(f"{what}: nested more than {DEFAULT_LIMITS.json_depth} levels deep")
 
 
 VERSIONS = "torch._metadata"

@@ -86,7 +86,7 @@ def read(probe: Probe) -> RawCheckpoint:
     found = outcome(probe)
     if isinstance(found, RawCheckpoint):
         return found
-    raise found or UnknownFormatError("no pickle of torch tensors")
+    raise found or UnknownFormatError("not a pickle of torch tensors")
 
 
 def outcome(probe: Probe) -> RawCheckpoint | FormatError | None:
@@ -303,7 +303,7 @@ class _Table(LegacyTable):
         if left:
             follow = count_of(left, "byte", "follows", "follow")
             raise AmbiguousError(
-                f"{follow} the pickle, which pickle.load does not read; save each pickle into a file of its own",
+                f"{follow} the pickle, which pickle.load does not read; save each pickle to a separate file",
                 offset=end,
             )
         names = [name for name in result.globals if name.module.startswith("numpy")]
@@ -361,7 +361,7 @@ class _Table(LegacyTable):
             return
         state = attributes(target) or InertDict()
         if machine.frame_end not in (machine.pos, NO_FRAME):
-            raise CorruptError("an array of joblib's inside a frame: damaged")
+            raise CorruptError("a joblib array inside a frame: damaged")
         machine.frame_end = NO_FRAME
         shape, dtype, area = shape_of(state.get("shape")), state.get("dtype"), self._text.area
         start = self._text.place(machine.pos)
@@ -371,12 +371,12 @@ class _Table(LegacyTable):
         node.state = (1, state.get("shape"), dtype, state.get("order") == "F", b"")
         itemsize = itemsize_of(layout_of(node).code)
         if itemsize is None or shape is None or min(shape, default=0) < 0:
-            raise UnsupportedError("an array of joblib's whose elements are objects or have fields")
+            raise UnsupportedError("a joblib array whose elements are objects or have fields")
         nbytes = itemsize * math.prod(shape)
         if start + nbytes > area.nbytes:
             raise CorruptError(
-                f"{nbytes:,} bytes of an array of joblib's are declared, {max(area.nbytes - start, 0):,} are left: "
-                "damaged or truncated"
+                f"{nbytes:,} bytes of a joblib array are declared, but only {max(area.nbytes - start, 0):,} are "
+                "left: damaged or truncated"
             )
         held = self._located(start, nbytes) if self._apart else self._read(start, nbytes)
         node.state = (*node.state[:4], held)
@@ -388,7 +388,7 @@ class _Table(LegacyTable):
         self._array_room -= nbytes
         if self._array_room < 0:
             most = self._limits.pickle_nbytes
-            raise LimitError("bytes of arrays that stay arrays", limit=most, actual=most - self._array_room)
+            raise LimitError("bytes of arrays that remain arrays", limit=most, actual=most - self._array_room)
         return self._text.area.read(start, nbytes)
 
     def _storage_at(self, start: int, nbytes: int) -> _Held | None:
@@ -397,7 +397,9 @@ class _Table(LegacyTable):
             left = self._text.area.nbytes - start
             if left < nbytes:
                 if begins_one(self._text.area.read(start, min(left, _BEGIN_NBYTES))):
-                    raise CorruptError(f"a storage's {nbytes:,} bytes are declared, {left:,} are left: truncated")
+                    raise CorruptError(
+                        f"a storage's {nbytes:,} bytes are declared, but only {left:,} are left: truncated"
+                    )
                 return None
             source = self._text.area.part(start, nbytes)
             storage = self._storage_in(source, start)

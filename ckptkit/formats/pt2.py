@@ -71,7 +71,7 @@ def read(probe: Probe) -> RawCheckpoint:
     models = reader.old() if _OLD in archive.records else reader.models()
     parts: list[tuple[object, object]] = models[0][1] if len(models) == 1 else [(n, InertDict(p)) for n, p in models]
     if not models and not any(name.startswith(_COMPILED) for name in archive.records):
-        raise UnsupportedError("an exported program without a model in it: a newer torch may have other records")
+        raise UnsupportedError("an exported program without a model: a newer torch may use other records")
     has_weights = any(key == "state_dict" for _, model in models for key, _ in model)
     return RawCheckpoint(
         root=InertDict(parts),
@@ -190,7 +190,7 @@ class _Reader:
         for path, names in dtypes.items():
             record = self._archive.records.get(folder + path)
             if record is None:
-                raise CorruptError(f"{shown(path)} is listed, and the archive has no record of that name")
+                raise CorruptError(f"{shown(path)} is listed, but the archive has no record with that name")
             self._archive.mark((folder + path,), known=True)
             found[path] = Storage(
                 key=path,
@@ -216,7 +216,7 @@ class _Reader:
             return None
         if len(shape) > self._archive.limits.dimensions:
             most = self._archive.limits.dimensions
-            raise CorruptError(f"{shown(name)}: {count_of(len(shape), 'dimension')}; torch knows {most}")
+            raise CorruptError(f"{shown(name)}: {count_of(len(shape), 'dimension')}; torch allows {most}")
         return TensorEntry(
             storage=storage,
             storage_offset=_size(_field(meta, "storage_offset", dict), name),
@@ -230,7 +230,7 @@ class _Reader:
     def _pickled(self, name: str, record: str) -> object:
         """A tensor subclass as ``torch.save`` wrote it; of objects only the names in their pickles are taken."""
         if record not in self._archive.records:
-            raise CorruptError(f"{shown(record)} is listed, and the archive has no record of that name")
+            raise CorruptError(f"{shown(record)} is listed, but the archive has no record with that name")
         if "/opaque_obj_" not in record:
             value = self._load(record)
             if "/custom_obj_" not in record:
@@ -284,7 +284,7 @@ def _dtype(meta: dict[str, object]) -> str:
     number = _field(meta, "dtype", int)
     name = _DTYPES.get(number)
     if name is None or name not in DTYPES:
-        raise UnsupportedError(f"a tensor of scalar type {number}; a newer ckptkit may know it")
+        raise UnsupportedError(f"a tensor of scalar type {number}; a newer ckptkit may support it")
     return name
 
 

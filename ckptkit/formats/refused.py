@@ -28,30 +28,35 @@ __all__ = ["kind_of_file", "unknown"]
 _SIGNATURES: tuple[tuple[int, bytes, str], ...] = (
     *((0, signature, what) for signature, what in OPAQUE.items()),
     (0, b"PK\x05\x06", "an empty zip archive"),
-    (0, b"\x89HDF\r\n\x1a\n", "an HDF5 file (Keras weights, .h5), no torch checkpoint; h5py reads it"),
-    (4, b"TFL3", "a TensorFlow Lite model (.tflite), no torch checkpoint"),
+    (0, b"\x89HDF\r\n\x1a\n", "an HDF5 file (Keras weights, .h5), not a torch checkpoint; h5py reads it"),
+    (4, b"TFL3", "a TensorFlow Lite model (.tflite), not a torch checkpoint"),
     (4, b"ET12", "an ExecuTorch program (.pte): compiled for a device; convert the checkpoint it was exported from"),
     (
         4,
         b"PTMF",
         "a TorchScript program for mobile as a flatbuffer (.ptl, .ff), which ckptkit does not read; torch.jit.load "
-        "does, which loads the program: convert the checkpoint it was made of, or only a file you trust",
+        "does, but it loads the program, so use it only on a file you trust, or convert the checkpoint it was made "
+        "from",
     ),
-    (0, b"\x93NUMPY", "a numpy array (.npy), no torch checkpoint; numpy.load reads it"),
-    (0, b"lmgg", "a GGML file (llama.cpp before GGUF), no torch checkpoint"),
-    (0, b"fmgg", "a GGML file (llama.cpp before GGUF), no torch checkpoint"),
-    (0, b"tjgg", "a GGML file (llama.cpp before GGUF), no torch checkpoint"),
-    (0, b"\x7fELF", "a program or library for Linux (ELF), no checkpoint; do not run it if a checkpoint was promised"),
-    (0, b"MZ", "a program or library for Windows (PE), no checkpoint; do not run it if a checkpoint was promised"),
-    (0, b"\xcf\xfa\xed\xfe", "a program or library for macOS (Mach-O), no checkpoint; do not run it"),
-    (0, b"%PDF-", "a PDF document, no checkpoint"),
-    (0, b"\x89PNG\r\n", "a PNG image, no checkpoint"),
-    (0, b"\xff\xd8\xff", "a JPEG image, no checkpoint"),
-    (0, b"GIF8", "a GIF image, no checkpoint"),
-    (0, b"RIFF", "a RIFF file (WebP, WAV, AVI), no checkpoint"),
-    (0, b"SQLite format 3\x00", "an SQLite database, no checkpoint"),
-    (0, b"PAR1", "a Parquet table, no checkpoint"),
-    (0, b"ARROW1", "an Arrow table, no checkpoint"),
+    (0, b"\x93NUMPY", "a numpy array (.npy), not a torch checkpoint; numpy.load reads it"),
+    (0, b"lmgg", "a GGML file (llama.cpp before GGUF), not a torch checkpoint"),
+    (0, b"fmgg", "a GGML file (llama.cpp before GGUF), not a torch checkpoint"),
+    (0, b"tjgg", "a GGML file (llama.cpp before GGUF), not a torch checkpoint"),
+    (
+        0,
+        b"\x7fELF",
+        "a program or library for Linux (ELF), not a checkpoint; do not run it if you expected a checkpoint",
+    ),
+    (0, b"MZ", "a program or library for Windows (PE), not a checkpoint; do not run it if you expected a checkpoint"),
+    (0, b"\xcf\xfa\xed\xfe", "a program or library for macOS (Mach-O), not a checkpoint; do not run it"),
+    (0, b"%PDF-", "a PDF document, not a checkpoint"),
+    (0, b"\x89PNG\r\n", "a PNG image, not a checkpoint"),
+    (0, b"\xff\xd8\xff", "a JPEG image, not a checkpoint"),
+    (0, b"GIF8", "a GIF image, not a checkpoint"),
+    (0, b"RIFF", "a RIFF file (WebP, WAV, AVI), not a checkpoint"),
+    (0, b"SQLite format 3\x00", "an SQLite database, not a checkpoint"),
+    (0, b"PAR1", "a Parquet table, not a checkpoint"),
+    (0, b"ARROW1", "an Arrow table, not a checkpoint"),
 )
 
 _LUA_CLASS = re.compile(
@@ -91,7 +96,7 @@ def unknown(probe: Probe) -> UnknownFormatError:
 def _describe(probe: Probe) -> str:
     head, size = probe.head, probe.file.size
     if size == 0:
-        return "the file is empty (0 bytes): an interrupted download or save; get it again"
+        return "the file is empty (0 bytes): an interrupted download or save; download it again"
     if not any(head):
         return _zeros(probe)
     if probe.records is not None:
@@ -101,10 +106,12 @@ def _describe(probe: Probe) -> str:
             return what
     if head.startswith(b"GGUF"):
         version = int.from_bytes(head[4:8], "little")
-        return f"a GGUF file, version {version} (llama.cpp), which ckptkit does not read; get what it was made of"
+        return (
+            f"a GGUF file, version {version} (llama.cpp), which ckptkit does not read; use the model it was made from"
+        )
     words = _lua(head) or _ctranslate(head) or describe_text(probe) or _torchsharp(probe) or _protobuf(probe)
     words = words or _msgpack(head) or _cut_front(probe) or _safetensors(probe)
-    return words or f"no known checkpoint container; it begins with the bytes {head[:8].hex(' ')}"
+    return words or f"not a known checkpoint container; it begins with the bytes {head[:8].hex(' ')}"
 
 
 _CONTROLS = bytes(byte for byte in range(0x20) if byte not in b"\t\n\r\f") + b"\x7f"
@@ -153,7 +160,7 @@ def _kind_of_text(head: bytes) -> str:
 
 
 def _first_words(sentence: str) -> str:
-    """The thing that a sentence begins with, in the singular: ``"a PNG image, no checkpoint"`` is a PNG image."""
+    """The thing that a sentence begins with, in the singular: ``"a PNG image, not a checkpoint"`` is a PNG image."""
     words = re.sub(r"^(?:an?|the) ", "", re.split(r"[,;:(]| for | with(?:out)? ", sentence, maxsplit=1)[0]).strip()
     return f"{words} file" if words.endswith("compressed") else words
 
@@ -164,10 +171,10 @@ def _zeros(probe: Probe) -> str:
     for start in range(0, size, step):
         piece = probe.file.read(start, min(_SAMPLE_NBYTES, size - start))
         if any(piece):
-            return f"no checkpoint: it begins with zeros up to about byte {start:,}; its beginning was never written"
+            return f"not a checkpoint: it begins with zeros up to about byte {start:,}; its beginning was never written"
     return (
-        f"{size:,} bytes of zeros: the room for a file was made and its content never arrived, as an interrupted "
-        "download leaves it; get it again"
+        f"{size:,} bytes of zeros: space for the file was reserved but its content never arrived, as after an "
+        "interrupted download; download it again"
     )
 
 
@@ -182,12 +189,10 @@ def _cut_front(probe: Probe) -> str | None:
         return None
     shift = size - END.size - nbytes - offset - (_WIDE_NBYTES if tail.startswith(b"PK\x06\x06") else 0)
     if shift > 0:
-        return f"a zip archive with {count_of(shift, 'byte')} of something else before it; get the file again"
+        return f"a zip archive with {count_of(shift, 'byte')} of something else before it; download it again"
     if shift < 0:
-        return (
-            f"the end of a zip archive: its first {count_of(-shift, 'byte', 'is', 'are')} missing; get the file again"
-        )
-    return "a zip archive whose first bytes are damaged; get the file again"
+        return f"the end of a zip archive: its first {count_of(-shift, 'byte', 'is', 'are')} missing; download it again"
+    return "a zip archive whose first bytes are damaged; download it again"
 
 
 def _safetensors(probe: Probe) -> str | None:
@@ -197,11 +202,11 @@ def _safetensors(probe: Probe) -> str | None:
         return None
     if size < 8:
         few = count_of(size, "byte", "is", "are")
-        return f"named .safetensors, but {few} too few for the length of its header; get it again"
+        return f"named .safetensors, but {few} too few for the length of its header; download it again"
     nbytes = int.from_bytes(head[:8], "little")
     return (
-        f"named .safetensors, but it is none: its first 8 bytes say that {nbytes:,} bytes of header follow (the file "
-        f"has {size:,}), and the header begins with {head[8:16]!r}, not with '{{'"
+        f"named .safetensors, but it is not one: its first 8 bytes say that {nbytes:,} bytes of header follow (the "
+        f"file has {size:,}), and the header begins with {head[8:16]!r}, not with '{{'"
     )
 
 
@@ -254,17 +259,17 @@ def _protobuf(probe: Probe) -> str | None:
         number, kind, length, content = fields[1]
         rest = {field[0] for field in fields[1:]}
         if (number, kind) == (2, 2) and content.isascii() and content.decode("ascii").isprintable() and content:
-            return f"an ONNX model (IR version {value}, by {content[:40].decode('ascii')}), no torch checkpoint"
+            return f"an ONNX model (IR version {value}, by {content[:40].decode('ascii')}), not a torch checkpoint"
         if kind == 2 and rest & {7, 8} and number in (3, 4, 7, 8):
-            return f"an ONNX model (IR version {value}), no torch checkpoint"
+            return f"an ONNX model (IR version {value}), not a torch checkpoint"
         if (number, kind) == (2, 2) and content.startswith(b"\n") and length <= probe.file.size:
             if probe.file.path.lower().endswith(".mlmodel") or value > 1:
-                return f"a Core ML model (specification version {value}), no torch checkpoint"
-            return "a TensorFlow SavedModel (saved_model.pb), no torch checkpoint"
+                return f"a Core ML model (specification version {value}), not a torch checkpoint"
+            return "a TensorFlow SavedModel (saved_model.pb), not a torch checkpoint"
     if (number, kind) == (1, 2) and content.startswith(b"\n"):
         inner = list(_fields(content))
         if len(inner) > 1 and inner[1][:2] == (2, 2) and re.fullmatch(rb"[A-Z][A-Za-z0-9]+", inner[1][3]):
-            return "a frozen TensorFlow graph (GraphDef, .pb), no torch checkpoint"
+            return "a frozen TensorFlow graph (GraphDef, .pb), not a torch checkpoint"
     return None
 
 
@@ -276,7 +281,7 @@ def _msgpack(head: bytes) -> str | None:
     key = head[key_at + 1 : key_at + 1 + (head[key_at] & 0x1F)]
     if not key.isascii() or not key.decode("ascii").isprintable():
         return None
-    return f"a msgpack document with the key {key.decode('ascii')!r} (flax weights?), no torch checkpoint"
+    return f"a msgpack document with the key {key.decode('ascii')!r} (flax weights?), not a torch checkpoint"
 
 
 def _lua(head: bytes) -> str | None:
@@ -289,8 +294,8 @@ def _lua(head: bytes) -> str | None:
         return None
     name = (found[1] or found[2])[:80].decode("ascii") if found else "table"
     return (
-        f"a file of Torch7 for Lua (.t7) with a {name}, no PyTorch checkpoint; in Python, the package torchfile reads "
-        "it, and so does torch.utils.serialization.load_lua of torch 0.2 to 0.4"
+        f"a file of Torch7 for Lua (.t7) with a {name}, not a PyTorch checkpoint; in Python, the package torchfile "
+        "reads it, and so does torch.utils.serialization.load_lua of torch 0.2 to 0.4"
     )
 
 
@@ -303,8 +308,8 @@ def _ctranslate(head: bytes) -> str | None:
     if found is None or int.from_bytes(found[1], "little") != len(found[2]) + 1:
         return None
     return (
-        f"a CTranslate2 model ({found[2].decode('ascii')}), no torch checkpoint; ctranslate2 and faster-whisper read "
-        "its folder. Get the model it was converted from"
+        f"a CTranslate2 model ({found[2].decode('ascii')}), not a torch checkpoint; ctranslate2 and faster-whisper "
+        "read its folder. Use the model it was converted from"
     )
 
 
@@ -337,6 +342,6 @@ def _torchsharp(probe: Probe) -> str | None:
         if not behind or not re.fullmatch(rb"[A-Za-z_][\w.]*", behind[1 : 1 + min(behind[0], 127)]):
             return None
     return (
-        f"a TorchSharp state_dict (.dat) of {count_of(count, 'tensor')}, the first {name[:80].decode('ascii')!r}, no "
-        "torch checkpoint; importsd.load_state_dict of TorchSharp's src/Python reads it"
+        f"a TorchSharp state_dict (.dat) of {count_of(count, 'tensor')}, the first {name[:80].decode('ascii')!r}, not "
+        "a torch checkpoint; importsd.load_state_dict of TorchSharp's src/Python reads it"
     )

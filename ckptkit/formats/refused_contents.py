@@ -38,12 +38,12 @@ _LEGACY_MAGIC = b"\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
 
 _WRITERS = (
     ("sklearn.", "pickle, of a scikit-learn model"),
-    ("torch.distributed.checkpoint.", "torch.distributed.checkpoint: the list of what lies in the .distcp files beside "
+    ("torch.distributed.checkpoint.", "torch.distributed.checkpoint: the list of what is in the .distcp files beside "
      "it; give the folder"),
     ("pandas.", "pickle, of a pandas table"),
     ("xgboost.", "pickle, of an XGBoost model"),
     ("lightgbm.", "pickle, of a LightGBM model"),
-    ("torch.", "pickle.dump, of objects of torch but no tensor that it holds the bytes of"),
+    ("torch.", "pickle.dump, of torch objects but without the bytes of any tensor"),
     ("numpy.", "pickle, of numpy arrays"),
 )  # fmt: skip
 
@@ -61,7 +61,7 @@ def is_pickle(probe: Probe) -> bool:
 def describe_pickle(probe: Probe) -> tuple[str, tuple[GlobalUse, ...]]:
     """One sentence, and the verdict on every name the pickle asks for, as far as it can be read."""
     if _LEGACY_MAGIC in probe.head[:16]:  # not in that of a storage behind a name
-        return "a torch checkpoint of the legacy format (before torch 1.6) that is cut off in its first bytes", ()
+        return "a torch checkpoint of the legacy format (before torch 1.6) that is truncated in its first bytes", ()
     data = probe.file.read(0, min(probe.file.size, probe.limits.pickle_nbytes))
     try:
         pickle = read_pickle(data, limits=probe.limits)
@@ -74,12 +74,12 @@ def describe_pickle(probe: Probe) -> tuple[str, tuple[GlobalUse, ...]]:
         names = merge_uses(global_uses(pickle.globals), (use for use in behind.uses() if use.kind == "name"))
         what = f"a Python pickle of {_kind(pickle.root)}"
         if pickle.end < probe.file.size:
-            what += f", with {count_of(probe.file.size - pickle.end, 'byte')} behind it"
+            what += f", with {count_of(probe.file.size - pickle.end, 'byte')} after it"
     if names_joblib(names):
-        return f"a joblib file, not one torch.save wrote; joblib.load reads it; {_listed(names)}", names
+        return f"a joblib file, not written by torch.save; joblib.load reads it; {_listed(names)}", names
     writer = next((how for prefix, how in _WRITERS if any(use.name.startswith(prefix) for use in names)), None)
     told = f"written by {writer}" if writer is not None else "not written by torch.save"
-    return f"{what}, but not one torch.save wrote ({told}); {_listed(names)}", names
+    return f"{what}, but not written by torch.save ({told}); {_listed(names)}", names
 
 
 def names_joblib(names: Iterable[GlobalUse]) -> bool:
@@ -106,7 +106,7 @@ def _listed(names: tuple[GlobalUse, ...]) -> str:
     order = get_args(Verdict)
     shown = sorted(names, key=lambda use: -order.index(use.verdict))
     told = [f"{use.name:.80}" + (" (dangerous)" if use.verdict == "dangerous" else "") for use in shown]
-    return f"names in it, never imported here: {listed(told, 5)}"
+    return f"names in it, which ckptkit never imports: {listed(told, 5)}"
 
 
 _READ_NBYTES = 64 << 10
@@ -114,16 +114,16 @@ _READ_NBYTES = 64 << 10
 
 _REFUSALS = (
     (re.compile(r"invalid (user|credentials)|unauthorized|401|bad credentials|authentication", re.I),
-     "the server wants to know who you are: log in, or give a token, and get it again"),
+     "the server requires authentication: log in or give a token, and download it again"),
     (re.compile(r"access.{0,40}restricted|gated|forbidden|403|accessdenied|access denied|not authorized", re.I),
-     "you have no access to it: accept its conditions or ask for access, and get it again"),
+     "you have no access to it: accept its conditions or ask for access, and download it again"),
     (re.compile(r"not found|404|nosuchkey|does not exist|no such", re.I),
-     "there is no file at that address: check name and revision"),
+     "there is no file at that address: check the name and the revision"),
     (re.compile(r"rate.?limit|too many requests|429|quota|slow.?down", re.I),
-     "the server asks to wait: get it again later"),
-    (re.compile(r"expired|signature", re.I), "the address was valid for a time only: get a new one"),
+     "the server asks you to wait: download it again later"),
+    (re.compile(r"expired|signature", re.I), "the address has expired: get a new one"),
     (re.compile(r"internal server error|bad gateway|service unavailable|gateway time|50[0234]", re.I),
-     "the server failed: get it again later"),
+     "the server failed: download it again later"),
 )  # fmt: skip
 
 _CODE = re.compile(r"(?:#!|import \w|from [\w.]+ import |def \w+\(|class \w+[(:]|@\w+|\"\"\"|# -\*-)")
@@ -193,7 +193,7 @@ def _xml(text: str) -> str:
         return "an XML document, not a checkpoint"
     words = f": {_clean(message[1])!r}" if message else ""
     advice = _advice(code[1], "check the address")
-    return f"an error message of a storage server in place of the file ({_clean(code[1])}{words}); {advice}"
+    return f"an error message from a storage server instead of the file ({_clean(code[1])}{words}); {advice}"
 
 
 _DOCUMENTS = (
@@ -221,8 +221,8 @@ def _json(text: str, probe: Probe) -> str | None:
             (document[key] for key in ("error", "message", "detail") if isinstance(document.get(key), str)), None
         )
         if words is not None:
-            return f"an error message in place of the file ({_clean(words)!r}): {_advice(words, 'check the address')}"
-    what = next((f", it seems {name}" for key, name in _DOCUMENTS if key in keys), "")
+            return f"an error message instead of the file ({_clean(words)!r}): {_advice(words, 'check the address')}"
+    what = next((f", apparently {name}" for key, name in _DOCUMENTS if key in keys), "")
     return (
         f"a JSON file{what}, not a checkpoint; give the weights (.safetensors, .bin, .pth) or the index of their shards"
     )
@@ -233,7 +233,7 @@ def _plain(text: str, probe: Probe) -> str:
     if probe.file.size < 4096 and len(text.splitlines()) <= 3:
         for pattern, advice in _REFUSALS:
             if pattern.search(first) and re.match(r"[\w\d' :.,-]{3,200}$", first):
-                return f"an error message in place of the file ({_clean(first)!r}): {advice}"
+                return f"an error message instead of the file ({_clean(first)!r}): {advice}"
     what = "a text file"
     if _CODE.match(text):
         what = "source code"
@@ -265,34 +265,34 @@ def describe_zip(records: Mapping[str, Record]) -> str:
     names = [name for name in records if not name.endswith("/")]
     inside = [name for name in names if name.lower().endswith(_CHECKPOINTS)]
     if not names:
-        return "a zip archive without a file in it"
+        return "an empty zip archive"
     if all(name.endswith(".npy") for name in names):
         return f"a numpy archive (.npz) of {count_of(len(names), 'array')}: {_some(names)}; numpy.load reads it"
     if "model.weights.h5" in records or ("config.json" in records and "metadata.json" in records):
-        return "a Keras model (.keras), no torch checkpoint; keras.saving.load_model reads it"
+        return "a Keras model (.keras), not a torch checkpoint; keras.saving.load_model reads it"
     if "MAR-INF/MANIFEST.json" in records:
         held = (
             f"; its weights are {_some(inside)}: unpack that first (unzip)" if inside else "; unpack it first (unzip)"
         )
         return f"a TorchServe model archive (.mar){held}"
     if "[Content_Types].xml" in records:
-        return "an office document (.docx, .xlsx or .pptx), no checkpoint"
+        return "an office document (.docx, .xlsx or .pptx), not a checkpoint"
     if "META-INF/MANIFEST.MF" in records or "AndroidManifest.xml" in records:
-        return "a Java or Android package (.jar, .apk), no checkpoint"
+        return "a Java or Android package (.jar, .apk), not a checkpoint"
     if any(name.endswith(".dist-info/METADATA") for name in names):
-        held = f", which holds {_some(inside)}: unpack that first (unzip)" if inside else ""
-        return f"a Python package (.whl){held}" if inside else "a Python package (.whl), no checkpoint"
+        held = f", which contains {_some(inside)}: unpack that first (unzip)" if inside else ""
+        return f"a Python package (.whl){held}" if inside else "a Python package (.whl), not a checkpoint"
     if "data.pkl" in records:
         return (
-            "the records of a torch checkpoint without their folder, as unpacking and packing again leaves them: "
-            "torch wants data.pkl inside a folder. Pack the folder itself, stored (zip -0 -r NEW.pth FOLDER)"
+            "the records of a torch checkpoint without their folder, as if unpacked and packed again: torch expects "
+            "data.pkl inside a folder. Pack the folder itself, stored (zip -0 -r NEW.pth FOLDER)"
         )
     if inside:
         return (
-            f"a zip archive, no checkpoint itself, with {count_of(len(inside), 'checkpoint')} in it: {_some(inside)}; "
-            "unpack it first (unzip)"
+            f"a zip archive, not itself a checkpoint, with {count_of(len(inside), 'checkpoint')} in it: "
+            f"{_some(inside)}; unpack it first (unzip)"
         )
-    return f"a zip archive without a torch checkpoint; it holds {count_of(len(names), 'file')}: {_some(names)}"
+    return f"a zip archive without a torch checkpoint; it contains {count_of(len(names), 'file')}: {_some(names)}"
 
 
 def _some(names: Iterable[str]) -> str:

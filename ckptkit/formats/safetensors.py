@@ -212,7 +212,7 @@ def _refuse_size(name: str, row: DType, shape: tuple[int, ...], begin: int, end:
     stated = f"{bits} bits, not a whole number of" if bits % 8 else stated
     raise CorruptError(
         f"{what}: shape {_brief(header_shape(row, shape))} of {row.safetensors} is {stated} "
-        f"{'byte' if stated == '1' else 'bytes'}, its data_offsets hold {end - begin:,}"
+        f"{'byte' if stated == '1' else 'bytes'}, but its data_offsets cover {end - begin:,}"
     )
 
 
@@ -248,9 +248,9 @@ def check_extents(layouts: Mapping[str, TensorLayout], nbytes: int) -> None:
     if position > nbytes:
         cut = [name for _, end, name in extents if end > nbytes]
         raise CorruptError(
-            f"truncated: {nbytes:,} of {position:,} bytes of data are there ({position - nbytes:,} missing); "
-            f"{share_of(len(extents) - len(cut), len(extents), 'tensor', 'is', 'are')} whole, the first incomplete one "
-            f"is {shown(cut[0])}. Get the file again",
+            f"truncated: {nbytes:,} of {position:,} bytes of data are present ({position - nbytes:,} missing); "
+            f"{share_of(len(extents) - len(cut), len(extents), 'tensor', 'is', 'are')} complete, the first "
+            f"incomplete one is {shown(cut[0])}. Download or copy the file again",
             where="data",
             names=cut,
         )
@@ -274,13 +274,13 @@ def _read_header(file: Source, limits: Limits, prefix: str) -> RawCheckpoint:
         if 8 + header_nbytes > file.size:
             raise CorruptError(
                 f"its first 8 bytes say that {header_nbytes:,} bytes of header follow; the file has {file.size:,}, and "
-                f"no reader takes more than {limits.header_nbytes:,}: damaged, or no safetensors file"
+                f"no reader accepts more than {limits.header_nbytes:,}: damaged, or not a safetensors file"
             )
         raise LimitError("bytes of a safetensors header", limit=limits.header_nbytes, actual=header_nbytes)
     if 8 + header_nbytes > file.size:
         raise CorruptError(
-            f"truncated: a header of {header_nbytes:,} bytes is declared, the file has {file.size:,} in all; "
-            "no tensor is there. Get the file again"
+            f"truncated: a header of {header_nbytes:,} bytes is declared, but the file has {file.size:,} in "
+            "all and no tensors. Download or copy the file again"
         )
     layouts, metadata = _layouts(file.read(8, header_nbytes), limits)
     start = 8 + header_nbytes
@@ -411,6 +411,6 @@ def _alignment(layouts: Mapping[str, TensorLayout], start: int, path: str) -> It
             code="unaligned-data",
             severity="info",
             message=f"{share_of(len(odd), len(layouts), 'tensor')}, such as {shown(odd[0])}, "
-            f"{'begins' if len(odd) == 1 else 'begin'} at no multiple of their elements' width",
+            f"{'begins' if len(odd) == 1 else 'begin'} at an offset that is not a multiple of the element size",
             fix=convert_command(path),
         )

@@ -51,7 +51,7 @@ def require_storable(checkpoint: Checkpoint, what: str, *, plain: bool) -> None:
     """
     if not checkpoint.state_dict.everything:
         raise RewriteError(
-            f"there is no state_dict to write: it holds no tensors under names, and {what} holds nothing else"
+            f"there is no state_dict to write: it contains no named tensors, and {what} stores nothing else"
         )
     problems = list(_training_state(checkpoint))
     dtypes = list(_dtypes(checkpoint)) if plain else []
@@ -62,7 +62,7 @@ def require_storable(checkpoint: Checkpoint, what: str, *, plain: bool) -> None:
         odd = {**checkpoint.state_dict.extra, **_odd_dtypes(checkpoint)} if plain else {}
         told = "; nor ".join([*problems, *dtypes])
         names = [*other_parts(checkpoint), *odd]
-        raise error(f"{what} cannot hold {told}; or write a .pth, which holds all", names=names)
+        raise error(f"{what} cannot store {told}; or write a .pth, which stores everything", names=names)
 
 
 def _training_state(checkpoint: Checkpoint) -> Iterator[str]:
@@ -71,7 +71,7 @@ def _training_state(checkpoint: Checkpoint) -> Iterator[str]:
         plain = plain_parts(checkpoint.rest)
         kept = "it" if len(plain) == len(beside) else _listed(plain)
         keeps = f", --keep-beside keeps {kept} as text" if plain else ""
-        leaves_out = "--weights-only leaves it out, --leave-out KEY a part"
+        leaves_out = "--weights-only leaves it out, --leave-out KEY leaves out one part"
         yield f"what is beside the weights ({_listed(beside)}): {leaves_out}{keeps}"
 
 
@@ -90,7 +90,7 @@ def _values(checkpoint: Checkpoint) -> Iterator[str]:
     if others:
         leaves_out = f"{_exclude(list(others), checkpoint)} leaves them out"
         made = "them" if len(dense) == len(others) else _listed(dense)
-        makes = f", --densify makes dense tensors of {made}" if dense else ""
+        makes = f", --densify makes dense tensors from {made}" if dense else ""
         inside = [name for name, value in others.items() if name not in dense and tensor_at_a_glance(value)]
         takes = f", --all-tensors takes the tensors inside {_listed(inside)}" if inside else ""
         yield f"values that are not plain tensors ({_kinds(others)}): {leaves_out}{makes}{takes}"
@@ -155,8 +155,8 @@ def require_writable_size(entries: Mapping[str, TensorEntry], what: str) -> None
         name = max(grown, key=grown.__getitem__)
         entry = entries[name]
         raise RewriteError(
-            f"{name!r} of shape {entry.shape} and stride {entry.stride} would take {entry.nbytes:,} bytes, its storage "
-            f"has {entry.storage.nbytes:,}: {what} cannot repeat elements; write a .pth, or leave it out",
+            f"{name!r} of shape {entry.shape} and stride {entry.stride} would take {entry.nbytes:,} bytes, but its "
+            f"storage has {entry.storage.nbytes:,}: {what} cannot repeat elements; write a .pth, or leave it out",
             names=[name],
         )
 
@@ -178,14 +178,14 @@ def write(checkpoint: Checkpoint) -> Plan:
     metadata = {"format": "pt", **checkpoint.metadata}
     versions = versions_text(state_dict)
     if VERSIONS in metadata and (versions or versions_from(metadata[VERSIONS], DEFAULT_LIMITS)) is not None:
-        raise RewriteError(f"metadata {VERSIONS!r} is where module versions stand; leave it out, or write a .pth")
+        raise RewriteError(f"metadata {VERSIONS!r} is reserved for module versions; leave it out, or write a .pth")
     if versions is not None:
         metadata[VERSIONS] = versions
     aliases = _aliases(state_dict, metadata)
     for key, value in metadata.items():
         if value in state_dict and key not in state_dict and key != "format":
             raise RewriteError(
-                f"metadata {key!r}: its value {value!r} is a tensor's name, so readers take it for a tie"
+                f"metadata {key!r}: its value {value!r} is a tensor's name, so readers would treat it as a tie"
             )
     if ORDER not in metadata and (order := places(state_dict, aliases)) is not None:
         metadata[ORDER] = order
@@ -230,8 +230,8 @@ def _aliases(state_dict: StateDict, metadata: Mapping[str, str]) -> dict[str, st
     aliases = {name: tied[name] for name in state_dict if name in tied}  # the order they are read back in
     if taken := aliases.keys() & metadata.keys():
         raise RewriteError(
-            f"tied tensors are recorded in the metadata under their names, where {', '.join(sorted(taken))} stands "
-            "already; rename them, or write a .pth",
+            f"tied tensors are recorded in the metadata under their names, but {', '.join(sorted(taken))} is already "
+            "there; rename them, or write a .pth",
             names=sorted(taken),
         )
     return aliases
@@ -251,7 +251,7 @@ def _header(stored: Mapping[str, TensorEntry], offsets: Mapping[str, int], metad
         text = f"{{{','.join(parts)}}}".encode()
     except UnicodeEncodeError:
         raise RewriteError(
-            "a name that is not valid Unicode cannot stand in a safetensors header", names=lone_surrogates(stored)
+            "a name that is not valid Unicode cannot be stored in a safetensors header", names=lone_surrogates(stored)
         ) from None
     text += b" " * (-len(text) % _ALIGNMENT)
     return pack("<Q", len(text)) + text

@@ -47,13 +47,17 @@ _SLICES = "the other ranks have the other slices of its tensors"
 _DCP = "a torch.distributed.checkpoint folder"
 
 _RULES = (
-    _Rule(r"(?:__(?P<n>\d+)_\d+|.+)\.distcp", _DCP, "it holds some slices, whose places .metadata says"),
-    _Rule(r".*world_size_(?P<of>\d+)_rank_(?P<n>\d+)\.\w+", "an FSDP checkpoint of one file a rank", _SLICES, False),
-    _Rule(r"pytorch_model_fsdp(?:_\d+)?_rank(?P<n>\d+)\.bin", "an FSDP checkpoint of one file a rank", _SLICES, False),
+    _Rule(r"(?:__(?P<n>\d+)_\d+|.+)\.distcp", _DCP, "it has some slices, and .metadata says where they belong"),
+    _Rule(
+        r".*world_size_(?P<of>\d+)_rank_(?P<n>\d+)\.\w+", "an FSDP checkpoint with one file per rank", _SLICES, False
+    ),
+    _Rule(
+        r"pytorch_model_fsdp(?:_\d+)?_rank(?P<n>\d+)\.bin", "an FSDP checkpoint with one file per rank", _SLICES, False
+    ),
     _Rule(
         r"shard-(?P<n>\d{5})-.+\.safetensors",
         "a torch.distributed.checkpoint of safetensors files",
-        "its tensors are slices of those of the whole",
+        "its tensors are slices of those in the whole checkpoint",
         word="shard",
     ),
     _Rule(
@@ -64,18 +68,18 @@ _RULES = (
     _Rule(
         r"(?:\w*?layer_\d+_)?expert_(?P<n>\d+)_mp_rank_\d+_model_states\.pt",
         "a DeepSpeed mixture of experts",
-        "it holds one expert",
+        "it contains one expert",
         word="expert",
     ),
     _Rule(
         r"expp_rank_(?P<n>\d+)_mp_rank_\d+_optim_states\.pt",
         "a DeepSpeed mixture of experts",
-        "it holds a rank's share of the optimizer state",
+        "it contains one rank's share of the optimizer state",
     ),
     _Rule(
         r"layer_(?P<n>\d+)-model(?:_\d+-model)?_states\.pt",
         "a DeepSpeed pipeline checkpoint",
-        "it holds one layer, without the layer's name",
+        "it contains one layer, without the layer's name",
         word="layer",
     ),
     _Rule(r"mp_rank_(?P<n>\d+)_model_states\.pt", "a DeepSpeed checkpoint with model parallelism", _SLICES, False),
@@ -129,7 +133,7 @@ def _shard(file: Source) -> Part | None:
     folder, name = _place(file)
     customary = re.fullmatch(CUSTOMARY, name)
     count = int(customary[3]) if customary is not None else 0
-    layout, lacks = "a sharded checkpoint", "the other tensors lie in the other shards"
+    layout, lacks = "a sharded checkpoint", "the other tensors are in the other shards"
     usual = (f"{customary[1]}{customary[4]}.index.json",) if count > 1 and customary is not None else ()
     for index in indexes_in(folder) if _is_listed(file) else usual:
         shards = _shards_of(file, index)
@@ -142,7 +146,7 @@ def _shard(file: Source) -> Part | None:
     return Part(
         layout=layout,
         piece=f"shard {int(customary[2])} of {count}",
-        lacks=f"{lacks}, and no index beside it names them all",
+        lacks=f"{lacks}, and there is no index beside it that names them all",
     )
 
 
@@ -196,9 +200,9 @@ def _by_name(file: Source) -> Part | None:
         piece = f"{parent}, one of {beside} folders," if beside > 1 else parent
         return Part(layout="a Megatron checkpoint", piece=piece, lacks=_SLICES)
     if places.split(above)[1] == "zero" and re.fullmatch(_UNIVERSAL, name):
-        return Part(layout="a DeepSpeed universal checkpoint", lacks=f"it holds one tensor, of {parent!r:.80}")
+        return Part(layout="a DeepSpeed universal checkpoint", lacks=f"it contains one tensor, of {parent!r:.80}")
     if name in ("common.pt", "meta.pt") and _is_dcp(file):
-        return Part(layout=_DCP, lacks="the tensors lie in the .distcp files")
+        return Part(layout=_DCP, lacks="the tensors are in the .distcp files")
     return None
 
 

@@ -319,7 +319,7 @@ def plan_shards(checkpoint: Checkpoint, container: Format, name: str, most: int)
     require_storable(checkpoint, "a sharded checkpoint", plain=False)
     index = index_over(container)
     if index is None:
-        raise RewriteError(f"no index makes one checkpoint of several {container.name} files; write one file")
+        raise RewriteError(f"there is no index format for several {container.name} files; write one file")
     units = SafetensorsUnits(checkpoint) if container.tensors_alone else TorchUnits(checkpoint)
     parts = units.shared_out(most)
     if len(parts) < 2:
@@ -329,8 +329,8 @@ def plan_shards(checkpoint: Checkpoint, container: Format, name: str, most: int)
         while len(units.shared_out(enough)) > DEFAULT_LIMITS.shards:
             enough *= 2
         raise RewriteError(
-            f"files of at most {most:,} bytes would be {count_of(len(parts), 'shard')}, and readers take at most "
-            f"{DEFAULT_LIMITS.shards:,}; {enough:,} bytes a file are enough"
+            f"files of at most {most:,} bytes would be {count_of(len(parts), 'shard')}, but readers accept at most "
+            f"{DEFAULT_LIMITS.shards:,}; {enough:,} bytes per file are enough"
         )
     del whole
     shards: dict[str, Plan] = {}
@@ -360,12 +360,12 @@ def _index_plan(
         str(data, "utf-8")
     except UnicodeDecodeError:
         raise RewriteError(
-            "a name that is not valid Unicode cannot stand in an index of shards", names=lone_surrogates(weight_map)
+            "a name that is not valid Unicode cannot be stored in an index of shards", names=lone_surrogates(weight_map)
         ) from None
     if len(data) > DEFAULT_LIMITS.index_nbytes:
         raise RewriteError(
-            f"the index of {count_of(len(weight_map), 'name')} would have {len(data):,} bytes, and readers take at "
-            f"most {DEFAULT_LIMITS.index_nbytes:,}; write one file"
+            f"the index of {count_of(len(weight_map), 'name')} would have {len(data):,} bytes, but readers accept "
+            f"at most {DEFAULT_LIMITS.index_nbytes:,}; write one file"
         )
     return Plan(
         format=container.name,
@@ -386,12 +386,14 @@ def _stem_and_ending(name: str, container: Format) -> tuple[str, str]:
     """
     stem, ending = os.path.splitext(name)
     if not is_shard_name(name):
-        raise RewriteError(f"{name!r}: an index cannot name shards so; choose a destination without backslash or colon")
+        raise RewriteError(
+            f"{name!r}: an index cannot contain such shard names; choose a destination without backslash or colon"
+        )
     if (ending.lower() == ".safetensors") != (container.name == NAME):
         endings = ", ".join(container.suffixes)
         raise RewriteError(
-            f"{name}: shards are taken for safetensors by that ending alone; of {container.name} files it must be "
-            f"one of {endings}",
+            f"{name}: only that extension makes shards safetensors; for {container.name} files it must be one "
+            f"of {endings}",
             path=name,
         )
     return stem, ending.lower()

@@ -22,7 +22,7 @@ tensor, which a safetensors shard has in its metadata alone, are none of it, and
 Ties inside a shard stay ties.
 
 Everything that is wrong is reported at once: shards that are missing, git-lfs pointers, damaged or
-hold no state_dict; names in no shard, in another shard than the index says, or in two shards.
+hold no state_dict; names in no shard, not in the shard that the index says, or in two shards.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ def _parse(raw: bytes, limits: Limits) -> tuple[dict[str, str], dict[str, object
         raise LimitError("length of a shard's file name", limit=limits.name_nbytes, actual=longest)
     for name, shard in weight_map.items() if is_odd or not all(map(is_shard_name, texts)) else ():
         if not isinstance(shard, str):
-            raise CorruptError(f"the weight_map gives {shown(name)} no file name, but {shown(shard)}")
+            raise CorruptError(f"the weight_map maps {shown(name)} to {shown(shard)}, which is not a file name")
         if not is_shard_name(shard):
             raise CorruptError(
                 f"the weight_map puts {shown(name)} into {shown(shard)}: absolute, empty, or leaving the index's folder"
@@ -208,12 +208,12 @@ class _Problems:
             raise error
 
 
-_MISSING = "{count} shard{s} missing: {names}; get them into the index's folder"
-_POINTER = "{count} shard{s} present as git-lfs pointer{s} only: {names}; run: git lfs pull"
+_MISSING = "{count} shard{s} missing: {names}; put them into the index's folder"
+_POINTER = "{count} shard{s} present only as git-lfs pointer{s}: {names}; run: git lfs pull"
 _UNREADABLE = "{count} shard{s} that cannot be read: {names}"
 _NO_STATE_DICT = "{count} shard{s} without a state_dict of names and values: {names}"
 _NOWHERE = "{count} name{s} of the index in no shard: {names}"
-_ELSEWHERE = "{count} name{s} in another shard than the index says: {names}"
+_ELSEWHERE = "{count} name{s} not in the shard that the index says: {names}"
 _TWICE = "{count} name{s} in two shards: {names}"
 
 
@@ -234,7 +234,7 @@ def _read_shard(name: str, probe: Probe, allowed: Sequence[str], problems: _Prob
         if container.name not in allowed:
             from ckptkit.formats.contents import names_left  # nobody waits for it where all is well
 
-            what = f"{name} (it is {container.name}, where the index promises {' or '.join(allowed)})"
+            what = f"{name} (it is {container.name}, but the index promises {' or '.join(allowed)})"
             problems.add(_UNREADABLE, what, names_left(part))
             return None
         raw = container.read(part)

@@ -201,7 +201,7 @@ def odd_shards(shards: Mapping[str, Shard]) -> Iterator[Finding]:
             code="shard-not-named",
             severity="warning",
             message=f"the index puts no tensor into {listed(unnamed, LISTED)}, "
-            "which the names of the other shards speak of",
+            "which the names of the other shards imply",
         )
     texts: dict[str, list[str]] = {}
     for shard in shards.values():
@@ -241,5 +241,5 @@ def total_size(
         yield Finding(
             code="shard-total-size",
             severity="warning",
-            message=f"the index states a total_size of {said} bytes, the shards' tensors have {once:,}",
+            message=f"the index states a total_size of {said} bytes, but the shards' tensors have {once:,}",
         )

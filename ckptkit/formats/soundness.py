@@ -46,7 +46,7 @@ def require_sound(file: Source, checkpoint: Checkpoint, *, held: bool = True) ->
         for chunk in each.whole.chunks():
             found = zlib.crc32(chunk, found)
         if found != recorded:
-            told = f"its CRC-32 is {found:08x}, recorded in the archive is {recorded:08x}: damaged"
+            told = f"its CRC-32 is {found:08x}, but the archive records {recorded:08x}: damaged"
             raise CorruptError(told, path=each.path)
         each.crc32 = None  # type: ignore[attr-defined]  # once is enough
     checkpoint = judged(checkpoint)

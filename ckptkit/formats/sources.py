@@ -161,7 +161,9 @@ class _OpenFile(SourceFile):
 
     def sibling(self, name: str) -> SourceFile:
         if not self._has_name:
-            raise MissingFileError(f"{self.path}: nothing lies beside an open file, {name!r} neither", path=self.path)
+            raise MissingFileError(
+                f"{self.path}: an open file has no folder, so there is no {name!r} beside it", path=self.path
+            )
         return super().sibling(name)
 
     def release(self) -> None:
@@ -213,7 +215,7 @@ def opened(file: Any) -> Source:
     except TypeError:
         pass
     if not callable(getattr(file, "read", None)):
-        raise FileAccessError(f"{type(file).__name__} is not the path of a file, an open binary file or bytes")
+        raise FileAccessError(f"{type(file).__name__} is not a path, an open binary file or bytes")
     temporary = getattr(sys.modules.get("tempfile"), "_TemporaryFileWrapper", ())
     inner = file.file if isinstance(file, temporary) else file
     raw = inner.raw if isinstance(inner, (io.BufferedReader, io.BufferedRandom)) else inner
@@ -244,7 +246,7 @@ def _path_of(file: Any) -> str:
 
 def _binary(data: object, path: str) -> bytes:
     if not isinstance(data, (bytes, bytearray, memoryview)):
-        what = "gives text; open it in binary mode" if isinstance(data, str) else "gives no bytes"
+        what = "returns text; open it in binary mode" if isinstance(data, str) else "does not return bytes"
         raise FileAccessError(f"{path}: {what}", path=path)
     return bytes(data)
 

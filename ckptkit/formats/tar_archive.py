@@ -110,7 +110,7 @@ def read_members(area: ByteRange, limits: Limits, most: int) -> Iterator[Member]
             _check_end(area, pos)
             return
         if len(block) < BLOCK_NBYTES:
-            raise CorruptError("truncated: the archive's end is missing. Get the file again", offset=pos)
+            raise CorruptError("truncated: the archive's end is missing. Download or copy the file again", offset=pos)
         member = _member(block, pos, size)
         following = member.start + -(-member.nbytes // BLOCK_NBYTES) * BLOCK_NBYTES
         if member.kind == "x":
@@ -122,8 +122,8 @@ def read_members(area: ByteRange, limits: Limits, most: int) -> Iterator[Member]
             size, path, as_stated = None, _long_name(member, area, limits) if member.kind == "L" else "", True
         if following > area.nbytes:
             raise CorruptError(
-                f"truncated: the file has {area.nbytes:,} bytes, {following:,} are expected up to the end of member "
-                f"{member.name!r}. Get the file again",
+                f"truncated: the file has {area.nbytes:,} bytes, but {following:,} are expected up to the end of "
+                f"member {member.name!r}. Download or copy the file again",
                 offset=pos,
             )
         pos = following
@@ -187,10 +187,10 @@ def _pax(member: Member, area: ByteRange, limits: Limits) -> tuple[int | None, s
 def _check_end(area: ByteRange, pos: int) -> None:
     left = area.nbytes - pos
     if left < 2 * BLOCK_NBYTES:
-        raise CorruptError("truncated: the archive's end is cut off. Get the file again", offset=pos)
+        raise CorruptError("truncated: the archive's end is missing. Download or copy the file again", offset=pos)
     if left > _MAX_PADDING_NBYTES or any(area.read(pos, left)):
         raise AmbiguousError(
-            f"{count_of(left, 'byte', 'follows', 'follow')} the archive's last member, and not as padding: some "
-            "readers would go on there",
+            f"{count_of(left, 'byte', 'follows', 'follow')} the archive's last member and are not padding: some "
+            "readers would continue there",
             offset=pos,
         )

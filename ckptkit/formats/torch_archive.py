@@ -169,7 +169,8 @@ class TorchArchive:
         if any(map(_OWN_ROOT.match, self._outside)):
             roots = sorted({root[:-1], *(found[1] for found in map(_OWN_ROOT.match, self._outside) if found)})
             raise AmbiguousError(
-                f"an archive with {len(roots)} root folders ({', '.join(roots[:3])}); torch takes the first for all"
+                f"an archive with {len(roots)} root folders ({', '.join(roots[:3])}); torch treats the first as the "
+                "only one"
             )
         self._fetch_own()
         self._used: set[str] = set()  # what something refers to
@@ -223,7 +224,7 @@ class TorchArchive:
         version = self.small(".data/version") if version is None else version
         if version is not None and (not version.isdecimal() or not 0 < int(version[:9]) <= _MAX_VERSION):
             raise UnsupportedError(
-                f"format version {version[:20]!r}; 1 to {_MAX_VERSION} are known. A newer ckptkit may read it",
+                f"format version {version[:20]!r}; 1 to {_MAX_VERSION} are supported. A newer ckptkit may read it",
                 where="version",
             )
         self._known.add("version" if "version" in self.records else ".data/version")
@@ -275,7 +276,7 @@ class TorchArchive:
             _, data, held, is_deflated, crc32 = record
             if held != nbytes:
                 raise CorruptError(
-                    f"storage {key!r} is declared as {count_of(nbytes, 'byte')}, its record holds {held:,}"
+                    f"storage {key!r} is declared as {count_of(nbytes, 'byte')}, but its record has {held:,}"
                 )
             if crc32 is None:
                 self._unrecorded += 1
@@ -397,7 +398,7 @@ class TorchArchive:
         try:
             nested = TorchArchive(read_directory(record.data, self.limits), self.limits, levels=0)
             if nested.is_repacked:
-                raise AmbiguousError("an archive inside the archive that torch did not pack")
+                raise AmbiguousError("an archive inside an archive that torch did not pack")
         except FormatError as error:
             raise error.at(where=name) from error.__cause__
         if "data.pkl" not in nested.records:
@@ -416,7 +417,7 @@ class TorchArchive:
         path = next((record.data.file.path for record in self.records.values()), "")
         clean = convert_command(path, suffix=".pth") if self._is_plain() else None
         if self.is_repacked:
-            inside = f"the records of torch lie below {self._root[:200]!r}"
+            inside = f"torch's records are below {self._root[:200]!r}"
             beside = f", beside them {listed([name[:80] for name in self._outside], 4)}" if self._outside else ""
             findings.append(
                 Finding(
@@ -435,7 +436,8 @@ class TorchArchive:
                 Finding(
                     code="crc-not-recorded",
                     severity="info",
-                    message=f"{count_of(self._unrecorded, 'storage')} without a checksum: damage there cannot be seen",
+                    message=f"{count_of(self._unrecorded, 'storage')} without a checksum: damage there cannot be "
+                    "detected",
                 )
             )
         findings.extend(_unvouched(self.uses()))
@@ -481,5 +483,5 @@ def _unvouched(uses: Iterable[GlobalUse]) -> Iterator[Finding]:
             yield Finding(
                 code="not-looked-into",
                 severity="warning",
-                message=f"{count_of(use.count, 'record')} that could not be looked into ({use.reason:.200}): {shown}",
+                message=f"{count_of(use.count, 'record')} that could not be read ({use.reason:.200}): {shown}",
             )

@@ -137,7 +137,7 @@ class PickleRow:
         if pickle.globals or not all(isinstance(node, (bool, list, tuple, InertDict)) for node in walk(pickle.root)):
             names = ", ".join(name.qualified[:80] for name in pickle.globals[:3])
             raise CorruptError(
-                f"plain values are expected{f', not the names {names}' if names else ''}: no torch wrote this",
+                f"plain values are expected{f', not the names {names}' if names else ''}: torch did not write this",
                 where=where,
                 offset=start,
             )
@@ -162,7 +162,7 @@ class PickleRow:
         """
         if nbytes > self.left:
             raise CorruptError(
-                f"{nbytes:,} bytes are declared, {self.left:,} are left: damaged or truncated",
+                f"{nbytes:,} bytes are declared, but only {self.left:,} are left: damaged or truncated",
                 where=where,
                 offset=self.pos,
             )
@@ -224,9 +224,9 @@ def _read_row(row: PickleRow, limits: Limits, window: int) -> RawCheckpoint:
     protocol = row.plain("protocol version")
     if protocol != _PROTOCOL:
         what = str(protocol)[:20] if isinstance(protocol, int) else f"a {type(protocol).__name__}"
-        raise UnsupportedError(f"protocol version {what}; {_PROTOCOL} is known", where="protocol version")
+        raise UnsupportedError(f"protocol version {what}; {_PROTOCOL} is supported", where="protocol version")
     if not isinstance(row.plain("sys_info"), InertDict):
-        raise CorruptError("a dict is expected: no torch wrote this", where="sys_info")
+        raise CorruptError("a dict is expected: torch did not write this", where="sys_info")
 
     table = LegacyTable(row.source.file, limits)
     pickle = row.pickle(
@@ -319,15 +319,15 @@ def _require_count(path: str, at: int, key: str, expected: int, data: bytes) -> 
     where = f"storage {key!r:.80}"
     if int.from_bytes(data, "big") == expected:
         raise UnsupportedError(
-            "its count is big-endian: an old torch wrote it on a big-endian machine, and whether the elements are "
-            "swapped too cannot be known. Load it there, and save it with a recent torch",
+            "its count is big-endian: an old torch wrote it on a big-endian machine, and there is no way to tell "
+            "whether the elements are swapped too. Load it there, and save it with a recent torch",
             path=path,
             where=where,
             offset=at,
         )
     count = int.from_bytes(data, "little", signed=True)
     raise CorruptError(
-        f"{count_of(count, 'element', 'lies', 'lie')} here, the object says {expected:,}: damaged",
+        f"{count_of(count, 'element', 'is', 'are')} here, but the object says {expected:,}: damaged",
         path=path,
         where=where,
         offset=at,
@@ -348,9 +348,9 @@ def _truncated(file: ByteRange, end: int, missing: set[str], total: int, raw: Ra
         first = f", the first incomplete one is {named[0]!r:.200}" if named else ""
     whole = f"{share_of(len(entries) - len(cut), len(entries), 'tensor', 'is', 'are')} whole{first}"
     return (
-        f"truncated: the file has {file.nbytes:,} bytes, at least {end:,} are expected ({end - file.nbytes:,} "
-        f"missing); {share_of(total - len(missing), total, 'storage', 'is', 'are')} complete, {whole}. Get the file "
-        f"again.{unfinished(file.file.path)}"
+        f"truncated: the file has {file.nbytes:,} bytes, but at least {end:,} are expected ({end - file.nbytes:,} "
+        f"missing); {share_of(total - len(missing), total, 'storage', 'is', 'are')} complete, {whole}. Download or "
+        f"copy the file again.{unfinished(file.file.path)}"
     )
 
 
@@ -360,8 +360,8 @@ def _followed(row: PickleRow) -> FormatError:
     what = f"{count_of(row.left, 'byte', 'follows', 'follow')} the last storage"
     if begins_one(start):
         return AmbiguousError(
-            f"{what}: another checkpoint, saved into the same file. In Python, torch.load on the open file gives one "
-            "after the other; save each into a file of its own",
+            f"{what}: another checkpoint, saved into the same file. In Python, torch.load on the open file returns "
+            "one after the other; save each to a separate file",
             offset=row.pos,
         )
     return AmbiguousError(f"{what}, which torch does not read: they begin {start[:16]!r}", offset=row.pos)
@@ -380,7 +380,7 @@ def legacy_findings(table: LegacyTable) -> list[Finding]:
                 code="no-checksums",
                 severity="info",
                 message=f"the container has no checksums: damage to the bytes of its "
-                f"{count_of(len(table.storages), 'storage')} cannot be seen",
+                f"{count_of(len(table.storages), 'storage')} cannot be detected",
             )
         )
     if table.sources:
@@ -389,7 +389,7 @@ def legacy_findings(table: LegacyTable) -> list[Finding]:
             Finding(
                 code="embedded-source",
                 severity="info",
-                message=f"the file carries the source text of {count_of(len(names), 'class')}: {listed(names, 4)}",
+                message=f"the file contains the source text of {count_of(len(names), 'class')}: {listed(names, 4)}",
             )
         )
     return findings

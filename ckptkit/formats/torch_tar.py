@@ -145,8 +145,8 @@ class _Reader:
                 raise cut
             shown = ", ".join(f"{name!r:.80}" for name in names[:4]) or "nothing"
             raise UnknownFormatError(
-                f"a tar archive that is not a checkpoint: torch's has the members {', '.join(_MEMBERS)}, this one "
-                f"begins with {shown}. Unpack it first (tar -xf)"
+                f"a tar archive that is not a checkpoint: torch's has the members {', '.join(_MEMBERS)}, but this "
+                f"one begins with {shown}. Unpack it first (tar -xf)"
             )
         if sorted(names) != sorted(_MEMBERS) or any(member.kind != "0" for member in found):
             shown = ", ".join(f"{member.name!r:.80} (type {member.kind!r})" for member in found)
@@ -166,14 +166,14 @@ class _Reader:
     def _finish(row: PickleRow, where: str) -> None:
         if row.left:
             raise CorruptError(
-                f"{count_of(row.left, 'byte', 'follows', 'follow')} what the member holds", where=where, offset=row.pos
+                f"{count_of(row.left, 'byte', 'follows', 'follow')} the member's content", where=where, offset=row.pos
             )
 
     @staticmethod
     def _check_info(info: object) -> None:
         version = info.get("protocol_version", _PROTOCOL) if isinstance(info, InertDict) else None
         if version != _PROTOCOL:
-            raise UnsupportedError(f"{_PROTOCOL} is the protocol version that is known", where="sys_info")
+            raise UnsupportedError(f"only protocol version {_PROTOCOL} is supported", where="sys_info")
 
     # Its members.
 
@@ -235,7 +235,7 @@ class _Reader:
         numel = row.count(where)
         storage = self._table.persistent_load(("storage", cls, str(key), location, numel))
         if not isinstance(storage, Storage):
-            raise CorruptError("a storage's record that names none", where=where)
+            raise CorruptError("a storage's record that does not name a storage", where=where)
         self._table.settle(storage.key, row.raw(storage.nbytes, where))
         self._define(key, storage, where)
 
@@ -271,7 +271,7 @@ class _Reader:
             raise UnsupportedError("a persistent id that is neither a key nor a class with its source")
         found = self._objects.get(int(pid))
         if found is None:
-            raise CorruptError(f"the object names a tensor or storage {pid} that is not there")
+            raise CorruptError(f"the object names a tensor or storage {pid} that does not exist")
         return found
 
     # What the members have in common.
@@ -296,16 +296,16 @@ class _Reader:
     def _storage_of(self, key: int, where: str) -> Storage:
         storage = self._objects.get(key)
         if not isinstance(storage, Storage):
-            raise CorruptError(f"storage {str(key)[:20]} is named and not there: damaged", where=where)
+            raise CorruptError(f"storage {str(key)[:20]} is named but does not exist: damaged", where=where)
         return storage
 
     def _truncated(self, records: list[_Tensor], done: int, total: int, needed: int) -> str:
         whole = [record for record in records if record.storage_key is None or record.storage_key in self._objects]
         return (
-            f"truncated: the file has {self._file.size:,} bytes, at least {needed:,} are expected "
+            f"truncated: the file has {self._file.size:,} bytes, but at least {needed:,} are expected "
             f"({needed - self._file.size:,} missing); {share_of(done, total, 'storage', 'is', 'are')} complete, "
-            f"{share_of(len(whole), len(records), 'tensor', 'is', 'are')} whole. Get the file "
-            f"again.{unfinished(self._file.path)}"
+            f"{share_of(len(whole), len(records), 'tensor', 'is', 'are')} whole. Download or "
+            f"copy the file again.{unfinished(self._file.path)}"
         )
 
 

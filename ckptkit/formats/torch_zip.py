@@ -81,7 +81,7 @@ def read_archive(records: Records | None, limits: Limits) -> RawCheckpoint:
 
 def _without_code(uses: tuple[GlobalUse, ...]) -> tuple[GlobalUse, ...]:
     """The verdicts: objects of TorchScript's, as libtorch's ``pickle_save`` writes them, have no code in the file."""
-    reason = "an object of TorchScript's, whose code is not in the file; whoever loads it brings that along"
+    reason = "a TorchScript object whose code is not in the file; the program that loads it must have that code"
     return tuple(replace(use, reason=reason) if use.name.startswith("__torch__.") else use for use in uses)
 
 

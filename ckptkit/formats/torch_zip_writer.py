@@ -141,12 +141,12 @@ def written_tree(checkpoint: Checkpoint) -> object:
     if not checkpoint.origin.is_program:
         if checkpoint.discarded:
             raise RewriteError(
-                f"{checkpoint.origin.path}: its pickle makes {discarded_text(checkpoint.discarded)} and drops the "
-                "result, which a .pth would lose; --weights-only leaves it out, and so does a .safetensors",
+                f"{checkpoint.origin.path}: its pickle makes {discarded_text(checkpoint.discarded)} and discards "
+                "the result, which a .pth would lose; --weights-only leaves it out, and so does a .safetensors",
                 path=checkpoint.origin.path,
             )
         return checkpoint.rest
-    only = f"{checkpoint.origin.path}: of a {checkpoint.origin.format} file only the weights can be written, and"
+    only = f"{checkpoint.origin.path}: only the weights of a {checkpoint.origin.format} file can be written, and"
     if checkpoint.origin.state_path is None:
         weights = paths_listed(checkpoint.sections)
         if weights:
@@ -154,7 +154,7 @@ def written_tree(checkpoint: Checkpoint) -> object:
         raise RewriteError(f"{only} {held_instead(checkpoint)}")
     if not checkpoint.state_dict.everything:
         frozen = any(finding.code == "frozen-program" for finding in checkpoint.findings)
-        why = "has none under names, as programs have that were frozen" if frozen else "holds no tensors under names"
+        why = "has none with names, as in a frozen program" if frozen else "contains no named tensors"
         raise RewriteError(f"{only} it {why}")
     return STATE_DICT
 
@@ -190,7 +190,7 @@ def require_torch_dtypes(entries: Mapping[str, TensorEntry]) -> None:
         raise DTypeError(
             f"torch has no dtype for {count_of(len(unknown), 'tensor')}: "
             f"{listed([f'{name:.100} ({entries[name].dtype})' for name in unknown], 4)}; write a "
-            f".safetensors, which holds all, or leave them out with --exclude {glob_of(unknown[0])}",
+            f".safetensors, which stores all of them, or leave them out with --exclude {glob_of(unknown[0])}",
             names=unknown,
         )
 
@@ -235,8 +235,8 @@ def archive_of(
     data = write_pickle(root, lower=lower, protocol=protocol, common_sizes=common_sizes)
     byteorders = {storage.byteorder for storage in used if storage.dtype not in ("bool", "uint8", "int8")}
     if len(byteorders) > 1:
-        told = "storages of both byte orders cannot be written into one file of torch's"
-        raise UnsupportedError(f"{told}; a .safetensors has one order alone: write that, and a .pth from it")
+        told = "storages of both byte orders cannot be written into one torch file"
+        raise UnsupportedError(f"{told}; a .safetensors has only one order: write that, and then a .pth from it")
     archive = ZipWriter("archive")
     archive.add_literal("data.pkl", data)
     archive.add_literal("byteorder", (byteorders.pop() if byteorders else "little").encode())
@@ -256,5 +256,5 @@ def _require_usable(entry: TensorEntry) -> None:
     if entry.is_neg and DTYPES[entry.dtype].is_floating and DTYPES[entry.dtype].itemsize == 1:
         raise DTypeError(
             f"a lazily negated tensor of shape {entry.shape} would be {entry.dtype} in the output, which torch loads "
-            "and cannot use; write a .safetensors, which holds its values, or leave its dtype with --keep-dtype"
+            "but cannot use; write a .safetensors, which stores its values, or keep its dtype with --keep-dtype"
         )

@@ -75,8 +75,8 @@ def read(probe: Probe) -> RawCheckpoint:
     if "model.json" in archive.records:
         raise UnsupportedError(
             "a TorchScript archive of torch 1.0 to 1.3 (model.json), which neither ckptkit nor torch 1.11 and later "
-            "reads; torch 1.4 to 1.9 does. There torch.jit.save(torch.jit.load(FILE), NEW) rewrites it, which loads "
-            "the program: only for a file you trust"
+            "reads; torch 1.4 to 1.9 does. With one of those, torch.jit.save(torch.jit.load(FILE), NEW) rewrites it, "
+            "but it loads the program: only for a file you trust"
         )
     version, byteorder = archive.version(), archive.byteorder()
     tables = [
@@ -119,8 +119,8 @@ def _extra_files(archive: TorchArchive) -> Iterator[Finding]:
         yield Finding(
             code="extra-files",
             severity="info",
-            message=f"{count_of(len(files), 'file')} of the author's own beside the program (_extra_files): {shown}; "
-            "only the weights are written when it is converted",
+            message=f"{count_of(len(files), 'file')} added by the author beside the program (_extra_files): {shown}; "
+            "converting writes only the weights",
         )
 
 
@@ -282,7 +282,7 @@ def _findings(
         yield Finding(
             code="own-script-state",
             severity="warning",
-            message=f"{count_of(len(own), 'module', 'saves', 'save')} a state of its own making (__getstate__), with "
+            message=f"{count_of(len(own), 'module', 'saves', 'save')} custom state (__getstate__), with "
             f"{count_of(len(inside), 'tensor')} without names; only the program knows what they are",
         )
     packed = [
@@ -302,13 +302,13 @@ def _findings(
             code="torchscript-without-code",
             severity="info",
             message=f"{count_of(classes.missing, 'module', 'has', 'have')} no source in the file: tensors that require "
-            "a gradient are taken for parameters, the others for buffers",
+            "a gradient are treated as parameters, the others as buffers",
         )
     if held and not attributes and not any(_has_saved(node) for node in walk(root)):
         yield Finding(
             code="frozen-program",
             severity="warning",
-            message="the modules hold no tensors: the program was frozen, and its weights are "
+            message="the modules contain no tensors: the program was frozen, and its weights are "
             f"{count_of(len(held), 'constant')} without names",
         )
 

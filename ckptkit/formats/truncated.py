@@ -52,7 +52,7 @@ _UNFINISHED_ENDINGS = (".part", ".crdownload", ".download", ".incomplete", ".ari
 def unfinished(path: str) -> str:
     """A sentence, with a space before it, where the file's name says that it is still being downloaded; else none."""
     ending = os.path.splitext(path)[1].lower()
-    return f" The ending {ending} says that its download is not finished." if ending in _UNFINISHED_ENDINGS else ""
+    return f" The extension {ending} means that its download is not finished." if ending in _UNFINISHED_ENDINGS else ""
 
 
 def what_is_left(file: Source, limits: Limits) -> str | None:
@@ -107,10 +107,10 @@ class _Remains:
             end = self._directory(pos)
         except _CutError:
             count = count_of(self._count(), "tensor", "is", "are") if self._pickle else ""
-            whole = f"all {count} whole" if count else "all records are there"
+            whole = f"all {count} complete" if count else "all records are present"
             return (
-                f"truncated: {whole}, but the zip directory behind them is cut off: the file has {self._file.size:,} "
-                "bytes. Get the file again"
+                f"truncated: {whole}, but the zip directory after them is missing: the file has {self._file.size:,} "
+                "bytes. Download or copy the file again"
             )
         return self._appended(end)
 
@@ -249,16 +249,19 @@ class _Remains:
         if self._pickle is None:
             if self._prefix or cut.needed <= size + 1:
                 return (
-                    f"truncated: the file of {size:,} bytes ends before the end of data.pkl, which says what the "
-                    "tensors are: none is there. Get the file again"
+                    f"truncated: the file of {size:,} bytes ends before the end of data.pkl, which describes the "
+                    "tensors: no tensor is present. Download or copy the file again"
                 )
-            return f"truncated: the file has {size:,} bytes, at least {cut.needed:,} are expected. Get the file again"
+            return (
+                f"truncated: the file has {size:,} bytes, but at least {cut.needed:,} are expected. Download or copy "
+                "the file again"
+            )
         missing = {key: nbytes for key, nbytes in self._storages.items() if key not in self._whole}
         entries = [node for node in walk(self._pickle.root) if isinstance(node, TensorEntry)]
         lost = [entry for entry in entries if entry.storage.key in missing]
         first = f"; the first incomplete one is {self._name(lost[0])}" if lost else ""
         whole = share_of(len(entries) - len(lost), len(entries), "tensor", "is", "are")
-        whole += f" whole{first}. Get the file again"
+        whole += f" complete{first}. Download or copy the file again"
         if cut.filled is not None:
             return f"truncated: all {size - cut.filled:,} bytes from byte {cut.filled:,} on are zeros; {whole}"
         # What is still to come, headers and directory entries included.
@@ -266,7 +269,7 @@ class _Remains:
         expected = cut.needed + len(self._storages) * (CENTRAL.size + name_nbytes) + END.size
         expected += sum(list(missing.values())[1:]) + max(len(missing) - 1, 0) * (LOCAL.size + name_nbytes)
         return (
-            f"truncated: the file has {size:,} bytes, at least {expected:,} are expected ({expected - size:,} "
+            f"truncated: the file has {size:,} bytes, but at least {expected:,} are expected ({expected - size:,} "
             f"missing); {whole}"
         )
 
@@ -289,13 +292,13 @@ class _Remains:
             "zeros" if not any(start) else "an HTML page" if b"<html" in start.lower() else f"they begin {start[:16]!r}"
         )
         return (
-            f"{count_of(rest, 'byte', 'was', 'were')} appended to an archive that ends at byte {end:,} ({what}). Get "
-            f"the file again, or keep what is before them: head -c {end} FILE > FIXED"
+            f"{count_of(rest, 'byte', 'was', 'were')} appended to an archive that ends at byte {end:,} ({what}). "
+            f"Download or copy the file again, or keep what is before them: head -c {end} FILE > FIXED"
         )
 
 
 def _given_up() -> CorruptError:
-    return CorruptError("the archive cannot be gone through from its front")
+    return CorruptError("the archive cannot be read from its beginning")
 
 
 def _wide_size(extra: bytes) -> int:

@@ -55,7 +55,7 @@ def packing_of(folder: str) -> str | None:
     above, name = os.path.split(os.path.abspath(folder))
     # Not python -m zipfile: unzip gives torch's records the date they have, which is before 1980, and that refuses it.
     command = f"cd {shell.quote(above)} && zip -0 -r {shell.quote(f'{name}.pth')} {shell.quote(name)}"
-    return f"an archive of torch that was unpacked; pack it again, stored: {command}"
+    return f"a torch archive that was unpacked; pack it again, stored: {command}"
 
 
 def unpacked_source(path: str) -> UnpackedSource | None:
@@ -132,7 +132,7 @@ class UnpackedSource(Source):
         if not stat.S_ISLNK(status.st_mode):
             return status
         if os.path.commonpath((self._folder, os.path.realpath(entry.path))) != self._folder:
-            raise AmbiguousError(f"{name!r:.200} is a link that leads out of the folder, where nothing is read")
+            raise AmbiguousError(f"{name!r:.200} is a link that leads out of the folder; ckptkit does not follow it")
         behind = os.stat(entry.path)
         return status if stat.S_ISDIR(behind.st_mode) else behind
 

@@ -188,13 +188,15 @@ def _listed(directory: bytes, count: int, limits: Limits) -> list[Row]:
             signature, flags, method, crc, packed, size, name_nbytes, extra_nbytes, comment_nbytes, disk, at,
         ) = _CENTRAL_BRIEF.unpack_from(directory, pos)  # fmt: skip
         if signature != CENTRAL_SIGNATURE:
-            raise CorruptError("the zip directory holds something else than records", where="zip directory", offset=pos)
+            raise CorruptError(
+                "the zip directory contains something other than records", where="zip directory", offset=pos
+            )
         name_at = pos + CENTRAL.size
         extra_at = name_at + name_nbytes
         end = extra_at + extra_nbytes + comment_nbytes
         if end > nbytes:
             raise CorruptError(
-                "a record's name or extra field leaves the zip directory", where="zip directory", offset=pos
+                "a record's name or extra field reaches outside the zip directory", where="zip directory", offset=pos
             )
         raw = directory[name_at:extra_at]
         is_simple = name_nbytes <= limits.name_nbytes and raw.isascii()
@@ -209,11 +211,11 @@ def _listed(directory: bytes, count: int, limits: Limits) -> list[Row]:
                 f"record {name!r:.200} uses compression method {method}{called}; torch stores or deflates; {REPACK}"
             )
         if disk and disk != MAX16:
-            raise UnsupportedError("an archive in several volumes")
+            raise UnsupportedError("a multi-volume archive")
         if extra_nbytes or size == MAX32 or packed == MAX32 or at == MAX32:
             size, packed, at = _widened(directory[extra_at : extra_at + extra_nbytes], name, (size, packed, at))
         if method == STORED and packed != size:
-            raise AmbiguousError(f"record {name!r} is stored, yet {packed:,} bytes are said to be {size:,}")
+            raise AmbiguousError(f"record {name!r} is stored, but {packed:,} bytes are declared as {size:,}")
         listed.append((at, raw, name, flags, method, crc, packed, size))
         if end >= alone_until and end == extra_at:
             rows = rows_alike(directory, pos, end - pos, min(together, count - len(listed)), flags, method)
@@ -224,9 +226,7 @@ def _listed(directory: bytes, count: int, limits: Limits) -> list[Row]:
             end += len(rows) * (end - pos)
         pos = end
     if pos != nbytes:
-        raise AmbiguousError(
-            f"the zip directory holds {nbytes - pos:,} bytes more than its {count_of(count, 'record')}"
-        )
+        raise AmbiguousError(f"the zip directory has {nbytes - pos:,} bytes more than its {count_of(count, 'record')}")
     return listed
 
 
@@ -237,7 +237,7 @@ def _name(raw: bytes, flags: int, limits: Limits) -> str:
         return raw.decode("utf-8" if flags & UTF8 or raw.isascii() else "cp437")
     except UnicodeDecodeError:
         raise CorruptError(
-            f"a record's name is said to be UTF-8 and is not: {raw[:80]!r}; {REPACK}, renamed where need be"
+            f"a record's name is declared as UTF-8 but is not: {raw[:80]!r}; {REPACK}, renamed if needed"
         ) from None
 
 
@@ -289,7 +289,7 @@ def _begin(window: _Window, before: _Central | None, record: _Central, end: int)
     at, raw_name, name = record[:3]
     header_nbytes = LOCAL.size + len(raw_name)
     if at + header_nbytes > window.area.nbytes:
-        raise CorruptError(f"record {name!r} is said to lie at byte {at:,} of a file of {window.area.nbytes:,} bytes")
+        raise CorruptError(f"record {name!r} is declared at byte {at:,} of a file of {window.area.nbytes:,} bytes")
     if at < end and before is not None:
         raise AmbiguousError(f"records {before.name!r} and {name!r} overlap")
     gap = at - end if at - end <= _DESCRIPTOR_NBYTES else 0
@@ -353,8 +353,8 @@ class _LeftForLater:
                 _check_gap(before, begin - end, window, end)
             elif (own := _begin(window, before, record := _Central(*self._listed[number]), end)) != begin:
                 raise AmbiguousError(
-                    f"record {record.name!r}: by its own header its data begins at byte {own:,}, by the zip directory, "
-                    f"which leaves no byte to nobody, at {begin:,}"
+                    f"record {record.name!r}: its own header puts its data at byte {own:,}, but the zip directory, "
+                    f"which accounts for every byte, at {begin:,}"
                 )
         except FormatError as error:
             self._look_at_all(error)
@@ -420,9 +420,11 @@ def _check_header(window: _Window, record: _Central, start: int) -> int:
     if signature != LOCAL_SIGNATURE:
         raise CorruptError(f"record {record.name!r}: no record begins at byte {record.at:,}")
     if window.data[name_at:extra_at] != record.raw_name or method != record.method:
-        raise AmbiguousError(f"record {record.name!r}: its own header gives another name or method than the directory")
+        raise AmbiguousError(
+            f"record {record.name!r}: its own header has a different name or method than the directory"
+        )
     if (flags ^ record.flags) & ~(HAS_DESCRIPTOR | UTF8) & 0xFFFF:
-        raise AmbiguousError(f"record {record.name!r}: its own header gives other flags than the directory")
+        raise AmbiguousError(f"record {record.name!r}: its own header has different flags than the directory")
     extra = window.data[extra_at : extra_at + extra_nbytes]
     if len(extra) != extra_nbytes:
         offset = record.at + LOCAL.size + int(name_nbytes)
@@ -437,7 +439,7 @@ def _check_header(window: _Window, record: _Central, start: int) -> int:
             later = local == 0 and flags & HAS_DESCRIPTOR  # the values follow the data
             if local != central and not later:
                 raise AmbiguousError(
-                    f"record {record.name!r}: its own header gives another size or checksum than the directory"
+                    f"record {record.name!r}: its own header has a different size or checksum than the directory"
                 )
     return int(extra_nbytes)
 
@@ -466,7 +468,7 @@ def _check_gap(before: _Central | None, nbytes: int, window: _Window, at: int) -
         ):
             return
     raise AmbiguousError(
-        f"{count_of(nbytes, 'byte')} behind record {before.name!r} {'belongs' if nbytes == 1 else 'belong'} to no "
+        f"{count_of(nbytes, 'byte')} after record {before.name!r} {'belongs' if nbytes == 1 else 'belong'} to no "
         "record; readers may find others there"
     )
 
@@ -489,7 +491,7 @@ def _widened(extra: bytes, name: str, fields: tuple[int, int, int]) -> tuple[int
     if MAX32 not in fields:
         return fields
     if wide is None:
-        raise CorruptError(f"record {name!r}: a size is said to be in a zip64 field that is not there")
+        raise CorruptError(f"record {name!r}: a size should be in a zip64 field, which is missing")
     values = []
     for field in fields:
         if field == MAX32:

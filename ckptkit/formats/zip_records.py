@@ -100,7 +100,7 @@ def find_directory(file: ByteRange) -> tuple[int, int, int]:
     if not ends:
         raise CorruptError(
             f"the file begins like a zip archive but has no end record in its last {len(tail):,} bytes "
-            f"(size {file.nbytes:,}): truncated download? Compare the size with the source's"
+            f"(size {file.nbytes:,}): it may be a truncated download. Compare its size with the original"
         )
     if not whole:
         raise AmbiguousError("the zip end record does not end the file: bytes were appended, or it is truncated")
@@ -114,25 +114,25 @@ def find_directory(file: ByteRange) -> tuple[int, int, int]:
     if locator_at >= 0 and (raw := file.read(locator_at, LOCATOR.size))[:4] == b"PK\x06\x07":
         end64_at = LOCATOR.unpack(raw)[2]
         if end64_at + END64.size > locator_at:
-            raise CorruptError(f"the zip64 end record is said to lie at byte {end64_at:,}, past its locator")
+            raise CorruptError(f"the zip64 end record is declared at byte {end64_at:,}, after its locator")
         signature, nbytes_end64, _, _, _, _, on_disk64, count64, nbytes64, offset64 = END64.unpack(
             file.read(end64_at, END64.size)
         )
         if signature != b"PK\x06\x06" or end64_at + 12 + nbytes_end64 != locator_at:
             raise AmbiguousError(
-                "the zip64 locator points at no zip64 end record, or not at the one before it: "
-                "two archives laid end to end, or bytes cut out"
+                "the zip64 locator does not point at the zip64 end record before it: two archives "
+                "were joined, or bytes were cut out"
             )
         narrow = ((count, count64, MAX16), (nbytes, nbytes64, MAX32), (offset, offset64, MAX32))
         if any(small not in (wide, top) for small, wide, top in narrow):
             raise AmbiguousError("the zip end record and the zip64 end record disagree")
         count, nbytes, offset, on_disk, ends_at = count64, nbytes64, offset64, on_disk64, end64_at
     if disk not in (0, MAX16) or start_disk not in (0, MAX16) or on_disk != count:
-        raise UnsupportedError("an archive in several volumes")
+        raise UnsupportedError("a multi-volume archive")
     if offset + nbytes != ends_at:
         raise AmbiguousError(
-            f"the zip directory is said to end at byte {offset + nbytes:,}, its end record begins at {ends_at:,}: "
-            "two archives laid end to end, or bytes cut out"
+            f"the zip directory is declared to end at byte {offset + nbytes:,}, but its end record begins at "
+            f"{ends_at:,}: two archives were joined, or bytes were cut out"
         )
     return offset, nbytes, count
 
@@ -149,8 +149,8 @@ def check_names(names: list[str]) -> None:
             if _ODD_NAME.search(name):
                 if "\\" in name and not _ODD_NAME.search(name.replace("\\", "/") or "/"):
                     raise AmbiguousError(
-                        f"a record named {name[:80]!r}, with backslashes, which readers take for a part of the name or "
-                        f"for slashes; {REPACK}"
+                        f"a record named {name[:80]!r}, with backslashes, which some readers treat as part of the name "
+                        f"and others as slashes; {REPACK}"
                     )
                 raise AmbiguousError(f"a record named {name[:80]!r}: absolute, empty, or leaving its folder")
     if everything.count("\n") == len(names) and len(set(everything.casefold().split("\n"))) == len(names) + 1:
@@ -159,7 +159,7 @@ def check_names(names: list[str]) -> None:
     for name in names:
         if name.casefold() in folded:
             other = folded[name.casefold()]
-            raise AmbiguousError(f"records {other!r} and {name!r} are equal, or equal but for case")
+            raise AmbiguousError(f"records {other!r} and {name!r} have equal names, or names that differ only in case")
         folded[name.casefold()] = name
 
 
@@ -297,7 +297,7 @@ def read_record(record: Record, limit: int) -> bytes:
             raise CorruptError(f"record {record.name!r} does not inflate to the {record.nbytes:,} bytes it declares")
     if record.crc32 is not None and zlib.crc32(data) != record.crc32:
         raise CorruptError(
-            f"record {record.name!r}: its CRC-32 is {zlib.crc32(data):08x}, recorded is {record.crc32:08x}: damaged"
+            f"record {record.name!r}: its CRC-32 is {zlib.crc32(data):08x}, but {record.crc32:08x} is recorded: damaged"
         )
     return data
 
@@ -328,7 +328,7 @@ def record_source(record: Record) -> ByteSource:
     if record.nbytes > DEFLATE_MOST * record.data.nbytes:
         raise CorruptError(
             f"record {record.name!r} declares {record.nbytes:,} bytes; "
-            f"{record.data.nbytes:,} packed ones cannot hold them"
+            f"{record.data.nbytes:,} compressed bytes cannot contain them"
         )
     return DeflatedRange(
         Inflation(record.data, record.nbytes, record.crc32, f"record {record.name!r}"), 0, record.nbytes

@@ -59,7 +59,7 @@ _OPTIMIZERS: tuple[tuple[str, str], ...] = (
     ("Adam or AdamW", "betas eps amsgrad"),
     ("RAdam", "betas eps weight_decay decoupled_weight_decay"),
     ("Adamax", "betas exp_inf"),
-    ("Adam or a relative of it", "betas eps"),
+    ("Adam or a related optimizer", "betas eps"),
 )
 """Options of a parameter group that only one class sets, the most telling first."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypedDict
 
 if TYPE_CHECKING:
@@ -65,6 +65,9 @@ class ConvertKeywords(_RewriteKeywords, total=False):
     receipt: bool
     dry_run: bool
     force: bool
+    in_place: bool
+    backup: bool
+    confirm: Callable[[Sequence[str]], bool] | None
     part: str | Share | None
     finish: bool
     jobs: int | None

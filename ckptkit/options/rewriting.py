@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ckptkit.arguments import Option, Options, count, dtype, flag, pairs, path, several, text, texts
@@ -28,18 +28,18 @@ def progress_option(meaning: str) -> Option[Progress | None]:
 
 def allow_part_option(which: str) -> Option[bool]:
     """Whether a part of a checkpoint is taken; ``which`` is what may be one."""
-    line = "Take one part of a sharded checkpoint as it is, without the others."
-    return flag(line, f"whether {which} may be a part of a checkpoint that lies in several files")
+    line = "Take one part of a sharded checkpoint without the others."
+    return flag(line, f"whether {which} may be one part of a checkpoint stored in several files")
 
 
-def section_option(verb: str, told: str = "where the file holds several") -> Option[str | None]:
+def section_option(verb: str, told: str = "if the file has several") -> Option[str | None]:
     """The weights that are meant; ``verb`` is what for."""
     return text("NAME", f"The weights to {verb}, {told}.", f"path of the weights, {told}")
 
 
 def tag_option(which: str) -> Option[str | None]:
     """The step that is meant, of a training folder; ``which`` is what that is of."""
-    return text("NAME", "Which of several steps in a training folder.", f"which of several steps, where {which}")
+    return text("NAME", "Step to use in a training folder with several.", f"which of several steps, if {which}")
 
 
 def _share(given: Any) -> Share:
@@ -59,8 +59,8 @@ class ConvertOptions(Options):
     command = "convert"
 
     strip_module = flag(
-        "Take off every wrapper prefix, nested ones too: module., _orig_mod. ...",
-        "take off every wrapper prefix (``module.``, ``_orig_mod.``)",
+        "Remove every wrapper prefix, including nested ones: module., _orig_mod. ...",
+        "remove every wrapper prefix (``module.``, ``_orig_mod.``)",
     )
     add_module = flag("Put one module. before every name.", "then put one ``module.`` before every name")
     strip_prefix = text(
@@ -79,30 +79,33 @@ class ConvertOptions(Options):
     include = texts(
         "GLOB",
         "Keep only names that match, before or after renaming.",
-        "globs of the names to keep, as they are in the source or as they will be; none keeps all",
+        "globs of the names to keep, before or after renaming; none keeps all",
     )
     exclude = texts(
         "GLOB", "Drop names that match, before or after renaming.", "globs of the names to drop, in the same way"
     )
     section = section_option("convert")
     tag = tag_option("the source is a training folder; see `open`")
-    tp_rules = path("FILE", "Rules that join tensor-parallel slices.", "rules that join slices of ranks; see `open`")
+    tp_rules = path(
+        "FILE", "Rules for joining tensor-parallel slices.", "rules for joining the slices of ranks; see `open`"
+    )
     all_tensors = flag(
         "Take every tensor of the file, named by the keys that lead to it.",
-        "take every tensor of the file for the weights, each named by the keys that lead to it: ``0``, "
+        "use every tensor of the file as a weight, each named by the keys that lead to it: ``0``, "
         "``optimizer.state.3.exp_avg``; see `ckptkit.AllTensors`",
     )
     weights_only = flag("Drop all but the state_dict.", "drop all but the state_dict")
     keep_beside = flag(
         "Keep plain values beside the weights: in the metadata of a .safetensors.",
-        "keep the plain values beside the weights (``epoch``, settings) where a container holds tensors alone, or all "
-        "else is dropped: as text in the metadata, and in their places in a ``.pth``; see `ckptkit.KeepBeside`",
+        "keep the plain values beside the weights (``epoch``, settings) when the container stores only tensors or "
+        "everything else is dropped: as text in the metadata, and in their places in a ``.pth``; see "
+        "`ckptkit.KeepBeside`",
     )
     as_key: Option[str | None] = Option(
         "text",
         None,
-        "Put the weights under this key of a .pth, in place of what is there.",
-        "put the weights under this key of a ``.pth``, with dots between dicts in dicts, in place of what is there; "
+        "Put the weights under this key of a .pth, replacing its current value.",
+        "put the weights under this key of a ``.pth``, with dots between nested keys, replacing its current value; "
         "see `ckptkit.PutUnder`",
         "KEY",
         switch="--as",
@@ -120,9 +123,8 @@ class ConvertOptions(Options):
         "LOC",
     )
     densify = flag(
-        "Make dense tensors of sparse, nested, quantized and block-scaled ones.",
-        "make dense tensors of the values that are sparse, nested, quantized or scaled by blocks; see "
-        "`ckptkit.Densify`",
+        "Turn sparse, nested, quantized and block-scaled tensors into dense ones.",
+        "turn sparse, nested, quantized and block-scaled tensors into dense ones; see `ckptkit.Densify`",
     )
     dtype = dtype(
         "Cast floating-point weights: float16, bfloat16, float32, float8_...",
@@ -130,27 +132,27 @@ class ConvertOptions(Options):
     )
     keep_dtype = texts(
         "GLOB",
-        "Names that --dtype leaves as they are.",
+        "Names that --dtype does not cast.",
         "globs of the names that are not cast, in the source or in the output",
     )
     cast_scaled = flag(
-        "Let --dtype cast weights whose scales are beside them, and scales.",
-        "whether to cast weights that have scales beside them, and such scales, each by itself",
+        "Let --dtype cast weights that have scales, and the scales.",
+        "whether to cast weights that have scales beside them, and the scales, each separately",
     )
     tied: Option[TiedPolicy] = Option(
         "text",
         "alias",
         "Tensors with several names: keep them tied, write copies, or refuse.",
-        "what becomes of tensors with several names; see `ckptkit.Tied`",
+        "what to do with tensors that have several names; see `ckptkit.Tied`",
         choices=("alias", "duplicate", "error"),
     )
     like: Option[Like | None] = Option(
         "text",
         None,
         "Keep exactly the tensors of this model, under its names: a checkpoint, or a REF as in verify.",
-        "the model whose tensors alone are kept, under its names: another checkpoint, or a reference as the ``model`` "
-        "of `verify` (which needs torch).  Section and prefix are found; it goes after all that is named to be "
-        "selected or renamed.  See `ckptkit.Like`",
+        "keep exactly the tensors of this model, under its names: another checkpoint, or a reference like the "
+        "``model`` of `verify` (which needs torch). Section and prefix are found; it is applied after every other "
+        "selection and renaming. See `ckptkit.Like`",
         "REF",
     )
     model_args = pairs(
@@ -165,14 +167,14 @@ class ConvertOptions(Options):
     )
     ranks = count(
         "--ranks",
-        "With --to dcp: a file for each of N ranks, with rows of every tensor.",
-        "how many ranks share a ``dcp`` folder: each has rows of every tensor, in a file of its own",
+        "With --to dcp: write one file for each of N ranks, with rows of every tensor.",
+        "how many ranks share a ``dcp`` folder: each has rows of every tensor, in a separate file",
     )
     max_shard_size: Option[int | str | None] = Option(
         "text",
         None,
-        "Split what is larger into files and an index: 5GB, 500MB.",
-        'bytes of a file, as a number or as ``"5GB"``; what has more becomes shards and an index',
+        "Split larger outputs into shards with an index: 5GB, 500MB.",
+        'bytes per file, as a number or as ``"5GB"``; a larger output becomes shards and an index',
         "SIZE",
     )
     metadata = pairs("--metadata", "Set in the output's metadata.", "strings to set in the output's metadata")
@@ -184,49 +186,66 @@ class ConvertOptions(Options):
     )
     dry_run = flag("Show the plan; write nothing.", "make the plan, write nothing")
     force = flag("Overwrite DST if it exists.", "whether an existing destination may be replaced")
+    in_place = flag(
+        "Replace each PATH by what is made of it: the old file or the whole new one.",
+        "whether to replace the source, in its own container; there is no destination then, and ``source`` may be a "
+        "list of paths, which are converted each by itself",
+    )
+    backup = flag(
+        "With --in-place: keep the old file as PATH.bak.",
+        "with ``in_place``: whether to keep the old file beside it, as ``FILE.bak`` or ``FILE.bak.1`` and so on",
+    )
+    confirm: Option[Callable[[Sequence[str]], bool] | None] = Option(
+        "text",
+        None,
+        "",
+        "called with the paths of files that would be replaced and not kept, before anything is written; where it is "
+        "false, nothing is",
+    )
     part: Option[Share | None] = Option(
         "text",
         None,
-        "Write one of N parts of the shards, as one of N processes; --finish ends it. Of a folder: of its files.",
-        'one of N parts of the shards, as ``"2/8"``: for N processes, on one machine or on many over one file system, '
-        "each of which writes its own; what they wrote becomes a checkpoint with ``finish``.  Of a folder to a folder: "
-        "a share of the files, by their paths",
+        "Write one of N parts of the shards, as one of N processes, and combine them with --finish. For a folder: "
+        "convert one of N parts of its files.",
+        'one of N parts of the shards, such as ``"2/8"``: for N processes, on one machine or on several with a shared '
+        "file system, each of which writes its own part; ``finish`` combines the parts into a checkpoint.  For a "
+        "folder to a folder: a share of the files, by their paths",
         "I/N",
         taken=_share,
     )
     finish = flag(
-        "Make one checkpoint of what --part wrote, with the same SRC, DST and options.",
-        "make one checkpoint of the parts that ``part`` wrote, with the same source, destination and options",
+        "Combine what --part wrote into one checkpoint; give the same SRC, DST and options.",
+        "combine the parts that ``part`` wrote into one checkpoint, with the same source, destination and options",
     )
     jobs = count(
         "--jobs",
         "Share shards, or the files of a folder, among N processes.",
-        "how many processes share the shards, or the files of a folder; one file is written by one.  The threads of "
-        "one copy as fast as a disk takes it: more help with casts, with disks that take more from several, and with "
-        "many small files",
+        "how many processes share the shards, or the files of a folder; one process writes each file. The threads "
+        "of one process copy as fast as a disk accepts data: more processes help with casts, with disks that are "
+        "faster in parallel, and with many small files",
     )
     executor: Option[Executor | None] = Option(
         "text",
         None,
         "",
-        "any ``concurrent.futures.Executor`` that does the same in place of processes of our own, also of machines "
-        "that have the same files under the same paths; it gets importable functions and plain data",
+        "any ``concurrent.futures.Executor`` to use instead of local processes, including one on other machines that "
+        "have the same files under the same paths; it receives importable functions and plain data",
     )
     files_from = path(
         "FILE",
-        "Of a folder: only the files listed in FILE, one path a line; - for stdin.",
-        "of a folder to a folder: a file that lists those of its files to convert, one path a line or before each NUL; "
+        "For a folder: only the files listed in FILE, one path per line; - for stdin.",
+        "for a folder to a folder: a file that lists the files to convert, one path per line or before each NUL; "
         '``"-"``: standard input',
     )
     check = flag(
-        "Only move bytes: no checksums, no comparison, no waiting for the disk.",
+        "Only copy bytes: no checksums, no comparison, no waiting for the disk.",
         "whether to compare the output with the source before it gets its name; see `CheckpointFile.save`",
         default=True,
     )
-    progress = progress_option("called with the bytes dealt with so far, and those to deal with in all")
+    progress = progress_option("called with the bytes processed so far and the total")
     ignore_checksums = flag(
-        "Accept bytes that recorded checksums show to be others.",
-        "whether to insist on a file whose recorded checksums are not those of its bytes; see `open`",
+        "Accept bytes that do not match their recorded checksums.",
+        "whether to accept a file whose bytes do not match its recorded checksums; see `open`",
     )
     storage_options = storage.storage_options
 
@@ -238,25 +257,35 @@ class ConvertOptions(Options):
                     f"metadata {key!r:.100}: {value!r:.100} is not text; metadata maps strings to strings"
                 )
         if self.keep_dtype and self.dtype is None:
-            raise RewriteError("--keep-dtype exempts from --dtype, which is not given")
+            raise RewriteError("--keep-dtype makes exceptions to --dtype, which is not given")
         if self.cast_scaled and self.dtype is None:
-            raise RewriteError("--cast-scaled is about --dtype, which is not given")
+            raise RewriteError("--cast-scaled applies to --dtype, which is not given")
         if self.model_args and self.like is None:
             raise RewriteError("--model-arg is for the model of --like, which is not given")
         if self.all_tensors and self.section is not None:
-            told = "--all-tensors takes every section; give --section alone, or --include with the names of one"
+            told = "--all-tensors takes every section; use --section instead, or --include with the names of one"
             raise RewriteError(told)
         if self.all_tensors and self.keep_beside:
-            raise RewriteError("--keep-beside is about what stands beside the weights; with --all-tensors nothing does")
+            raise RewriteError("--keep-beside applies to values beside the weights, and --all-tensors keeps none")
         if self.finish and (self.part is not None or self.dry_run):
             other = "--dry-run" if self.part is None else f"--part {self.part}"
-            raise RewriteError(f"--finish ends what the parts wrote; leave out {other}")
+            raise RewriteError(f"--finish combines the parts; omit {other}")
+        self._check_in_place()
         if self.executor is not None and self.jobs is not None:
-            raise RewriteError("jobs and executor both say who works; give one of them")
+            raise RewriteError("jobs and executor both choose the workers; give only one of them")
         if self.executor is not None and not callable(getattr(self.executor, "submit", None)):
             raise RewriteError(f"executor is {type(self.executor).__name__}; expected a concurrent.futures.Executor")
         if self.like is not None:
             vars(self)["weights_only"] = True
+
+    def _check_in_place(self) -> None:
+        if self.backup and not self.in_place:
+            raise RewriteError("--backup keeps the old file of --in-place, which is not given")
+        useless = ("tag", "tp_rules", "max_shard_size", "ranks", "part", "finish", "files_from")
+        given = [self.declared[name].typed for name in useless if getattr(self, name) not in (None, False)]
+        if self.in_place and given:
+            told = "--in-place replaces single files; leave it out, and name a destination"
+            raise RewriteError(f"{', '.join(given)}: {told}")
 
 
 class LoadOptions(Options):
@@ -268,10 +297,10 @@ class LoadOptions(Options):
         "text",
         "cpu",
         "",
-        "where the tensors go, as in ``torch.load``: a string, a ``torch.device``, a dict, a callable; ``None``: where "
-        "the file says that they lay",
+        "where the tensors go, as in ``torch.load``: a string, a ``torch.device``, a dict, a callable; ``None``: the "
+        "devices recorded in the file",
     )
-    device: Option[Any] = Option("text", None, "", "the same for one device, in place of ``map_location``")
+    device: Option[Any] = Option("text", None, "", "the same for one device, instead of ``map_location``")
     section = ConvertOptions.section
     tag = ConvertOptions.tag
     tp_rules = ConvertOptions.tp_rules
@@ -291,10 +320,10 @@ class LoadOptions(Options):
         "switch",
         None,
         "",
-        "whether tensors on the CPU lie in a private mapping of the file, for which nothing is read, and no checksum "
-        "held.  Writing to them never reaches the file; the file must not be overwritten nor shortened while they are "
-        "in use, which would change them or end the process.  Default: those of safetensors files do, as with the "
-        "library's ``load_file``, and others are copied",
+        "whether tensors on the CPU use a private mapping of the file, for which nothing is read and no checksum is "
+        "compared. Writing to them never changes the file; the file must not be overwritten or shortened while they "
+        "are in use, which would change them or end the process. Default: tensors of safetensors files do, as with "
+        "the library's ``load_file``, and others are copied",
     )
     allow_part = allow_part_option("the file")
     ignore_checksums = ConvertOptions.ignore_checksums
@@ -304,7 +333,7 @@ class LoadOptions(Options):
         device = given.pop("device", None)
         if device is not None:
             if "map_location" in given:
-                raise RewriteError("device and map_location both say where tensors go; give one of them")
+                raise RewriteError("device and map_location both say where tensors go; give only one of them")
             given["map_location"] = device
         super().__init__(**given)
 

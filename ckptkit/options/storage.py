@@ -69,8 +69,8 @@ def taken_options(given: Any) -> dict[str, Any]:
 storage_options: Option[dict[str, Any]] = Option(
     "storage",
     {},
-    "For the file system of a URL, as fsspec takes it: anon=true; repeatable.",
-    'what the file systems of URLs are made with, as fsspec takes it: ``{"anon": True}``; see `open`',
+    "Option for the file system of a URL, as in fsspec: anon=true; repeatable.",
+    'options for the file systems of URLs, as in fsspec: ``{"anon": True}``; see `open`',
     "KEY=VALUE",
     switch="--storage-option",
     taken=taken_options,

@@ -27,7 +27,7 @@ class VerifyOptions(Options):
         None,
         "torchvision:NAME, package.module:factory or path/to/file.py:factory.",
         '``"torchvision:resnet18"``, ``"package.module:factory"``, ``"path/to/file.py:factory"``, or an ``nn.Module`` '
-        "or callable; may be left out where ``golden`` names it, or the architecture is known by its names and shapes",
+        "or callable; may be omitted if ``golden`` names it, or if names and shapes identify the architecture",
         "REF",
     )
     model_args = pairs(
@@ -48,23 +48,23 @@ class VerifyOptions(Options):
         "shapes",
         (),
         "Shape of an input; repeatable.",
-        "one shape for each input; default from the reference where it is known",
+        "one shape for each input; default from the reference, if known",
         "N,C,H,W",
         switch="--input-shape",
         taken=lambda given: shapes("--input-shape", given),
     )
     input = path(
         "FILE",
-        "The inputs' values, in any container: 0, 1, … or by keyword.",
+        "File with the inputs' values, in any container: 0, 1, … or by keyword.",
         "a file, in any container, with the inputs' values: by position (``0``, ``1``) or by keyword",
     )
     seed = Option(
-        "integer", 0, "Seed of the input.", "of the input, and of whatever the factory draws", shows_default=True
+        "integer", 0, "Seed of the input.", "seed of the input, and of the factory's random numbers", shows_default=True
     )
     section = section_option("verify")
     tag = tag_option("``path`` is a training folder; see `open`")
     tp_rules = ConvertOptions.tp_rules
-    strip_module = flag("Take off wrapper prefixes first, as convert does.", "take off wrapper prefixes first")
+    strip_module = flag("Remove wrapper prefixes first, as convert does.", "remove wrapper prefixes first")
     allow_missing = texts(
         "GLOB", "Names that may be missing; repeatable.", "glob patterns of names that may be missing"
     )
@@ -74,49 +74,52 @@ class VerifyOptions(Options):
     allow_part = allow_part_option("a file")
     against = path(
         "OTHER",
-        "Another checkpoint of the same model: outputs must agree.",
+        "Another checkpoint of the same model, whose outputs must agree.",
         "another checkpoint of the same model, in any container and with any wrapper prefix, whose outputs must agree",
     )
     golden = path(
         "FILE",
-        "Outputs recorded earlier: these must agree; names the model too.",
-        "a file of outputs recorded earlier, which these must agree with",
+        "Recorded outputs that these must match; also names the model.",
+        "a file of recorded outputs that these must match",
     )
     write_golden = path("FILE", "Record the outputs, for --golden.", "a file to record these in")
     atol = within(
         "--atol",
         "Absolute difference allowed; default: the noise measured.",
-        "how far outputs may be apart, whatever their size; default: several times the noise that is measured",
+        "absolute difference allowed between outputs; default: several times the measured noise",
     )
     rtol = within(
         "--rtol",
         "The same as a share of the largest output; default by dtype.",
-        "the same, as a share of their largest magnitude; what it allows is added",
+        "the same, as a share of their largest magnitude; the two are added",
     )
     force = flag("Let --write-golden replace a file.", "whether ``write_golden`` may replace a file")
     forward = flag("Check names, shapes and loading only.", "whether to run the forward pass", default=True)
     unsafe_load = flag(
-        "Run the pickled model itself: RUNS CODE OF THE FILE. Never with --model.",
-        "run the pickled model itself in place of a reference: **runs code of the file**, after printing on stderr "
-        "what it imports.  A hostile file is refused",
+        "Run the pickled model itself: RUNS CODE FROM THE FILE. Not with --model.",
+        "run the pickled model itself instead of a reference: **runs code from the file**, after printing on stderr "
+        "what it imports. A hostile file is refused",
     )
     ignore_checksums = ConvertOptions.ignore_checksums
     storage_options = ConvertOptions.storage_options
 
     def _check(self) -> None:
         if self.input is not None and self.input_shapes:
-            raise VerifyError("--input and --input-shape: the inputs are read from a file, or made; give one of them")
+            raise VerifyError(
+                "--input and --input-shape: inputs are either read from a file or generated; give only one of them"
+            )
         if not self.forward:
             needing = ("against", "golden", "write_golden")
             useless = [self.declared[name].typed for name in needing if getattr(self, name) is not None]
             if useless:
-                raise VerifyError(f"{', '.join(useless)}: with --no-forward nothing is computed; leave one of them out")
+                raise VerifyError(f"{', '.join(useless)}: with --no-forward nothing is computed; omit one of them")
         if self.unsafe_load and self.model is not None:
             raise VerifyError(
-                "--model and --unsafe-load: a reference model is run, or the pickled one; give one of them"
+                "--model and --unsafe-load: verify runs either a reference model or the pickled one; give only one "
+                "of them"
             )
         if not -(1 << 63) <= self.seed < 1 << 64:
-            raise VerifyError(f"--seed {self.seed:.6g}: torch takes whole numbers from -2**63 to 2**64 - 1")
+            raise VerifyError(f"--seed {self.seed:.6g}: torch accepts whole numbers from -2**63 to 2**64 - 1")
 
 
 class DiffOptions(Options):
@@ -126,33 +129,35 @@ class DiffOptions(Options):
 
     section = text(
         "NAME",
-        "The weights to compare, in both; nothing beside them is.",
-        "path of the weights to compare, in both; what stands beside named weights is not compared",
+        "Weights to compare in both files, and nothing else.",
+        "path of the weights to compare in both; nothing beside named weights is compared",
     )
-    section_a = text("NAME", "The weights of A.", "the same of ``a`` alone")
-    section_b = text("NAME", "The weights of B.", "the same of ``b`` alone")
+    section_a = text("NAME", "Weights to compare in A.", "the same of ``a`` alone")
+    section_b = text("NAME", "Weights to compare in B.", "the same of ``b`` alone")
     tag = tag_option("``a`` or ``b``, or each, is a training folder")
     tp_rules = ConvertOptions.tp_rules
-    tag_a = text("NAME", "The step of A.", "the same of ``a`` alone")
-    tag_b = text("NAME", "The step of B.", "the same of ``b`` alone")
-    strip_module = flag("Take wrapper prefixes off the names of both first.", "take off wrapper prefixes of both first")
+    tag_a = text("NAME", "Step of A.", "the same of ``a`` alone")
+    tag_b = text("NAME", "Step of B.", "the same of ``b`` alone")
+    strip_module = flag(
+        "Remove wrapper prefixes from the names of both first.", "remove wrapper prefixes from both first"
+    )
     atol = within(
         "--atol",
-        "Differences up to this count as unchanged.",
-        "how far elements may be apart and count as unchanged; without both, bits decide",
+        "Absolute difference that counts as unchanged.",
+        "absolute difference between elements that counts as unchanged; if neither is given, bits decide",
     )
     rtol = within(
         "--rtol",
-        "The same as a share of the larger magnitude.",
-        "the same as a share of the larger magnitude of the two; what it allows is added",
+        "The same, as a share of the larger magnitude.",
+        "the same, as a share of the larger magnitude of the two; the two are added",
     )
     allow_part = allow_part_option("either")
     strict = flag(
-        "Everything in the files counts for the exit code, not the tensors alone.",
-        "whether metadata, ties, parts that one file alone has, and every value in the files' trees count for "
+        "Make everything in the files count for the exit code, not only tensors.",
+        "whether metadata, ties, parts that only one file has, and every value in the files' trees count for "
         "`Difference.ok`",
     )
-    progress = progress_option("called with the bytes gone through so far, and those to go through in all")
+    progress = progress_option("called with the bytes processed so far and the total")
     ignore_checksums = ConvertOptions.ignore_checksums
     storage_options = ConvertOptions.storage_options
 

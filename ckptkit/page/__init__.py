@@ -6,5 +6,5 @@ elements that no browser runs.  The scripts of this folder read them and put tex
 - `frame` makes a page of its elements; ``page.css``, ``page.js`` (frame, findings, texts), ``table.js`` (tables of any
   length) and ``charts.js`` (treemap and others, drawn by plotly.js) are those of every page.
 - Each kind of page has a script of its own, and a module that makes its elements of a document: `inspected` and
-  ``inspect.js``.
+  ``inspect.js``, `reported` and ``reported.js``.
 """

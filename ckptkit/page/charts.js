@@ -29,7 +29,8 @@ Page.chart = (body, { label, caption, draw, height, onclick, isLater }) => {
 };
 
 // A treemap of what names separated by dots lie in, with the same as a list that keys reach.
-// total: how many leaves; path(i) -> [names from the root]; measures: [{name, of(i) -> number, show(number) -> text}];
+// total: how many leaves; path(i) -> [names from the root]; measures: [{name, of(i) -> number, show(number, sums) -> text}];
+// A measure without show is no choice: it is there for tone(sums) -> name of a colour, by which tiles are filled.
 // leaf(i): when one is chosen; about(names) -> what there is to say of such a module, or nothing.
 Page.treemap = (() => {
   const { el, announce, count } = Page;
@@ -81,14 +82,14 @@ Page.treemap = (() => {
     }
   }
 
-  return function treemap(body, { label, rootName, total, path, measures, leaf, about }) {
+  return function treemap(body, { label, rootName, total, path, measures, leaf, about, tone }) {
     const root = grow(total, path, measures);
     let at = root, measure = 0;
     const crumbs = el("ol", { class: "crumbs" });
     const left = el("div", {}), inside = el("ul", { class: "inside", "aria-label": "What is in it" });
     body.append(
       el("div", { class: "tools" }, el("nav", { class: "grow", "aria-label": "Where the map is" }, crumbs),
-        measures.length > 1 && Page.choice("Measure", measures.map((each, m) => [m, each.name]), 0, (m) => { measure = m; show(); })),
+        measures.filter((each) => each.show).length > 1 && Page.choice("Measure", measures.map((each, m) => [m, each.name]).filter(([m]) => measures[m].show), 0, (m) => { measure = m; show(); })),
       el("div", { class: "map" }, left, inside));
     let drawn = [];
     const value = (node) => node.sums[measure];
@@ -122,7 +123,7 @@ Page.treemap = (() => {
     }
 
     const share = (node) => (value(root) ? `${((100 * value(node)) / value(root)).toPrecision(3)} %` : "");
-    const text = (node) => measures[measure].show(value(node));
+    const text = (node) => measures[measure].show(value(node), node.sums);
     const nameOf = (node) => node.name || (node === root ? rootName : "(no name)");
     // Down to where there is more than one thing.
     const single = (node) => {
@@ -142,7 +143,7 @@ Page.treemap = (() => {
           let top = node, depth = 0;
           for (; top.parent && top.parent !== stem; top = top.parent) depth++;
           if (!order.has(top)) return colors.raised;
-          return Page.mixed(colors.series(order.get(top)), colors.ground, node.kids.size || node.isRest ? 0.72 - 0.12 * Math.min(depth, 2) : 0.1);
+          return Page.mixed(tone ? Page.color(tone(node.sums)) : colors.series(order.get(top)), colors.ground, node.kids.size || node.isRest ? 0.72 - 0.12 * Math.min(depth, 2) : 0.1);
         };
         const isLight = (node) => node.kids.size || node.isRest || node === at;
         return {
@@ -175,7 +176,7 @@ Page.treemap = (() => {
       const kids = kidsOf(at), most = value(at) || 1;
       inside.replaceChildren(...kids.map((kid, n) => el("li", {}, el("button", { type: "button", class: "row", onclick: () => go(kid) },
         el("span", { class: "name" }, Page.cut(kid.name || "(no name)", 200)), el("span", { class: "value" }, text(kid)),
-        el("span", { class: "share" }, el("i", { style: { width: `${(100 * value(kid)) / most}%`, background: `var(--series-${(n % 8) + 1})` } }))))));
+        el("span", { class: "share" }, el("i", { style: { width: `${(100 * value(kid)) / most}%`, background: `var(--${tone ? tone(kid.sums) : `series-${(n % 8) + 1}`})` } }))))));
       const told = about && about(namesOf(at));
       chart.say(`${fullName(at)}: ${text(at)}${at === root ? "" : `, ${share(at)} of all`}${told ? `, ${Page.cut(told, 200)}` : ""}. Choose a tile or a line to go into it.`);
       chart.redraw();

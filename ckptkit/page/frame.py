@@ -67,7 +67,7 @@ def page(title: str, script: str, elements: Iterable[str], *, has_charts: bool =
 
 
 def element(name: str, value: Any) -> str:
-    """Data of a page, which its script gets by ``Page.data(name)``, of several of a name by ``Page.data(name, number)``.
+    """Data of a page; its script gets it by ``Page.data(name)``, of several of a name by ``Page.data(name, number)``.
 
     Args:
         name: one of our own.

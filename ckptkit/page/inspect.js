@@ -50,7 +50,8 @@
       const names = Page.part("Error", { note: file.error.type }, into);
       Page.findings(names, [{ severity: "error", code: "", message: file.error.message }], {});
     }
-    if (file.findings.length) Page.findings(Page.part("Findings", { note: severities(file.findings) }, into), file.findings, file.meanings, file.combined_fix);
+    if (file.findings.length) Page.findings(Page.part("Findings", { note: severities(file.findings) }, into), file.findings, file.meanings,
+      file.combined_title && { ...file.combined_fix, title: file.combined_title });
     if (!file.error) contents(file, into);
     if (file.globals.length) globals(file, into);
   }

@@ -1,6 +1,6 @@
 """The page of ``ckptkit inspect``: elements of an inspect document, as ``inspect.js`` reads them.
 
-Of each file there are two: ``head``, by which the list of files shows it, and ``file``, which is read when it is chosen.
+Each file has two: ``head``, by which the list of files shows it, and ``file``, which is read when it is chosen.
 Tensors are columns, and what many have in common stands once: a file may have 100,000, of few kinds.
 """
 
@@ -45,7 +45,10 @@ def pages(files: Iterable[Iterable[str]], passed_over: Mapping[str, int]) -> Ite
 
 
 def elements(
-    document: InspectedFile | Survey | UnreadFile, sentence: str = "", facts: Iterable[tuple[str, str]] = ()
+    document: InspectedFile | Survey | UnreadFile,
+    sentence: str = "",
+    facts: Iterable[tuple[str, str]] = (),
+    combined: str | None = None,
 ) -> Iterator[str]:
     """One file's.
 
@@ -53,6 +56,7 @@ def elements(
         document: the file.
         sentence: what it is, in words.
         facts: what there is to say of it beyond that, each with its label.
+        combined: what stands above the combined fix; ``None``: it is not shown.
     """
     weights = document["state_dict"]
     severities = [finding["severity"] for finding in document["findings"]]
@@ -72,6 +76,7 @@ def elements(
     told = {
         **{key: value for key, value in document.items() if key not in ("tensors", "modules")},
         "sentence": sentence,
+        "combined_title": combined,
         "facts": [list(fact) for fact in facts if fact[1]],
         "meanings": {code: CODES[code]._asdict() for code in sorted(codes & CODES.keys())},
         "modules": {module["path"]: module["text"] for module in document["modules"]},

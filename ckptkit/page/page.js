@@ -125,7 +125,8 @@ const Page = (() => {
       announce(button.textContent);
       setTimeout(() => { button.textContent = "Copy"; }, 1500);
     } }, "Copy");
-    return el("div", { class: "copyable" }, el("code", { class: text.startsWith("ckptkit ") && "shell" }, text), button);
+    return el("div", { class: "copyable" }, el("code", { class: text.startsWith("ckptkit ") && "shell" },
+      text.split(/(\s+)/).map((word) => (word.trim() ? el("span", { class: "word" }, word) : word))), button);
   }
   async function copied(text) {
     try {
@@ -142,13 +143,17 @@ const Page = (() => {
     }
   }
 
-  // Findings, gravest first: [{severity, code, message, fix, where}]; what codes mean: {code: {title, meaning, remedy}};
-  // combined: {command, keeps} that does all that they advise, or null.
+  // A sentence, of which what stands between backticks is code.
+  const sentence = (text) => text.split(/`([^`]*)`/).map((part, n) => (n % 2 ? el("code", {}, part) : part));
+
+  // Findings, gravest first: [{severity, code, message, fix, where, told: [[label, text]]}];
+  // what codes mean: {code: {title, meaning, remedy}};
+  // combined: {title, command, keeps} of the one that does all that they advise, or null.
   const mostFindings = 200;
   function findings(body, found, meanings, combined) {
     if (combined)
-      body.append(el("div", { class: "combined" }, el("strong", {}, "All of it in one command"),
-        copyable(combined.command), combined.text && el("p", { class: "note" }, combined.text)));
+      body.append(el("div", { class: "combined" }, el("strong", {}, combined.title),
+        copyable(combined.command), el("p", {}, `${combined.keeps[0].toUpperCase()}${combined.keeps.slice(1)}`)));
     const list = el("ul", { class: "findings" });
     const add = (from) => {
       for (const each of found.slice(from, from + mostFindings)) {
@@ -157,10 +162,11 @@ const Page = (() => {
           el("div", { class: "head" }, el("span", { class: "severity" }, each.severity),
             known && el("strong", {}, known.title), el("span", { class: "code" }, each.code)),
           each.where && el("div", { class: "where" }, each.where),
-          el("div", { class: "message" }, each.message),
+          el("div", { class: "message" }, sentence(each.message)),
+          each.told && each.told.length && facts(each.told),
           each.fix && copyable(each.fix),
-          known && el("details", {}, el("summary", {}, "What it means"), el("p", {}, known.meaning),
-            known.remedy !== "-" && el("p", {}, known.remedy))));
+          known && el("details", {}, el("summary", {}, "What it means"), el("p", {}, sentence(known.meaning)),
+            known.remedy !== "-" && el("p", {}, sentence(known.remedy)))));
       }
       const left = found.length - from - mostFindings;
       if (left > 0)
@@ -185,5 +191,5 @@ const Page = (() => {
   }
 
   return { announce, anew, choice, color, copyable, count, countOf, cut, data, el, facts, figure, findings, header, howMany, isDark,
-    link, main, mixed, onTheme, part, short, size };
+    link, main, mixed, onTheme, part, sentence, short, size };
 })();

@@ -171,7 +171,8 @@ class Run:
             kept = [task.path for task, is_kept in looked_at if is_kept]
             tasks = [task for task, is_kept in looked_at if not is_kept]
         work = held if self._workers.executor is None else partial(held_from, os.getcwd())
-        found = zip(tasks, side_by_side(tasks, work, workers=self._workers, nbytes=_nbytes, lost=_lost), strict=True)
+        made = side_by_side(tasks, work, workers=self._workers, nbytes=_nbytes, lost=_lost, is_far=_is_far)
+        found = zip(tasks, made, strict=True)
         opened = ((task, with_model(*each, task, self._verify)) for task, each in found)
         others = [(task, result) for task, result in islice(opened, count) if result.findings]
         self._passed.subtract(Counter(task.other for task, _ in others if task.other is not None))
@@ -180,7 +181,7 @@ class Run:
         taken = () if self._earlier is None else self._earlier.results(kept)
         if self._is_nothing and not self._may_skip and not told:
             where = "" if self._released is None else self._released.folder
-            told = [nothing_selected(where, "no file to check was found")]
+            told = [nothing_selected(where, "found no file to check")]
         told.sort(key=lambda result: result.path)
         yield from merge(told, (result for _, result in opened), taken, key=lambda result: result.path)
 
@@ -215,6 +216,10 @@ def check(paths: Sequence[str], **asked: Any) -> CheckReport:
 
 def _nbytes(task: Task) -> int:
     return task.nbytes
+
+
+def _is_far(task: Task) -> bool:
+    return places.is_url(task.path)
 
 
 def _lost(task: Task, outcome: Outcome[Any]) -> tuple[FileResult, None]:

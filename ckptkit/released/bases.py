@@ -27,8 +27,8 @@ def require_one_place(paths: Sequence[str]) -> bool:
     far = [path for path in paths if places.is_url(path)]
     if far and len(far) < len(paths):
         raise VerifyError(
-            "the files of one manifest lie below one folder: give URLs or local paths, not both; there are "
-            f"{places.shown(far[0])} and {next(path for path in paths if path not in far)}"
+            "all files of a manifest must be below one folder: give URLs or local paths, not both "
+            f"({places.shown(far[0])} and {next(path for path in paths if path not in far)})"
         )
     return bool(far)
 
@@ -77,7 +77,8 @@ def _common_url(paths: Sequence[str]) -> str:
         common = common[: same.index(False) if False in same else len(same)]
     if len(common) < 3 or not common[2]:  # scheme, nothing, who has it
         raise FileAccessError(
-            f"{places.shown(paths[0])}: has no folder in common with the others: a manifest is of files below one URL"
+            f"{places.shown(paths[0])}: has no folder in common with the others: all files of a manifest must be "
+            "below one URL"
         )
     return "/".join(common)
 

@@ -159,7 +159,8 @@ def read_config(path: str) -> Config:
         if len(table) > 1:
             beside = next(key for key in table if key != "check")
             raise FormatError(
-                f"{_shown(name)} has {beside!r:.80} beside a table check; write all of it there, or nothing", path=path
+                f"{_shown(name)} has {beside!r:.80} beside a table check; put all of it into that table, or none",
+                path=path,
             )
         table, name = _table(table, "check", path, f"{name}." * bool(name)), f"{name}.check".lstrip(".")
     settings = _settings(table, path, name, (*POLICY_KEYS, *_OWN_KEYS))
@@ -188,7 +189,7 @@ def _overrides(given: object, path: str, name: str) -> Iterator[Override]:
     elif isinstance(given, dict) and all(isinstance(each, dict) for each in given.values()):
         for glob, each in given.items():
             if "files" in each:
-                raise FormatError(f"[{name}.{glob!r:.80}] has files; its name is the glob already", path=path)
+                raise FormatError(f"[{name}.{glob!r:.80}] has files, but its name is already the glob", path=path)
             yield _override({**each, "files": [glob]}, path, f"{name}.{glob!r:.80}")
     else:
         raise FormatError(f"{name} = {given!r:.80}; expected tables [[{name}]]", path=path)
@@ -236,7 +237,7 @@ def _require_sound(settings: Mapping[str, Any], path: str, name: str) -> None:
 def _texts(given: object, path: str, name: str, key: str) -> tuple[str, ...]:
     texts = [given] if isinstance(given, str) else given
     if not isinstance(texts, list) or not all(isinstance(text, str) and text for text in texts):
-        raise _wrong(path, name, key, given, "a list of texts")
+        raise _wrong(path, name, key, given, "a list of strings")
     return tuple(texts)
 
 
@@ -257,7 +258,7 @@ def _parsed(path: str) -> dict[str, Any]:
         with open(path, "rb") as file:  # noqa: PTH123 - small, and ours
             content = file.read(_MAX_NBYTES + 1)
     except FileNotFoundError:
-        raise MissingFileError(f"{path}: there is no such file{meant_file(path)}", path=path) from None
+        raise MissingFileError(f"{path}: no such file{meant_file(path)}", path=path) from None
     except OSError as error:
         raise FileAccessError(f"{path}: {error.strerror or error}", path=path) from error
     if len(content) > _MAX_NBYTES:

@@ -464,7 +464,7 @@ def _beside_fact(each: OtherValue, reading: Reading) -> TensorFact:
         counts.update(data)
     return TensorFact(
         name=each.name,
-        dtype=dtype or "a type that is not understood",
+        dtype=dtype or "an unsupported type",
         shape=(),
         nbytes=len(data),
         nan=None if counts is None else counts.nan,

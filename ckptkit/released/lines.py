@@ -167,7 +167,9 @@ def read_streams(file: str) -> Iterator[Stream]:
             elif found.end is None and (result := _result(line)) is not None:
                 found.results.append(result)
         if found is None:
-            raise FormatError("holds no results of ckptkit check: neither --json-lines nor --json wrote it", path=file)
+            raise FormatError(
+                "contains no results of ckptkit check: it was not written by --json-lines or --json", path=file
+            )
         yield found
 
 
@@ -184,7 +186,9 @@ def _sound(line: dict[str, Any], file: str) -> CheckHead:
         or not isinstance(line.get("resumed"), int)
         or not isinstance(line.get("part"), (str, NoneType))
     ):
-        raise FormatError("was not written by a ckptkit that this one understands; report it with that", path=file)
+        raise FormatError(
+            "was written by a version of ckptkit that this one does not understand; use that version", path=file
+        )
     return cast("CheckHead", line)
 
 
@@ -240,7 +244,7 @@ def _opened(file: str) -> Iterator[IO[bytes]]:
     try:
         stream = open(file, "rb")  # noqa: PTH123, SIM115 - no checkpoint; closed below
     except FileNotFoundError:
-        raise MissingFileError(f"{file}: there is no such file of results{meant_file(file)}", path=file) from None
+        raise MissingFileError(f"{file}: no such file{meant_file(file)}", path=file) from None
     except OSError as error:
         raise FileAccessError(f"{file}: cannot be read: {error.strerror or error}", path=file) from error
     with stream:
@@ -272,7 +276,7 @@ class Earlier:
                     head = _sound(found, file)
                     self.run, self.resumed = head["run"], head["resumed"] + 1
                 elif self.run is None and line.strip() and not _HEAD.startswith(line.strip()[: len(_HEAD)]):
-                    told = "holds no results that a check can be resumed from: --json-lines writes them"
+                    told = "contains no results that a check can resume from; --json-lines writes them"
                     raise FormatError(told, path=file)
                 elif found is not None and isinstance(found.get("path"), str):
                     self._places[found["path"]] = offset
@@ -296,7 +300,7 @@ class Earlier:
             for path in paths:
                 result = self._read(path, stream)
                 if result is None:
-                    raise FileAccessError(f"{self._file}: was changed while it was read", path=self._file)
+                    raise FileAccessError(f"{self._file}: was changed while it was being read", path=self._file)
                 yield result
 
     def _read(self, path: str, stream: IO[bytes]) -> FileResult | None:

@@ -282,12 +282,12 @@ def _records(document: object) -> Iterator[FileRecord]:
         )
     files = document["files"]
     if not isinstance(files, list) or not files:
-        raise CorruptError("'files' must be a list of at least one file: nothing to check is never well")
+        raise CorruptError("'files' must list at least one file: checking nothing is never a success")
     seen: set[str] = set()
     for number, value in enumerate(files):
         record = _record(_Fields(value, f"files[{number}]"))
         if record.path in seen:
-            raise CorruptError(f"the path {record.path!r:.80} stands twice", where=f"files[{number}]")
+            raise CorruptError(f"the path {record.path!r:.80} appears twice", where=f"files[{number}]")
         seen.add(record.path)
         yield record
 
@@ -353,8 +353,8 @@ def _require_consistent(record: FileRecord, fields: _Fields) -> None:
     found = content_digest(lines)
     if found != record.content_digest:
         raise CorruptError(
-            f"its tensors have the content digest {found}, not {record.content_digest} as recorded: edited or merged "
-            "by hand; write it again: ckptkit manifest --update",
+            f"its tensors have the content digest {found}, not {record.content_digest} as recorded: it was edited or "
+            "merged by hand; write it again: ckptkit manifest --update",
             where=fields.place,
         )
 
@@ -365,7 +365,7 @@ def _golden(fields: _Fields) -> GoldenRecord:
 
 def _shard_name(fields: _Fields, name: str) -> str:
     if not is_shard_name(name):
-        raise fields.wrong("shards", name, "names of files in the folder, or in that of the index, or below it")
+        raise fields.wrong("shards", name, "names of files in or below the folder, or that of the index")
     return name
 
 

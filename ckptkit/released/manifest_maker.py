@@ -114,13 +114,13 @@ def make(
 
 def _require_recordable(wanted: Collection[str], golden: Collection[str], folder: str) -> None:
     if not wanted:
-        raise FileAccessError("no checkpoints to record: golden files alone")
+        raise FileAccessError("no checkpoints to record: only golden files")
     for name in wanted:
         _require_below(name, folder)
     for name in golden:
         if name not in wanted:
             raise FileAccessError(
-                f"{name}: a golden file is named for it, but it is not among the checkpoints", path=name
+                f"{name}: a golden file is given for it, but it is not among the checkpoints", path=name
             )
 
 
@@ -170,13 +170,17 @@ def _size(task: _Task) -> int:
     return size_of(task.path)
 
 
+def _is_far(task: _Task) -> bool:
+    return places.is_url(task.path)
+
+
 def _made(tasks: list[_Task], workers: Workers) -> list[FileRecord | CkptkitError | None]:
     """What is made of each file; workers of an executor, which may be in other folders, are told whole paths."""
     if workers.executor is not None:
         tasks = [
             replace(task, path=places.absolute(task.path), reading=_absolute_rules(task.reading)) for task in tasks
         ]
-    return list(side_by_side(tasks, _recorded, workers=workers, nbytes=_size, lost=_lost))
+    return list(side_by_side(tasks, _recorded, workers=workers, nbytes=_size, lost=_lost, is_far=_is_far))
 
 
 def _absolute_rules(reading: Mapping[str, bool | str | None]) -> Mapping[str, bool | str | None]:
@@ -226,7 +230,8 @@ def _outermost(folders: Collection[str]) -> tuple[str, ...]:
 def _require_below(name: str, folder: str) -> None:
     if name == "." or name.startswith("../") or os.path.isabs(name) or ":" in name.split("/")[0]:
         raise FileAccessError(
-            f"{name}: is not below the manifest's folder, {folder}; write the manifest beside the files or above them",
+            f"{name}: is not below the manifest's folder, {folder}; write the manifest in the folder of the files or "
+            "above it",
             path=name,
         )
     try:
@@ -296,7 +301,7 @@ def _record(name: str, found: Examined, listed: bool) -> FileRecord:
             text.encode()
         except UnicodeEncodeError:
             raise UnsupportedError(
-                f"the name {text!r:.80} is not Unicode text, and cannot be listed; record it with --digests total",
+                f"the name {text!r:.80} is not Unicode text and cannot be listed; record it with --digests total",
                 path=found.path,
             ) from None
     return FileRecord(
@@ -365,11 +370,11 @@ def make_at(
         raise FileAccessError("there is no manifest to update; name it with -o")
     if destination is not None:
         places.require_local(destination)
-    _require_none([error for path in paths if (error := _problem(path)) is not None])
+    _require_none([*filter(None, map(_problem, paths))])
     there = destination is not None and os.path.lexists(destination)
     if destination is not None and there and not (update or force):
         raise DestinationExistsError(
-            f"{destination}: exists already; --update renews what has changed in it, --force makes it anew",
+            f"{destination}: already exists; --update updates what has changed in it, --force writes it from scratch",
             path=destination,
         )
     previous = read_manifest(destination) if destination is not None and there and update else None
@@ -451,7 +456,7 @@ def _goldens(golden: Golden, selected: Sequence[Selected], folder: str, beside: 
     checkpoints = [each.name for each in selected if each.name != name]
     if len(checkpoints) != 1:
         raise FileAccessError(
-            f"{os.fsdecode(golden)}: belongs to one of {count_of(len(checkpoints), 'checkpoint')}; say to which: "
+            f"{os.fsdecode(golden)}: belongs to one of {count_of(len(checkpoints), 'checkpoint')}; say which one: "
             "FILE=GOLDEN",
             path=os.fsdecode(golden),
         )

@@ -69,7 +69,7 @@ def _bytes_told(sha256: str | None, size: int, *others: str) -> str:
 
 
 def parts_differ(record: FileRecord, found: Mapping[str, tuple[int, str | None]]) -> str:
-    """Which files of a folder are not those recorded: missing, not recorded, of other bytes; ``""``: none is told.
+    """Which files of a folder differ from the record: missing, not recorded, with different bytes; ``""``: none.
 
     Args:
         record: what it must be.
@@ -84,7 +84,7 @@ def parts_differ(record: FileRecord, found: Mapping[str, tuple[int, str | None]]
     kinds = {
         "missing": sorted(recorded.keys() - found.keys()),
         "not recorded": sorted(found.keys() - recorded.keys()),
-        "of other bytes": changed,
+        "with different bytes": changed,
     }
     return "; ".join(
         f"{count_of(len(names), 'file')} {kind}: {listed(names)}" for kind, names in kinds.items() if names
@@ -104,7 +104,7 @@ def incomplete_finding(path: str, record: FileRecord | None) -> Iterator[CheckFi
             code="file-changed",
             expected=_bytes_told(None, record.size),
             found=_bytes_told(None, sum(size for size, _ in known.values())),
-            message=f"the files are not those recorded: {told}",
+            message=f"the files do not match the record: {told}",
         )
 
 
@@ -118,21 +118,19 @@ def _difference(examined: Examined, digested: Examined, record: FileRecord) -> C
 
 def _difference_of(examined: Examined, digested: Examined, record: FileRecord) -> CheckFinding:
     if record.content_digest is not None and record.content_digest in (digested.content_digest, digested.former_digest):
-        how = f"a {record.format} file was recorded, this is a {examined.format} one"
+        how = f"a {record.format} file was recorded, but this is a {examined.format} file"
         if record.whole_digest is not None and digested.whole_digest == record.whole_digest:
-            how = "everything else is the same too (the whole digests agree); what differs is how the file is laid out"
+            how = "everything else is the same too (the whole digests agree); only the layout of the file differs"
         elif examined.format == record.format:
-            how = "what differs is how the file is laid out, or stands beside the tensors"
+            how = "the difference is in the layout of the file or in what is stored beside the tensors"
             if record.whole_digest is not None:
-                how = (
-                    "what stands beside them is not the same (the whole digests differ): ckptkit diff --strict shows it"
-                )
+                how = "what is stored beside them differs (the whole digests differ): ckptkit diff --strict shows it"
         return _finding(
             examined.path,
             code="file-rewritten",
             expected=_bytes_told(record.sha256, record.size, record.format),
             found=_bytes_told(examined.sha256, examined.size, examined.format),
-            message=f"other bytes than recorded, but the same tensors (the content digests agree): {how}",
+            message=f"different bytes than recorded, but the same tensors (the content digests agree): {how}",
         )
     if digested.content_digest is None and record.content_digest is None:
         return _finding(
@@ -140,42 +138,45 @@ def _difference_of(examined: Examined, digested: Examined, record: FileRecord) -
             code="file-changed",
             expected=_bytes_told(record.sha256, record.size),
             found=_bytes_told(examined.sha256, examined.size),
-            message="other bytes than recorded; neither file holds a tensor",
+            message="different bytes than recorded; neither file contains a tensor",
         )
     return _finding(
         examined.path,
         code="tensors-differ",
         expected=record.content_digest or "no tensors",
         found=digested.content_digest or "no tensors",
-        message=f"the tensors are not those recorded: {_which(digested, record)}",
+        message=f"the tensors do not match the record: {_which(digested, record)}",
     )
 
 
 def _which(digested: Examined, record: FileRecord) -> str:
     if record.tensors is None:
-        return "the manifest has their digest in total, and which differ cannot be told (see --digests tensor)"
+        return (
+            "the manifest has only one digest for all of them, so the ones that differ cannot be named (see "
+            "--digests tensor)"
+        )
     found = {tensor.name: tensor for tensor in digested.tensors}
     names = sorted({*found, *record.tensors})
     parts = {
         "missing": [name for name in names if name not in found],
         "not recorded": [name for name in names if name not in record.tensors],
-        "of another dtype or shape": [],
-        "of other values": [],
+        "with another dtype or shape": [],
+        "with different values": [],
     }
     for name in names:
         if name in found and name in record.tensors and _fact(found[name]) != _recorded(record.tensors[name]):
             same_kind = _fact(found[name])[:2] == _recorded(record.tensors[name])[:2]
-            kind = "of other values" if same_kind else "of another dtype or shape"
+            kind = "with different values" if same_kind else "with another dtype or shape"
             text = name if same_kind else f"{name} ({_told(record.tensors[name])} → {_told(found[name])})"
             parts[kind].append(text)
     told = [f"{len(some):,} {kind} ({listed(some)})" for kind, some in parts.items() if some]
     if told:
         return f"of {count_of(len(record.tensors), 'tensor')} {'; '.join(told)}"
     if digested.others != record.others:
-        return "the tensors are, but not the values that are not plain tensors: " + listed(
+        return "the plain tensors match, but other values do not: " + listed(
             sorted(set(digested.others) ^ set(record.others))
         )
-    return "each plain tensor is, but not the values that are none: " + listed(digested.others or ("their order",))
+    return "each plain tensor matches, but other values do not: " + listed(digested.others or ("their order",))
 
 
 def _fact(tensor: TensorFact) -> tuple[str, tuple[int, ...], str | None]:
@@ -199,7 +200,7 @@ def _contradictions(examined: Examined, record: FileRecord) -> Iterator[CheckFin
     ):
         is_older = name == "others" and record.whole_digest is None and {*record.others} <= {*examined.others}
         if recorded != found and not is_older:
-            yield _contradiction(examined, name, recorded, found, f"{name} {recorded}, and it is {found}")
+            yield _contradiction(examined, name, recorded, found, f"{name} {recorded}, but it is {found}")
     if record.tensors is None:
         return
     facts = {tensor.name: (tensor.dtype, tensor.shape) for tensor in examined.tensors}
@@ -215,7 +216,11 @@ def _contradictions(examined: Examined, record: FileRecord) -> Iterator[CheckFin
         recorded_ones = [f"{name} {_told(record.tensors[name])}" for name in few if name in record.tensors]
         found_ones = [f"{name} {facts[name][0]} {list(facts[name][1])}" for name in few if name in facts]
         yield _contradiction(
-            examined, "tensors", recorded_ones, found_ones, f"tensors that it does not have so: {listed(wrong)}"
+            examined,
+            "tensors",
+            recorded_ones,
+            found_ones,
+            f"tensors that it does not have in that form: {listed(wrong)}",
         )
 
 
@@ -225,7 +230,7 @@ def _contradiction(examined: Examined, name: str, expected: Any, found: Any, wha
         code="manifest-contradicts",
         expected=expected,
         found=found,
-        message=f"the bytes are those whose hash is recorded, but the record says {what}",
+        message=f"the bytes match the recorded hash, but the record says {what}",
     )
 
 
@@ -246,7 +251,7 @@ def golden_findings(path: str, record: FileRecord, folder: str) -> Iterator[Chec
             code="golden-changed",
             expected=f"{golden}: sha256 {record.golden.sha256}",
             found=found,
-            message=f"the outputs recorded in {golden} are not those of the manifest",
+            message=f"the outputs recorded in {golden} do not match the manifest",
         )
 
 
@@ -332,7 +337,7 @@ def _model_rules(report: Report, path: str, policy: Policy, reference: str) -> I
 
 
 def _reference(options: dict[str, Any]) -> str:
-    return str(options["model"] or "the model of the golden")
+    return str(options["model"] or "the model of the golden file")
 
 
 def _not_run(path: str, rule: str, expected: str, message: str) -> CheckFinding:

@@ -51,7 +51,7 @@ def merged(files: Sequence[str]) -> tuple[CheckReport, CheckHead]:
         passed_over.update({} if run.end is None else run.end["passed_over"])
     may_be_empty = all(run.end is not None and run.end["may_be_empty"] for run in last)
     if not results and not told and not may_be_empty:
-        told = [nothing_selected(files[0], "none of the runs has told of a file")]
+        told = [nothing_selected(files[0], "none of the runs has reported on a file")]
     heads = [run.head for run in last if run.head is not None]
     said = {name: {head.get(name) for head in heads} for name in ("manifest", "config", "policy")}
     manifest, config, policy = (values.pop() if len(values) == 1 else None for values in said.values())
@@ -117,8 +117,8 @@ def _incomplete(run: Stream) -> FileResult:
     """What is said of a run that has not told of all its files."""
     count = count_of(len(run.results), "result")
     found = f"{count} and no last line" if run.end is None else f"{count} of {run.end['results']:,}"
-    message = "the run was ended before it had told of all files, or a part of what it told is lost"
-    return _told(run.file, "results-incomplete", "a run that came to its end", found, message)
+    message = "the run was interrupted before it had reported on all files, or part of its report is lost"
+    return _told(run.file, "results-incomplete", "a complete run", found, message)
 
 
 def _missing(runs: Sequence[Stream]) -> Iterator[FileResult]:
@@ -132,7 +132,7 @@ def _missing(runs: Sequence[Stream]) -> Iterator[FileResult]:
         missing = [f"{index}/{count}" for index in range(1, count + 1) if index not in files]
         if missing:
             path = next(iter(files.values()))
-            message = f"no run has told of {count_of(len(missing), 'part')} of {count}: {listed(missing)}"
+            message = f"no run has reported on {count_of(len(missing), 'part')} of {count}: {listed(missing)}"
             yield _told(path, "part-missing", f"parts 1/{count} to {count}/{count}", f"{len(files)} of them", message)
 
 
@@ -146,5 +146,7 @@ def _differing(runs: Sequence[Stream]) -> Iterator[FileResult]:
             ("policy or manifest", first["policy"], own["policy"]),
         ):
             if ours != theirs:
-                message = f"this run and that in {heads[0][0]} are of another {what}; what they say is not one verdict"
+                message = (
+                    f"this run and the one in {heads[0][0]} used a different {what}; their results cannot be combined"
+                )
                 yield _told(file, "results-differ", f"the same {what}: {ours}", theirs, message)

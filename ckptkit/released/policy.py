@@ -171,7 +171,7 @@ def _among(name: str, given: object, known: Sequence[str] | Mapping[str, object]
 def _texts(name: str, given: object) -> tuple[str, ...]:
     texts = several(given) if isinstance(given, (str, list, tuple, set, frozenset)) else None
     if texts is None or not all(isinstance(text, str) and text for text in texts):
-        raise _refused(name, given, "a text or a list of texts")
+        raise _refused(name, given, "a string or a list of strings")
     return tuple(dict.fromkeys(texts))
 
 
@@ -189,4 +189,4 @@ def _nbytes(given: object) -> int | None:
 
 
 def _refused(name: str, given: object, expected: str) -> VerifyError:
-    return VerifyError(f"policy {name.replace('_', '-')}: {given!r:.80} is not what it can be; expected {expected}")
+    return VerifyError(f"policy {name.replace('_', '-')}: {given!r:.80} is not a valid value; expected {expected}")

@@ -54,7 +54,7 @@ def _no_pickle(examined: Examined, policy: Policy) -> Iterator[CheckFinding]:
             rule="no-pickle",
             expected="no pickle",
             found=examined.format,
-            message=f"a {examined.format} file holds a pickle, which runs what it names when it is loaded",
+            message=f"a {examined.format} file contains a pickle, and loading a pickle runs the functions it names",
             fix=_convert(examined, pickled=False),
         )
 
@@ -72,7 +72,7 @@ def _too_much_trust(
     bad = [use.name for use in uses if use.kind == "name" and use.verdict in ("unknown", "dangerous")]
     dangerous = [use.name for use in uses if use.verdict == "dangerous"]
     parts = [f"{use.name} ({listed(use.where)})" for use in uses if use.kind != "name"]
-    told = [f"its pickle names {listed(dangerous or bad)}"] * bool(bad) + [f"it holds {listed(parts)}"] * bool(parts)
+    told = [f"its pickle names {listed(dangerous or bad)}"] * bool(bad) + [f"it contains {listed(parts)}"] * bool(parts)
     names = f": {'; '.join(told)}" if told else ""
     return CheckFinding(
         code="trust-not-allowed",
@@ -81,7 +81,7 @@ def _too_much_trust(
         rule="max-trust",
         expected=policy.max_trust,
         found=trust,
-        message=f"the file is {trust}, and at most {policy.max_trust} is allowed{names}",
+        message=f"the file is {trust}, but at most {policy.max_trust} is allowed{names}",
         fix=fix,
     )
 
@@ -103,11 +103,11 @@ def pickle_violations(path: str, inside: Inside, policy: Policy) -> Iterator[Che
             expected="no pickle",
             found=members[:_MOST_LISTED] or "a pickle",
             message=(
-                f"the archive holds {count_of(len(members), 'pickle')} ({listed(members)})"
+                f"the archive contains {count_of(len(members), 'pickle')} ({listed(members)})"
                 if members
                 else "the file is a pickle"
             )
-            + ", and loading a pickle runs what it names",
+            + ", and loading a pickle runs the functions it names",
         )
     trust = trust_of(inside.globals)
     if TRUST_ORDER[trust] > TRUST_ORDER[policy.max_trust]:
@@ -122,7 +122,7 @@ def pickle_violations(path: str, inside: Inside, policy: Policy) -> Iterator[Che
             rule="no-pickle" if policy.no_pickle else "max-trust",
             expected="no pickle" if policy.no_pickle else policy.max_trust,
             found=parts[:_MOST_LISTED],
-            message=f"there may be pickles in what was not looked into: {listed(parts)}",
+            message=f"there may be pickles in content that was not read: {listed(parts)}",
         )
 
 
@@ -192,10 +192,10 @@ def _no_nan(examined: Examined, policy: Policy) -> Iterator[CheckFinding]:
         told = f"values of {', '.join(dtypes)} cannot be computed, so {_tensors(unknown)} could not be checked: {names}"
         yield _not_finite(examined, "check-not-run", dtypes, told)
     if examined.unseen:
-        told = f"objects among the weights could not be looked into: {listed(examined.unseen)}"
+        told = f"objects among the weights could not be read: {listed(examined.unseen)}"
         yield _not_finite(examined, "check-not-run", list(examined.unseen[:_MOST_LISTED]), told)
     if not every:
-        told = "the file holds no tensor: there is nothing to look at"
+        told = "the file contains no tensors: there is nothing to check"
         yield _not_finite(examined, "check-not-run", "no tensor", told)
 
 
@@ -229,7 +229,7 @@ def _no_optimizer(examined: Examined, policy: Policy) -> Iterator[CheckFinding]:
             rule="no-optimizer",
             expected="no optimizer state",
             found="optimizer state",
-            message="the file holds the state of an optimizer beside the weights",
+            message="the file contains the state of an optimizer beside the weights",
             fix=_convert(examined),
         )
 
@@ -244,7 +244,7 @@ def _no_prefix(examined: Examined, policy: Policy) -> Iterator[CheckFinding]:
             rule="no-prefix",
             expected="no wrapper prefix",
             found=list(examined.prefixes[:_MOST_LISTED]),
-            message=f"names carry a wrapper's prefix: {prefixes}",
+            message=f"names have a wrapper's prefix: {prefixes}",
             fix=_convert(examined, "--strip-module") if can_come_off else None,
         )
 
@@ -273,7 +273,7 @@ def _whole(examined: Examined, policy: Policy) -> Iterator[CheckFinding]:
             severity="warning" if policy.allow_part else "error",
             rule="whole",
             expected="a whole checkpoint",
-            found="a part of one",
+            found="part of one",
             message=examined.part.message,
             fix=examined.part.fix,
         )

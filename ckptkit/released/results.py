@@ -242,7 +242,7 @@ def unreadable_finding(path: str, error: CkptkitError, allow_part: bool = False)
             path=path,
             rule="whole",
             expected="a whole checkpoint",
-            found="a part of one",
+            found="part of one",
             message=message.removeprefix(f"{CODE}: "),
         )
     return _broken("file-unreadable", path, "a readable checkpoint", found, message)
@@ -250,12 +250,12 @@ def unreadable_finding(path: str, error: CkptkitError, allow_part: bool = False)
 
 def damage_finding(path: str, damage: str) -> CheckFinding:
     """A file whose recorded checksums are not those of its bytes."""
-    return _broken("damaged", path, "the bytes that checksums were recorded for", "other bytes", damage)
+    return _broken("damaged", path, "the bytes whose checksums were recorded", "different bytes", damage)
 
 
 def malformed_finding(path: str, told: str) -> CheckFinding:
     """A value whose parts do not fit each other."""
-    return _broken("malformed-value", path, "values whose parts fit each other", "others", told)
+    return _broken("malformed-value", path, "values whose parts fit together", "others", told)
 
 
 def _broken(code: str, path: str, expected: str, found: str, message: str) -> CheckFinding:
@@ -266,9 +266,9 @@ def _broken(code: str, path: str, expected: str, found: str, message: str) -> Ch
 
 
 _LOST = {
-    "died": ("worker-died", "a process that lives until it has checked the file", "it ended"),
-    "timed-out": ("timed-out", "a result within the time that a file may take", "none yet"),
-    "version": ("worker-version", "the version of ckptkit that asks", "another"),
+    "died": ("worker-died", "a process that runs until it has checked the file", "it ended"),
+    "timed-out": ("timed-out", "a result within the time allowed for a file", "none yet"),
+    "version": ("worker-version", "the same version of ckptkit", "another"),
     "failed": ("worker-failed", "a result", "an error"),
 }
 """What is said of each way in which others than this process do not come to a result."""
@@ -299,7 +299,7 @@ def hostile_finding(path: str, error: FormatError) -> CheckFinding:
         severity="error",
         path=path,
         rule="max-trust",
-        expected="nothing that runs, imports or opens something",
+        expected="nothing that runs, imports or opens things",
         found=names,
         message=str(error).removeprefix(f"{path}: "),
     )
@@ -314,7 +314,7 @@ def whole_finding(path: str, shards: Sequence[str]) -> CheckFinding:
         rule="selection",
         expected="the whole checkpoint",
         found=list(shards),
-        message=f"checked in place of {listed(shards)}: the index beside a shard stands for all of them",
+        message=f"checked in place of {listed(shards)}: the index beside a shard covers all of them",
     )
 
 
@@ -325,9 +325,9 @@ def missing_result(path: str) -> FileResult:
         severity="error",
         path=path,
         rule="manifest",
-        expected="the file of the manifest",
+        expected="the file in the manifest",
         found="no file",
-        message="the manifest names this file, and it is not there",
+        message="the manifest names this file, but it is missing",
     )
     return FileResult(path=path, rules=("manifest",), findings=(finding,))
 
@@ -403,7 +403,7 @@ class Tally:
     def verdict(self, ok: bool, part: str | None = None) -> str:
         """The outcome in a sentence; ``part``: the share of the files that this is."""
         if not self.files:
-            nothing = "no checkpoint is among the files" if part is None else f"no file falls to part {part}"
+            nothing = "there is no checkpoint among the files" if part is None else f"part {part} has no files"
             return nothing if ok else "nothing was checked"
         files = f"{self.files:,} file" + "s" * (self.files != 1)
         if self.ok:

@@ -19,11 +19,11 @@ from http import HTTPStatus
 from typing import NamedTuple
 from urllib.parse import quote, urljoin, urlsplit, urlunsplit
 
-from ckptkit.bytesource import SourceFile
+from ckptkit.bytesource import SourceFile, pace
 from ckptkit.errors import CorruptError, FileAccessError, MissingFileError
 from ckptkit.remote.connections import Answer, Target, ask
 from ckptkit.remote.retries import Passing, is_passing, masked, retried, told_to_wait
-from ckptkit.remote.store import FarFile, Store, arrived
+from ckptkit.remote.store import FarFile, Store
 from ckptkit.report import human_size
 
 __all__ = ["Described", "HttpStore", "Place", "joined"]
@@ -404,7 +404,7 @@ def _copied(answer: Answer, shown: str) -> SourceFile:
                     break
                 made.write(data)
                 nbytes += len(data)
-                arrived.nbytes += len(data)
+                pace.arrive(len(data))
             if answer.has_more():
                 raise Passing("the server sends more bytes than it announced")
             return SourceFile.of_descriptor(os.dup(made.fileno()), shown)

@@ -21,10 +21,10 @@ from dataclasses import replace
 from functools import partial
 from operator import itemgetter
 
-from ckptkit.bytesource import GAP_NBYTES, Source, at_once
+from ckptkit.bytesource import GAP_NBYTES, Source, at_once, pace
 from ckptkit.errors import CkptkitError, FileAccessError
 from ckptkit.remote.ahead import Passing, ReadAhead
-from ckptkit.remote.store import FarFile, Store, arrived
+from ckptkit.remote.store import FarFile, Store
 
 __all__ = ["RemoteSource"]
 
@@ -64,7 +64,7 @@ _begin: Callable[[_Left], int] = itemgetter(0)
 
 def _read(store: Store, far: FarFile, offset: int, nbytes: int) -> bytes:
     data = store.read(far, offset, nbytes)
-    arrived.nbytes += len(data)
+    pace.arrive(len(data))
     return data
 
 

@@ -6,16 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["FarFile", "Store", "arrived"]
-
-
-class _Arrived:
-    """Bytes of files that servers gave to this process: who watches their pace needs no more."""
-
-    nbytes = 0
-
-
-arrived = _Arrived()
+__all__ = ["FarFile", "Store"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -27,7 +27,7 @@ from ckptkit.report import count_of, listed
 from ckptkit.rewrite.names import module_paths
 from ckptkit.rewrite.storages import with_tensors_replaced
 
-__all__ = ["LeaveOut", "Select", "WeightsOnly", "pair_lists", "places"]
+__all__ = ["LeaveOut", "Select", "WeightsOnly", "pair_lists", "part_paths", "places"]
 
 _MAX_LISTED = 5
 """Names in a message."""
@@ -279,7 +279,7 @@ def _place(checkpoint: Checkpoint, rest: object, path: str) -> _Place:
         # A section's path is that of the first with tensors, or with the number, of those with tensors.
         found = [place for place in found if _holds_tensors(place.value)] or found
     if len(found) < number:
-        known = _part_paths(checkpoint)
+        known = part_paths(checkpoint)
         told = listed([repr(each[:_MAX_PATH]) for each in known], _MAX_PATHS) or "nothing beside the weights"
         meant = did_you_mean(path, known, shown=repr)
         raise RewriteError(f"there is no {shown} to leave out; there is {told}{meant}")
@@ -289,7 +289,7 @@ def _place(checkpoint: Checkpoint, rest: object, path: str) -> _Place:
     return place
 
 
-def _part_paths(checkpoint: Checkpoint) -> list[str]:
+def part_paths(checkpoint: Checkpoint) -> list[str]:
     """The parts that there are beside the weights."""
     top = (join("", key) for key, value in parts(checkpoint.rest) if value is not STATE_DICT)
     sections = (section.path for section in checkpoint.sections if not section.selected and section.path)

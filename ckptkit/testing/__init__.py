@@ -129,7 +129,7 @@ def assert_fits(
         report,
         "assert_fits: the weights do not fit the model",
         subject,
-        f"every tensor of {report.details['reference']}, with its shape, and no other",
+        f"every tensor of {report.details['reference']}, with its shape, and no others",
     )
 
 
@@ -167,7 +167,7 @@ def assert_runs(
     with on_disk(weights, "weights") as subject:
         place: dict[str, Any] = {"device": device, "input_shapes": input_shapes}
         report = _verified(subject, model, model_args, strip_module, golden=golden, **place)
-    agreeing = f", that agree with {os.fsdecode(golden)}" if golden is not None else ""
+    agreeing = f" that agree with {os.fsdecode(golden)}" if golden is not None else ""
     require_passed(
         report,
         "assert_runs: the model does not run as it should",
@@ -250,7 +250,7 @@ def assert_no_pickle(*checkpoints: str | os.PathLike[str]) -> None:
         AssertionError: one does, or cannot be read, or there is none.
     """
     __tracebackhide__ = True
-    _check("assert_no_pickle: a file holds a pickle", checkpoints, no_pickle=True)
+    _check("assert_no_pickle: a file contains a pickle", checkpoints, no_pickle=True)
 
 
 def assert_no_nan(*checkpoints: Weights) -> None:
@@ -282,7 +282,7 @@ def assert_allowed(*checkpoints: str | os.PathLike[str], **policy: Any) -> None:
         CkptkitError: the policy is none.
     """
     __tracebackhide__ = True
-    _check("assert_allowed: not as the policy wants it", checkpoints, **policy)
+    _check("assert_allowed: the policy is not met", checkpoints, **policy)
 
 
 def assert_matches_manifest(
@@ -300,7 +300,7 @@ def assert_matches_manifest(
     """
     __tracebackhide__ = True
     paths = several(checkpoints)
-    _check("assert_matches_manifest: not what the manifest describes", paths, manifest=manifest)
+    _check("assert_matches_manifest: the files do not match the manifest", paths, manifest=manifest)
 
 
 def _check(title: str, paths: Sequence[str | os.PathLike[str]], *, called: str | None = None, **policy: Any) -> None:

@@ -139,7 +139,7 @@ def state_dict_of(
         try:
             made._metadata = OrderedDict((key, builder(value)) for key, value in versions.items())  # type: ignore[attr-defined]
         except _ForeignError as error:
-            raise UnsupportedError(f"the module versions (_metadata) hold {error}", path=path) from None
+            raise UnsupportedError(f"the module versions (_metadata) contain {error}", path=path) from None
         loader.finish()
     return made
 
@@ -207,15 +207,15 @@ def _part(root: object, weights: object, section: str, checkpoint: Checkpoint) -
             stack += [(at, value) for at, value in below if section == at or section.startswith(f"{at}.")][::-1]
     path, names = checkpoint.origin.path, [each.path for each in checkpoint.sections]
     there = f"; sections: {listed([f'{name:.100}' for name in names], _LISTED)}" if names else ""
-    raise SectionError(f"{path}: no keys lead to {section!r:.200}{there}", path=path, names=names)
+    raise SectionError(f"{path}: there is no section {section!r:.200}{there}", path=path, names=names)
 
 
 def _refusal(foreign: Mapping[str, str], count: int) -> str:
     shown = listed([f"{name:.100} ({what:.200})" for name, what in foreign.items()], _LISTED)
     options = " ".join(f"--exclude {glob_of(name)}" for name in list(foreign)[:_LISTED] if len(name) < 200)
     return (
-        f"{len(foreign)} of {count_of(count, 'value')} of the state_dict cannot be built, because no code is run but "
-        f"torch's own: {shown}; ckptkit convert leaves them out with {options}"
+        f"{len(foreign)} of {count_of(count, 'value')} of the state_dict cannot be built, because ckptkit runs no code "
+        f"but torch's own: {shown}; ckptkit convert leaves them out with {options}"
     )
 
 
@@ -259,7 +259,7 @@ class _Builder:
         self._depth += 1
         try:
             if self._depth > _MOST_DEPTH:
-                raise _ForeignError(f"nested more than {_MOST_DEPTH} deep")
+                raise _ForeignError(f"nested more than {_MOST_DEPTH} levels deep")
             made = self._entry(node) if isinstance(node, TensorEntry) else self._make(node)
         finally:
             self._depth -= 1
@@ -344,7 +344,7 @@ class _Builder:
             kind = next(type(value).__name__ for value in values if getattr(value, "__hash__", None) is None)
             raise _ForeignError(f"a key of type {kind}") from None
         if len(hashes) > _MANY_KEYS and 2 * len(set(hashes)) < len(hashes):  # takes time by the square
-            raise _ForeignError(f"{count_of(len(hashes), 'key')} that are made to collide")
+            raise _ForeignError(f"{count_of(len(hashes), 'key')} made to collide")
         return values
 
     def _object(self, node: Object) -> object:
@@ -470,8 +470,8 @@ class _Builder:
             where = layout.device
         elif not isinstance(where, (str, torch.device)):
             raise RewriteError(
-                f"a tensor on {layout.device!r:.60} is saved without a storage there, so a function has nothing to be "
-                "asked about; give map_location a location or a dict of them"
+                f"a tensor on {layout.device!r:.60} is saved without a storage there, so a function has no storage to "
+                "receive; give map_location a location or a dict of locations"
             )
         data = self(layout.data)
         tensor = data if isinstance(data, torch.Tensor) else _by_torch(lambda: torch.from_numpy(data))
@@ -493,7 +493,7 @@ def _by_torch(make: Callable[[], Any]) -> Any:
         return make()
     except (RuntimeError, TypeError, ValueError, NotImplementedError, AttributeError, ImportError) as error:
         reason = str(error).partition("\n")[0]
-        raise _ForeignError(f"torch {torch.__version__} does not make it: {reason:.150}") from error
+        raise _ForeignError(f"torch {torch.__version__} cannot create it: {reason:.150}") from error
 
 
 def _typed(memory: torch.UntypedStorage, dtype: str) -> Any:

@@ -31,7 +31,7 @@ def read(entry: TensorEntry, device: str | torch.device | None) -> torch.Tensor:
     """The values of a tensor; see `TensorEntry.torch`."""
     element = dtype_of(entry.dtype)
     if DTYPES[entry.dtype].kind == "quantized":
-        raise DTypeError(f"elements of {entry.dtype} are values only with the scales of their tensor")
+        raise DTypeError(f"elements of {entry.dtype} have values only together with the scales of their tensor")
     lying, stride = least(entry)
     where = torch.device("cpu")
     if str(device) != "cpu" or entry.requires_grad:  # what cannot be is told before a byte is read
@@ -81,14 +81,14 @@ def _entry(tensor: torch.Tensor, storages: Storages) -> TensorEntry:
         raise UnsupportedError(problem)
     name = str(tensor.dtype).removeprefix("torch.")
     if name not in DTYPES:
-        raise DTypeError(f"a tensor of {tensor.dtype}, which no container is known to hold")
+        raise DTypeError(f"a tensor of {tensor.dtype}, which no known container can store")
     try:
         memory = tensor.untyped_storage()
         address, nbytes = memory.data_ptr(), memory.nbytes()
     except RuntimeError:  # of zeros that are not there, or that a transformation wraps
         raise UnsupportedError("a tensor without memory of its own; .clone() makes it a plain one") from None
     if nbytes and not address:
-        raise UnsupportedError("a tensor whose memory was let go of")
+        raise UnsupportedError("a tensor whose memory was released")
     on_cpu = tensor.device.type == "cpu"
 
     def take() -> ByteRange:
@@ -113,7 +113,7 @@ def _entry(tensor: torch.Tensor, storages: Storages) -> TensorEntry:
     try:
         return entry.check()
     except CorruptError:
-        raise UnsupportedError("a tensor whose memory was let go of") from None
+        raise UnsupportedError("a tensor whose memory was released") from None
 
 
 def _problem(tensor: torch.Tensor) -> str | None:
@@ -125,7 +125,7 @@ def _problem(tensor: torch.Tensor) -> str | None:
     if tensor.is_quantized:
         return "a quantized tensor; .dequantize() makes it a plain one"
     if tensor.device.type == "meta":
-        return "a tensor on the device meta, which has no values"
+        return "a tensor on the meta device, which has no values"
     if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
         kind = f"{type(tensor).__module__}.{type(tensor).__qualname__}"
         plain = ".as_subclass(torch.Tensor) makes it a plain one"

@@ -73,7 +73,7 @@ def dtype_of(name: str) -> torch.dtype:
     """
     found = getattr(torch, dtype(name).name, None)
     if DTYPES[name].bits:
-        raise DTypeError(f"torch has no dtype {name}, whose elements fill no whole byte")
+        raise DTypeError(f"torch has no dtype {name}, whose elements are smaller than a byte")
     if not isinstance(found, torch.dtype):
         newer = f"torch {_SINCE[name]} or later has it" if name in _SINCE else "a newer torch may have it"
         raise DTypeError(f"torch {torch.__version__} has no dtype {name}; {newer}")
@@ -205,7 +205,7 @@ class Loader:
         view = view.conj() if entry.is_conj else view
         if entry.requires_grad and not (element.is_floating_point or element.is_complex):
             raise CorruptError(
-                f"a tensor of {entry.dtype} is marked requires_grad; only floating point and complex ones can be",
+                f"a tensor of {entry.dtype} is marked requires_grad; only floating-point and complex tensors can be",
                 path=entry.storage.source.file.path,
             )
         if entry.is_parameter:
@@ -221,8 +221,8 @@ class Loader:
             known = self._storages[id(storage)] = self._placed(entry, width), width, storage
         if known[1] != width:
             raise UnsupportedError(
-                f"storage {storage.key!r} is viewed as elements of different widths, in a byte order foreign to "
-                "this machine",
+                f"storage {storage.key!r} is viewed as elements of different widths, in a byte order that is not "
+                "this machine's",
                 path=storage.source.file.path,
             )
         return known[0]

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
+from ckptkit.bytesource import pace
 from ckptkit.transfer.workers import MANY_NBYTES, each_file
 
 if TYPE_CHECKING:
@@ -84,6 +85,7 @@ def side_by_side(
     workers: Workers,
     nbytes: Callable[[T], int],
     lost: Callable[[T, Outcome[R]], R],
+    is_far: Callable[[T], bool] = lambda _: False,
 ) -> Iterator[R]:
     """What the work makes of each task, in their order, as it comes.
 
@@ -93,24 +95,37 @@ def side_by_side(
         workers: who does it.
         nbytes: how much a task has to read.
         lost: makes the result of a task that others could not complete, of what is known of it.
+        is_far: whether to ask a task's size takes a trip to another machine.
     """
+    known = None if pace.tell is None else _expected(tasks, nbytes, is_far)
     if workers.are_others(len(tasks)):
         from ckptkit.fleet import each
         from ckptkit.remote import carried
 
         jobs, executor, seconds = workers.jobs, workers.executor, workers.seconds
-        for task, outcome in each(tasks, carried(work), jobs=jobs, executor=executor, seconds=seconds, worth=1):
+        others = each(tasks, carried(work), jobs=jobs, executor=executor, seconds=seconds, worth=1)
+        for number, (task, outcome) in enumerate(others):
+            pace.finish(known[number] if known else 0)
             yield lost(task, outcome) if outcome.problem is not None else outcome.result()
         return
     for start in range(0, len(tasks), _TOGETHER):
         some = tasks[start : start + _TOGETHER]
-        sizes = [nbytes(task) for task in some]
+        sizes = known[start : start + _TOGETHER] if known else [nbytes(task) for task in some]
         if sum(sizes) < MANY_NBYTES:  # threads gain nothing, and each result can be told before the next is begun
             threads = 2 if len(tasks) < (os.cpu_count() or 1) else 1
-            yield from (work(task, threads) for task in some)
+            yield from (_done(work, some, sizes, number, threads) for number in range(len(some)))
         else:
-            yield from each_file(sizes, partial(_numbered, work, some))
+            yield from each_file(sizes, partial(_done, work, some, sizes))
 
 
-def _numbered(work: Work[T, R], tasks: Sequence[T], number: int, threads: int) -> R:
-    return work(tasks[number], threads)
+def _done(work: Work[T, R], tasks: Sequence[T], sizes: Sequence[int], number: int, threads: int) -> R:
+    result = work(tasks[number], threads)
+    pace.finish(sizes[number])
+    return result
+
+
+def _expected(tasks: Sequence[T], nbytes: Callable[[T], int], is_far: Callable[[T], bool]) -> list[int] | None:
+    """The size of each task, told to whoever watches; ``None`` where to ask would take trips."""
+    sizes = None if any(map(is_far, tasks)) else list(map(nbytes, tasks))
+    pace.expect(len(tasks), sum(sizes or ()))
+    return sizes

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ckptkit.architectures import identify
-from ckptkit.bytesource import Source
+from ckptkit.bytesource import Source, pace
 from ckptkit.checkpoint import Checkpoint
 from ckptkit.conversion.options import unselected_weights
 from ckptkit.errors import SectionError, VerifyError
@@ -89,6 +89,7 @@ def verify(
     if options.write_golden is not None:
         require_writable(options.write_golden, force=options.force)
     cuda = [where.index or 0 for where in devices if where.type == "cuda"]
+    pace.enter("building the model")
     with foreign(), torch.random.fork_rng(devices=cuda):
         torch.manual_seed(options.seed)
         started = time.perf_counter()
@@ -134,9 +135,11 @@ def _run(
     """Run every check: each one's line in the document, and what they find."""
     lines: list[VerifyCheckDocument] = []
     findings: list[VerifyFinding] = []
-    for check in CHECKS:
+    for number, check in enumerate(CHECKS, 1):
         name = check.__name__.removeprefix("check_")
         found: list[VerifyFinding] = []
+        nbytes = sum(entry.nbytes for entry in checkpoint.state_dict.values()) if check is check_load else 0
+        pace.enter(f"check {number} of {len(CHECKS)}: {name}", nbytes)
         with context.step(name):
             for finding in check(checkpoint, model, context):
                 found.append(VerifyFinding.of(finding, name))
@@ -163,11 +166,11 @@ def _require_weights(checkpoint: Checkpoint) -> None:
     path = checkpoint.origin.path
     if weights := [section.path for section in checkpoint.sections if section.is_weights]:
         raise SectionError(
-            f"{path}: several sections hold weights; choose one with --section: {listed(weights, 20)}",
+            f"{path}: several sections contain weights; choose one with --section: {listed(weights, 20)}",
             path=path,
             names=weights,
         )
-    raise SectionError(f"{path}: holds no state_dict to verify (it is of kind {checkpoint.origin.kind!r})", path=path)
+    raise SectionError(f"{path}: contains no state_dict to verify (its kind is {checkpoint.origin.kind!r})", path=path)
 
 
 def _given(checkpoint: Checkpoint, strip_module: bool) -> tuple[str, ...]:
@@ -183,7 +186,7 @@ def _identified(reference: Reference) -> Finding:
     return Finding(
         code="identified",
         severity="info",
-        message=f"no model was named; by names and shapes it is {reference.label}"
+        message=f"no model was named; its names and shapes are those of {reference.label}"
         + (f" with {given}" if given else ""),
     )
 
@@ -192,7 +195,7 @@ def _golden(path: str, options: VerifyOptions) -> Golden:
     golden = read_golden(path)
     if options.input_shapes or options.input is not None or options.seed not in (0, golden.inputs.seed):
         raise VerifyError(
-            f"{path}: a golden brings its own inputs; leave --input, --input-shape and --seed out", path=path
+            f"{path}: a golden file contains its own inputs; omit --input, --input-shape and --seed", path=path
         )
     return golden
 
@@ -213,15 +216,15 @@ def _model(checkpoint: Checkpoint, options: VerifyOptions, golden: Golden | None
             return built, reference
         if likely and likely[0].exact:
             raise VerifyError(
-                f"{path}: looks like {likely[0].label}; take the prefix off with --strip-module where wrappers left "
-                "it, else with convert --strip-prefix, or give --model REF",
+                f"{path}: looks like {likely[0].label}; remove the prefix with --strip-module if a wrapper left it, "
+                "otherwise with convert --strip-prefix, or give --model REF",
                 path=path,
             )
         if checkpoint.module is not None:
             names = len(checkpoint.globals)
             raise VerifyError(
-                f"{path}: holds a pickled model; give --model REF to verify its weights in a reference model, or "
-                f"--unsafe-load to run the pickled model itself, which imports the names it holds ({names})",
+                f"{path}: contains a pickled model; give --model REF to verify its weights in a reference model, "
+                f"or --unsafe-load to run the pickled model itself, which imports the names in it ({names})",
                 path=path,
             )
         closest = f" (closest: {', '.join(found.label for found in likely)})" if likely else ""
@@ -255,7 +258,7 @@ def _details(
 ) -> VerifyDetails:
     fit = context.fit
     if fit is None:
-        raise VerifyError("no check looked at how the checkpoint fits; CHECKS must begin with one that does")
+        raise VerifyError("no check tested how the checkpoint fits; CHECKS must begin with one that does")
     return {
         "path": checkpoint.origin.path,
         "reference": context.reference.label,

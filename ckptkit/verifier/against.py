@@ -63,7 +63,7 @@ def check_against(checkpoint: Checkpoint, model: nn.Module, context: Context) ->
         yield Finding(
             code="against-not-loaded",
             severity="error",
-            message=f"{path} does not go into the same model, so no outputs were compared: "
+            message=f"{path} does not fit the same model, so no outputs were compared: "
             + "; ".join(finding.message for finding in grave[:3]),
             fix=grave[0].fix,
         )
@@ -100,7 +100,7 @@ def wrapper_told(path: str) -> Finding:
     return Finding(
         code="against-unwrapped",
         severity="info",
-        message=f"the names in {path} carry a wrapper's prefix; it is compared without it, as --strip-module does",
+        message=f"the names in {path} have a wrapper's prefix; they are compared without it, as --strip-module does",
     )
 
 
@@ -119,7 +119,8 @@ def check_devices(checkpoint: Checkpoint, model: nn.Module, context: Context) ->
             yield Finding(
                 code="forward-failed",
                 severity="error",
-                message=f"the forward pass on {device} failed, which did not on {context.device}: {error_text(error)}",
+                message=f"the forward pass on {device} failed, but did not fail on {context.device}: "
+                f"{error_text(error)}",
             )
             continue
         found = compare_outputs(context.first, made.outputs, tolerance, _noise(model, context, device, made))
@@ -194,7 +195,7 @@ def _told(
             message=f"{what} agree within {allowed}: {told}{first}",
         )
     if parting.parts is not None:
-        where = f"; they part at `{parting.parts}`"
+        where = f"; they diverge at `{parting.parts}`"
         if parting.differs not in (None, parting.parts):
             where += f", after small differences from `{parting.differs}` on"
     else:

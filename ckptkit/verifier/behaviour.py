@@ -43,7 +43,7 @@ def check_behaviour(checkpoint: Checkpoint, model: nn.Module, context: Context) 
         yield Finding(
             code="forward-failed",
             severity="error",
-            message=f"the forward pass on a batch of another size failed: {error_text(error)}",
+            message=f"the forward pass with a different batch size failed: {error_text(error)}",
         )
         return
     rows: list[OutputDifference] = []
@@ -53,7 +53,7 @@ def check_behaviour(checkpoint: Checkpoint, model: nn.Module, context: Context) 
     yield from _constant(first, None if other is None else other.outputs, inputs, context)
     apart = [difference for difference in rows if not difference.is_close]
     if rows and not apart:
-        context.notes["behaviour"] = _note(context, "row 0 is the same in a batch of another size, and again")
+        context.notes["behaviour"] = _note(context, "row 0 is the same in another batch size and in a second run")
         return
     yield from _repeated(model, inputs, context, dtype, tolerance)
     if other is not None and apart and not figures["differs"] and context.options.atol is None:
@@ -72,7 +72,8 @@ def check_behaviour(checkpoint: Checkpoint, model: nn.Module, context: Context) 
         yield Finding(
             code="fixed-batch",
             severity="info",
-            message=f"the model takes no batch of another size ({problem}); whether rows keep apart was not checked",
+            message=f"the model does not accept another batch size ({problem}); whether rows are independent was not "
+            "checked",
         )
     elif not rows:
         yield Finding(code="batch-not-compared", severity="info", message=_not_compared(inputs))
@@ -144,7 +145,7 @@ def _repeated(
         yield Finding(
             code="not-repeatable",
             severity="error",
-            message="the same input gives another result on a second run, in eval mode: " + listed(apart, 3),
+            message="the same input gives a different result on a second run in eval mode: " + listed(apart, 3),
         )
 
 
@@ -168,7 +169,7 @@ def _constant(
         yield Finding(
             code="constant-output",
             severity=severity,  # type: ignore[arg-type]
-            message=f"the outputs hold one value alone: {listed(values, 3)} in all its elements{because}",
+            message=f"every element of an output has the same value: {listed(values, 3)}{because}",
         )
     elif other is not None and _are_alike(first, other, inputs, floating):
         yield Finding(
@@ -193,14 +194,14 @@ def _are_alike(
 def _not_compared(inputs: Inputs) -> str:
     if inputs.is_list:
         return (
-            "a detector's outputs are chosen by rank and threshold, where another rounding may choose others: "
+            "a detector's outputs are chosen by rank and threshold, so different rounding may choose others: "
             "they were compared with a second run, not with those beside another image"
         )
     if inputs.rows is None:
         return (
             "the inputs' first dimensions differ, so they are not a batch; outputs were only compared with a second run"
         )
-    return "no output has a row for each of the input's; outputs were compared with a second run alone"
+    return "no output has a row for each row of the input; outputs were only compared with a second run"
 
 
 def _note(context: Context, what: str) -> str:

@@ -227,14 +227,16 @@ def pick_device(name: str) -> torch.device:
     except (RuntimeError, TypeError):
         device = None
     if device is None or device.type not in ("cpu", "cuda", "mps"):
-        expected = f"{name!r:.80} is not a device to verify on; expected auto, cpu, cuda, cuda:N or mps"
+        expected = f"{name!r:.80} is not a device for verify; expected auto, cpu, cuda, cuda:N or mps"
         raise VerifyError(device_problem(name) or expected)
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= count:
-            raise VerifyError(f"device {name!r} is not here: torch sees {count} CUDA devices; use --device cpu or auto")
+            raise VerifyError(
+                f"device {name!r} is not available: torch sees {count} CUDA devices; use --device cpu or auto"
+            )
     elif device.type == "mps" and not torch.backends.mps.is_available():
-        raise VerifyError(f"device {name!r} is not here; use --device cpu or auto")
+        raise VerifyError(f"device {name!r} is not available; use --device cpu or auto")
     return device
 
 
@@ -249,5 +251,5 @@ def floating_dtype(name: str) -> torch.dtype:
     except DTypeError as error:
         raise VerifyError(f"the model cannot be cast: {error}") from error
     if not found.is_floating_point:
-        raise VerifyError(f"the model cannot be cast to {name}: expected a floating point type, such as float16")
+        raise VerifyError(f"the model cannot be cast to {name}: expected a floating-point type, such as float16")
     return found

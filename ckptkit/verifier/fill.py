@@ -79,7 +79,7 @@ def fill_model(
     tolerated = {*fit.tied, *fit.allowed_missing, *fit.allowed_unexpected}
     left = [name for name in (*keys.missing_keys, *keys.unexpected_keys) if name not in tolerated]
     if left:
-        return f"these names were passed over: {listed(left)}"
+        return f"these names were ignored: {listed(left)}"
     known = {*fit.sources, *tolerated}
     after = model_values(model)
     seeming += [

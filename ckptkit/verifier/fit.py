@@ -58,7 +58,7 @@ def check_fit(checkpoint: Checkpoint, model: nn.Module, context: Context) -> Ite
         yield Finding(
             code="other-weights",
             severity="info",
-            message=f"the weights of section {chosen!r} are verified; the file also holds {listed(others)}",
+            message=f"the weights of section {chosen!r} are verified; the file also contains {listed(others)}",
             fix=context.command(checkpoint.origin.path, "--section", following[0]) if following else None,
         )
 
@@ -99,7 +99,7 @@ def _one_cause(fit: Fit, checkpoint: Checkpoint, model: nn.Module, context: Cont
             code="nothing-matches",
             severity="error",
             message=f"no tensor of {context.reference.label} ({listed(list(expected), 3) or 'it has none'}) is in "
-            f"the checkpoint ({listed(list(checkpoint.state_dict.everything), 3)}): another architecture",
+            f"the checkpoint ({listed(list(checkpoint.state_dict.everything), 3)}): it is another architecture",
         )
     return None
 
@@ -113,9 +113,9 @@ def _old_names(fit: Fit, checkpoint: Checkpoint, fittings: Sequence[Fitting], co
     if best.unexpected and len(found) == 1 and (architecture := _architecture(fit, checkpoint, context)):
         return architecture
     fitting = f"all {fit.of}" if best.is_complete and not best.counters else f"{len(best.sources)} of {fit.of}"
-    others = f"; equally many after {listed([other.label for other in found[1:]], between=' or ')}" if found[1:] else ""
+    others = f"; just as many after {listed([other.label for other in found[1:]], between=' or ')}" if found[1:] else ""
     in_passing = best.options == ("--strip-module",) and not best.unexpected
-    here = " (verify --strip-module does so without writing a file)" if in_passing else ""
+    here = " (verify --strip-module does this without writing a file)" if in_passing else ""
     # What is left over has to go too; of several that fit, the one that is advised is named.
     is_like = best.is_complete and bool(best.unexpected) and context.reference.spec is not None
     options = best.options if found[1:] or not is_like else ()
@@ -224,7 +224,7 @@ def _why_missing(fit: Fit, checkpoint: Checkpoint, context: Context) -> tuple[st
         told = f": the reference ties them to names that are ({pairs}), but only safetensors may leave tied names out"
         return told, context.conversion(checkpoint)
     return (
-        ": its module versions are of layers that have these counts; evaluation does not use them, and torch's "
+        ": its module versions are of layers that have these counters; evaluation does not use them, and torch's "
         "load_state_dict(strict=False) leaves them at 0",
         context.command(checkpoint.origin.path, "--allow-missing", "*num_batches_tracked"),
     )
@@ -250,7 +250,7 @@ def _shapes(fit: Fit, checkpoint: Checkpoint, context: Context) -> Finding:
         code="shape-mismatch",
         severity="error",
         message=f"another head: {listed([f'`{layer}`' for layer in layers])} {'has' if len(layers) == 1 else 'have'}"
-        f" {ours} outputs in the checkpoint and {theirs} in the reference; all else fits ({shown})",
+        f" {ours} outputs in the checkpoint and {theirs} in the reference; everything else fits ({shown})",
         fix=fix,
     )
 
@@ -275,7 +275,7 @@ def _num_classes(outputs: tuple[int, int], checkpoint: Checkpoint, context: Cont
 
 
 def _shape(mismatch: ShapeMismatch) -> str:
-    return f"{mismatch.name} {list(mismatch.checkpoint)} against {list(mismatch.reference)}"
+    return f"{mismatch.name} {list(mismatch.checkpoint)} instead of {list(mismatch.reference)}"
 
 
 def _dtypes(fit: Fit, path: str, context: Context) -> Iterator[Finding]:
@@ -291,7 +291,7 @@ def _dtypes(fit: Fit, path: str, context: Context) -> Iterator[Finding]:
         yield Finding(
             code="dtype-mismatch",
             severity="error",
-            message=f"{count_of(len(across), 'tensor', 'is', 'are')} of another kind than the reference's: "
+            message=f"{count_of(len(across), 'tensor', 'is', 'are')} of a different kind than the reference's: "
             f"{listed(across)}; loading would change their values",
         )
     for (ours, theirs), names in within.items():
@@ -326,16 +326,16 @@ def _remarks(fit: Fit) -> Iterator[Finding]:
             code="batch-counters",
             severity="info",
             message=f"{count_of(len(fit.counters), 'BatchNorm counter', 'is', 'are')} not in the checkpoint "
-            f"({listed(fit.counters, 2)}); torch sets them to 0, as in all weights that record no version of the "
-            "layer",
+            f"({listed(fit.counters, 2)}); torch sets them to 0, as for all weights that do not record a version "
+            "of the layer",
         )
     renamed = [name for name in fit.renamed if name not in fit.counters]
     if renamed:
         yield Finding(
             code="upgraded-keys",
             severity="info",
-            message=f"{count_of(len(renamed), 'tensor', 'is', 'are')} brought to their present names or form by the "
-            f"reference's own loading code: {listed(renamed)}",
+            message=f"{count_of(len(renamed), 'tensor', 'is', 'are')} converted to their current names or format by "
+            f"the reference's own loading code: {listed(renamed)}",
         )
     if fit.allowed_missing:
         yield Finding(

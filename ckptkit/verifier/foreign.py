@@ -88,7 +88,7 @@ class foreign:  # noqa: N801 - read as a word of the language: ``with foreign():
         if self._failed:
             raise VerifyError(f"{self._failed}: {error_text(error)}") from error
         if not isinstance(error, Exception):
-            raise ForeignExitError(f"the model's own code left by {error_text(error)}") from error
+            raise ForeignExitError(f"the model's own code raised {error_text(error)}") from error
 
     def _exit(self, status: int) -> NoReturn:
         """In place of ``os._exit``; a process that was forked ends by it, as it must."""

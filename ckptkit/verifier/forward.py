@@ -93,7 +93,7 @@ def check_forward(checkpoint: Checkpoint, model: nn.Module, context: Context) ->
             code="forward-failed",
             severity="error",
             message=f"the forward pass {place} failed: {error_text(error)}"
-            + ("" if is_given else "; where the model takes another input, give --input-shape"),
+            + ("" if is_given else "; if the model takes a different input, give --input-shape"),
         )
         return
     if not made.outputs:
@@ -108,7 +108,7 @@ def check_forward(checkpoint: Checkpoint, model: nn.Module, context: Context) ->
         yield Finding(
             code="output-not-finite",
             severity="error",
-            message=f"the forward pass {place} gave values that are not numbers: {listed(broken)}",
+            message=f"the forward pass {place} gave values that are not finite: {listed(broken)}",
         )
         return
     context.first = made.outputs
@@ -116,8 +116,8 @@ def check_forward(checkpoint: Checkpoint, model: nn.Module, context: Context) ->
         yield Finding(
             code="empty-output",
             severity="warning",
-            message=f"the forward pass {place} gave empty tensors only (nothing detected), which says nothing of the "
-            "weights",
+            message=f"the forward pass {place} gave only empty tensors (nothing detected), which says nothing about "
+            "the weights",
         )
     else:
         yield Finding(
@@ -134,7 +134,7 @@ def _shapes(outputs: Mapping[str, torch.Tensor], context: Context) -> Iterator[F
     if not expected or context.inputs is None or context.inputs.inputs != tuple(context.reference.inputs):
         return
     wrong = [f"{path or 'the output'} is missing" for path in expected if path not in outputs]
-    wrong += [f"{path or 'a tensor'} is one too many" for path in outputs if path not in expected]
+    wrong += [f"{path or 'a tensor'} is unexpected" for path in outputs if path not in expected]
     for path, shape in expected.items():
         found = tuple(outputs[path].shape) if path in outputs else None
         if found is not None and (
@@ -143,7 +143,7 @@ def _shapes(outputs: Mapping[str, torch.Tensor], context: Context) -> Iterator[F
             wanted = "x".join("?" if size is None else str(size) for size in shape) or "a scalar"
             wrong.append(f"{path or 'the output'} is {'x'.join(map(str, found)) or 'a scalar'}, expected {wanted}")
     if wrong:
-        told = f"the outputs are not those of {context.reference.label}: {listed(wrong)}"
+        told = f"the outputs do not match those of {context.reference.label}: {listed(wrong)}"
         yield Finding(code="output-shape", severity="error", message=told)
 
 

@@ -106,7 +106,7 @@ class Golden:
         """
         if self.spec is None or self.spec.partition(":")[0] not in _SOURCES:
             raise VerifyError(
-                f"{self.path}: was recorded with {self.label}, which is code of yours; name it with --model",
+                f"{self.path}: was recorded with {self.label}, which is your own code; name it with --model",
                 path=self.path,
             )
         return self.spec
@@ -119,7 +119,7 @@ class Golden:
         """
         if spec is not None and self.spec is not None and spec != self.spec:
             raise VerifyError(
-                f"{self.path}: is the golden of {self.spec}, not of {spec}; leave --model out, or fix it",
+                f"{self.path}: is the golden file of {self.spec}, not of {spec}; omit --model, or correct it",
                 path=self.path,
             )
         if dict(args) != dict(self.args):
@@ -154,7 +154,7 @@ def read_golden(path: str) -> Golden:
         values = {n: v.detach().clone() for n, v in tensors(checkpoint.state_dict, map_location="cpu").items()}
     finally:
         file.close()
-    document = parse(text.encode(), DEFAULT_LIMITS, "the golden's description")
+    document = parse(text.encode(), DEFAULT_LIMITS, "the description in the golden file")
     return _golden(_Fields(document, path, "golden"), values, path)
 
 
@@ -209,7 +209,7 @@ class _Fields:
         found: dict[object, object] = self.get(name, dict)
         texts = {key: value for key, value in found.items() if isinstance(key, str) and isinstance(value, str)}
         if len(texts) != len(found):
-            raise self.wrong(repr(name), found, "texts by name")
+            raise self.wrong(repr(name), found, "strings by name")
         return texts
 
 
@@ -225,7 +225,7 @@ def _golden(fields: _Fields, values: Mapping[str, torch.Tensor], path: str) -> G
         raise reference.wrong("'args'", reference.get("args", str), "a dict, as a Python literal")
     dtype: str = fields.get("dtype", str)
     if dtype not in DTYPES or not DTYPES[dtype].is_floating:
-        raise fields.wrong("'dtype'", dtype, "a floating point type")
+        raise fields.wrong("'dtype'", dtype, "a floating-point type")
     tolerance = fields.inner("tolerance")
     outputs = tuple(_output(each, values) for each in fields.each("outputs"))
     atol = tolerance.number("atol")
@@ -272,7 +272,7 @@ def _inputs(fields: _Fields, values: Mapping[str, torch.Tensor], path: str) -> I
         if seed is None:
             raise CorruptError("its inputs are not those it was written with (SHA-256)", path=path)
         raise VerifyError(
-            f"{path}: seed {seed} gives other inputs with torch {torch.__version__} than it was recorded with; "
+            f"{path}: seed {seed} gives different inputs with torch {torch.__version__} than those recorded; "
             "write it again with --input FILE, which keeps the values",
             path=path,
         )

@@ -40,10 +40,10 @@ def require_writable(path: str, *, force: bool) -> None:
         FileAccessError: its folder is not there.
     """
     if os.path.lexists(path) and not force:
-        raise DestinationExistsError(f"{path}: exists already; --force replaces it", path=path)
+        raise DestinationExistsError(f"{path}: already exists; --force replaces it", path=path)
     if os.path.isdir(path) or not os.path.isdir(os.path.dirname(path) or "."):
         raise FileAccessError(
-            f"{path}: a golden cannot be written there: expected a file in a folder that exists", path=path
+            f"{path}: a golden file cannot be written there: expected a file in an existing folder", path=path
         )
 
 
@@ -115,7 +115,7 @@ def _compared(golden: Golden, checkpoint: Checkpoint, model: nn.Module, context:
         found = [_difference(o, first.get(o.path), tolerance.above(noise[o.path])) for o in golden.outputs]
     paths = {each.path for each in golden.outputs}
     found += [
-        OutputDifference(path=path, is_equal=False, is_close=False, reason="it is not in the golden")
+        OutputDifference(path=path, is_equal=False, is_close=False, reason="it is not in the golden file")
         for path in first
         if path not in paths
     ]
@@ -136,7 +136,7 @@ def _circumstances(golden: Golden, model: nn.Module, context: Context) -> Iterat
         yield Finding(
             code="golden-versions",
             severity="info",
-            message=f"{golden.path} was recorded under other circumstances: {listed(changed)}",
+            message=f"{golden.path} was recorded under different conditions: {listed(changed)}",
         )
 
 
@@ -150,7 +150,7 @@ def _told(golden: Golden, found: Sequence[OutputDifference], tolerance: OutputTo
         return Finding(
             code="golden-differs",
             severity="error",
-            message=f"outputs are not those in {golden.path} within {allowed}{of}: "
+            message=f"outputs do not match those in {golden.path} within {allowed}{of}: "
             + listed([str(difference) for difference in apart], 3),
         )
     if all(difference.is_equal for difference in found):
@@ -161,7 +161,7 @@ def _told(golden: Golden, found: Sequence[OutputDifference], tolerance: OutputTo
     return Finding(
         code="golden-close",
         severity="info",
-        message=f"outputs are those in {golden.path} within {allowed}{of}: {listed(told, 3)}",
+        message=f"outputs match those in {golden.path} within {allowed}{of}: {listed(told, 3)}",
     )
 
 
@@ -171,7 +171,7 @@ def _difference(recorded: Recorded, found: torch.Tensor | None, tolerance: Outpu
         reason = "it is missing"
     elif tuple(found.shape) != recorded.shape:
         shapes = ("x".join(map(str, shape)) or "scalar" for shape in (found.shape, recorded.shape))
-        reason = " is the shape, recorded was ".join(shapes)
+        reason = " is the shape, but the record has ".join(shapes)
     if found is None or reason:
         return OutputDifference(path=recorded.path, is_equal=False, is_close=False, reason=reason)
     return compared(recorded.path, found.reshape(-1)[:: recorded.step], recorded.sample, tolerance)
@@ -238,7 +238,7 @@ def _written(
     try:
         data = save(stored, metadata={KEY: json.dumps(document)})
     except Exception as error:
-        raise VerifyError(f"{path}: the outputs cannot be kept in safetensors: {error}", path=path) from error
+        raise VerifyError(f"{path}: the outputs cannot be stored in safetensors: {error}", path=path) from error
     plan = Plan(format=NAME, nbytes=len(data), steps=(LiteralBytes(0, data),), tensors=len(stored), aliases={})
     write_atomically(path, plan, force=context.options.force, check=lambda temporary, _: read_golden(temporary))
     sampled = sum(output["step"] != 1 for output in outputs)
@@ -247,5 +247,5 @@ def _written(
         code="golden-written",
         severity="info",
         message=f"{path}: {count_of(len(outputs), 'output')}{of}, {len(data):,} bytes; "
-        + (f"inputs are made from seed {inputs.seed}" if is_recipe else "inputs are kept in it"),
+        + (f"inputs are made from seed {inputs.seed}" if is_recipe else "it contains the inputs"),
     )

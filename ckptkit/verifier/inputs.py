@@ -159,10 +159,10 @@ def wanted_inputs(known: Sequence[Input], shapes: Sequence[Sequence[int]], label
         if not shape or any(size < 1 for size in shape):
             raise VerifyError(f"input shape {tuple(shape)}: expected sizes of at least 1, such as 1,3,224,224")
         if math.prod(shape) > _MAX_NUMEL:
-            raise VerifyError(f"input shape {tuple(shape)}: {math.prod(shape):,} elements are over {_MAX_NUMEL:,}")
+            raise VerifyError(f"input shape {tuple(shape)}: {math.prod(shape):,} elements are more than {_MAX_NUMEL:,}")
     if not shapes and not known:
         raise VerifyError(
-            f"what {label} takes as input is not known; give --input-shape 1,3,224,224 (once for each input), "
+            f"the input of {label} is unknown; give --input-shape 1,3,224,224 (once for each input), "
             "--input FILE or --no-forward"
         )
     if not shapes:
@@ -225,8 +225,8 @@ def read_inputs(path: str, known: Sequence[Input]) -> Inputs:
             entries = entries if len(entries) == len(rest) else {}
         if not entries:
             raise VerifyError(
-                f"{path}: holds no inputs (its kind is {checkpoint.origin.kind!r}); expected tensors named 0, 1 … "
-                "or by the keywords of the model's forward, or a bare tensor",
+                f"{path}: contains no inputs (its kind is {checkpoint.origin.kind!r}); expected tensors named 0, "
+                "1 … or by the keywords of the model's forward, or a bare tensor",
                 path=path,
             )
         values = {

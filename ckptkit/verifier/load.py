@@ -63,8 +63,8 @@ def check_load(checkpoint: Checkpoint, model: nn.Module, context: Context) -> It
             code="left-on-meta",
             severity="error",
             message=f"{count_of(len(left), 'parameter or buffer')} got no value when the checkpoint was loaded: "
-            f"{listed(left)}; the reference's own loading code passed over them, or its factory left them on the "
-            "meta device",
+            f"{listed(left)}; the reference's own loading code skipped them, or its factory left them on the meta "
+            "device",
         )
         return
     context.loaded = True
@@ -97,15 +97,15 @@ def _not_made(names: list[str]) -> Iterator[Finding]:
         yield Finding(
             code="extra-state",
             severity="warning",
-            message=f"{count_of(len(states), 'value', 'is', 'are')} Python objects, which are never made from a "
-            f"file ({listed(states)}); the model keeps the ones it was built with",
+            message=f"{count_of(len(states), 'value', 'is', 'are')} Python objects, which ckptkit never builds "
+            f"from a file ({listed(states)}); the model keeps its initial ones",
         )
     if others:
         yield Finding(
             code="unloadable-value",
             severity="error",
-            message=f"{count_of(len(others), 'value')} of the checkpoint can only be made by code from elsewhere and "
-            f"cannot be loaded: {listed(others)}",
+            message=f"{count_of(len(others), 'value')} of the checkpoint can only be built by other code and cannot "
+            f"be loaded: {listed(others)}",
         )
 
 
@@ -149,7 +149,7 @@ def _compared(
         yield Finding(
             code="load-differs",
             severity="error",
-            message=f"{count_of(len(different), 'tensor')} in the model are not what the checkpoint holds: "
+            message=f"{count_of(len(different), 'tensor')} in the model {'differs' if len(different) == 1 else 'differ'} from the checkpoint: "
             f"{listed(different)}; names that are tied in the reference have different values in the file, or its "
             "loading code changes them",
         )
@@ -225,13 +225,14 @@ def check_weights(checkpoint: Checkpoint, model: nn.Module, context: Context) ->
         yield Finding(
             code="weights-not-finite",
             severity="error",
-            message=f"{count_of(len(broken), 'tensor', 'holds', 'hold')} values that are not numbers: {listed(broken)}",
+            message=f"{count_of(len(broken), 'tensor', 'contains', 'contain')} values that are not finite: "
+            f"{listed(broken)}",
         )
     if masks:
         yield Finding(
             code="infinite-buffer",
             severity="info",
-            message=f"{count_of(len(masks), 'buffer', 'holds', 'hold')} infinities, as masks do: {listed(masks)}",
+            message=f"{count_of(len(masks), 'buffer', 'contains', 'contain')} infinities, as masks do: {listed(masks)}",
         )
     if zero:
         yield _zeroed(zero, matrices)
@@ -244,7 +245,7 @@ def _zeroed(zero: list[str], matrices: list[str]) -> Finding:
             code="weights-all-zero",
             severity="error",
             message=f"every parameter of two or more dimensions is zero throughout ({listed(zero)}): "
-            "nothing was ever trained or stored in them",
+            "they were never trained or never stored",
         )
     return Finding(
         code="zero-weights",
@@ -278,7 +279,7 @@ def _variances(values: dict[str, object]) -> Iterator[Finding]:
             code="zero-variance",
             severity="warning",
             message=f"{count_of(len(zero), 'layer', 'has', 'have')} running variances of zero: {listed(zero)}; "
-            "the channel never changed in training, and is now scaled by 1/sqrt(eps)",
+            "the channel never changed in training and is now scaled by 1/sqrt(eps)",
         )
 
 

@@ -107,7 +107,7 @@ def model_values(model: nn.Module) -> dict[str, Any]:
         values = dict(model.state_dict(keep_vars=True))
     for name, value in values.items():
         if torch.nn.parameter.is_lazy(value):
-            raise VerifyError(f"the reference's {name!r} is not initialised; run its lazy modules once in the factory")
+            raise VerifyError(f"the reference's {name!r} is not initialized; run its lazy modules once in the factory")
     return values
 
 

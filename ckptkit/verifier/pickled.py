@@ -48,16 +48,16 @@ def load_pickled(checkpoint: Checkpoint) -> tuple[nn.Module, Reference]:
     dangerous = [use.name for use in checkpoint.globals if use.verdict == "dangerous"]
     if checkpoint.trust == "hostile":
         raise VerifyError(
-            f"{path}: is hostile and is not loaded, with --unsafe-load either: it names {listed(dangerous)}", path=path
+            f"{path}: is hostile and is not loaded, even with --unsafe-load: it names {listed(dangerous)}", path=path
         )
     if checkpoint.module is None or format_named(checkpoint.origin.format).loader != _LOADER:
         raise VerifyError(
-            f"{path}: holds no pickled model to run (its kind is {checkpoint.origin.kind!r}); give --model REF",
+            f"{path}: contains no pickled model to run (its kind is {checkpoint.origin.kind!r}); give --model REF",
             path=path,
         )
     files = {entry.storage.source.file for entry in checkpoint.state_dict.values()}
     if not all(isinstance(file, SourceFile) and file.folder is not None for file in files):
-        raise VerifyError(f"{path}: is not a file of its own, as --unsafe-load needs it; unpack it first")
+        raise VerifyError(f"{path}: is not a separate file, which --unsafe-load requires; unpack it first")
     tensors(checkpoint.state_dict, map_location="cpu", mapped=True, checksums=True)
     sys.stderr.write(f"{_printable(path)}: --unsafe-load runs code; loading it imports:\n")
     sys.stderr.writelines(f"  {_printable(use.name)}\n" for use in checkpoint.globals)
@@ -75,7 +75,7 @@ def load_pickled(checkpoint: Checkpoint) -> tuple[nn.Module, Reference]:
     module = _module(loaded, checkpoint.origin.state_path or "")
     if module is None:
         raise VerifyError(
-            f"{path}: torch.load gave no module at {checkpoint.origin.state_path!r}; give --model REF", path=path
+            f"{path}: torch.load returned no module at {checkpoint.origin.state_path!r}; give --model REF", path=path
         )
     if isinstance(module, nn.DataParallel):
         module.device_ids = []  # it computes where the weights are
@@ -111,7 +111,7 @@ def unsafe_findings(checkpoint: Checkpoint, module: nn.Module) -> Iterator[Findi
     yield Finding(
         code="unsafe-load",
         severity="warning",
-        message="the pickled model itself is run, as --unsafe-load asks; loading it imported "
+        message="the pickled model itself is run because of --unsafe-load; loading it imported "
         f"{count_of(len(names), 'name')}: {listed(names, 8)}",
     )
     theirs = model_values(module)
@@ -122,8 +122,8 @@ def unsafe_findings(checkpoint: Checkpoint, module: nn.Module) -> Iterator[Findi
         yield Finding(
             code="pickled-differs",
             severity="error",
-            message=f"{count_of(len(apart), 'tensor')} of the loaded module are not what the file was read to hold: "
-            f"{listed(apart)}; its code changes them while it loads",
+            message=f"{count_of(len(apart), 'tensor')} of the loaded module {'differs' if len(apart) == 1 else 'differ'} from the file: {listed(apart)}; "
+            f"its code changes them while it loads",
         )
 
 

@@ -58,8 +58,8 @@ SAMPLES: Any = {
     # Which records are there.
     "a record twice, the second evil": (HOSTILE, lambda m: m.raw_zip([*m.entries(), {"name": "archive/data.pkl", "data": evil(m)}])),
     "a record twice, the first evil": (HOSTILE, lambda m: m.raw_zip([{"name": "archive/data.pkl", "data": evil(m)}, *m.entries()])),
-    "records equal but for case": (HOSTILE, lambda m: m.raw_zip([*m.entries(), {"name": "archive/DATA.PKL", "data": evil(m)}])),
-    "records equal but for case, in Unicode": (
+    "records differ only in case": (HOSTILE, lambda m: m.raw_zip([*m.entries(), {"name": "archive/DATA.PKL", "data": evil(m)}])),
+    "records differ only in case, in Unicode": (
         HOSTILE, lambda m: m.raw_zip([*m.entries(), {"name": "archive/stra\u00dfe", "data": b"", "flags": 0x800}, {"name": "archive/STRASSE", "data": b""}])
     ),
     "a first record that is not listed": (HOSTILE, lambda m: m.raw_zip([{"name": "archive/data.pkl", "data": evil(m), "unlisted": True}, *m.entries()])),
@@ -75,7 +75,7 @@ SAMPLES: Any = {
     "a root inside a root": (ANSWERED, lambda m: m.raw_zip([*m.entries(), {"name": "archive/archive/data.pkl", "data": b"\x80\x02N."}])),
     "more records than the end record counts": (REFUSED, lambda m: m.raw_zip(m.entries(), count=3, on_disk=3)),
     "fewer records than the end record counts": (REFUSED, lambda m: m.raw_zip(m.entries(), count=5, on_disk=5)),
-    "several volumes": (REFUSED, lambda m: m.raw_zip(m.entries(), on_disk=2)),
+    "multi-volume": (REFUSED, lambda m: m.raw_zip(m.entries(), on_disk=2)),
     "a directory that lies elsewhere": (REFUSED, lambda m: m.raw_zip(m.entries(), offset=0)),
     "a directory of four gigabytes": (REFUSED, lambda m: m.raw_zip(m.entries(), nbytes=0xFFFFFFF0)),
     "a directory that holds more": (REFUSED, lambda m: (lambda z: z[:-22].replace(b"PK\x01\x02", b"PK\x01\x02", 1) + z[-22:-10] + struct.pack("<I", struct.unpack("<I", z[-10:-6])[0]) + z[-6:])(m.raw_zip(m.entries(), count=2, on_disk=2))),

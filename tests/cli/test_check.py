@@ -111,7 +111,7 @@ def test_others_are_skipped_where_that_is_asked_for() -> None:
     check(*named, code=2)
     assert check(*named, "--skip-others").splitlines() == [
         "passed over: 3 files (3 text files)",
-        "no checkpoint is among the files",
+        "there is no checkpoint among the files",
     ]
     assert json.loads(check(*named, "--skip-others", "--json"))["ok"] is True
     lines = check(*named, "a.pth", "e", "--skip-others").splitlines()

@@ -94,7 +94,7 @@ def test_module_inside_a_name_is_left_alone(run, save, tmp_path: Path) -> None:
     names = ["mlp_module.module.weight", "module_list.0.weight", "net.module.bias"]
     done = run("convert", save({name: torch.ones(1) for name in names}), "b.pth", "--strip-module")
     assert done.returncode == 0
-    assert "none of 3 names carries the prefix" in done.stderr
+    assert "none of 3 names has the prefix" in done.stderr
     assert list(torch.load(tmp_path / "b.pth")) == names
 
 
@@ -144,7 +144,7 @@ def test_a_device_that_nothing_is_on_is_told(run, save) -> None:
 def test_one_file_where_an_index_was_asked_for_is_told(run, save, tmp_path: Path) -> None:
     path = save({"a": torch.ones(1)})
     done = run("convert", path, "x.safetensors.index.json")
-    assert "fits into one file: x.safetensors, and no index is written [not-sharded]" in done.stderr
+    assert "fits into one file: x.safetensors, so no index is written [not-sharded]" in done.stderr
     assert (tmp_path / "x.safetensors").exists() and not (tmp_path / "x.safetensors.index.json").exists()
     assert "not-sharded" not in run("convert", path, "y.safetensors").stderr
     two = save({"a": torch.ones(9), "b": torch.ones(9)})
@@ -221,7 +221,7 @@ def test_several_sections_ask(run, save, tmp_path: Path) -> None:
     path = save({"model": {"w": torch.ones(1)}, "ema": {"w": torch.zeros(1)}, "epoch": 3})
     done = run("convert", path, "b.safetensors")
     assert done.returncode == 2
-    assert "several sections hold weights ('model', 'ema')" in done.stderr
+    assert "several sections contain weights ('model', 'ema')" in done.stderr
     chosen = run("convert", path, "b.safetensors", "--section", "ema")
     assert chosen.returncode == 2
     assert "beside the weights (model, epoch)" in chosen.stderr
@@ -237,7 +237,7 @@ def test_an_existing_destination_needs_force(run, save, tmp_path: Path) -> None:
     (tmp_path / "b.safetensors").write_bytes(b"precious")
     done = run("convert", path, "b.safetensors")
     assert done.returncode == 2
-    assert "exists already; --force overwrites it" in done.stderr
+    assert "already exists; --force overwrites it" in done.stderr
     assert (tmp_path / "b.safetensors").read_bytes() == b"precious"
     assert run("convert", path, "b.safetensors", "--force").returncode == 0
     assert sorted(os.listdir(tmp_path)) == ["b.safetensors", "model.pth"]

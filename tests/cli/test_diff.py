@@ -149,7 +149,7 @@ def test_nothing_to_compare(run, files: Path) -> None:
     torch.save({"epoch": 1}, files / "none.pth")
     done = run("diff", "none.pth", "none.pth")
     assert (done.returncode, done.stdout) == (2, "")
-    assert "neither holds a tensor: there is nothing to compare" in done.stderr
+    assert "neither contains a tensor, so there is nothing to compare" in done.stderr
 
 
 def test_control_characters_do_not_reach_the_terminal(run, files: Path) -> None:

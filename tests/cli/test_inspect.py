@@ -87,7 +87,7 @@ def test_text_says_what_it_is(run, ddp_resume: Path) -> None:
     assert "torch-zip, resume" in head
     assert "saved on cpu, cuda:0, cuda:1" in head
     assert "98,890 parameters" in done.stdout
-    assert "314 of 314 names carry a wrapper's prefix" in done.stdout
+    assert "314 of 314 names have a wrapper's prefix" in done.stdout
     assert "epoch  1" in done.stdout
 
 

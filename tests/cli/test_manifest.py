@@ -62,7 +62,7 @@ def test_what_is_passed_over_is_counted_and_not_written(run, weights: Path) -> N
     assert "passed_over" not in lock.read_text()
     (weights / "x.pth").symlink_to("nowhere")
     done = run("manifest", weights)
-    assert done.returncode == 2 and "x.pth: a link that leads to no file" in done.stderr
+    assert done.returncode == 2 and "x.pth: a broken link" in done.stderr
 
 
 def test_json(run, weights: Path) -> None:
@@ -96,7 +96,7 @@ def test_golden_files(run, weights: Path) -> None:
         (["legacy.pth", "--golden", "a", "--golden", "b"], "each as FILE=GOLDEN"),
         (["legacy.pth", "--golden", "a=b", "--golden", "a=c"], "each FILE once"),
         (["none.pth", "-o", "m.json"], "no such file"),
-        (["legacy.pth", "-o", "there.json"], "exists already"),
+        (["legacy.pth", "-o", "there.json"], "already exists"),
         (["legacy.pth", "-o", "there.json", "--update"], "the manifest is not valid JSON"),
         (["legacy.pth", "-o", "none/m.json"], "not below the manifest's folder"),
         (["empty"], "a folder without checkpoint files"),

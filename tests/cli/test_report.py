@@ -86,7 +86,7 @@ def test_a_report_that_cannot_be_made() -> None:
 def test_an_empty_part_says_so() -> None:
     said = [output_of(check, "0.pth", "--part", f"{index}/2") for index in (1, 2)]
     empty = next(index for index, text in enumerate(said) if "0.pth" not in text)
-    assert said[empty] == f"no file falls to part {empty + 1}/2\n"
+    assert said[empty] == f"part {empty + 1}/2 has no files\n"
     document = json.loads(output_of(check, "0.pth", "--part", f"{empty + 1}/2", "--json"))
     assert (document["ok"], document["files"], document["part"]) == (True, [], f"{empty + 1}/2")
     with pytest.raises(VerifyError, match="part '3/2': expected I/N"):
@@ -114,7 +114,9 @@ def test_an_empty_list_is_not_all_there_is() -> None:
     for more in ((), ("--manifest", "lock.json")):
         lines = output_of(check, "--files-from", "list", *more, code=2).splitlines()
         assert lines[1].endswith("[nothing-selected]"), lines
-        assert output_of(check, "--files-from", "list", "--skip-others", *more) == "no checkpoint is among the files\n"
+        assert output_of(check, "--files-from", "list", "--skip-others", *more) == (
+            "there is no checkpoint among the files\n"
+        )
     for command in (inspect, manifest):
         with pytest.raises(FileAccessError, match="list: lists no files"):
             output_of(command, "--files-from", "list")

@@ -95,7 +95,7 @@ def test_inspect(command: Command, saved: Callable[..., Path]) -> None:
     assert done.out.startswith("runs/step-10: dcp, resume, ")
     assert "2 files of 1 rank, pickle needs trust" in done.out.splitlines()[0]
     assert "after 7 steps" in done.out
-    assert "items are pickles of their own and were not read; check, convert and load judge every one" in done.out
+    assert "items are separate pickles and were not read; check, convert and load read every one" in done.out
     assert "    ckptkit check runs/step-10" in done.out.splitlines()
     (file,) = json.loads(command("inspect", "runs", "--json").out)["files"]
     assert (file["path"], file["format"], file["kind"], file["trust"]) == (
@@ -152,7 +152,7 @@ def test_manifest_and_check(command: Command, saved: Callable[..., Path], tmp_pa
     os.chdir("runs/step-10")
     assert json.loads(command("manifest", ".", "--json").out)["files"][0]["path"] == "step-10"
     done = command("manifest", ".", "-o", "lock.json")
-    assert (done.code, "write the manifest beside the files or above them" in done.err) == (2, True)
+    assert (done.code, "write the manifest in the folder of the files or above it" in done.err) == (2, True)
 
 
 @pytest.mark.parametrize("case", ["fsdp2_2", "dtensor_files_2"])
@@ -178,7 +178,7 @@ def test_what_a_manifest_says_of_changed_files(command: Command, saved: Callable
     shutil.rmtree(other)
     done = command("check", "--manifest", "lock.json")
     assert done.code == 1 and "1 of other values (bias)" in done.out
-    assert "2 files of other bytes: .metadata, __0_0.distcp" in done.out
+    assert "2 files with different bytes: .metadata, __0_0.distcp" in done.out
     (folder / "__0_0.distcp").unlink()
     done = command("check", "--manifest", "lock.json")
     assert done.code == 2 and "1 file missing: __0_0.distcp" in done.out and "[file-unreadable]" in done.out
@@ -240,7 +240,7 @@ def test_the_last_step(command: Command, saved: Callable[..., Path], tmp_path: P
     Path("runs/latest").write_text("step-30")
     for arguments in (("inspect", "runs"), ("check", "runs"), ("convert", "runs", "x.pth"), ("manifest", "runs")):
         done = command(*arguments)
-        assert done.code == 2 and "names 'step-30', and no such folder is there" in done.err + done.out, arguments
+        assert done.code == 2 and "names 'step-30', which does not exist" in done.err + done.out, arguments
     assert not Path("x.pth").exists()
 
 
@@ -280,7 +280,7 @@ def test_a_file_of_the_source_is_not_written_over(
 def test_what_is_wrong_inside_a_checkpoint_is_told_alone(command: Command, saved: Callable[..., Path]) -> None:
     folder = saved("step-10")
     done = command("inspect", folder, "--tag", "3")
-    assert (done.code, "it is one checkpoint itself: leave out --tag" in done.err) == (2, True), done.err
+    assert (done.code, "the folder itself is one checkpoint: omit --tag" in done.err) == (2, True), done.err
     (folder / "__0_0.distcp").unlink()
     (folder / "__0_0.distcp").symlink_to("__0_0.distcp")
     done = command("convert", folder, "o.pth")

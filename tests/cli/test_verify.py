@@ -120,7 +120,7 @@ def test_what_is_advised_keeps_how_the_weights_were_taken(folder: Path) -> None:
 
 def test_against_another(folder: Path) -> None:
     text = verify(folder, "net.pth", "--against", folder / "other.pth", code=1)
-    assert "against    error    outputs of" in text and "they part at `2` [against-differs]" in text
+    assert "against    error    outputs of" in text and "they diverge at `2` [against-differs]" in text
     verify(folder, "net.pth", "--against", folder / "other.pth", "--rtol", "10")
     verify(folder, "net.pth", "--against", folder / "other.pth", "--atol", "2")
 

@@ -234,7 +234,7 @@ def test_what_is_not_a_tensor_is_named(save: Save) -> None:
     assert all(name in found.message for name in ("epoch", "names", "args"))
     with ckptkit.open(out) as file:
         assert list(file.state_dict) == ["w.0"]
-    with pytest.raises(RewriteError, match="holds no tensor at all"):
+    with pytest.raises(RewriteError, match="contains no tensors"):
         ckptkit.convert(save({"epoch": 3}), out, all_tensors=True, force=True)
 
 

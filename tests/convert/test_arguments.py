@@ -51,12 +51,12 @@ def test_any_sequence_will_do(source: Path, tmp_path: Path) -> None:
     [
         ({"metadata": {"epoch": 3}}, "metadata 'epoch': 3 is not text; metadata maps strings to strings"),
         ({"metadata": {3: "x"}}, "metadata 3: 'x' is not text"),
-        ({"max_shard_size": 0}, "0 is not a valid size of a file"),
-        ({"max_shard_size": -5}, "-5 is not a valid size of a file"),
+        ({"max_shard_size": 0}, "0 is not a valid file size"),
+        ({"max_shard_size": -5}, "-5 is not a valid file size"),
         ({"map_location": 5}, "'5' is not a device location"),
         ({"tied": "both"}, "no policy 'both' for tied tensors"),
         ({"dtype": torch.int8}, "values cannot be cast to 'int8'"),
-        ({"keep_dtype": "a.*"}, "--keep-dtype exempts from --dtype, which is not given"),
+        ({"keep_dtype": "a.*"}, "--keep-dtype makes exceptions to --dtype, which is not given"),
     ],
 )
 @pytest.mark.parametrize("check", [True, False])
@@ -83,9 +83,9 @@ def test_weights_only_and_leave_out(source: Path, converted, refused) -> None:
 def test_the_place_of_module_versions_is_taken(source: Path, save, refused, convert) -> None:
     for options in ([], ["--no-check"]):
         taken = ["--weights-only", "--metadata", "torch._metadata=mine", *options]
-        assert "'torch._metadata' is where module versions stand" in refused(source, "out.safetensors", *taken)
+        assert "'torch._metadata' is reserved for module versions" in refused(source, "out.safetensors", *taken)
     path = save({"w": torch.ones(1)}, "plain.pth")
-    assert "module versions stand" in refused(path, "out.safetensors", "--metadata", "torch._metadata={}")
+    assert "reserved for module versions" in refused(path, "out.safetensors", "--metadata", "torch._metadata={}")
     assert convert(path, "out.safetensors", "--metadata", "torch._metadata=free text").code == 0
     with safe_open("out.safetensors", "pt") as file:
         assert file.metadata()["torch._metadata"] == "free text"

@@ -393,7 +393,7 @@ def test_as_typed(save: Save, convert: Any) -> None:
 
 def test_what_is_kept_is_not_replaced_by_metadata(save: Callable[..., Path], tmp_path: Path) -> None:
     path = save({"model": {"w.weight": torch.ones(2)}, "dims": {"n": 4}})
-    with pytest.raises(RewriteError, match="--metadata ckptkit_beside: that key holds the plain values"):
+    with pytest.raises(RewriteError, match="--metadata ckptkit_beside: that key is reserved for the plain values"):
         ckptkit.convert(
             path, out := tmp_path / "out.safetensors", keep_beside=True, metadata={"ckptkit_beside": "something"}
         )

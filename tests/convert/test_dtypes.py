@@ -173,7 +173,7 @@ def test_the_plan_lists_casts(save, convert) -> None:
         (["--dtype", "int8"], "values cannot be cast to 'int8'; possible: float64, float32, float16, bfloat16, "),
         (["--dtype", "half"], "cannot be cast to 'half'"),
         (["--dtype", ""], "cannot be cast to ''"),
-        (["--keep-dtype", "w"], "--keep-dtype exempts from --dtype, which is not given"),
+        (["--keep-dtype", "w"], "--keep-dtype makes exceptions to --dtype, which is not given"),
         (["--dtype", "float16", "--keep-dtype", "x.*"], "--keep-dtype 'x.*' matches no name"),
     ],
 )

@@ -70,7 +70,7 @@ def test_each_checkpoint_goes_to_the_same_place(convert, runs: Path, tmp_path: P
     assert passed == "passed over: 2 files (1 pickle, 1 text file)"
     assert last.startswith("5 files converted, ")
     assert "runs/best.pth.tar: 2 of 2 names changed" in done.err
-    assert "none of 1 name carries the prefix (and likewise in 3 other files) [nothing-to-strip]" in done.err
+    assert "none of 1 name has the prefix (and likewise in 3 other files) [nothing-to-strip]" in done.err
 
 
 def test_to_torch_zip(convert, runs: Path, tmp_path: Path) -> None:
@@ -126,7 +126,7 @@ def test_one_file_that_cannot_be_converted_stops_no_other(convert, save: Save, t
     errors = [line for line in done.err.splitlines() if line.startswith("ckptkit: error: ")]
     assert len(errors) == 4
     for name, why in {
-        "in/several.pth": "several sections hold weights",
+        "in/several.pth": "several sections contain weights",
         "in/hostile.pth": "cannot hold",
         "in/bad/flipped.pth": "damaged",
         "in/bad/empty.pth": "the file is empty",
@@ -211,11 +211,11 @@ def test_outputs_that_exist_are_all_named_before_anything_is_written(convert, ru
     done = convert("runs", "out", "--to", "safetensors")
     assert done.code == 2
     assert sorted(done.err.splitlines()[1:]) == ["  out/deep/a.safetensors", "  out/old.safetensors"]
-    assert "2 outputs exist already; --force overwrites them; nothing was written:" in done.err
+    assert "2 outputs already exist; --force overwrites them; nothing was written:" in done.err
     assert below(tmp_path / "out") == ["deep/a.safetensors", "old.safetensors"]
     (tmp_path / "out/old.safetensors").unlink()
     with pytest.raises(
-        DestinationExistsError, match=r"^out/deep/a.safetensors: exists already; --force overwrites it$"
+        DestinationExistsError, match=r"^out/deep/a.safetensors: already exists; --force overwrites it$"
     ):
         ckptkit.convert("runs", "out", to="safetensors")
     assert convert("runs", "out", "--to", "safetensors", "--force").code == 0
@@ -309,18 +309,18 @@ def test_other_names_of_a_checkpoint_are_counted(convert, save: Save, tmp_path: 
 @pytest.mark.parametrize(
     ("source", "destination", "options", "told"),
     [
-        ("runs", "out", [], "a folder's name does not say what to write into it; give --to safetensors or --to torch-"),
+        ("runs", "out", [], "a folder's name does not determine the output format; give --to safetensors or --to "),
         ("runs", "out", ["--to", "onnx"], "no container 'onnx'"),
         ("runs", "out", ["--to", "safetensors", "--dtype", "nothing"], "cannot be cast to 'nothing'"),
         ("runs", "out", ["--to", "safetensors", "--rename", "("], "has no '=>'"),
         ("runs", "out", ["--to", "safetensors", "--max-shard-size", "much"], "is not a valid size"),
         ("runs", "runs/notes.txt", ["--to", "safetensors"], "runs/notes.txt: is a file"),
         ("runs", "runs/notes.txt/out", ["--to", "safetensors"], "runs/notes.txt: is a file"),
-        ("runs", "-", ["--to", "safetensors"], "nothing is written to standard output"),
-        ("runs/old.bin", "-", [], "nothing is written to standard output"),
+        ("runs", "-", ["--to", "safetensors"], "ckptkit cannot write to standard output"),
+        ("runs/old.bin", "-", [], "ckptkit cannot write to standard output"),
         ("bare", "out", ["--to", "safetensors"], "without checkpoint files; passed over: 1 file (1 text"),
         ("none", "out/", ["--to", "safetensors"], "none: no such file"),
-        ("runs/old.bin", "out/", [], "a folder's name does not say what to write into it"),
+        ("runs/best.pth.tar", "out/", [], "a folder's name does not determine the output format"),
         (
             "runs", "y/x.pth", [],
             "4 checkpoints are in this folder: best.pth.tar, old.bin, deep, hub; give one of them, or",
@@ -368,7 +368,7 @@ def test_a_file_into_a_folder_is_named_after_its_source(
         done = convert(source, destination, "--to", "safetensors")
         assert done.code == (0 if destination != "there/" else 2), done.err
         assert below(tmp_path / destination) == [output]
-    assert "there/" + output + ": exists already" in convert(source, "there/", "--to", "safetensors").err
+    assert "there/" + output + ": already exists" in convert(source, "there/", "--to", "safetensors").err
     report = ckptkit.convert(tmp_path / source, tmp_path / "there", to="pt", dry_run=True)
     assert report.details["destination"] == str(tmp_path / "there" / output).replace(".safetensors", ".pt")
     assert below(tmp_path / "there") == [output]
@@ -437,7 +437,7 @@ def test_what_cannot_be_read_is_told(convert, save: Save, tmp_path: Path) -> Non
     (tmp_path / "in/gone.pth").symlink_to("nowhere.pth")
     done = convert("in", "out", "--to", "safetensors")
     assert done.code == 2
-    assert "error: in/gone.pth: a link that leads to no file" in done.err
+    assert "error: in/gone.pth: a broken link" in done.err
     assert below(tmp_path / "out") == ["a.safetensors"]
 
 
@@ -447,7 +447,7 @@ def test_a_folder_that_cannot_be_written_to_is_told_once(save: Save, open_folder
         torch.save({"w": torch.ones(1)}, open_folder / f"in/{number}.pth")
         (open_folder / f"in/{number}.pth").chmod(0o644)
     (open_folder / "in").chmod(0o755)
-    with pytest.raises(FileAccessError, match=r"nothing can be written into this folder"):
+    with pytest.raises(FileAccessError, match=r"this folder is not writable"):
         unprivileged(_raised_if_any, open_folder / "in", open_folder / "in" / "out")
 
 

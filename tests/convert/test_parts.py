@@ -205,7 +205,7 @@ def test_missing_parts_are_named_with_their_commands(convert, source: Path) -> N
     arguments += ["--rename", "^head=>top head", "--metadata", "a b=c"]
     none = convert(*arguments, "--finish")
     assert none.code == 2
-    assert "no part of it is there; write each of N parts, from 1/N to N/N: ckptkit convert source.pth" in none.err
+    assert "it has no parts yet; write each of N parts, from 1/N to N/N: ckptkit convert source.pth" in none.err
     for number in (1, 4):
         assert convert(*arguments, "--part", f"{number}/4").code == 0
     (hidden,) = Path("out").iterdir()
@@ -351,7 +351,7 @@ def test_what_is_there_is_replaced_at_the_end(convert, save, source: Path, state
     before = {path: path.read_bytes() for path in Path("out").iterdir()}
     arguments = (source, "out/model.safetensors", "--weights-only", "--max-shard-size", SIZE)
     refused = convert(*arguments, "--part", "1/2")
-    assert (refused.code, "exists already; --force overwrites it" in refused.err) == (2, True)
+    assert (refused.code, "already exists; --force overwrites it" in refused.err) == (2, True)
     assert {path: path.read_bytes() for path in Path("out").iterdir()} == before
     for number in (1, 2):
         assert convert(*arguments, "--part", f"{number}/2", "--force").code == 0
@@ -360,7 +360,7 @@ def test_what_is_there_is_replaced_at_the_end(convert, save, source: Path, state
     if os.name == "posix":
         assert hidden.stat().st_mode & 0o777 == 0o700
     refused = convert(*arguments, "--finish")
-    assert (refused.code, "exists already; --force overwrites it" in refused.err) == (2, True)
+    assert (refused.code, "already exists; --force overwrites it" in refused.err) == (2, True)
     assert convert(*arguments, "--finish", "--force").code == 0
     os.mkdir("one")
     assert convert(source, "one/model.safetensors", *arguments[2:]).code == 0
@@ -368,12 +368,12 @@ def test_what_is_there_is_replaced_at_the_end(convert, save, source: Path, state
     if os.name == "posix":
         assert {path.stat().st_mode & 0o777 for path in Path("out").iterdir()} == {0o600}
     again = convert(*arguments, "--finish")
-    assert (again.code, "exists already" in again.err) == (2, True)
+    assert (again.code, "already exists" in again.err) == (2, True)
 
 
 @pytest.mark.parametrize("asked", [{"part": "1/2"}, {"finish": True}])
 def test_nothing_to_share(source: Path, tmp_path: Path, asked: dict[str, Any]) -> None:
-    with pytest.raises(RewriteError, match=r"all of it fits into one file of .* and there is nothing to share"):
+    with pytest.raises(RewriteError, match=r"everything fits into one file of .* so there is nothing to share"):
         ckptkit.convert(source, tmp_path / "m.safetensors", weights_only=True, max_shard_size="1GB", **asked)
     with pytest.raises(RewriteError, match="there is nothing to share; leave it out"):
         ckptkit.convert(source, tmp_path / "m.pth", **asked)
@@ -388,12 +388,12 @@ def test_nothing_to_share(source: Path, tmp_path: Path, asked: dict[str, Any]) -
         ({"part": "0/3"}, "--part '0/3': expected I/N, I from 1 to N, such as 2/8"),
         ({"part": "4/3"}, "expected I/N"),
         ({"part": "1"}, "expected I/N"),
-        ({"part": "1/2", "finish": True}, "--finish ends what the parts wrote; leave out --part 1/2"),
+        ({"part": "1/2", "finish": True}, "--finish combines the parts; omit --part 1/2"),
         ({"dry_run": True, "finish": True}, "leave out --dry-run"),
         ({"part": "1/999999999"}, "--part 1/999999999: there are at most 10,000 shards"),
-        ({"part": "1/2", "jobs": 2}, "a part is written by one process; leave out --jobs"),
+        ({"part": "1/2", "jobs": 2}, "one process writes a part; omit --jobs"),
         ({"jobs": 0}, "--jobs 0: expected a whole number from 1"),
-        ({"files_from": "list.txt"}, "--files-from list.txt lists files of a folder; one checkpoint is converted"),
+        ({"files_from": "list.txt"}, "--files-from list.txt lists files of a folder, but the source is one checkpoint"),
         ({"executor": 3}, "executor is int; expected a concurrent.futures.Executor"),
     ],
 )

@@ -163,8 +163,12 @@ def test_the_container(save, convert, agree, name: str, to: str | None, is_zip: 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["out.h5"], "the ending '.h5' chooses no container; use .pth, .pt, .pkl, .ckpt, .bin, .safetensors, or --to"),
-        (["out"], "the ending '' chooses no container"),
+        (
+            ["out.h5"],
+            "the extension '.h5' does not belong to a known container; use .pth, .pt, .pkl, .ckpt, .bin, "
+            ".safetensors, or --to",
+        ),
+        (["out"], "the extension '' does not belong to a known container"),
         (["out.pth", "--to", "onnx"], "no container 'onnx'; one of: torch-zip, safetensors"),
         (["folder.pth"], "folder.pth: "),
         (
@@ -182,7 +186,7 @@ def test_bad_destinations(save, refused, tmp_path: Path, arguments: list[str], w
 
 def test_force(source: Path, convert, refused) -> None:
     Path("out.pth").write_bytes(b"precious")
-    assert refused(source, "out.pth") == "ckptkit: error: out.pth: exists already; --force overwrites it"
+    assert refused(source, "out.pth") == "ckptkit: error: out.pth: already exists; --force overwrites it"
     assert Path("out.pth").read_bytes() == b"precious"
     assert convert(source, "out.pth", "--force").code == 0
     assert torch.load("out.pth")["epoch"] == 3
@@ -191,7 +195,7 @@ def test_force(source: Path, convert, refused) -> None:
 
 def test_onto_itself(source: Path, refused, convert) -> None:
     before = torch.load(source)
-    assert "exists already" in refused(source, source, "--strip-module")
+    assert "already exists" in refused(source, source, "--strip-module")
     assert convert(source, source, "--strip-module", "--force").code == 0
     after = torch.load(source)
     assert list(after["state_dict"]) == [name.removeprefix("module.") for name in before["state_dict"]]

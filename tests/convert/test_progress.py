@@ -6,13 +6,15 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 import ckptkit
-from ckptkit.cli import ending
+from ckptkit import bytesource
+from ckptkit.cli import ending, main
 from ckptkit.cli.ending import progress_line
 
 pty = pytest.importorskip("pty")
@@ -165,6 +167,87 @@ def test_on_a_terminal(save, tmp_path: Path, options: list[str], there: bool) ->
     assert bool(text) == there
     if there:
         assert shown(text.decode())[-1].startswith("100%  ")
+
+
+# Commands that are not told how far they are, but leave word of what they read.
+
+
+@pytest.fixture
+def watched(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., list[str]]:
+    """Runs a command on a terminal so fast that each change is told: all that stood on the line."""
+    monkeypatch.setattr(ending, "_SECONDS", 0)
+
+    def command(*words: object, patience: float = 0) -> list[str]:
+        monkeypatch.setattr(ending, "_PATIENCE_SECONDS", patience)
+        monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+        with pytest.raises(SystemExit) as ended:
+            main([*map(str, words)])
+        out, err = capsys.readouterr()
+        assert ended.value.code == 0, (out, err)
+        assert "\r" not in out
+        assert bytesource.pace.tell is None
+        told, _, after = err.rpartition("\r")
+        assert "%" not in after
+        return [line.rstrip() for line in told.split("\r") if line.strip() and not line.startswith("ckptkit")]
+
+    return command
+
+
+@pytest.fixture
+def three(save) -> list[Path]:
+    return [save({"w": torch.ones(n, 1000), "t": torch.ones(9, 9)}, f"{n}.pth") for n in (600, 700, 800)]
+
+
+GOING = re.compile(r" *\d+%(  [\d.]+ [kM]?B of [\d.]+ MB  [\d.]+ [kMGT]?B/s)?(  \d+:\d\d left)?(  \d of 3 files)?")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        *(["check"], ["check", "--no-nan"], ["manifest"], ["inspect", "--stats"], ["inspect"]),
+        *(["check", "--jobs", "2"], ["inspect", "--stats", "--jobs", "2"]),
+    ],
+    ids=" ".join,
+)
+def test_bytes_and_files_of_several(watched, three: list[Path], words: list[str]) -> None:
+    told = watched(*words, *three)
+    assert told
+    assert all(GOING.fullmatch(line) for line in told), told
+    shares = [int(line[:4].strip(" %")) for line in told]
+    assert shares == sorted(shares)
+    assert len(set(shares)) >= 3
+    assert told[-1].startswith("100%") and told[-1].endswith("  3 of 3 files")
+    assert (" of 8.41 MB  " in told[-1]) == (words != ["inspect"]), told[-1]
+    if "--jobs" not in words:
+        assert watched(*words, *three, "-q") == []
+        assert watched(*words, *three, patience=60) == []
+
+
+def test_what_is_verified_and_how_many_files_were_looked_at(watched, three: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text("from torch import nn\ndef build(): return nn.Linear(300, 300)\n")
+    torch.save(torch.nn.Linear(300, 300).state_dict(), tmp_path / "weights.pth")
+    words = ["--model", f"{tmp_path}/net.py:build", "--input-shape", "2,300"]
+    told = watched("verify", tmp_path / "weights.pth", *words)
+    stages = list(dict.fromkeys(line.rpartition("  ")[0] if line[-3] == ":" else line for line in told))
+    assert stages[:3] == ["loading torch", "building the model", "check 1 of 8: fit"]
+    assert "check 4 of 8: forward" in stages
+    assert any(re.search(r"\d+%  .* of 361 kB  .*check 2 of 8: load$", line) for line in stages), stages
+    for number in range(5):
+        (tmp_path / f"{number}.txt").write_text("not a checkpoint")
+    assert "5 files looked at" in watched("check", tmp_path)
+
+
+def test_the_line_never_wraps(watched, three: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.stderr, "fileno", lambda: 2)
+    for columns, least in ((200, 50), (40, 20), (24, 15), (3, 2)):
+        monkeypatch.setattr(os, "get_terminal_size", lambda fd, columns=columns: os.terminal_size((columns, 24)))
+        lines = watched("check", *three)
+        assert least <= max(map(len, lines)) < columns, lines
+
+
+def test_nobody_who_does_not_watch_counts(three: list[Path]) -> None:
+    ckptkit.check(three)
+    assert (bytesource.pace.read, bytesource.pace.done, bytesource.pace.files) == (0, 0, 0)
 
 
 @pytest.mark.parametrize("check", [True, False])

@@ -124,7 +124,7 @@ def test_nothing_left(save, refused, options: list[str], words: str) -> None:
 def test_a_section_is_chosen(save, converted, refused, agree) -> None:
     raw, ema = model().state_dict(), {name: tensor + 1 for name, tensor in model().state_dict().items()}
     path = save({"model": raw, "ema": ema, "epoch": 3})
-    assert "several sections hold weights ('model', 'ema')" in refused(path, "out.safetensors", "--weights-only")
+    assert "several sections contain weights ('model', 'ema')" in refused(path, "out.safetensors", "--weights-only")
     assert "no section 'emma'" in refused(path, "out.pth", "--section", "emma")
     agree(converted(path, "ema.pth", "--section", "ema", "--weights-only"), ema)
     agree(converted(path, "raw.safetensors", "--section", "model", "--weights-only"), raw, ordered=False)
@@ -263,7 +263,7 @@ def test_a_pth_that_keeps_hostile_names_says_so(thing: object, save, tmp_path: P
     assert (
         "torch.nn.modules.module.Module.__init__" if isinstance(thing, Reaches) else "__builtin__.eval"
     ) in finding.message
-    assert ckptkit.inspect(target)["trust"] == "hostile", "what is written is as hostile"
+    assert ckptkit.inspect(target)["trust"] == "hostile", "the output is as hostile"
     for options in ({"weights_only": True}, {"leave_out": ["extra"]}):
         clean = tmp_path / "clean.pth"
         assert hostile(ckptkit.convert(source, clean, force=True, **options)) == []

@@ -120,7 +120,7 @@ def test_overwriting_leaves_no_old_shard(save, convert, refused, agree, state: d
     path = save(state, "source.pth")
     assert convert(path, "m.safetensors", "--max-shard-size", "2kB").code == 0
     many = len(os.listdir())
-    assert "m.safetensors.index.json: exists already; --force" in refused(
+    assert "m.safetensors.index.json: already exists; --force" in refused(
         path, "m.safetensors", "--max-shard-size", "9kB"
     )
     assert convert(path, "m.safetensors", "--max-shard-size", "9kB", "--force").code == 0

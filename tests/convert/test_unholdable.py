@@ -62,7 +62,7 @@ def test_everything_is_listed_at_once(source: Path, refused) -> None:
         "layer._extra_state (<dict of 2>)",
     ):
         assert kind in line
-    assert line.endswith("or write a .pth, which holds all")
+    assert line.endswith("or write a .pth, which stores everything")
 
 
 def test_exactly_those_options_work(source: Path, refused, converted, agree) -> None:
@@ -116,7 +116,8 @@ def test_what_could_be_kept_as_text_is_named(save, refused) -> None:
     weights = {"w.weight": torch.ones(2)}
     line = refused(save({"model": weights, "dims": {"n": 4}, "sr": "40k"}), "out.safetensors")
     assert (
-        "(dims, sr): --weights-only leaves it out, --leave-out KEY a part, --keep-beside keeps it as text; or" in line
+        "(dims, sr): --weights-only leaves it out, --leave-out KEY leaves out one part, --keep-beside keeps it as "
+        "text; or" in line
     )
     line = refused(save({"model": weights, "epoch": 3, "stride": torch.ones(3)}, "some.pth"), "out.safetensors")
     assert "a part, --keep-beside keeps epoch as text; or" in line

@@ -205,8 +205,8 @@ def test_what_a_worker_raises_is_raised(folders: Path, source: Path, threads: Ex
     [
         (None, {"rename": lambda name: name}, "--rename .* cannot be sent to other processes"),
         (None, {"map_location": lambda storage, tag: None}, "--map-location .* cannot be sent"),
-        ("bytes", {}, "workers open the source themselves, by its path"),
-        ("file", {}, "workers open the source themselves, by its path"),
+        ("bytes", {}, "workers open the source by its path"),
+        ("file", {}, "workers open the source by its path"),
     ],
 )
 def test_what_cannot_travel(folders: Path, source: Path, given: str | None, options: dict[str, Any], told: str) -> None:
@@ -290,7 +290,7 @@ def test_parts_of_a_folder_are_its_files_each_once(convert, runs: Path, tmp_path
     again = convert(*arguments[:-1], "--part", "2/4")
     assert again.code == (2 if json.loads(convert(*arguments, "--part", "2/4", "--force").out)["files"] else 0)
     finished = convert(*arguments[:-1], "--finish")
-    assert (finished.code, "each file of a folder is whole by itself" in finished.err) == (2, True)
+    assert (finished.code, "the files of a folder are converted whole" in finished.err) == (2, True)
 
 
 def test_shares_are_the_same_wherever_the_folder_lies(convert, runs: Path, tmp_path: Path) -> None:
@@ -316,7 +316,7 @@ def test_files_from_a_list(convert, runs: Path, tmp_path: Path) -> None:
     assert (done.code, "runs/gone.pth: no such file" in done.err) == (2, True)
     assert sorted(trees(tmp_path / "out")) == ["b/c/four.safetensors", "six.safetensors"]
     for text, told in (
-        ("source.pth\n", "source.pth does not lie below runs"),
+        ("source.pth\n", "source.pth is not below runs"),
         ("\n", "lists no file to convert"),
     ):
         Path("list.txt").write_text(text)

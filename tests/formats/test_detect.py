@@ -117,7 +117,7 @@ def test_a_name_no_file_can_have(tmp_path: Path) -> None:
 
 
 def test_an_unknown_section_closes_the_file(save: Save) -> None:
-    with pytest.raises(SectionError, match="no section 'ema' holds weights; sections that do: 'model'"):
+    with pytest.raises(SectionError, match="no section 'ema' contains weights; sections that do: 'model'"):
         formats.read(save({"model": WEIGHTS, "epoch": 1}), section="ema")
 
 
@@ -147,8 +147,12 @@ def test_the_destination_chooses_the_container(destination: Any, name: str | Non
 @pytest.mark.parametrize(
     ("destination", "name", "words"),
     [
-        ("a.onnx", None, "the ending '.onnx' chooses no container; use .pth, .pt, .*.safetensors, or --to"),
-        ("noending", None, "the ending '' chooses no container"),
+        (
+            "a.onnx",
+            None,
+            "the extension '.onnx' does not belong to a known container; use .pth, .pt, .*.safetensors, or --to",
+        ),
+        ("noending", None, "the extension '' does not belong to a known container"),
         ("a.pth", "onnx", "no container 'onnx'; one of: .*torch-zip.*safetensors"),
     ],
 )

@@ -188,7 +188,7 @@ def test_what_follows_and_is_not_compressed_is_refused(data: bytes, put: Put) ->
 def test_cut_off_at_any_place_it_is_refused(compression: str, put: Put) -> None:
     whole = COMPRESS[compression](MODEL)
     for length in sorted({8, 12, 20, 100, len(whole) // 2, *range(len(whole) - 30, len(whole))}):
-        with pytest.raises(CorruptError, match=r"m.pth: .*Get the file again"):
+        with pytest.raises(CorruptError, match=r"m.pth: .*Download or copy the file again"):
             ckptkit.open(put("m.pth", whole[:length]))
 
 
@@ -285,10 +285,14 @@ def test_a_disk_that_is_full(put: Put, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_memory_is_bounded_too(put: Put) -> None:
     large = lzma.compress(MODEL, filters=[{"id": lzma.FILTER_LZMA2, "dict_size": 1 << 29}])
-    with pytest.raises(UnsupportedError, match=r"xz-compressed so that it takes over 268,435,456 bytes of memory"):
+    with pytest.raises(
+        UnsupportedError,
+        match=r"xz-compressed in a way that takes more than 268,435,456 bytes of "
+        r"memory",
+    ):
         ckptkit.open(put("m.xz", large))
     wide = zstandard.ZstdCompressor(compression_params=zstandard.ZstdCompressionParameters(window_log=28)).compressobj()
-    with pytest.raises(UnsupportedError, match=r"zstd-compressed so that it takes over"):
+    with pytest.raises(UnsupportedError, match=r"zstd-compressed in a way that takes more than"):
         ckptkit.open(put("m.zst", wide.compress(MODEL) + wide.flush()))
 
 
@@ -594,7 +598,7 @@ def test_a_nemo_file(mode: str, put: Put, tmp_path: Path) -> None:
     with ckptkit.open(path) as file:
         told = {finding.code: finding.message for finding in file.findings}
         assert (told["inside-an-archive"], file.trust) == (
-            "'model_weights.ckpt' of this archive (a NeMo model) is shown; "
+            "'model_weights.ckpt' in this archive (a NeMo model) is shown; "
             "others: 'tokenizer.model', 'model_config.yaml'",
             "safe",
         )
@@ -623,7 +627,7 @@ def test_a_model_of_stable_baselines3(method: int, put: Put) -> None:
     same(path)
     with ckptkit.open(path) as file:
         (told,) = (finding.message for finding in file.findings if finding.code == "inside-an-archive")
-        assert told.startswith("'policy.pth' of this archive (a model of stable-baselines3) is shown; others: 'data', ")
+        assert told.startswith("'policy.pth' in this archive (a model of stable-baselines3) is shown; others: 'data', ")
         assert file.trust == "safe"
     with ckptkit.open(f"{path}!policy.optimizer.pth") as file:
         assert file.trust == "safe" and file.path == f"{path}!policy.optimizer.pth"
@@ -683,7 +687,7 @@ def test_one_checkpoint_by_its_content_is_meant(kind: str, put: Put) -> None:
     ):
         ckptkit.open(path)
     same(f"{path}!b/y")
-    with pytest.raises(UnknownFormatError, match=r"by a path: .* no member can be named: FILE!a/x, FILE!b/y"):
+    with pytest.raises(UnknownFormatError, match=r"by its path: .* cannot be named: FILE!a/x, FILE!b/y"):
         ckptkit.open(Path(path).read_bytes())
     path = put("release.zip", ARCHIVES[kind](others))
     with pytest.raises(UnknownFormatError, match=r"archive without a torch checkpoint|tar archive that is not a che"):

@@ -98,7 +98,7 @@ assert ckptkit.diff(resume, "clean.box", strip_module=True).ok
 try:
     ckptkit.convert("clean.box", "many.box", max_shard_size=100)
 except ckptkit.RewriteError as error:
-    assert "no index makes one checkpoint of several box files" in str(error), error
+    assert "there is no index format for several box files" in str(error), error
 else:
     raise SystemExit("boxes have no index")
 shutil.copy("clean.box", "folder")  # which has no ending

@@ -180,7 +180,7 @@ class Table:
 )
 def test_what_is_no_checkpoint_still_is_none(value: object, tmp_path: Path) -> None:
     for protocol in range(6):
-        with pytest.raises(UnknownFormatError, match=r"a Python pickle .*, but not one torch.save wrote"):
+        with pytest.raises(UnknownFormatError, match=r"a Python pickle .*, but not written by torch.save"):
             formats.read(put(tmp_path, pickle.dumps(value, protocol)))
 
 
@@ -256,7 +256,7 @@ def test_joblib_of_objects_is_told_as_before(tmp_path: Path) -> None:
     path = tmp_path / "model.joblib"
     for value in (Table(), {"w": np.ones(3), "o": np.array([{}, 3], object)}):
         joblib.dump(value, path)
-        with pytest.raises(UnknownFormatError, match=r"a joblib file, not one torch.save wrote; joblib.load reads it"):
+        with pytest.raises(UnknownFormatError, match=r"a joblib file, not written by torch.save; joblib.load reads it"):
             formats.read(path)
 
 

@@ -227,14 +227,14 @@ def test_bytes_that_are_wanted_as_bytes_too_are_whole(protocol: int, tmp_path: P
 )
 def test_without_a_storage_it_is_no_checkpoint(value: object, tmp_path: Path) -> None:
     for protocol in range(6):
-        with pytest.raises(UnknownFormatError, match=r"but not one torch[.]save wrote"):
+        with pytest.raises(UnknownFormatError, match=r"but not written by torch[.]save"):
             formats.read(put(tmp_path, pickle.dumps(value, protocol)))
 
 
 def test_joblibs_arrays_between_the_opcodes(tmp_path: Path) -> None:
     wrapper = b"cjoblib.numpy_pickle\nNumpyArrayWrapper\n)\x81}b" + torch.ones(2).numpy().tobytes()
     data = pickle.dumps([torch.ones(2)], 3)[:-1] + wrapper + b"0."
-    with pytest.raises(UnknownFormatError, match=r"a joblib file, not one torch.save wrote; joblib.load reads it"):
+    with pytest.raises(UnknownFormatError, match=r"a joblib file, not written by torch.save; joblib.load reads it"):
         formats.read(put(tmp_path, data))
 
 
@@ -268,7 +268,7 @@ def test_a_storage_that_does_not_add_up(protocol: int, tmp_path: Path) -> None:
     data = bytearray(legacy(torch.arange(300.0).untyped_storage()))
     data[-1208] ^= 1  # its count
     path = put(tmp_path, pickle.dumps({"w": torch.ones(2), "s": Given(bytes(data))}, protocol))
-    with pytest.raises(CorruptError, match="1,201 elements lie here, the object says 1,200"):
+    with pytest.raises(CorruptError, match="1,201 elements are here, but the object says 1,200"):
         formats.read(path)
 
 

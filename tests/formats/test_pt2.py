@@ -276,11 +276,11 @@ def meta(**fields: Any) -> Callable[[dict[str, Any]], None]:
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
-        (setting(path_name="weight_99"), CorruptError, "no record of that name"),
+        (setting(path_name="weight_99"), CorruptError, "no record with that name"),
         (setting(path_name=3), CorruptError, "'path_name' is a int; str is expected"),
         (setting(is_param="yes"), CorruptError, "'is_param'"),
         (setting(tensor_meta=None), CorruptError, "'tensor_meta'"),
-        (setting(use_pickle=True, path_name="gone"), CorruptError, "no record of that name"),
+        (setting(use_pickle=True, path_name="gone"), CorruptError, "no record with that name"),
         (meta(dtype=99), UnsupportedError, "scalar type 99"),
         (meta(dtype=True), CorruptError, "'dtype'"),
         (meta(sizes=[{"as_expr": "s0"}, {"as_int": 3}]), CorruptError, "not a whole number"),
@@ -307,7 +307,7 @@ def test_configs_that_are_no_json_of_payloads(text: bytes, path: Path) -> None:
 
 
 def test_an_archive_without_a_model(path: Path) -> None:
-    with pytest.raises(UnsupportedError, match="without a model in it"):
+    with pytest.raises(UnsupportedError, match="without a model"):
         formats.read(with_data(path, lambda name, data: data if name == "archive_format" else None))
 
 

@@ -104,7 +104,7 @@ def torch7(*numbers_and_text: int | bytes, lines: bool = False) -> bytes:
 
 NO_CHECKPOINTS: dict[str, tuple[bytes, str]] = {
     "empty": (b"", "the file is empty .0 bytes.: an interrupted download"),
-    "zeros": (bytes(1_000_000), "1,000,000 bytes of zeros: the room for a file was made and its content never arrived"),
+    "zeros": (bytes(1_000_000), "1,000,000 bytes of zeros: space for the file was reserved but"),
     "zeros first": (bytes(1_000_000) + b"x", "it begins with zeros up to about byte 983,040"),
     "git-lfs pointer": (POINTER, rf"git-lfs pointer, not the file of 102,530,333 bytes .sha256 {DIGEST}. it stands for"
                                  "; run: git lfs pull"),
@@ -114,16 +114,16 @@ NO_CHECKPOINTS: dict[str, tuple[bytes, str]] = {
     "html of an error": (b"<html><title>404 Not Found</title>", "there is no file at that address"),
     "html in capitals": (b"\n\n  <HTML><head>", "an HTML page, not a checkpoint"),
     "html with spaces": (b"<!doctype  HTML PUBLIC>", "an HTML page, not a checkpoint"),
-    "access denied": (DENIED, "message of a storage server .* .AccessDenied: 'Access Denied'.; you have no access"),
+    "access denied": (DENIED, "message from a storage server .* .AccessDenied: 'Access Denied'.; you have no access"),
     "no such key": (DENIED.replace(b"AccessDenied", b"NoSuchKey"), "NoSuchKey.*there is no file at that address"),
     "xml": (b"<?xml version='1.0'?><svg/>", "an XML document, not a checkpoint"),
     "an error in json": (b'{"error":"Repository not found"}', "'Repository not found'.: there is no file at that addr"),
     "a login in json": (b'{"error":"Invalid credentials in Authorization header"}', "log in, or give a token"),
-    "404": (b"404: Not Found", "an error message in place of the file .'404: Not Found'.: there is no file"),
+    "404": (b"404: Not Found", "an error message instead of the file .'404: Not Found'.: there is no file"),
     "hf, no entry": (b"Entry not found", "'Entry not found'.: there is no file at that address"),
-    "hf, no login": (b"Invalid username or password.", "'Invalid username or password.'.: the server wants to know"),
+    "hf, no login": (b"Invalid username or password.", "'Invalid username or password.'.: the server requires"),
     "hf, gated": (b"Access to model x is restricted. You must be authenticated to access it.", "you have no access"
-                  "|the server wants to know who you are"),
+                  "|the server requires authentication"),
     "gzip": (gzip.compress(b"hello, world"), "decompressed: a text file, not a checkpoint"),
     "xz": (lzma.compress(PAGE), "decompressed: an HTML page, not a checkpoint .its title: 'Sign in"),
     "lzma": (lzma.compress(saved(WEIGHTS), lzma.FORMAT_ALONE), "lzma-compressed"),
@@ -147,8 +147,8 @@ NO_CHECKPOINTS: dict[str, tuple[bytes, str]] = {
     "ggml": (struct.pack("<I", 0x67676A74), "a GGML file"),
     "lua": (torch7(4, 1, b"V 1", b"nn.Sequential", 3, 2), "Torch7 for Lua .* with a nn.Sequential, .*torchfile"),
     "lua, ascii": (torch7(4, 1, b"V 1", b"torch.FloatTensor", 2, lines=True), "with a torch.FloatTensor, no PyTorch"),
-    "lua table": (torch7(3, 1, 5, 2, b"model", 4, 2), "Torch7 for Lua .* with a table, no PyTorch checkpoint"),
-    "lua table, ascii": (torch7(3, 1, 5, 2, b"model", 4, 2, lines=True), "with a table, no PyTorch checkpoint"),
+    "lua table": (torch7(3, 1, 5, 2, b"model", 4, 2), "Torch7 for Lua .* with a table, not a PyTorch checkpoint"),
+    "lua table, ascii": (torch7(3, 1, 5, 2, b"model", 4, 2, lines=True), "with a table, not a PyTorch checkpoint"),
     "ctranslate2": (ctranslate("TransformerSpec"), "a CTranslate2 model .TransformerSpec., .*faster-whisper"),
     "ctranslate2, older": (ctranslate("WhisperSpec", 4), "a CTranslate2 model .WhisperSpec."),
     "torchsharp": (torchsharp({"a.weight": torch.ones(300, 2), "a.b": torch.ones(3)}), "of 2 tensors, .*'a.weight'"),
@@ -174,22 +174,22 @@ NO_CHECKPOINTS: dict[str, tuple[bytes, str]] = {
     "utf-8 text": ("größe".encode(), "a text file, not a checkpoint"),
     "utf-16 text": ("größe".encode("utf-16"), "a text file, not a checkpoint; it begins with 'größe'"),
     "controls": (b"line\none\ttwo", r"a text file, not a checkpoint; it begins with 'line\\none\\ttwo'"),
-    "pickle": (pickle.dumps({"a": 1}, 4), "a Python pickle of a dict of 1 .'a'., but not one torch.save wrote"),
+    "pickle": (pickle.dumps({"a": 1}, 4), "a Python pickle of a dict of 1 .'a'., but not written by torch.save"),
     "pickle of protocol 2": (pickle.dumps({"a": 1}, 2), "a Python pickle of a dict of 1"),
     "pickle of protocol 0": (pickle.dumps({"a": 1}, 0), "a Python pickle of a dict of 1"),
     "pickle of protocol 1": (pickle.dumps({"a": 1}, 1), "a Python pickle of a dict of 1"),
-    "pickle of arrays": (pickle.dumps(numpy.arange(3), 2), "written by pickle, of numpy arrays.; names in it, never"),
+    "pickle of arrays": (pickle.dumps(numpy.arange(3), 2), "written by pickle, of numpy arrays.; names in it, which"),
     "a pickle of torch without values": (
         pickle.dumps(OrderedDict(w=torch.ones(2, device="meta"), dtype=torch.float32), 2),
-        "written by pickle.dump, of objects of torch but no tensor that it holds the bytes of",
+        "written by pickle.dump, of torch objects but without the bytes of any tensor",
     ),
     "sklearn": (pickled("sklearn.svm", "SVC"), "a Python pickle of sklearn.svm.SVC, .* of a scikit-learn model"),
     "pandas, protocol 0": (pickled("pandas.frame", "DataFrame", protocol=0), "of a pandas table.* pandas.frame.Data"),
-    "joblib": (JOBLIB, "a joblib file, not one torch.save wrote; joblib.load reads it; .*_pickle.NumpyArrayWrapper"),
+    "joblib": (JOBLIB, "a joblib file, not written by torch.save; joblib.load reads it; .*_pickle.NumpyArrayWrapper"),
     "a dangerous pickle": (b"\x80\x02cposix\nsystem\nq\x00X\x02\x00\x00\x00lsq\x01\x85q\x02Rq\x03.",
                            "a Python pickle of posix.system, .* posix.system .dangerous."),
     "dcp metadata": (pickled("torch.distributed.checkpoint.metadata", "Metadata"), "what lies in the .distcp files"),
-    "noise": (bytes(range(144, 156)) + b"\x01", "no known checkpoint container; it begins with the bytes 90 91 92"),
+    "noise": (bytes(range(144, 156)) + b"\x01", "not a known checkpoint container; it begins with the bytes 90 91 92"),
 }  # fmt: skip
 
 
@@ -222,7 +222,7 @@ def test_a_flatbuffer_that_torch_writes(tmp_path: Path) -> None:
 def test_what_only_resembles_a_torchsharp_file_is_none(cut: int, tmp_path: Path) -> None:
     data = torchsharp({"w": torch.ones(3)})
     (tmp_path / "w.dat").write_bytes(data + b"x" if cut > 0 else data[:cut])
-    with pytest.raises(UnknownFormatError, match="no known checkpoint container"):
+    with pytest.raises(UnknownFormatError, match="not a known checkpoint container"):
         formats.read(tmp_path / "w.dat")
 
 
@@ -249,7 +249,7 @@ def test_any_first_bytes_of_anything_are_described_in_one_line(length: int, tmp_
 def test_a_download_that_is_not_finished(ending: str, tmp_path: Path) -> None:
     path = tmp_path / f"model.pth.{ending}"
     path.write_bytes(bytes(100))
-    with pytest.raises(UnknownFormatError, match=f"The ending .{ending} says that its download is not finished"):
+    with pytest.raises(UnknownFormatError, match=f"The ending .{ending} means that its download is not finished"):
         formats.read(path)
 
 
@@ -286,7 +286,7 @@ def test_folders(names: list[str], words: str, tmp_path: Path) -> None:
         (["MAR-INF/MANIFEST.json", "handler.py"], r"TorchServe model archive \(.mar\); unpack it first"),
         (["[Content_Types].xml", "word/document.xml"], "office document"),
         (["META-INF/MANIFEST.MF", "A.class"], "Java or Android"),
-        (["p/__init__.py", "p-1.dist-info/METADATA"], r"Python package \(.whl\), no checkpoint"),
+        (["p/__init__.py", "p-1.dist-info/METADATA"], r"Python package \(.whl\), not a checkpoint"),
         (["p/w.pth", "p-1.dist-info/METADATA"], r"Python package \(.whl\), which holds 'p/w.pth': unpack that first"),
         (["data.pkl", "data/0", "version"], "without their folder"),
         (

@@ -140,7 +140,7 @@ def test_data_that_is_not_aligned(tmp_path: Path, same_bits: SameBits) -> None:
     assert all(same_bits(tensor_of(checkpoint.state_dict[name]), value) for name, value in state.items())
     (finding,) = checkpoint.findings
     assert finding.code == "unaligned-data"
-    assert finding.message.startswith("1 of 3 tensors, such as 'd', begins at no multiple")
+    assert finding.message.startswith("1 of 3 tensors, such as 'd', begins at an offset that is not a multiple")
 
 
 def test_names_are_in_the_order_of_the_header(tmp_path: Path) -> None:
@@ -318,7 +318,7 @@ def test_a_tied_name_that_stands_in_the_metadata_is_the_one_kept(
 def test_a_tie_that_metadata_has_no_room_for_is_refused(save: Save) -> None:
     shared = torch.ones(2)
     checkpoint = checkpoint_of({"note": shared, "format": shared}, save).replace(metadata={"note": "n"})
-    with pytest.raises(RewriteError, match="under their names, where format stands already"):
+    with pytest.raises(RewriteError, match="under their names, but format is already there"):
         safetensors_writer.write(checkpoint)
 
 

@@ -43,9 +43,9 @@ DEEP = b"[" * 100_000 + b"]" * 100_000
 
 REFUSED: dict[str, tuple[bytes, type[FormatError], str]] = {
     "header longer than the file": (file_bytes(A, b"abcd", size=1000), CorruptError,
-        "truncated: a header of 1,000 bytes is declared, the file has 72 in all; no tensor is there"),
+        "truncated: a header of 1,000 bytes is declared, but the file has 72 in all and no tensors"),
     "header too large, file small": (file_bytes(A, b"abcd", size=200_000_000), CorruptError,
-        "say that 200,000,000 bytes of header follow; the file has 72, and no reader takes more than 100,000,000"),
+        "say that 200,000,000 bytes of header follow; the file has 72, and no reader accepts more than 100,000,000"),
     "header cut": (file_bytes(A, b"abcd", size=10), CorruptError, "header, byte [0-9]+: the header is not valid JSON"),
     "a brace alone": (file_bytes(b"{"), CorruptError, "byte 1: the header is not valid JSON: Expecting property"),
     "mismatched brackets": (file_bytes(b"{]"), CorruptError, "header, byte 1: the header is not valid JSON"),
@@ -56,9 +56,9 @@ REFUSED: dict[str, tuple[bytes, type[FormatError], str]] = {
     "a deep list": (file_bytes(b'{"a":' + DEEP + b"}"), CorruptError, "nested too deeply|described by a list"),
     "a deep object": (file_bytes(b'{"a":' * 100_000 + b"1" + b"}" * 100_000), CorruptError, "nested too deep|missing"),
     "a deep unknown field": (file_bytes({"a": info() | {"x": json.loads("[" * 150 + "]" * 150)}}, b"abcd"),
-        CorruptError, "tensor 'a', field 'x': nested more than 100 deep"),
+        CorruptError, "tensor 'a', field 'x': nested more than 100 levels deep"),
     "a number of 5,000 digits": (file_bytes(b'{"a":{"dtype":"U8","shape":[1' + b"0" * 5000 + b']}}'), CorruptError,
-        "a number of too many digits"),
+        "a number with too many digits"),
     "an endless number": (file_bytes(b'{"a":{"dtype":"U8","shape":[4],"data_offsets":[0,4],"x":1e999}}', b"abcd"),
         CorruptError, "field 'x': a number too large for any reader"),
     "not UTF-8": (file_bytes(b'{"\xff": 1}'), CorruptError, "header, byte 2: the header is not UTF-8: byte 0xff"),
@@ -99,7 +99,7 @@ REFUSED: dict[str, tuple[bytes, type[FormatError], str]] = {
     "offsets turned round": (file_bytes({"a": info(begin=4, end=0)}, b"abcd"), CorruptError,
         "its data_offsets end at 0, before they begin at 4"),
     "too long a shape": (file_bytes({"a": info(shape=[5])}, b"abcd"), CorruptError,
-        r"shape \[5\] of U8 is 5 bytes, its data_offsets hold 4"),
+        r"shape \[5\] of U8 is 5 bytes, but its data_offsets cover 4"),
     "too wide a dtype": (file_bytes({"a": info(dtype="F32", shape=[2])}, b"abcd"), CorruptError, "F32 is 8 bytes"),
     "an endless product": (file_bytes({"a": info(shape=[1 << 61] * 3)}, b"abcd"), CorruptError, r"is over 2\^62 bytes"),
     "a hole": (file_bytes({"a": info(), "b": info(begin=6, end=10)}, bytes(10)), CorruptError,
@@ -113,11 +113,11 @@ REFUSED: dict[str, tuple[bytes, type[FormatError], str]] = {
     "bytes behind": (file_bytes(A, b"abcde"), CorruptError, "data, byte 4: 1 byte follows the last tensor"),
     "bytes behind nothing": (file_bytes({}, b"a"), CorruptError, "data, byte 0: 1 byte follows the last tensor"),
     "data cut": (file_bytes(A | {"b": info(begin=4, end=8)}, bytes(6)), CorruptError,
-        "data: truncated: 6 of 8 bytes of data are there .2 missing.; 1 of 2 tensors is whole, the first incomplete "
-        "one is 'b'. Get the file again"),
-    "data missing": (file_bytes(A), CorruptError, "0 of 4 bytes of data are there .4 missing.; 0 of 1 tensor is"),
+        "data: truncated: 6 of 8 bytes of data are present .2 missing.; 1 of 2 tensors is complete, the first "
+        "incomplete one is 'b'. Download or copy the file again"),
+    "data missing": (file_bytes(A), CorruptError, "0 of 4 bytes of data are present .4 missing.; 0 of 1 tensor is"),
     "an empty header": (file_bytes(b""), UnknownFormatError, "8 bytes of zeros"),
-    "no header": (file_bytes(b"", b"abcd", size=1), UnknownFormatError, "named .safetensors, but it is none"),
+    "no header": (file_bytes(b"", b"abcd", size=1), UnknownFormatError, "named .safetensors, but it is not one"),
     "no brace": (file_bytes(b"[1]     "), UnknownFormatError, "say that 8 bytes of header follow .* begins with b'.1"),
     "too short for a length": (b"\x08\0\0\1", UnknownFormatError, "4 bytes are too few for the length of its header"),
 }  # fmt: skip
@@ -139,7 +139,7 @@ def test_refusals(name: str, tmp_path: Path) -> None:
     ("header", "words"),
     [
         (b'{"a":{"dtype":"U8","shape":[4],"data_offsets":[0,4]},"a":{"dtype":"U8","shape":[4],"data_offsets":[0,4]}}',
-         "the name 'a' stands twice in the header"),
+         "the name 'a' appears twice in the header"),
         (b' {"a":{"dtype":"U8","shape":[4],"data_offsets":[0,4]}}', "the header begins with b' {.*', not with '{'"),
         (b'{"a":["U8",[4],[0,4]]}', "tensor 'a' is described by a list, not by an object"),
         (b'{"a":{"dtype":{"U8":null},"shape":[4],"data_offsets":[0,4]}}', "its dtype is an object, not a string"),
@@ -211,7 +211,7 @@ def test_a_name_given_twice_among_very_many_is_found(tmp_path: Path) -> None:
     path = tmp_path / "m.safetensors"
     names = ",".join(f'"{n}":1' for n in range(100_000))
     path.write_bytes(file_bytes(f'{{{names},"99999":1}}'.encode()))
-    with pytest.raises(CorruptError, match="'99999' stands twice"):
+    with pytest.raises(CorruptError, match="'99999' appears twice"):
         formats.read(path)
 
 

@@ -164,7 +164,7 @@ PARTS: dict[str, tuple[Callable[[Path], Path], str]] = {
     "llama": (names("consolidated.00.pth", "consolidated.01.pth"), "rank 0 of 2 of a Llama"),
     "llama, the second alone": (names("consolidated.01.pth"), "rank 1 of a Llama"),
     "llama in safetensors": (names("consolidated.01.safetensors", "consolidated.00.safetensors"), "rank 1 of 2 of"),
-    "common": (names("common.pt", "__0_0.distcp", ".metadata"), "lie in the .distcp files"),
+    "common": (names("common.pt", "__0_0.distcp", ".metadata"), "are in the .distcp files"),
 }  # fmt: skip
 
 WHOLES: dict[str, Callable[[Path], Path]] = {
@@ -313,7 +313,7 @@ def test_a_slice_of_a_tensor_makes_a_part(name: str, where: str, spread: Spread,
         optimizer = {"state": {0: {"exp_avg": value}}, "param_groups": []}
         path = save({"weights": {"w": value}, "optimizer": optimizer, "list": [value]}[where])
     found = said(path)
-    assert found.piece == "rank 2 of 4" and "1 tensor of it is a slice of the whole" in found.lacks
+    assert found.piece == "rank 2 of 4" and "1 tensor in it is a slice of the whole" in found.lacks
 
 
 @pytest.mark.parametrize("name", ["shard", "parameter", "replicate", "sharded"])

@@ -324,7 +324,7 @@ def test_what_shards_cannot_hold(name: str, save: Save) -> None:
     container = CONTAINERS[name]
     resume = {"model": {f"w{n}": torch.rand(500) for n in range(9)}, "epoch": 3, "optimizer": {"state": {}}}
     with opened(save(resume)) as checkpoint:
-        with pytest.raises(RewriteError, match=r"cannot hold .*\(epoch, optimizer\): --weights-only leaves it out"):
+        with pytest.raises(RewriteError, match=r"cannot store .*\(epoch, optimizer\): --weights-only leaves it out"):
             plan_shards(checkpoint, container, name, 6000)
         assert plan_shards(checkpoint.rewrite(ckptkit.WeightsOnly()), container, name, 6000).shards
     for empty in ({}, {"epoch": "x" * 9000}):
@@ -343,9 +343,9 @@ def test_programs_give_their_weights(tmp_path: Path, same_bits: Same) -> None:
 @pytest.mark.parametrize(
     ("name", "container", "words"),
     [
-        ("model.bin", SAFETENSORS, r"of safetensors files it must be one of \.safetensors"),
-        ("model.safetensors", TORCH_ZIP, r"of torch-zip files it must be one of \.pth"),
-        ("a\\b.bin", TORCH_ZIP, "an index cannot name shards so"),
+        ("model.bin", SAFETENSORS, r"for safetensors files it must be one of \.safetensors"),
+        ("model.safetensors", TORCH_ZIP, r"for torch-zip files it must be one of \.pth"),
+        ("a\\b.bin", TORCH_ZIP, "an index cannot contain such shard names"),
         ("model.bin", LEGACY, "torch-legacy cannot be written"),
     ],
 )
@@ -356,7 +356,10 @@ def test_names_and_containers_that_readers_would_not_take(name: str, container: 
 
 def test_names_that_no_index_can_hold(save: Save) -> None:
     state = {"a\ud800": torch.rand(900), "b": torch.rand(900)}
-    with opened(save(state)) as checkpoint, pytest.raises(RewriteError, match="not valid Unicode cannot stand in an"):
+    with (
+        opened(save(state)) as checkpoint,
+        pytest.raises(RewriteError, match="not valid Unicode cannot be stored in an"),
+    ):
         plan_shards(checkpoint, TORCH_ZIP, "m.bin", 5000)
 
 
@@ -477,7 +480,7 @@ def test_many_small_tensors_stay_below_the_size(name: str, length: int) -> None:
 def test_too_many_shards() -> None:
     entries = {f"w{n}": made(n, (8,)) for n in range(10_001)}
     with pytest.raises(
-        RewriteError, match=r"10,001 shards, and readers take at most 10,000; (\S+) bytes a file are"
+        RewriteError, match=r"10,001 shards, but readers accept at most 10,000; (\S+) bytes per file are"
     ) as e:
         plan_shards(checkpoint_of(entries), CONTAINERS["model.safetensors"], "m.safetensors", 60)
     enough = int(str(e.value).split("; ")[1].split(" ")[0].replace(",", ""))

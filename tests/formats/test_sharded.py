@@ -311,7 +311,7 @@ def test_one_shard_alone(tmp_path: Path) -> None:
     index.unlink()
     assert "part-of-a-checkpoint" not in codes(tmp_path / "a.safetensors")
     assert (
-        "no index beside it names them all"
+        "no index beside it that names them all"
         in codes(tmp_path / "model-00002-of-00002.safetensors")["part-of-a-checkpoint"]
     )
 
@@ -347,9 +347,9 @@ def test_everything_wrong_is_said_at_once(tmp_path: Path) -> None:
     with pytest.raises(CorruptError) as caught:
         formats.read(index)
     for words in (
-        f"1 shard missing: {names[0]}; get them into the index's folder",
-        f"1 shard present as git-lfs pointer only: {names[1]} (4,976,698,672 bytes); run: git lfs pull",
-        f"1 shard that cannot be read: {names[2]} (data: truncated: 45 of 48 bytes of data are there",
+        f"1 shard missing: {names[0]}; put them into the index's folder",
+        f"1 shard present only as git-lfs pointer: {names[1]} (4,976,698,672 bytes); run: git lfs pull",
+        f"1 shard that cannot be read: {names[2]} (data: truncated: 45 of 48 bytes of data are present",
         f"1 name in two shards: 'layers.5.weight' ({names[5]} and {names[6]})",
         f"2 names of the index in no shard: 'layers.3.weight' ({names[4]}), 'nowhere' ({names[5]})",
     ):
@@ -360,7 +360,7 @@ def test_everything_wrong_is_said_at_once(tmp_path: Path) -> None:
 def test_a_name_in_another_shard(tmp_path: Path) -> None:
     index = shard(model(), tmp_path, 2)
     changed(index, lambda d: d["weight_map"].update({"layers.0.weight": "model-00002-of-00002.safetensors"}))
-    with pytest.raises(CorruptError, match=r"1 name in another shard than the index says: 'layers.0.weight' .model"):
+    with pytest.raises(CorruptError, match=r"1 name not in the shard that the index says: 'layers.0.weight' .model"):
         formats.read(index)
 
 
@@ -384,7 +384,7 @@ def test_an_index_cannot_name_an_index(tmp_path: Path) -> None:
 def test_safetensors_shards_must_be_safetensors(tmp_path: Path) -> None:
     index = shard(model(), tmp_path, 2)
     torch.save({"layers.0.weight": torch.ones(1)}, tmp_path / "model-00001-of-00002.safetensors")
-    with pytest.raises(CorruptError, match="it is torch-zip, where the index promises safetensors"):
+    with pytest.raises(CorruptError, match="it is torch-zip, but the index promises safetensors"):
         formats.read(index)
 
 
@@ -402,9 +402,9 @@ def test_a_shard_without_names(value: object, tmp_path: Path) -> None:
     ("text", "words"),
     [
         ('{"weight_map": []}', "weight_map of an index must map tensors' names to file names, and is not an object"),
-        ('{"weight_map": {"a": ["b"]}}', "the weight_map gives 'a' no file name, but a list"),
+        ('{"weight_map": {"a": ["b"]}}', "the weight_map maps 'a' to a list, which is not a file name"),
         ('{"weight_map": {}, "metadata": []}', "the metadata of an index must be an object"),
-        ('{"weight_map": {"a": "x", "a": "y"}}', "the name 'a' stands twice in the index"),
+        ('{"weight_map": {"a": "x", "a": "y"}}', "the name 'a' appears twice in the index"),
         ('{"weight_map": {"a": "x"}', "the index is not valid JSON"),
         ('{"weight_map": {"a": NaN}}', "the index is not valid JSON: NaN"),
         ('{"weight_map": ' + "[" * 100_000, "nested too deeply"),

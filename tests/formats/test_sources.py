@@ -306,7 +306,7 @@ def test_without_more_than_bytes() -> None:
         False,
         "Bytes('ten', 10 bytes)",
     )
-    with pytest.raises(MissingFileError, match="ten: nothing lies beside it, 'other' neither"):
+    with pytest.raises(MissingFileError, match="ten: it is not in a folder, so there is no 'other' beside it"):
         source.sibling("other")
     buffer = bytearray(8)
     source.read_into(1, buffer)
@@ -552,7 +552,7 @@ def test_an_open_file_has_a_descriptor_and_what_lies_beside_it(folder: Path, tmp
         (tmp_path / "linear.pth").unlink()
         source = formats.source_of(file)
         assert (source.folder, source.path) == (None, str(tmp_path / "linear.pth"))
-        with pytest.raises(MissingFileError, match="nothing lies beside an open file"):
+        with pytest.raises(MissingFileError, match="an open file has no folder"):
             source.sibling("x")
         with ckptkit.open(source) as opened:
             assert len(opened.state_dict) == 2
@@ -574,9 +574,9 @@ def test_what_cannot_be_read_is_refused(tmp_path: Path) -> None:
     for given, words in (
         (io.StringIO("x"), r"<file>: is open as text"),
         (closed, r"<file>: cannot be read: I/O operation on closed file"),
-        (Typed(), r"<file>: gives text; open it in binary mode"),
-        (7, r"^int is not the path of a file, an open binary file or bytes"),
-        (None, r"^NoneType is not the path"),
+        (Typed(), r"<file>: returns text; open it in binary mode"),
+        (7, r"^int is not a path, an open binary file or bytes"),
+        (None, r"^NoneType is not a path"),
         (memoryview(saved())[::2], r"<bytes>: a view with gaps"),
         (released, r"<bytes>: cannot be read: operation forbidden on released memoryview"),
     ):
@@ -672,7 +672,7 @@ def test_standard_input_of_verify_is_no_file_that_is_run(tmp_path: Path, run: Ru
     for given in (saved(nn.Linear(2, 1)), gzip.compress(saved(nn.Linear(2, 1)))):
         done = run("verify", "-", "--unsafe-load", "--input-shape", "1,2", stdin=given)
         assert done.returncode == 2
-        assert "-: is not a file of its own, as --unsafe-load needs it; unpack it first" in done.stderr
+        assert "-: is not a separate file, which --unsafe-load requires; unpack it first" in done.stderr
     given = saved(nn.Linear(3, 2).state_dict())
     done = run("verify", "-", "--model", "torch.nn:Identity", "--no-forward", "--json", stdin=given)
     assert (done.returncode, json.loads(done.stdout)["path"]) == (1, "-")

@@ -182,7 +182,7 @@ HOSTILE: dict[str, bytes] = {
     "behind a string": b"S'notes'\n0" + pickle.dumps(Runs(), 0),
     "then an error": pickle.dumps(Runs(), 0)[:-1] + b"0\xff\xff",
     "the second of two": pickle.dumps("x", 2) + pickle.dumps(Runs(), 2),
-    "behind what is refused": b"\x80\x02N2" + pickle.dumps(Runs(), 2)[2:],
+    "after the refused content": b"\x80\x02N2" + pickle.dumps(Runs(), 2)[2:],
     "FRAME first": pickle.dumps([Runs(), "x" * 300], 4)[2:],
     "a cut FRAME first": b"\x95" + bytes(6) + b"\xff\0" + pickle.dumps([Runs(), "x" * 300], 4)[11:],
     "what looks like code": b"S'abET12'\n0" + pickle.dumps(Runs(), 0),
@@ -207,7 +207,7 @@ UNREAD: dict[str, bytes] = {
     "an archive in an archive": packed({"x": packed({"y": pickle.dumps(Runs())})}),
     "a tar in a zip": packed({"x": tarred({"y": pickle.dumps(Runs())})}),
     "a tar in a tar": tarred({"x": tarred({"y": pickle.dumps(Runs())})}),
-    "bytes behind a pickle": pickle.dumps({"a": 1}, 2) + b"\xff" + bytes(9),
+    "bytes after a pickle": pickle.dumps({"a": 1}, 2) + b"\xff" + bytes(9),
     "gzip in a tar": tarred({"x.gz": gzip.compress(b"x")}),
     "an encrypted zip": packed({"x": b"1"}).replace(b"\x14\x00\x00\x00", b"\x14\x00\x01\x00"),
     "a damaged zip": packed({"x": b"1234"})[:-30],
@@ -326,7 +326,11 @@ def test_a_second_root_before_the_first(save: Save, tmp_path: Path) -> None:
         out.writestr("other/data.pkl", b"N.")
         for name in source.namelist():
             out.writestr(name, source.read(name))
-    with pytest.raises(AmbiguousError, match=r"2 root folders \(model, other\); torch takes the first for all"):
+    with pytest.raises(
+        AmbiguousError,
+        match=r"2 root folders \(model, other\); torch treats the first as the only "
+        r"one",
+    ):
         formats.read(tmp_path / "two.pth")
 
 
@@ -448,7 +452,7 @@ def test_a_size_no_deflated_bytes_could_have(save: Save) -> None:
         record = read_directory(source)["model/data/0"]
         with pytest.raises(CorruptError, match="declares 1,073,741,824 bytes"):
             record_source(record)
-    with pytest.raises(FormatError, match="declared as 16 bytes, its record holds 1,073,741,824"):
+    with pytest.raises(FormatError, match="declared as 16 bytes, but its record has 1,073,741,824"):
         formats.read(path)
 
 
@@ -563,7 +567,7 @@ def test_an_unpacked_archive_is_packed_again_by_what_is_told(given: str, save: S
         (folder / "model" / "version").rename(folder / "model" / ".data" / "Version")
         (folder / "model" / "byteorder").unlink()
     path = folder / "model" if given == "folder" else folder / "model" / given
-    with pytest.raises(CkptkitError, match="an archive of torch that was unpacked; pack it again") as caught:
+    with pytest.raises(CkptkitError, match="a torch archive that was unpacked; pack it again") as caught:
         formats.read(path)
     assert "pickle.load" not in str(caught.value)
     as_told(str(caught.value), tmp_path)

@@ -76,12 +76,12 @@ def test_it_is_known_by_its_first_pickle_of_any_protocol(protocol: int, tmp_path
     [
         (file(magic=MAGIC + 1), UnknownFormatError, "pickle"),
         (file(magic=str(MAGIC)), UnknownFormatError, "pickle"),
-        (file(version=1000), UnsupportedError, "protocol version: protocol version 1000; 1001 is known"),
+        (file(version=1000), UnsupportedError, "protocol version: protocol version 1000; 1001 is supported"),
         (file(version="x"), UnsupportedError, "protocol version a str"),
         (file(version=True), UnsupportedError, "protocol version True"),
         (file(info=[]), CorruptError, "sys_info: a dict is expected"),
         (file(info=Call(print, "x")), CorruptError, "plain values are expected, not the names __builtin__.print"),
-        (file(info=Pid("storage")), CorruptError, "sys_info, byte 21: plain values are expected: no torch wrote"),
+        (file(info=Pid("storage")), CorruptError, "sys_info, byte 21: plain values are expected: torch did not write"),
         (file(obj=Pid("other")), UnsupportedError, "object, byte [0-9]+: a persistent id that is not a torch storage"),
         (file(keys=("10", "11", "12")), CorruptError, "storage keys: a list of strings is expected"),
         (file(keys=[10, 11, 12]), CorruptError, "storage keys: a list of strings is expected"),
@@ -89,7 +89,7 @@ def test_it_is_known_by_its_first_pickle_of_any_protocol(protocol: int, tmp_path
         (file(keys=[*KEYS, "13"]), CorruptError, "1 storage that the object does not name: '13'"),
         (file(keys=["12", *KEYS]), AmbiguousError, "storages are listed twice: '12'"),
         (file(keys=["10", "12"]), CorruptError, "1 storage of the object not listed: '11'"),
-        (file(counted(1, 2), counted(3), counted(4, 5)), CorruptError, "storage '12'.*2 elements lie here.*says 3"),
+        (file(counted(1, 2), counted(3), counted(4, 5)), CorruptError, "storage '12'.*2 elements are here.*says 3"),
         (file(counted(1, 2), struct.pack("<qf", -1, 0), STORAGES[2]), CorruptError, "'11', byte .*: -1 elements"),
         (file(counted(1, 2, order=">"), *STORAGES[1:]), UnsupportedError, "'10', byte .*: its count is big-endian"),
         (file() + b"\0", AmbiguousError, "1 byte follows the last storage, which torch does not read"),
@@ -135,11 +135,11 @@ def test_a_truncated_file_is_told_what_is_whole(missing: int, words: str, tmp_pa
     with pytest.raises(CorruptError, match=words) as caught:
         opened(data[:-missing], tmp_path)
     if missing < 49:
-        assert f"has {len(data) - missing:,} bytes, at least {len(data):,} are expected" in str(caught.value)
+        assert f"has {len(data) - missing:,} bytes, but at least {len(data):,} are expected" in str(caught.value)
 
 
 def test_a_wrong_count_is_told_before_a_cut(tmp_path: Path) -> None:
-    with pytest.raises(CorruptError, match="9 elements lie here"):
+    with pytest.raises(CorruptError, match="9 elements are here"):
         opened(file(*STORAGES[:2], struct.pack("<qf", 9, 0)), tmp_path)
 
 

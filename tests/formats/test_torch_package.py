@@ -152,7 +152,7 @@ def test_converting_writes_the_state_dict(ending: str, net: nn.Module, path: Pat
 def test_nothing_is_written_of_objects_alone(path: Path) -> None:
     export(path, settings={"lr": 0.1})
     assert read(path).origin.kind == "other"
-    with pytest.raises(RewriteError, match="only the weights can be written"):
+    with pytest.raises(RewriteError, match="only the weights of a torch-package file can be written"):
         ckptkit.convert(path, path.with_name("out.pth"))
 
 

@@ -46,12 +46,12 @@ def test_a_cut_between_tensors_and_inside_them(kept: int, save: Save) -> None:
     for at in (starts[f"layer{kept}.weight"], starts[f"layer{kept}.weight"] + 4 * 50 * (20 + kept) - 1):
         path.write_bytes(data[:at])
         message = said(path)
-        assert message.startswith(f"truncated: the file has {at:,} bytes, at least ")
+        assert message.startswith(f"truncated: the file has {at:,} bytes, but at least ")
         expected = int(message.split("at least ")[1].split(" are")[0].replace(",", ""))
         assert at < expected <= len(data)
         assert len(data) - expected < 3000, "only padding and small records are not counted"
         assert f"({expected - at:,} missing); {kept} of 10 tensors {'is' if kept == 1 else 'are'} whole" in message
-        assert message.endswith(f"the first incomplete one is 'layer{kept}.weight'. Get the file again")
+        assert message.endswith(f"the first incomplete one is 'layer{kept}.weight'. Download or copy the file again")
 
 
 def test_a_cut_inside_the_pickle(save: Save) -> None:
@@ -60,15 +60,17 @@ def test_a_cut_inside_the_pickle(save: Save) -> None:
     for at in (90, 200, 800):
         path.write_bytes(data[:at])
         assert said(path) == (
-            f"truncated: the file of {at:,} bytes ends before the end of data.pkl, which says what the tensors are: "
-            "none is there. Get the file again"
+            f"truncated: the file of {at:,} bytes ends before the end of data.pkl, which describes the tensors: "
+            "no tensor is present. Download or copy the file again"
         )  # fmt: skip
 
 
 def test_a_cut_inside_the_first_header(save: Save) -> None:
     path = save(state())
     path.write_bytes(path.read_bytes()[:20])
-    assert said(path) == "truncated: the file has 20 bytes, at least 30 are expected. Get the file again"
+    assert said(path) == (
+        "truncated: the file has 20 bytes, but at least 30 are expected. Download or copy the file again"
+    )
 
 
 def test_a_cut_inside_the_directory(save: Save) -> None:
@@ -77,7 +79,7 @@ def test_a_cut_inside_the_directory(save: Save) -> None:
     for at in (data.index(b"PK\x01\x02") + 4, data.index(b"PK\x01\x02") + 300, len(data) - 21, len(data) - 1):
         path.write_bytes(data[:at])
         assert said(path).startswith(
-            "truncated: all 10 tensors are whole, but the zip directory behind them is cut off"
+            "truncated: all 10 tensors are complete, but the zip directory after them is missing"
         )
 
 
@@ -85,7 +87,7 @@ def test_room_that_was_made_and_never_filled(save: Save) -> None:
     path = save(state())
     data, at = path.read_bytes(), storage_starts(path)["layer6.weight"] - 5
     path.write_bytes(data[:at] + bytes(len(data) - at))
-    assert "on are zeros; 6 of 10 tensors are whole; the first incomplete one is 'layer6.weight'" in said(path)
+    assert "on are zeros; 6 of 10 tensors are complete; the first incomplete one is 'layer6.weight'" in said(path)
 
 
 def test_headers_that_state_sizes(save: Save, tmp_path: Path) -> None:
@@ -95,7 +97,7 @@ def test_headers_that_state_sizes(save: Save, tmp_path: Path) -> None:
             out.writestr(name, source.read(name))
     data = target.read_bytes()
     target.write_bytes(data[: len(data) // 2])
-    assert "5 of 10 tensors are whole; the first incomplete one is 'layer5.weight'" in said(target)
+    assert "5 of 10 tensors are complete; the first incomplete one is 'layer5.weight'" in said(target)
 
 
 def test_names_inside_a_training_file(save: Save) -> None:
@@ -103,9 +105,9 @@ def test_names_inside_a_training_file(save: Save) -> None:
     data = path.read_bytes()
     path.write_bytes(data[: len(data) // 3])
     # The records lie in the order of their numbers, or in older releases of torch in that of their names: 0, 1, 10, 2.
-    assert re.search(r"[34] of 11 tensors are whole; the first incomplete one is 'layer3.weight'", said(path))
+    assert re.search(r"[34] of 11 tensors are complete; the first incomplete one is 'layer3.weight'", said(path))
     path.write_bytes(data[: data.index(b"PK\x01\x02") - 4000])
-    last = r"10 of 11 tensors are whole; the first incomplete one is (that of storage '10'|'layer9.weight')"
+    last = r"10 of 11 tensors are complete; the first incomplete one is (that of storage '10'|'layer9.weight')"
     assert re.search(last, said(path))
 
 
@@ -138,14 +140,16 @@ def test_other_archives_get_no_count_of_tensors(tmp_path: Path) -> None:
     with zipfile.ZipFile(buffer, "w") as out:
         out.writestr("readme.txt", "x" * 1000)
     path.write_bytes(buffer.getvalue()[:500])
-    assert said(path) == "truncated: the file has 500 bytes, at least 1,040 are expected. Get the file again"
+    assert said(path) == (
+        "truncated: the file has 500 bytes, but at least 1,040 are expected. Download or copy the file again"
+    )
 
 
 @pytest.mark.parametrize("ending", ["part", "crdownload", "incomplete", "download"])
 def test_an_ending_of_a_download(ending: str, save: Save) -> None:
     path = save(state(), f"model.pth.{ending}")
     path.write_bytes(path.read_bytes()[:5000])
-    assert said(path).endswith(f"The ending .{ending} says that its download is not finished.")
+    assert said(path).endswith(f"The ending .{ending} means that its download is not finished.")
     assert unfinished("model.pth") == ""
 
 

@@ -84,7 +84,7 @@ def test_sizes_are_held_against_the_pickle(folder: Path) -> None:
     record = folder / "data" / "0"
     for data in (record.read_bytes()[:-1], record.read_bytes() + b"x"):
         record.write_bytes(data)
-        with pytest.raises(CorruptError, match="storage '0' is declared as 48 bytes, its record holds"):
+        with pytest.raises(CorruptError, match="storage '0' is declared as 48 bytes, but its record has"):
             formats.read(folder)
     record.unlink()
     with pytest.raises(CorruptError, match="storage '0' has no record data/0"):

@@ -61,6 +61,7 @@ def test_commands_options_and_choices(run, shell: str) -> None:
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_codes(run, shell: str) -> None:
     assert asked(run, shell, "ckptkit", "explain", "module-pre") == ["module-prefix"]
+    assert asked(run, shell, "ckptkit", "explain", "trus") == ["trust"]
 
 
 def test_references(run) -> None:
@@ -73,8 +74,10 @@ def test_references(run) -> None:
 
 def test_a_reference_is_asked_for_without_torch() -> None:
     code = (
-        "import sys, click\nfrom ckptkit.cli.explain import complete_reference\n"
-        "print(len(complete_reference(None, None, 'timm:')) > 1000, 'torch' in sys.modules)"
+        "import sys, click\nfrom ckptkit.cli import cli\nfrom ckptkit.cli.completion import equip\n"
+        "model = next(each for each in cli.get_command(None, 'verify').params if each.name == 'model')\n"
+        "equip(cli.get_command(None, 'verify'))\n"
+        "print(len(model.shell_complete(None, 'timm:')) > 1000, 'torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)})
     assert done.stdout.split() == ["True", "False"], done.stderr

@@ -1,4 +1,4 @@
-"""The example in ``repository/``: a repository whose weights GitHub, GitLab, pre-commit and pytest hold to a manifest."""
+"""The example in ``repository/``: its weights are held by GitHub, GitLab, pre-commit and pytest."""
 
 from __future__ import annotations
 

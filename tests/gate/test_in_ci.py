@@ -98,7 +98,7 @@ def test_the_workflow(runner, run) -> None:
     steps = configuration(".github/workflows/weights.yml")["jobs"]["weights"]["steps"]
     checkout, released, others = steps
     assert checkout["uses"].startswith("actions/checkout@")
-    assert {released["uses"], others["uses"]} == {"OWNER/ckptkit@v0.1.0"}
+    assert {released["uses"], others["uses"]} == {"OWNER/ckptkit@v0.2.0"}
     fill(runner.workspace, run)
     for step in (released, others):
         good = runner.run(**step["with"])

@@ -270,7 +270,7 @@ def test_a_section_that_holds_no_weights(save: Save) -> None:
     path = save({"model": SD, "model_ema": COPY, "optimizer": OPT})
     size = sum(tensor.nbytes for tensor in SD.values())
     sections = rf"sections that do: 'model' \(7 tensors, {size} B\), 'model_ema' \(7 tensors, {size} B\)$"
-    with pytest.raises(SectionError, match=rf"no section 'ema' holds weights; {sections}"):
+    with pytest.raises(SectionError, match=rf"no section 'ema' contains weights; {sections}"):
         formats.read(path, section="ema")
     with pytest.raises(
         SectionError, match=rf"section 'optimizer' contains no weights \(it is of kind 'optimizer'\); {sections}"

@@ -61,7 +61,7 @@ def test_what_is_listed_is_what_selects(entry: TensorEntry, file: SourceFile) ->
         checkpoint = normalized(root, file, path)
         assert [section.selected for section in checkpoint.sections].index(True) == index
         assert checkpoint.origin.state_path == path
-    with pytest.raises(SectionError, match="no section 'nowhere' holds weights"):
+    with pytest.raises(SectionError, match="no section 'nowhere' contains weights"):
         normalized(root, file, "nowhere")
 
 

@@ -247,8 +247,8 @@ def test_deflated_records_are_read_and_written_stored(save: Save, tmp_path: Path
     [
         (b"X\x01\x00\x00\x000q", b"X\x01\x00\x00\x007q", "storage '7' has no record data/7"),
         (b"X\x01\x00\x00\x000q", b"X\x0b\x00\x00\x00../data.pklq", "storage '../data.pkl' has no record"),
-        (b"FloatStorage", b"DoubleStorage", "declared as 800 bytes, its record holds 400"),
-        (b"Kd", b"Ke", "declared as 404 bytes, its record holds 400"),
+        (b"FloatStorage", b"DoubleStorage", "declared as 800 bytes, but its record has 400"),
+        (b"Kd", b"Ke", "declared as 404 bytes, but its record has 400"),
     ],
 )
 def test_a_storage_its_record_does_not_bear_out(old: bytes, new: bytes, words: str, save: Save) -> None:

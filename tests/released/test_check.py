@@ -275,7 +275,7 @@ def test_the_shards_of_an_index_are_one_checkpoint(folder: Path) -> None:
     ckptkit.manifest(["w"], f"w/{MANIFEST}", update=True)
     assert check().exit_code == 0 and len(check().results) == 3
     shard = sorted(folder.glob("s-*"))[0]
-    assert [result.path for result in check(f"w/{shard.name}").results] == [f"w/{index.name}"], "a shard stands for all"
+    assert [result.path for result in check(f"w/{shard.name}").results] == [f"w/{index.name}"], "a shard covers all"
     data = shard.read_bytes()
     shard.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     only(check(), f"w/{index.name}", "tensors-differ")

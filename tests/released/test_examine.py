@@ -238,7 +238,7 @@ def test_a_read_that_fails_is_told(threads: int, save: Save, monkeypatch: pytest
 
     def short(self: SourceFile, offset: int, buffer: memoryview) -> None:
         if offset > 2 << 20:
-            raise CorruptError("the file became shorter while it was read", path=self.path)
+            raise CorruptError("the file became shorter while it was being read", path=self.path)
 
     monkeypatch.setattr(SourceFile, "read_into", short)
     with pytest.raises(CorruptError, match="became shorter"):

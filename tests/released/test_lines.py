@@ -306,17 +306,17 @@ def test_what_is_no_run(data: bytes) -> None:
     with pytest.raises(FormatError, match="other: "):
         merged(["other"])
     if data:
-        with pytest.raises(FormatError, match="holds no results that a check can be resumed from"):
+        with pytest.raises(FormatError, match="contains no results that a check can resume from"):
             check("w", "--resume", "other")
     for ask in (lambda: merged(["nope"]), lambda: check("w", "--resume", "nope")):
-        with pytest.raises(MissingFileError, match="nope: there is no such file of results"):
+        with pytest.raises(MissingFileError, match="nope: no such file"):
             ask()
 
 
 def test_a_run_of_a_later_schema() -> None:
     check("w", to="runs")
     Path("runs").write_text(Path("runs").read_text().replace('{"schema_version": 1', '{"schema_version": 2', 1))
-    with pytest.raises(FormatError, match="was not written by a ckptkit that this one understands"):
+    with pytest.raises(FormatError, match="was written by a version of ckptkit that this one does not understand"):
         merged(["runs"])
 
 

@@ -152,7 +152,7 @@ def test_a_golden_file_belongs_to_its_checkpoint(folder: Path) -> None:
         ckptkit.manifest([folder / "one.pth"], golden=folder / "none.safetensors")
     with pytest.raises(FileAccessError, match="not among the checkpoints"):
         ckptkit.manifest([folder / "one.pth"], golden={"other.pth": golden})
-    with pytest.raises(FileAccessError, match="golden files alone"):
+    with pytest.raises(FileAccessError, match="only golden files"):
         ckptkit.manifest([golden], folder / "n.json", golden={str(folder / "one.pth"): golden})
 
 
@@ -238,7 +238,7 @@ def test_update_makes_one_where_there_is_none(folder: Path) -> None:
 def test_an_existing_manifest_is_not_replaced_unasked(folder: Path) -> None:
     lock = folder / "m.json"
     lock.write_text("mine")
-    with pytest.raises(DestinationExistsError, match="--update renews"):
+    with pytest.raises(DestinationExistsError, match="--update updates"):
         ckptkit.manifest([folder], lock)
     with pytest.raises(CorruptError, match="not valid JSON"):
         ckptkit.manifest([folder], lock, update=True)

@@ -184,7 +184,7 @@ def test_github_is_given_the_gravest_first_and_told_what_it_does_not_show() -> N
     mixed = (*notes, *others, *many)
     lines = rendered("github", of(FileResult(path="a.pth", size=1, rules=("manifest",), findings=mixed))).splitlines()
     assert [line.split(" ")[0] for line in lines[:-2]] == ["::error"] * 37 + ["::warning"] * 11 + ["::notice"] * 10
-    told = "GitHub annotates 10 findings of each kind; this log has 27 more errors and 1 more warning"
+    told = "GitHub shows at most 10 annotations of a kind; this log has 27 more errors and 1 more warning"
     assert lines[-2] == told and lines[-1].startswith("ckptkit check: ")
 
 

@@ -585,7 +585,7 @@ def test_what_breaks_off_without_ranges_begins_anew(web, naps, gives_length) -> 
 def test_there_is_no_room_for_a_copy(web, monkeypatch) -> None:
     monkeypatch.setattr("tempfile.TemporaryFile", lambda **named: open("/dev/full", "wb", buffering=0))  # noqa: SIM115
     web.gives_ranges = False
-    with pytest.raises(FileAccessError, match="no room for a copy of it: No space left on device"):
+    with pytest.raises(FileAccessError, match="no space for a copy of it: No space left on device"):
         opened(web)
 
 

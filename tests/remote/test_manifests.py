@@ -127,7 +127,7 @@ def test_the_folder_of_several_urls_is_what_they_have_in_common(command: Command
         Path("here.pth").write_bytes(pth(1))
         with pytest.raises(VerifyError, match="give URLs or local paths, not both"):
             ckptkit.manifest([f"{ROOT}/a/m.pth", "here.pth"])
-        with pytest.raises(FileAccessError, match="nothing is written to a URL"):
+        with pytest.raises(FileAccessError, match="ckptkit cannot write to a URL"):
             ckptkit.manifest(f"{ROOT}/a", f"{ROOT}/w.json")
 
 

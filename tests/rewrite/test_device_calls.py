@@ -139,7 +139,7 @@ def test_a_function_has_nothing_to_be_asked_about(save: Save) -> None:
     path = save({"w": torch.ones(1), "more": as_xla()})
     with pytest.raises(RuntimeError, match="Callable map_location not supported"):
         torch.load(path, weights_only=False, map_location=lambda storage, location: storage)
-    with ckptkit.open(path) as file, pytest.raises(RewriteError, match="give a location or a dict of them"):
+    with ckptkit.open(path) as file, pytest.raises(RewriteError, match="give a location or a dict of locations"):
         file.rewrite(MapLocation(lambda storage, location: storage))
 
 

@@ -144,7 +144,7 @@ def test_two_sets_that_fit_equally_are_named(through: Through) -> None:
     state = Net().state_dict()
     both = {f"{side}.{name}": value.clone() for side in ("encoder_q", "encoder_k") for name, value in state.items()}
     expected = (
-        r"2 sets of tensors fit the reference equally: those of --strip-prefix encoder_q\., of --strip-prefix enc"
+        r"2 sets of tensors fit the reference equally well: those of --strip-prefix encoder_q\., of --strip-prefix enc"
     )
     with pytest.raises(RewriteError, match=expected):
         through(both, Like(state))
@@ -184,7 +184,7 @@ def test_the_section_is_found(folder: Path) -> None:
     told = {finding.code: finding.message for finding in report.findings}
     assert told["like-reference"] == "all 13 tensors of nets.py:Net are there in section 'gan'"
     assert told["left-out"] == "not in the output: model, model_ema"
-    with pytest.raises(RewriteError, match=r"fit nets\.py:Net equally: those of --section model, of"):
+    with pytest.raises(RewriteError, match=r"fit nets\.py:Net equally well: those of --section model, of"):
         ckptkit.convert("resume.pth", "out.pth", like="nets.py:Net")
     with pytest.raises(RewriteError, match=r"no section fits: 'model' .*head.weight \[3, 4\] against \[9, 4\].*'gan'"):
         ckptkit.convert("resume.pth", "out.pth", like=lambda: Net(9))
@@ -227,10 +227,14 @@ def test_what_is_asked_for_goes_first(folder: Path, save: Save) -> None:
         (
             {"like": "resume.pth"},
             ckptkit.SectionError,
-            r"resume\.pth: has no one set of weights to be like \('model', 'model_ema', 'gan'\)",
+            r"resume\.pth: does not have exactly one set of weights to match \('model', 'model_ema', 'gan'\)",
         ),
         ({"like": "nets.py:Nothing"}, VerifyError, "there is no 'Nothing' in it"),
-        ({"like": "reference.safetensors", "model_args": {"a": "1"}}, RewriteError, "is a checkpoint, and takes no"),
+        (
+            {"like": "reference.safetensors", "model_args": {"a": "1"}},
+            RewriteError,
+            "is a checkpoint, so --model-arg does not apply",
+        ),
         ({"model_args": {"a": "1"}}, RewriteError, "--model-arg is for the model of --like, which is not given"),
     ],
 )

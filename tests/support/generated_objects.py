@@ -61,7 +61,7 @@ class Configured(dict):
 
 
 class Tally(list):
-    """A list with a state of its own making."""
+    """A list with a state custom state."""
 
     total = 0
 

@@ -102,7 +102,7 @@ def test_what_exists_is_replaced_and_in_place_too(folder: Path, check: list[str]
         ["convert", "b.safetensors", "b.safetensors", "--force", *check],
     )
     assert [code[0] for code in codes] == ["0", "2", "0", "0", "0", "0"], codes
-    assert "b.safetensors: exists already; --force overwrites it" in codes[1]
+    assert "b.safetensors: already exists; --force overwrites it" in codes[1]
     assert same(folder / "b.safetensors")
     assert same(folder / "a.pth")
     assert same(folder / "old.pth", {f"m.{name}": value for name, value in STATE.items()})

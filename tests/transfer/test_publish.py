@@ -76,7 +76,7 @@ def test_a_source_that_is_written_to_meanwhile(entry: Entry, source: SourceFile,
 
 def test_an_existing_destination_is_kept_without_force(source: SourceFile, out: Path) -> None:
     out.write_bytes(b"old")
-    with pytest.raises(DestinationExistsError, match=r"result\.bin: exists already; --force overwrites it"):
+    with pytest.raises(DestinationExistsError, match=r"result\.bin: already exists; --force overwrites it"):
         write(out, some_plan(source))
     assert out.read_bytes() == b"old"
     write(out, some_plan(source), force=True)
@@ -370,7 +370,7 @@ def test_a_digest_that_fails_while_bytes_are_moved(source: SourceFile, out: Path
         os.truncate(hashed.path, 10)
         copies = [Copy(64 + 100 * number, ByteRange(source, 0, 100)) for number in range(20)]
         plan = plan_of(LiteralBytes(0, bytes(64)), *copies, Digest(0, hashed))
-        with pytest.raises(CorruptError, match="became shorter while it was read") as caught:
+        with pytest.raises(CorruptError, match="became shorter while it was being read") as caught:
             write(out, plan, progress=lambda *_: time.sleep(0.005))
         assert caught.value.path == hashed.path
     assert only(out) == []

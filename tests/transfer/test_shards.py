@@ -118,7 +118,7 @@ def test_only_our_own_stale_shards_are_removed(convert: Convert, out: Path) -> N
 def test_the_one_file_is_removed_where_it_was_asked_for(convert: Convert, out: Path) -> None:
     folder = convert("old", 1)
     old = (folder / ASKED).read_bytes()
-    with pytest.raises(DestinationExistsError, match=r"model\.safetensors: exists already; --force"):
+    with pytest.raises(DestinationExistsError, match=r"model\.safetensors: already exists; --force"):
         convert("new", 3)
     convert("new", 3, INDEX)  # that is another name
     assert only(out) == sorted([*files_of(3), ASKED])
@@ -141,7 +141,7 @@ def test_any_file_of_those_names_refuses(convert: Convert, out: Path, taken: str
     error, message = (
         (FileAccessError, "is a folder; name a file")
         if kind == "folder" and taken != ASKED
-        else (DestinationExistsError, "exists already; --force overwrites it")
+        else (DestinationExistsError, "already exists; --force overwrites it")
     )
     with pytest.raises(error, match=f"{taken}: {message}"):
         convert("new", 3)
@@ -156,7 +156,7 @@ def test_a_name_that_appears_meanwhile(
 ) -> None:
     if not links:
         no_links(monkeypatch)
-    with pytest.raises(DestinationExistsError, match=f"{taken}: exists already"):
+    with pytest.raises(DestinationExistsError, match=f"{taken}: already exists"):
         convert("new", 3, progress=lambda *_: out.with_name(taken).write_bytes(b"theirs"))
     assert out.with_name(taken).read_bytes() == b"theirs"
     assert only(out) == [taken]

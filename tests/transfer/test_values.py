@@ -172,7 +172,7 @@ def test_a_file_that_is_shortened_is_an_error_and_not_fatal(
     if not before:
         assert len(next(chunks)) == 4096
     os.truncate(source.storage.source.file.path, 2000)
-    with pytest.raises(CorruptError, match="the file became shorter while it was read"):
+    with pytest.raises(CorruptError, match="the file became shorter while it was being read"):
         list(chunks)
 
 

@@ -122,7 +122,9 @@ def test_another_head(run: Run, save: Any) -> None:
     report = run(weights, model="torchvision:resnet18")
     assert codes(report) == [("info", "fit-coverage"), ("error", "shape-mismatch"), NOT_LOADED]
     found = finding(report, "shape-mismatch")
-    assert "another head: `fc` has 10 outputs in the checkpoint and 1000 in the reference; all else" in found.message
+    assert (
+        "another head: `fc` has 10 outputs in the checkpoint and 1000 in the reference; everything else"
+    ) in found.message
     assert found.fix.endswith("model.pth --model torchvision:resnet18 --model-arg num_classes=10")
     assert report.details["shape_mismatches"] == [
         {"name": "fc.weight", "checkpoint": [10, 512], "reference": [1000, 512]},
@@ -273,7 +275,7 @@ def test_the_command_that_chooses_another_section(save: Any) -> None:
 def test_other_weights_are_told(run: Run) -> None:
     report = run({"model": state(), "ema": state()}, section="model", model=Net)
     assert report.ok
-    assert "the weights of section 'model' are verified; the file also holds ema" in str(report.findings)
+    assert "the weights of section 'model' are verified; the file also contains ema" in str(report.findings)
     assert ("info", "other-weights") not in codes(run({"model": state(), "optimizer": {"lr": 0.1}}, model=Net))
 
 
@@ -289,7 +291,7 @@ def test_what_fits_equally_is_named(save: Any, tmp_path: Path, monkeypatch: pyte
     both = {f"{side}.{name}": value.clone() for side in ("q", "k") for name, value in state().items()}
     found = finding(check_file(save(both), model="net.py:Net"), "wrapper-prefix")
     assert "9 of 18 keys carry `q.`" in found.message
-    assert found.message.endswith("all 9 tensors of the reference fit; equally many after --strip-prefix k.")
+    assert found.message.endswith("all 9 tensors of the reference fit; just as many after --strip-prefix k.")
     assert found.fix.endswith("model.safetensors --strip-prefix q. --like net.py:Net")
     path = save({"a": without("head.bias"), "b": state(), "c": state()})
     found = finding(check_file(path, section="a", model="net.py:Net"), "another-section")

@@ -89,7 +89,7 @@ def test_other_weights_and_where_they_part(verify: Verify) -> None:
     report = verify(weights(), theirs)
     assert not report.ok
     finding = found(report, "against-differs")
-    assert finding.severity == "error" and "they part at `second`" in finding.message
+    assert finding.severity == "error" and "they diverge at `second`" in finding.message
     assert figures(report)["first_different_module"] == figures(report)["first_parting_module"] == "second"
     logits, hidden = figures(report)["outputs"]
     assert (logits["path"], hidden["path"]) == ("logits", "hidden")

@@ -82,7 +82,7 @@ def test_devices_that_differ(two: Any) -> None:
     report = two(0.5)
     assert codes(report) == [("error", "device-differs")]
     [finding] = [f for f in report.findings if f.code == "device-differs"]
-    assert "they part at `shift`" in finding.message
+    assert "they diverge at `shift`" in finding.message
     assert not report.ok
 
 
@@ -115,7 +115,7 @@ def test_a_device_that_fails(two: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Net, "forward", fail)
     report = two(0.0)
     assert codes(report) == [("error", "forward-failed")]
-    assert "which did not on cpu: NotImplementedError: no kernel" in report.findings[-1].message
+    assert "but did not fail on cpu: NotImplementedError: no kernel" in report.findings[-1].message
 
 
 def test_a_detectors_choice_of_boxes_is_a_warning(two: Any, monkeypatch: pytest.MonkeyPatch) -> None:

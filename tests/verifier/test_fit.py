@@ -101,7 +101,7 @@ def test_names_that_torch_itself_upgrades(run: Run) -> None:
     report = run(old, model="torchvision:retinanet_resnet50_fpn")
     assert report.ok
     assert report.details["coverage"]["parameters_share"] == 1.0
-    assert "16 tensors are brought to their present names" in finding(report, "upgraded-keys").message
+    assert "16 tensors are converted to their current names" in finding(report, "upgraded-keys").message
     # And a value that went astray on the way would be seen.
     old["head.classification_head.conv.6.weight"] = torch.full((256, 256, 3, 3), torch.nan)
     assert not run(old, model="torchvision:retinanet_resnet50_fpn").ok
@@ -154,7 +154,7 @@ def test_files_without_weights(run: Run) -> None:
 
 
 def test_models_that_cannot_be_compared(run: Run) -> None:
-    with pytest.raises(VerifyError, match="'weight' is not initialised"):
+    with pytest.raises(VerifyError, match="'weight' is not initialized"):
         run(Net().state_dict(), model=nn.LazyLinear(3))
     assert run(Net().state_dict(), model=lambda: Net().to("meta")).ok  # filled as any model is
 

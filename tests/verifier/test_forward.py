@@ -241,17 +241,17 @@ def test_no_forward_with_weights_that_do_not_fit(run: Run) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "takes as input is not known; give --input-shape 1,3,224,224 .* or --no-forward"),
+        ({}, "is unknown; give --input-shape 1,3,224,224 .* or --no-forward"),
         ({"input_shapes": [(1, 0)]}, "expected sizes of at least 1"),
         ({"input_shapes": [()]}, r"\(\) is not a shape"),
-        ({"device": "cuda:64"}, "'cuda:64' is not here: torch sees 0 CUDA devices; use --device cpu"),
+        ({"device": "cuda:64"}, "'cuda:64' is not available: torch sees 0 CUDA devices; use --device cpu"),
         ({"device": "cuda"}, "is not here"),
         ({"device": "mps"}, "is not here"),
-        ({"device": "meta"}, "is not a device to verify on"),
+        ({"device": "meta"}, "is not a device for verify"),
         ({"device": "gpu"}, "is not a device location; did you mean 'cuda'"),
         ({"device": "cpu:x"}, "is not a device location"),
         ({"dtype": "float31"}, "cannot be cast: unknown dtype 'float31'"),
-        ({"dtype": "int8"}, "cannot be cast to int8: expected a floating point type"),
+        ({"dtype": "int8"}, "cannot be cast to int8: expected a floating-point type"),
     ],
 )
 def test_checks_that_cannot_be_run(

@@ -258,7 +258,7 @@ def test_outputs_of_another_shape(save: Any, weights: dict[str, torch.Tensor], g
     report = held(save, weights, golden, model=Other)
     assert codes(report) == ["golden-differs"]
     message = found(report, "golden-differs").message
-    assert "`y`: 1x3 is the shape, recorded was 1x4" in message
+    assert "`y`: 1x3 is the shape, but the record has 1x4" in message
     assert "`wide`: it is missing" in message and "`more`: it is not in the golden" in message
 
 
@@ -275,19 +275,23 @@ def test_from_the_golden_and_the_checkpoint_alone(save: Any, tmp_path: Path) -> 
     assert report.details["reference"] == "torchvision:squeezenet1_1"
     assert report.details["outputs"][0]["shape"] == [2, 7]
     assert ckptkit.verify(path, golden=target, device="cpu", **spec).ok
-    with pytest.raises(ckptkit.VerifyError, match=r"is the golden of torchvision:squeezenet1_1, not of torchvision:sq"):
+    with pytest.raises(
+        ckptkit.VerifyError,
+        match=r"is the golden file of torchvision:squeezenet1_1, not of "
+        r"torchvision:sq",
+    ):
         ckptkit.verify(path, golden=target, model="torchvision:squeezenet1_0", device="cpu")
     with pytest.raises(ckptkit.VerifyError, match="recorded with the arguments num_classes=7, not num_classes=8"):
         ckptkit.verify(path, golden=target, model=spec["model"], model_args={"num_classes": 8}, device="cpu")
     for options in ({"seed": 4}, {"input_shapes": [(1, 3, 64, 64)]}, {"input": path}):
-        with pytest.raises(ckptkit.VerifyError, match="brings its own inputs"):
+        with pytest.raises(ckptkit.VerifyError, match="contains its own inputs"):
             ckptkit.verify(path, golden=target, device="cpu", **options)
 
 
 def test_a_golden_names_no_code_to_run(save: Any, weights: dict[str, torch.Tensor], golden: Path) -> None:
     for spec in ("os:getcwd", "net.py:build", None):
         path = rewritten(golden, lambda d, spec=spec: d["reference"].update(spec=spec))
-        with pytest.raises(ckptkit.VerifyError, match="is code of yours; name it with --model"):
+        with pytest.raises(ckptkit.VerifyError, match="is your own code; name it with --model"):
             held(save, weights, path, model=None)
 
 
@@ -315,7 +319,7 @@ def test_an_existing_file_is_kept_unless_forced(
     weights["linear.bias"] += 1
     assert ckptkit.verify(save(weights), write_golden=golden, force=True, **OPTIONS).ok
     assert golden.read_bytes() != before
-    with pytest.raises(ckptkit.FileAccessError, match="in a folder that exists"):
+    with pytest.raises(ckptkit.FileAccessError, match="in an existing folder"):
         ckptkit.verify(save(weights), write_golden=tmp_path / "no" / "g.safetensors", **OPTIONS)
     with pytest.raises(ckptkit.VerifyError, match="nothing is computed"):
         ckptkit.verify(save(weights), write_golden=tmp_path / "h.safetensors", forward=False, **OPTIONS)
@@ -367,11 +371,11 @@ def put(*path: Any) -> Callable[[Any], None]:
         (put("outputs", 1, "step", 0), "expected every 0th"),
         (put("outputs", 0, "dtype", "float64"), "expected every 1th of 4 of float64"),
         (put("outputs", {}), "'outputs' is .*; expected list"),
-        (put("dtype", "int8"), "expected a floating point type"),
+        (put("dtype", "int8"), "expected a floating-point type"),
         (put("tolerance", "rtol", -1), "expected a number of at least 0"),
         (put("outputs", 0, "noise", -1), "expected a number of at least 0"),
-        (put("weights", "tensors", {"linear.bias": 3}), "expected texts by name"),
-        (put("versions", "torch", 2), "expected texts by name"),
+        (put("weights", "tensors", {"linear.bias": 3}), "expected strings by name"),
+        (put("versions", "torch", 2), "expected strings by name"),
     ],
 )
 def test_damaged_goldens(save: Any, weights: dict[str, torch.Tensor], golden: Path, change: Any, message: str) -> None:

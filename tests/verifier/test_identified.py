@@ -22,7 +22,7 @@ def test_a_known_model_is_verified(tmp_path: Any, ending: str) -> None:
     report = check_file(path, forward=True)
     assert report.ok
     assert codes(report)[:2] == [("info", "identified"), ("info", "fit-coverage")]
-    message = "no model was named; by names and shapes it is torchvision:squeezenet1_1 with num_classes=7"
+    message = "no model was named; its names and shapes are those of torchvision:squeezenet1_1 with num_classes=7"
     assert finding(report, "identified").message == message
     assert [output["shape"] for output in report.details["outputs"]] == [[1, 7]]
 

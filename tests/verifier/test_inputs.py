@@ -41,10 +41,10 @@ def test_a_list_of_images_stays_one() -> None:
 @pytest.mark.parametrize(
     ("shapes", "message"),
     [
-        ([], "is not known; give --input-shape .*, --input FILE or --no-forward"),
+        ([], "is unknown; give --input-shape .*, --input FILE or --no-forward"),
         ([()], "expected sizes of at least 1"),
         ([(1, 0)], "expected sizes of at least 1"),
-        ([(1 << 20, 1 << 20)], "elements are over"),
+        ([(1 << 20, 1 << 20)], "elements are more than"),
     ],
 )
 def test_shapes_that_are_none(shapes: list[tuple[int, ...]], message: str) -> None:
@@ -112,8 +112,8 @@ def test_files_of_inputs(tmp_path: Path, obj: Any, name: str, args: list[Any], k
     [
         ({"0": X, "2": Y}, (), "its inputs 0, 2 leave gaps"),
         ({"1": X}, (), "leave gaps"),
-        ({"epoch": 3}, (), "holds no inputs"),
-        ([X, 3], (), "holds no inputs"),
+        ({"epoch": 3}, (), "contains no inputs"),
+        ([X, 3], (), "contains no inputs"),
         ({"0": X}, (Input(shape=(3, 8, 8), is_list=True),), "takes a list of images"),
         ({"image": torch.ones(3, 8, 8)}, (Input(shape=(3, 8, 8), is_list=True),), "takes a list of images"),
     ],

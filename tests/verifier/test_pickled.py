@@ -157,4 +157,4 @@ def test_its_outputs_against_another_checkpoint(save: Any) -> None:
     theirs["2.bias"] = theirs["2.bias"] + 1
     report = verify(save(model()), against=save(theirs, "theirs.pth"))
     assert codes(report)["against-differs"] == "error"
-    assert "they part at `2`" in report.findings[-1].message
+    assert "they diverge at `2`" in report.findings[-1].message

@@ -166,7 +166,7 @@ def test_torchvision_families_and_their_inputs(
         (":make", {}, "is not a reference"),
         ("torchvision:resnet81", {}, "torchvision has no model 'resnet81'; did you mean resnet18"),
         ("torchvision:resnet18", {"num_clases": "3"}, "torchvision:resnet18: .*unexpected keyword argument 'num_clas"),
-        ("torchvision:resnet18", {"weights": "DEFAULT"}, "without pretrained weights; leave weights out"),
+        ("torchvision:resnet18", {"weights": "DEFAULT"}, "without pretrained weights; omit weights"),
         ("torchvision:resnet18", {"num_classes": "many"}, "building the model failed: TypeError"),
         ("pack.missing:make", {}, "there is no module 'pack.missing' here"),
         ("nowhere.models:make", {}, "there is no module 'nowhere' here"),
@@ -187,7 +187,7 @@ def test_torchvision_families_and_their_inputs(
         ("my_models:make", {"widht": 3}, "unexpected keyword argument 'widht'"),
         ("my_models:needs", {"widht": 3}, "did you mean width?"),
         ("my_models:needs", {}, "missing a required argument: 'width'; give it with --model-arg NAME=VALUE"),
-        ("my_models:instance", {"width": 3}, "is a module already and takes no arguments .width."),
+        ("my_models:instance", {"width": 3}, "is already a module and takes no arguments .width."),
     ],
 )
 def test_what_goes_wrong_is_one_clear_line(models: Path, spec: str, args: dict[str, object], message: str) -> None:

@@ -168,9 +168,9 @@ def test_inputs(config: dict[str, Any], inputs: list[tuple[str, tuple[int, ...]]
         (
             "smal",
             {},
-            "no folder .smal. with a config.json, .*; did you mean small\\?; names of a hub are not looked up",
+            "no folder .smal. with a config.json, .*; did you mean small\\?; names on a hub are not looked up",
         ),
-        ("someone/small", {}, "names of a hub are not looked up"),
+        ("someone/small", {}, "names on a hub are not looked up"),
         ("small", {"width": "x"}, "--model-arg width=x: expected int"),
         ("small", {"widht": "3"}, "its configuration has no 'widht'; did you mean width?"),
     ],

@@ -214,7 +214,7 @@ def test_a_module_that_is_given_keeps_its_values() -> None:
 
 
 def test_lazy_modules_have_their_own_error(run: Run) -> None:
-    with pytest.raises(VerifyError, match="'weight' is not initialised; run its lazy modules once"):
+    with pytest.raises(VerifyError, match="'weight' is not initialized; run its lazy modules once"):
         run(nn.Linear(2, 3).state_dict(), model=lambda: nn.LazyLinear(3))
 
 

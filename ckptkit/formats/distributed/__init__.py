@@ -92,7 +92,7 @@ def _by_rules(path: str, tag: str | None, tp_rules: str) -> FolderSource:
     found = Found(path, "megatron", names, tuple(sliced(names))) if is_it else found_in(path, tag)
     if found is None or (found.layout != "megatron" and (found.layout in _PLACED or not sliced(found.names))):
         raise FileAccessError(
-            f"{path}: --tp-rules joins files that differ in one number; there are none here", path=path
+            f"{path}: --tp-rules joins files whose names differ in one number; there are none here", path=path
         )
     source = _source(path, found, "megatron", tag)
     source.tp_rules, source.rules = rules, tp_rules

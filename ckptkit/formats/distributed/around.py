@@ -216,14 +216,14 @@ def pointed(folder: str) -> tuple[str, str] | None:
         name = _numbered(folder, int(text)) if pointer.endswith(".txt") and _is_number(text) else text
         problem = ""
         if not text or "\n" in text or len(text) > 255:
-            problem = "does not hold the name of a folder"
+            problem = "does not contain the name of a folder"
         elif not is_shard_name(name):
             problem = f"names {text!r:.80}, which leads out of the folder"
         elif not places.isdir(places.below(folder, name)):
-            problem = f"names {name!r:.80}, and no such folder is there"
+            problem = f"names {name!r:.80}, which does not exist"
         if problem:
             there = [each for each, _ in _steps(folder)]
-            told = f"; there are: {listed(there, _LISTED)} (--tag NAME chooses one)" if there else ""
+            told = f"; available: {listed(there, _LISTED)} (--tag NAME selects one)" if there else ""
             raise CorruptError(problem + told, path=path, names=there)
         return pointer, name
     return None
@@ -338,9 +338,9 @@ def _tagged(path: str, tag: str) -> Found:
         return Found(chosen, tag=tag)
     if not places.isdir(chosen):
         there = [name for name, _ in _choices(path)] if own is None else []
-        told = "; it is one checkpoint itself: leave out --tag" if own is not None else ""
+        told = "; the folder itself is one checkpoint: omit --tag" if own is not None else ""
         meant = did_you_mean(tag, there, shown=repr)
-        told = f"; there are: {listed(there, _LISTED)}{meant}" if there else told
+        told = f"; available: {listed(there, _LISTED)}{meant}" if there else told
         raise MissingFileError(f"{path}: no step {tag!r:.80} is in this folder{told}", path=path, names=there)
     found = _standing(chosen, way=f"{places.relative(chosen, path)}/")
     if found is None:
@@ -392,7 +392,7 @@ def _standing(path: str, depth: int = 0, *, way: str = "", is_inner: bool = Fals
 
 def _require_end(path: str, depth: int) -> None:
     if depth >= _DEEPEST:
-        raise CorruptError("folders that point to one another, without end", path=path)
+        raise CorruptError("folders that point to one another in a loop", path=path)
 
 
 def _chosen(path: str, last: tuple[str, str], found: Found) -> Found:
@@ -400,7 +400,7 @@ def _chosen(path: str, last: tuple[str, str], found: Found) -> Found:
     pointer, name = last
     name = os.path.basename(os.path.realpath(os.path.join(path, name))) if name == pointer else name
     others = [each for each in _folders(path) if each not in (name, pointer) and _may_be_a_step(path, each)]
-    told = f"; also there: {listed(others, _LISTED)} (--tag NAME chooses one)" if others else ""
+    told = f"; others: {listed(others, _LISTED)} (--tag NAME selects one)" if others else ""
     message = f"the checkpoint is {name!r:.80}, as {pointer} says{told}"
     finding = Finding(code="step-chosen", severity="info", message=message)
     return found._replace(tag=name if found.tag is None else found.tag, findings=(finding, *found.findings))
@@ -483,9 +483,9 @@ def describe_folder(path: str) -> str:
     try:
         pointed(path)
     except CkptkitError as error:
-        return f"holds no checkpoint: {error}"
+        return f"contains no checkpoint: {error}"
     if "saved_model.pb" in names:
-        return "is a TensorFlow SavedModel, no torch checkpoint"
+        return "is a TensorFlow SavedModel, not a torch checkpoint"
     if "_CHECKPOINT_METADATA" in names or "manifest.ocdbt" in names:
-        return "is an orbax checkpoint (JAX), no torch checkpoint"
+        return "is an orbax checkpoint (JAX), not a torch checkpoint"
     return "is a folder, not a file"

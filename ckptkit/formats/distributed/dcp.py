@@ -123,7 +123,7 @@ class Opened:
             yield Finding(
                 code="rank-values",
                 severity="info",
-                message=f"each rank has its own of {listed(own, LISTED)}; those of the first rank are taken",
+                message=f"{listed(own, LISTED)} differ from rank to rank; those of the first rank are used",
             )
 
     def _unread(self) -> Iterator[GlobalUse]:
@@ -131,7 +131,7 @@ class Opened:
         if count:
             yield GlobalUse(
                 name="items of tensors", verdict="unknown", count=count, where=(), kind="unread",
-                reason="pickles that are read when their values are",
+                reason="pickles that are read together with their values",
             )  # fmt: skip
 
     def _foreign(self, folder: FolderSource) -> Iterator[Finding]:
@@ -141,7 +141,7 @@ class Opened:
             yield Finding(
                 code="foreign-part",
                 severity="warning",
-                message=f"the checkpoint does not name {count_of(len(foreign), 'file')} of its folder: "
+                message=f"the checkpoint does not name {count_of(len(foreign), 'file')} in its folder: "
                 f"{listed(foreign, LISTED)}; left over from another save, or from more ranks",
             )
 
@@ -155,8 +155,9 @@ def _later(files: dict[str, Source], written: Source) -> Iterator[Finding]:
         yield Finding(
             code="later-part",
             severity="warning",
-            message=f"{count_of(len(later), 'file', 'was', 'were')} written after .metadata, which is written last: "
-            f"{listed(later, LISTED)}; a later save may have replaced them and never finished, or they were copied",
+            message=f"{count_of(len(later), 'file', 'was', 'were')} written after .metadata, which a save writes "
+            f"last: {listed(later, LISTED)}; a later save may have replaced them without finishing, or they were "
+            "copied",
         )
 
 
@@ -240,12 +241,12 @@ def _metadata_name(folder: FolderSource, ranks: Mapping[int, str]) -> str:
         known = [str(rank) for rank in sorted(ranks)]
         asked = f"there is no rank {folder.tag!r:.40}: " if folder.tag else ""
         raise FileAccessError(
-            f"{folder.path}: {asked}each of {len(ranks):,} ranks saved a checkpoint of its own here, without the "
-            f"others; choose one with --tag: {listed(known, LISTED)}",
+            f"{folder.path}: {asked}each of {len(ranks):,} ranks saved a separate checkpoint here; choose one with "
+            f"--tag: {listed(known, LISTED)}",
             path=folder.path,
             names=known,
         )
-    raise CorruptError("there is no .metadata, which is written last: the save never finished, or the file was lost")
+    raise CorruptError("there is no .metadata, which a save writes last: the save never finished, or the file was lost")
 
 
 def _files(folder: FolderSource, metadata: Metadata) -> dict[str, Source]:
@@ -302,10 +303,10 @@ def _nested(metadata: Metadata, values: dict[str, object]) -> InertDict:
                 _put(branch, key, child.container, spare)
                 branch.children[key] = child
             if child is None or not isinstance(child.container, kind):
-                raise CorruptError(f"{name!r:.200}: its path in planner_data leads through what is something else")
+                raise CorruptError(f"{name!r:.200}: its path in planner_data leads through another value")
             branch = child
         if path[-1] in branch.children:
-            raise CorruptError(f"{name!r:.200}: another value is in its place by planner_data")
+            raise CorruptError(f"{name!r:.200}: planner_data puts another value in its place")
         branch.children[path[-1]] = None
         _put(branch, path[-1], values[name], spare)
     return root.container  # type: ignore[return-value]

@@ -204,7 +204,7 @@ class ItemReader:
         if not through:
             return area
         if through != _ZSTD:
-            raise UnsupportedError(f"it went through {listed(map(repr, through))}; stream.zstd/1 is read")
+            raise UnsupportedError(f"it went through {listed(map(repr, through))}; only stream.zstd/1 is supported")
         from ckptkit.formats.compression import compression_of
         from ckptkit.formats.sources import Inner
 

@@ -99,7 +99,7 @@ def parse_metadata(data: bytes, limits: Limits) -> Metadata:
             uses = _uses(pickle)
             read = _Reader(Columns(), limits).read(pickle)
             if read is None:
-                raise CorruptError("chunks or items that are none of DCP's")
+                raise CorruptError("chunks or items of unknown classes")
         read.globals = uses
         return read
     except FormatError as error:
@@ -218,7 +218,7 @@ class _Reader:
         """Put the chunks of a list behind those that there are; its runs are copied, so that rows are in one piece."""
         columns = self._columns
         if not isinstance(node, list) or id(node) in self._seen:
-            raise CorruptError(f"the chunks of a tensor are {_kind(node)}, not a list of its own")
+            raise CorruptError(f"the chunks of a tensor are {_kind(node)}, not a separate list")
         self._seen.add(id(node))
         for chunk in node:
             if isinstance(chunk, Run):
@@ -253,7 +253,7 @@ class _Reader:
                 dtype = self._dtypes[kind] = _dtype(row.dtype, row.layout)
             if len(row.shape) > self._limits.dimensions:
                 count = count_of(len(row.shape), "dimension")
-                raise CorruptError(f"{count}; torch knows {self._limits.dimensions}")
+                raise CorruptError(f"{count}; torch allows {self._limits.dimensions}")
             if min(row.shape, default=0) < 0 or math.prod(row.shape) >= _HUGE:
                 raise CorruptError(f"no tensor has the size {[*row.shape]}"[:200])
         except FormatError as error:
@@ -285,7 +285,7 @@ class _Reader:
             if not isinstance(name, str) or not isinstance(path, str) or not is_int(start) or not is_int(length):
                 raise CorruptError("a stored item without a name, a file, an offset or a length")
             if not isinstance(through, (list, tuple)) or not all(isinstance(each, str) for each in through):
-                raise CorruptError(f"{_shown(name)}: its transform_descriptors are {_kind(through)}, not texts")
+                raise CorruptError(f"{_shown(name)}: its transform_descriptors are {_kind(through)}, not strings")
             if not 0 <= start < _HUGE or not 0 <= length < _HUGE or len(through) > LISTED:
                 raise CorruptError(f"{_shown(name)}: an item of {length:,} bytes from byte {start:,} on")
             columns.names.append(name)
@@ -318,7 +318,7 @@ class _Reader:
         for name in objects:
             rows = by_name.pop(name, [])
             if len(rows) > 1:
-                raise AmbiguousError(f"object {_shown(name)} lies in {count_of(len(rows), 'place')}")
+                raise AmbiguousError(f"object {_shown(name)} is in {count_of(len(rows), 'place')}")
             if not rows or columns.places[rows[0]] is not None:
                 lost.append(f"object {_shown(name)}")
             else:
@@ -328,7 +328,7 @@ class _Reader:
             rows = by_name.pop(name, [])
             known = {places[row]: row for row in rows}
             if len(known) < len(rows):
-                raise AmbiguousError(f"tensor {_shown(name)}: two items are of the same chunk")
+                raise AmbiguousError(f"tensor {_shown(name)}: two items are for the same chunk")
             tensor.rows = [known.get(offsets, -1) for offsets in tensor.offsets]
             if len(rows) < len(tensor.rows):
                 _leave_out_empty(tensor)
@@ -345,13 +345,13 @@ class _Reader:
             told = count_of(len(lost), "chunk", "lies", "lie")
             raise CorruptError(f"nothing says where {told}: {_first(lost)}", names=lost)
         if extra:
-            raise CorruptError(f"items are stored of what is not described: {_first(map(_shown, extra))}", names=extra)
+            raise CorruptError(f"items are stored that are not described: {_first(map(_shown, extra))}", names=extra)
 
     def _paths(self, node: object, order: list[str]) -> dict[str, tuple[str | int, ...]] | None:
         """The keys that lead to each name.
 
         Raises:
-            CorruptError: they are not texts and numbers, or some names have none.
+            CorruptError: they are not strings and numbers, or some names have none.
         """
         if node is None:
             return None
@@ -364,10 +364,10 @@ class _Reader:
                 raise LimitError("keys in planner_data", limit=_MOST_KEYS, actual=_MOST_KEYS + 1)
             is_path = isinstance(path, (tuple, list)) and path and all(isinstance(k, str) or is_int(k) for k in path)
             if not isinstance(name, str) or not is_path:
-                raise CorruptError("its planner_data does not say texts and numbers for names")
+                raise CorruptError("its planner_data does not map names to strings and numbers")
             found[name] = tuple(path)  # type: ignore[arg-type]
         if pairs and (unknown := [name for name in order if name not in found]):
-            raise CorruptError(f"its planner_data says nothing of {_first(map(_shown, unknown))}", names=unknown)
+            raise CorruptError(f"its planner_data does not mention {_first(map(_shown, unknown))}", names=unknown)
         return found or None
 
 
@@ -406,7 +406,7 @@ def _state(node: object, *names: str) -> _Attributes:
     if found is None:
         if isinstance(node, Run) or node is LEFT_OUT:
             raise _OddError
-        raise CorruptError(f"{_kind(node)} where a {names[0]} belongs: not what torch.distributed.checkpoint writes")
+        raise CorruptError(f"{_kind(node)} where a {names[0]} belongs: torch.distributed.checkpoint never writes that")
     return _Attributes((key, value) for key, value in found.pairs if isinstance(key, str))
 
 
@@ -428,12 +428,12 @@ def _dtype(dtype: object, layout: object) -> str:
         UnsupportedError: it is not strided.
     """
     if not isinstance(dtype, Global) or dtype.module != "torch" or dtype.name not in DTYPES:
-        raise CorruptError(f"its dtype is {_kind(dtype)}, none of torch's")
+        raise CorruptError(f"its dtype is {_kind(dtype)}, which torch does not have")
     if isinstance(layout, Object) and is_global(layout.cls, "torch.serialization", "_get_layout"):
         layout = layout.args[0] if layout.args else None
     name = layout.qualified if isinstance(layout, Global) else layout
     if name not in ("torch.strided", None):
-        raise UnsupportedError(f"its layout is {name!r:.40}; strided is read")
+        raise UnsupportedError(f"its layout is {name!r:.40}; only strided is supported")
     return dtype.name
 
 

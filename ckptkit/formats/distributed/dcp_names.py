@@ -65,7 +65,7 @@ class Flat:
             cls = value.subclass.qualified if isinstance(value.subclass, Global) else "its attributes"
             self.lost.append(f"{name[-100:]} (a plain tensor is written, without {cls:.100})")
         elif not isinstance(value, TensorEntry) and is_tensor_like(value):
-            self.lost.append(f"{name[-100:]} (no plain tensor: written as a pickled value)")
+            self.lost.append(f"{name[-100:]} (not a plain tensor: written as a pickled value)")
 
 
 def flattened(checkpoint: Checkpoint) -> Flat:
@@ -80,7 +80,7 @@ def flattened(checkpoint: Checkpoint) -> Flat:
     root = written_tree(checkpoint)
     if root is not STATE_DICT and mapping_items(root) is None:
         raise RewriteError(
-            f"a {NAME} folder holds a dict, and this is {brief(root)}; --all-tensors writes every tensor under a name"
+            f"a {NAME} folder stores a dict, but this is {brief(root)}; --all-tensors writes every tensor under a name"
         )
     within: set[int] = set()
     stack: list[tuple[Path, object, bool]] = [((), root, False)]
@@ -101,12 +101,12 @@ def flattened(checkpoint: Checkpoint) -> Flat:
             found.add(path, node)
             continue
         if id(node) in within or len(path) > _MAX_LEVELS:
-            told = "holds itself" if id(node) in within else f"has over {_MAX_LEVELS} levels"
-            raise RewriteError(f"{_name(path):.200}: {told}, which nothing in a {NAME} folder can")
+            told = "contains itself" if id(node) in within else f"has over {_MAX_LEVELS} levels"
+            raise RewriteError(f"{_name(path):.200}: {told}, which is not possible in a {NAME} folder")
         within.add(id(node))
         stack += [(path, node, True), *reversed(below)]
     if not found.values:
-        raise RewriteError(f"there is nothing to write: a {NAME} folder holds values under names, and it has none")
+        raise RewriteError(f"there is nothing to write: a {NAME} folder stores named values, and it has none")
     return found
 
 
@@ -176,4 +176,4 @@ def _lost(node: object, path: Path, pairs: list[tuple[object, object]]) -> Itera
             kept = attributes(node)
             yield f"{where} (its attributes{': ' + ', '.join(map(str, kept)) if kept is not None else ''})"
     if effects_of(node):
-        yield f"{where} (what is called for its effect on it)"
+        yield f"{where} (calls made only for their effect on it)"

@@ -148,7 +148,7 @@ class Metadata:
             end = max(end for _, end in placed[short[0]])
             raise CorruptError(
                 f"{count_of(len(short), 'file', 'is', 'are')} cut short: {listed(short, LISTED)}; {short[0]} has "
-                f"{sizes[short[0]]:,} bytes, and its items end at byte {end:,}",
+                f"{sizes[short[0]]:,} bytes, but its items end at byte {end:,}",
                 names=short,
             )
         for path, spans in placed.items():
@@ -156,7 +156,7 @@ class Metadata:
             before = 0
             for start, end in spans:
                 if start < before:
-                    raise CorruptError(f"two items of {path} share bytes, from byte {start:,} on")
+                    raise CorruptError(f"two items of {path} overlap from byte {start:,} on")
                 before = end
 
 

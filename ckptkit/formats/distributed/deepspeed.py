@@ -88,7 +88,7 @@ def read(probe: Probe) -> RawCheckpoint:
     if (is_int(degree) and degree > 1) or (len(models.files) > 1 and not modules.layers):
         raise _tensor_parallel(f"{len(models.files)} mp_rank files")
     if models.first.own.get("ds_autoep_layers"):
-        raise UnsupportedError("experts that AutoEP shared out over ranks (ds_autoep_layers) are not put together")
+        raise UnsupportedError("experts that AutoEP distributed over ranks (ds_autoep_layers) cannot be combined")
     optimizers = by_rank(parts, names, _OPTIMIZER)
     if not optimizers:
         return _without_masters(parts, models, modules, names)
@@ -146,7 +146,7 @@ def _modules_of(parts: Parts, names: Sequence[str], models: Models) -> _Modules:
 def _tensor_parallel(which: str) -> UnsupportedError:
     return UnsupportedError(
         f"its tensors are split over tensor-parallel ranks ({which}), and the files do not say how; "
-        "--tp-rules FILE gives rules"
+        "give rules with --tp-rules FILE"
     )
 
 
@@ -203,7 +203,7 @@ def _without_masters(parts: Parts, models: Models, modules: _Modules, names: Seq
             Finding(
                 code="optimizer-by-rank",
                 severity="info",
-                message=f"the fp32 weights under optimizer.{masters[0]} are without names; the module's are taken",
+                message=f"the fp32 weights under optimizer.{masters[0]} have no names; the module's weights are used",
             )
         )
     several: list[tuple[object, object]] = [*optimizers]
@@ -243,7 +243,7 @@ def _with_masters(parts: Parts, models: Models, modules: _Modules, zeros: Sequen
         weights.add(named(file.own.get("module")), file.name, buffers=file.own.get("buffer_names"), stubs=is_split)
     if (modules.layers or modules.experts) and weights.unproven:
         raise CorruptError(
-            f"no layer_ file has {listed(weights.unproven, _LISTED)}: it is missing, or of another run",
+            f"no layer_ file has {listed(weights.unproven, _LISTED)}: it is missing, or from another run",
             names=weights.unproven,
         )
     stages = f", {len(zeros)} pipeline stages" * (len(zeros) > 1)
@@ -276,10 +276,10 @@ def _optimizer(models: Models, zeros: Sequence[Zero]) -> InertDict:
 def _left_findings(zeros: Sequence[Zero]) -> Iterator[Finding]:
     keys = {key: None for zero in zeros if zero.moments is not None for _, key in zero.moments.left}
     if keys or any(zero.left for zero in zeros):
-        what = f"what it keeps as {listed(keys, _LISTED)}" if keys else "what it keeps"
+        what = f"its state in {listed(keys, _LISTED)}" if keys else "its state"
         yield Finding(
             code="optimizer-by-rank",
             severity="warning",
-            message=f"{what} of the optimizer is not laid out as the parameters are: it stands by rank, as it was "
-            "saved, under optimizer.by_rank",
+            message=f"{what} of the optimizer does not have the layout of the parameters: it is kept by rank, as "
+            "it was saved, under optimizer.by_rank",
         )

@@ -172,13 +172,13 @@ def by_rank(parts: Parts, names: Sequence[str], pattern: re.Pattern[str]) -> dic
             continue
         ranks, rank = found.setdefault(int(match[2]), {}), int(match[1] or 0)
         if rank in ranks:
-            raise CorruptError(f"{ranks[rank]} and {name} are of one rank: files of different runs")
+            raise CorruptError(f"{ranks[rank]} and {name} are from one rank: files of different runs")
         ranks[rank] = name
     files = {model: {rank: parts.read(ranks[rank]) for rank in sorted(ranks)} for model, ranks in sorted(found.items())}
     for read in files.values():
         for file in read.values():
             if mapping_items(file.root) is None:
-                raise CorruptError("it is not a dict, as DeepSpeed's files are", where=file.name)
+                raise CorruptError("it is not a dict, although DeepSpeed's files are", where=file.name)
     return files
 
 
@@ -203,7 +203,7 @@ def require_ranks(files: Mapping[int, object], count: int, what: str) -> None:
     if len(files) > count:
         extra = max(files)
         raise CorruptError(
-            f"{count_of(count, 'rank')} wrote the {what}, and there is one of rank {extra}: files of different runs"
+            f"{count_of(count, 'rank')} wrote the {what}, but there is one from rank {extra}: files of different runs"
         )
 
 
@@ -274,7 +274,7 @@ def unproven(weights: Weights) -> list[Finding]:
     found = []
     if weights.own:
         own = listed(weights.own, _LISTED)
-        message = f"each rank has its own of {own}; those of rank 0 are taken"
+        message = f"{own} differ from rank to rank; those of rank 0 are used"
         found.append(Finding(code="rank-values", severity="info", message=message))
     if not names:
         return found
@@ -283,8 +283,8 @@ def unproven(weights: Weights) -> list[Finding]:
         Finding(
             code="unproven-weights",
             severity="info",
-            message=f"the files have no second copy of {count_of(len(names), 'weight')} (as of stage 3): that the "
-            "ranks' files belong together cannot be proven by their values",
+            message=f"the files have no second copy of {count_of(len(names), 'weight')} (as of stage 3): their "
+            "values cannot prove that the ranks' files belong together",
         ),
     ]
 
@@ -344,7 +344,7 @@ class Weights:
                 self._add_weight(name, own, value, where, stubs=stubs)
             elif stubs and isinstance(value, TensorEntry) and not value.numel and name not in known:
                 raise CorruptError(
-                    f"the weight {name} is an empty stub, and no file says where its values lie", where=where
+                    f"the weight {name} is an empty stub, and no file says where its values are", where=where
                 )
             elif name not in self._full:
                 self._full[name] = self._module[name] = value
@@ -374,7 +374,7 @@ class Weights:
             saved = value
         elif not isinstance(value, TensorEntry) or value.numel or not stubs:
             shape = f"of shape {[*value.shape]}" if isinstance(value, TensorEntry) else "not a tensor"
-            raise CorruptError(f"{name} is {shape}, and param_shapes says {[*master.shape]}", where=where)
+            raise CorruptError(f"{name} is {shape}, but param_shapes says {[*master.shape]}", where=where)
         elif value.dtype == master.dtype:
             saved = master
         self._module.setdefault(name, saved)

@@ -122,7 +122,7 @@ def _values(parts: Parts, shape: tuple[int, ...], files: Mapping[str, str]) -> I
         if isinstance(value, TensorEntry) and key != "step" and "param" not in file.own:
             if not value.is_contiguous or value.numel != prod(shape):
                 raise CorruptError(
-                    f"it is of {value.numel:,} elements, and param_shapes says {[*shape]}", where=file.name
+                    f"it has {value.numel:,} elements, but param_shapes says {[*shape]}", where=file.name
                 )
             stride = contiguous_stride(shape)
             value = tensor_of(value.storage, value.storage_offset, shape, stride, value.dtype)

@@ -160,7 +160,7 @@ def _require_distinct(kept: Sequence[Flats], where: Sequence[str]) -> None:
         sums = tuple(part.storage.crc32 for own in parts for part in own)
         first = rank if None in sums else seen.setdefault(sums, rank)
         if first != rank and all(any(_varies(part) for part in own) for own in parts):
-            raise CorruptError(f"{where[first]} and {name} hold the same values: one rank's file is there twice")
+            raise CorruptError(f"{where[first]} and {name} contain the same values: one rank's file is there twice")
 
 
 def _varies(part: TensorEntry) -> bool:
@@ -200,7 +200,7 @@ def _buffers(nodes: Sequence[object], where: Sequence[str]) -> list[list[TensorE
             raise CorruptError(f"it has no flat buffers of the fp32 weights ({_JOINED}, {_SPLIT})", where=name)
         if found and len(flats) != len(found[0]):
             first = count_of(len(found[0]), "flat buffer")
-            raise CorruptError(f"{where[0]} has {first}, and this has {len(flats)}", where=name)
+            raise CorruptError(f"{where[0]} has {first}, but this one has {len(flats)}", where=name)
         found.append(flats)
     return found
 
@@ -216,7 +216,7 @@ def _joined(
     for what, found in (("param_shapes", groups), ("param_alignment_paddings", paddings)):
         if found is not None and len(found) != count:
             raise CorruptError(
-                f"{what} has {count_of(len(found), 'group')}, and there are {count_of(count, 'flat buffer')}"
+                f"{what} has {count_of(len(found), 'group')}, but there are {count_of(count, 'flat buffer')}"
             )
     renamed = [_renamed(groups[each.number], each.experts) for each in shared]
     return joined_slots(renamed, None if paddings is None else [paddings[each.number] for each in shared])
@@ -256,7 +256,7 @@ def _shared(flat: int, count: int, world: int, model: File) -> list[_Buffer]:
     if count == world:
         return [_Buffer(flat, range(world))]
     if world % count:
-        raise UnsupportedError(f"{count} ranks share flat buffer {flat}, of {world} in all: in what sets is not known")
+        raise UnsupportedError(f"{count} ranks of {world} share flat buffer {flat}: how they are grouped is unknown")
     sets = world // count
     config = named(model.own.get("ds_config"))
     if config.get("use_data_before_expert_parallelism") is True:
@@ -311,7 +311,7 @@ def _shapes_by_mappings(owns: Sequence[Mapping[str, object]], model: File, layer
                 sizes[name] = sizes.get(name, 0) + (numel if is_int(numel) else 0)
         groups.append([(name, _shape_in_module(name, numel, model, layers)) for name, numel in sizes.items()])
     if not groups:
-        raise CorruptError("neither param_shapes nor param_slice_mappings say which parameters the buffers hold")
+        raise CorruptError("neither param_shapes nor param_slice_mappings say which parameters are in the buffers")
     return groups
 
 

@@ -258,20 +258,20 @@ def _findings(sets: Sequence[_Set], merged: Sequence[Ranks], count: int, folder:
         yield Finding(
             code="completeness-unknown",
             severity="warning",
-            message=f"nothing in names or files says how many ranks there were; the files of {files} are here",
+            message=f"neither names nor files say how many ranks there were; the files of {files} are here",
         )
     if own := [place for ranks in merged for place in ranks.own]:
         yield Finding(
             code="rank-values",
             severity="info",
-            message=f"each rank has its own of {listed(own, _LISTED)}; those of rank 0 are taken",
+            message=f"{listed(own, _LISTED)} differ from rank to rank; those of rank 0 are used",
         )
     if flat := [place for ranks in merged for place in ranks.flat]:
         yield Finding(
             code="flat-optimizer",
             severity="warning",
-            message=f"{count_of(len(flat), 'tensor')} of the optimizer's state are of flat parameters, put together "
-            f"from what each rank has, padding and all: {listed(flat, _LISTED, characters=100)}",
+            message=f"{count_of(len(flat), 'tensor')} of the optimizer's state belong to flat parameters, joined from "
+            f"what each rank has, including padding: {listed(flat, _LISTED, characters=100)}",
         )
     names = {name for each in sets for name in each.names}
     opened = ((name, file) for name, file in folder.parts.items() if name in names)
@@ -282,7 +282,7 @@ def _findings(sets: Sequence[_Set], merged: Sequence[Ranks], count: int, folder:
         yield Finding(
             code="saved-apart",
             severity="warning",
-            message=f"{first} was written {days:.0f} days before {last}: files of two runs may be mixed",
+            message=f"{first} was written {days:.0f} days before {last}: files from two runs may be mixed",
         )
 
 

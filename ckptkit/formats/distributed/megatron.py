@@ -122,7 +122,9 @@ def _of_ranks(probe: Probe, found: Sequence[re.Match[str]], rules: tuple[Rule, .
     """The checkpoint of a folder a rank."""
     names = sorted({match["file"] for match in found})
     if len(names) > 1:
-        raise CorruptError(f"the folders of ranks hold files of several names: {listed(names, _LISTED)}", names=names)
+        raise CorruptError(
+            f"the folders of ranks contain files with several names: {listed(names, _LISTED)}", names=names
+        )
     raws = read_ranks(probe, {match["folder"]: match[0] for match in found})
     first = raws[found[0]["folder"]].root
     args = args_of(first)
@@ -133,7 +135,7 @@ def _of_ranks(probe: Probe, found: Sequence[re.Match[str]], rules: tuple[Rule, .
         version = 0 if names[0].endswith("_rng.pt") else 3  # NeMo has none, and began with the present order
     groups = args.get("num_query_groups")
     if isinstance(groups, int) and args.get("group_query_attention") and groups < len({key[0] for key in grid}):
-        raise UnsupportedError(f"{groups:,} groups of queries over more ranks: each holds a part of one")
+        raise UnsupportedError(f"{groups:,} groups of queries over more ranks: each has a part of one")
     gated = args.get("swiglu")
     joiner = Joiner((*rules, *_before(version), *MEGATRON_RULES), gated if isinstance(gated, bool) else None)
     keys = _models(first)
@@ -225,9 +227,13 @@ def _require_one_run(roots: Mapping[str, object]) -> None:
         a_args, b_args = args_of(own), args_of(root)
         for key in sorted(a_args.keys() | b_args.keys()):
             if _OF_A_RANK.search(key) is None and not same_said(a := a_args.get(key), b := b_args.get(key)):
-                raise CorruptError(f"{first} says args.{key} {a!r:.60}, {rank} says {b!r:.60}: of different runs")
+                raise CorruptError(
+                    f"{first} says args.{key} {a!r:.60}, {rank} says {b!r:.60}: they are from different runs"
+                )
         if _models(own) != _models(root):
-            raise CorruptError(f"{first} and {rank} do not hold models under the same keys: of different runs")
+            raise CorruptError(
+                f"{first} and {rank} do not have models under the same keys: they are from different runs"
+            )
 
 
 def _models(root: object) -> list[str | None]:
@@ -263,7 +269,7 @@ def _stage(ranks: Mapping[str, object], key: str | None, expert: int, joiner: Jo
     grouped = [shown_name(name) for name in values if re.search(rf"experts[.{INSIDE}]weight[12]\Z", name)]
     if grouped and (len(ranks) > 1 or expert):
         raise UnsupportedError(
-            f"experts that are stored as one matrix, in slices: {listed(grouped, _LISTED)}", names=grouped
+            f"experts that are stored as slices of one matrix: {listed(grouped, _LISTED)}", names=grouped
         )
     return _Stage(first if key in (None, "model") else f"{key} of {first}", expert, values, trees[first][1])
 
@@ -292,12 +298,14 @@ def _require_order(stages: Sequence[Sequence[_Stage]], ranks: Mapping[tuple[int,
         for name in stage.values:
             if (_OUTPUT.fullmatch(name) or _HEAD.fullmatch(name)) and number + 1 < len(stages):
                 raise CorruptError(
-                    f"{stage.where} holds {shown_name(name)}, which is the last stage's: ranks were mixed"
+                    f"{stage.where} contains {shown_name(name)}, which belongs to the last stage: ranks were mixed up"
                 )
     inputs = [number for number, stage in enumerate(stages) if any(map(_EMBEDDING.fullmatch, stage[0].values))]
     if inputs and inputs[0]:
         where = stages[inputs[0]][0].where
-        raise CorruptError(f"{where} holds the word embeddings, which are the first stage's: ranks were mixed")
+        raise CorruptError(
+            f"{where} contains the word embeddings, which belong to the first stage: ranks were mixed up"
+        )
     if len(set(ranks.values())) < len(ranks):  # what converters write says nothing of ranks
         return
     for axis in range(3):
@@ -305,7 +313,9 @@ def _require_order(stages: Sequence[Sequence[_Stage]], ranks: Mapping[tuple[int,
             following = place[0] + (axis == 0), place[1] + (axis == 1), place[2] + (axis == 2)
             after = ranks.get(following)
             if isinstance(rank, int) and isinstance(after, int) and after < rank:
-                raise CorruptError(f"args say that rank {rank} is at {place}, and rank {after} at {following}: mixed")
+                raise CorruptError(
+                    f"args say that rank {rank} is at {place}, and rank {after} at {following}: mixed up"
+                )
 
 
 def _require_layers(stages: Sequence[Sequence[_Stage]], args: Mapping[str, Any]) -> None:
@@ -321,7 +331,7 @@ def _require_layers(stages: Sequence[Sequence[_Stage]], args: Mapping[str, Any])
     main = [(prefix, count) for prefix, count in counts.items() if "mtp" not in prefix]
     count = args.get("num_layers")
     if len(main) == 1 and type(count) is int and count != main[0][1]:
-        raise CorruptError(f"args.num_layers is {count:,}, and the stages hold {count_of(main[0][1], 'layer')}")
+        raise CorruptError(f"args.num_layers is {count:,}, but the stages contain {count_of(main[0][1], 'layer')}")
 
 
 def _whole(
@@ -392,7 +402,9 @@ def _tied(values: dict[str, object], args: Mapping[str, Any], stages: int, joine
         if isinstance(embedding, TensorEntry) and isinstance(copy, TensorEntry):
             joiner.same(shown_name(name), embedding, copy, "the first and the last stage: tied embeddings")
             del values[name]
-            message = f"{shown_name(name)} is the last stage's copy of the word embeddings, which stand there once"
+            message = (
+                f"{shown_name(name)} is the last stage's copy of the word embeddings, which are in the checkpoint once"
+            )
             yield Finding(code="taken-of-one-rank", severity="info", message=message)
 
 
@@ -402,13 +414,13 @@ def _vocabulary(values: Mapping[str, object], args: Mapping[str, Any]) -> Iterat
     if not isinstance(embedding, TensorEntry) or type(padded) is not int or padded == true:
         return
     rows = embedding.shape[0] if embedding.shape else 0
-    tokens = f"the first {true:,} are tokens" if type(true) is int else "how many are tokens, is not said"
+    tokens = f"the first {true:,} are tokens" if type(true) is int else "the files do not say how many are tokens"
     yield Finding(
         code="padded-vocabulary",
         severity="info" if rows == padded else "warning",
-        message=f"the word embeddings have {padded:,} rows, so that the ranks have the same number: {tokens}"
+        message=f"the word embeddings have {padded:,} rows, which gives each rank the same number: {tokens}"
         if rows == padded
-        else f"args.padded_vocab_size is {padded:,}, and the word embeddings have {rows:,} rows",
+        else f"args.padded_vocab_size is {padded:,}, but the word embeddings have {rows:,} rows",
     )
 
 

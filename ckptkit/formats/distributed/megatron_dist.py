@@ -105,7 +105,7 @@ def _require_backend(probe: Probe, folder: FolderSource) -> None:
     backend = document.get("sharded_backend") if isinstance(document, dict) else None
     if backend not in _BACKENDS:
         raise UnsupportedError(
-            f"metadata.json names the backend {shown(backend)}; {' and '.join(_BACKENDS)} are read",
+            f"metadata.json names the backend {shown(backend)}; {' and '.join(_BACKENDS)} are supported",
             where="metadata.json",
         )
 
@@ -127,7 +127,7 @@ def _arrays(objects: Mapping[str, object]) -> dict[str, dict[tuple[int, ...], ob
         if shapes.setdefault(key, shape) != shape or not is_inside:
             raise CorruptError(f"the object {shown(name)} does not belong to the array of the others")
         if place in found.setdefault(key, {}):
-            raise CorruptError(f"the object {shown(name)} stands twice")
+            raise CorruptError(f"the object {shown(name)} appears twice")
         found[key][place] = content
     for key, values in found.items():
         if len(values) < math.prod(shapes[key]):
@@ -339,8 +339,8 @@ class _Tree:
             yield Finding(
                 code="not-merged",
                 severity="warning",
-                message=f"{count_of(len(self._flat), 'tensor')} of the optimizer's state are kept as they are, and are "
-                f"not told by parameter: {listed(self._flat, _LISTED)}",
+                message=f"{count_of(len(self._flat), 'tensor')} of the optimizer's state are kept as they are, not by "
+                f"parameter: {listed(self._flat, _LISTED)}",
             )
 
 
@@ -364,5 +364,5 @@ def _whole_name(name: str) -> str:
 
 def _put(target: dict[str, object], name: str, value: object) -> None:
     if name in target:
-        raise CorruptError(f"two tensors are {shown(name)}")
+        raise CorruptError(f"two tensors are called {shown(name)}")
     target[name] = value

@@ -165,7 +165,7 @@ def _dtensor(found: Distributed, rank: int, known: dict[int, Mesh]) -> Share:
         mesh = known[id(node)] = _mesh(node, rank)
     cuts = _cuts(spec, mesh)
     if not isinstance(local, TensorEntry):
-        raise UnsupportedError("what a rank has of it is not a plain tensor")
+        raise UnsupportedError("a rank's part of it is not a plain tensor")
     if found.shape is None or found.dtype is None:
         raise CorruptError("it has no shape")
     if mesh.place is None:
@@ -203,7 +203,7 @@ def _mesh(node: object, rank: int) -> Mesh:
             own = ranks[sum(at * math.prod(sizes[dim + 1 :]) for dim, at in enumerate(place))]
     count = max(ranks, default=math.prod(sizes) - 1) + 1
     if not 0 < count <= _MOST_RANKS:
-        raise CorruptError(f"its mesh is of {count:.0f} ranks")
+        raise CorruptError(f"its mesh has {count:.0f} ranks")
     return Mesh(sizes, tuple(map(str, shown)), None if place is None else tuple(place), own, count)  # type: ignore[arg-type]
 
 
@@ -245,7 +245,7 @@ def _cuts(spec: object, mesh: Mesh) -> list[_Cut]:
     """
     placements = members(spec).get("placements")
     if not isinstance(placements, (list, tuple)) or len(placements) != len(mesh.sizes):
-        raise CorruptError(f"its placements are not one for each dimension of its mesh of sizes {[*mesh.sizes]}")
+        raise CorruptError(f"it does not have one placement for each dimension of its mesh of sizes {[*mesh.sizes]}")
     cuts: list[_Cut] = []
     for axis, placement in enumerate(placements):
         kind = placement.class_name.rpartition(".")[2] if isinstance(placement, Object) else "?"
@@ -253,15 +253,15 @@ def _cuts(spec: object, mesh: Mesh) -> list[_Cut]:
             how = members(placement).get("reduce_op")
             told = f"({how:.20})" if isinstance(how, str) else ""
             raise UnsupportedError(
-                f"{kind}{told}: each rank has a part of a sum that was not made; save it after redistribute()"
+                f"{kind}{told}: each rank has a part of a sum that was never computed; save it after redistribute()"
             )
         if kind == "Replicate":
             continue
         dim, factor = members(placement).get("dim"), members(placement).get("split_factor", 1)
         if kind not in ("Shard", "_StridedShard"):
-            raise UnsupportedError(f"its placement {kind:.80} is not known")
+            raise UnsupportedError(f"its placement {kind:.80} is unknown")
         if not isinstance(dim, int) or not isinstance(factor, int) or factor < 1:
-            raise CorruptError(f"its placement {kind} is of no dimension")
+            raise CorruptError(f"its placement {kind} has no dimension")
         cuts.append(_Cut(axis, dim, factor if kind == "_StridedShard" else 1))
     order = _order(members(spec).get("shard_order"))
     return sorted(cuts, key=lambda cut: order.get((cut.dim, cut.axis), cut.axis))
@@ -287,7 +287,7 @@ def _runs(shape: tuple[int, ...], cuts: Sequence[_Cut], mesh: Mesh) -> list[Runs
     for axis, dim, factor in cuts:
         dim = dim + len(shape) if dim < 0 else dim
         if not 0 <= dim < len(shape):
-            raise CorruptError(f"it is cut along dimension {dim} and has {len(shape)}")
+            raise CorruptError(f"it is split along dimension {dim} but has {len(shape)}")
         count, place = mesh.sizes[axis], (mesh.place or ())[axis]
         total = sum(size for _, size in runs[dim])
         if min(factor, total) > _MOST_BOXES:
@@ -335,9 +335,11 @@ def boxes_of(runs: Sequence[Runs], local: TensorEntry) -> tuple[tuple[Box, Tenso
     if 0 in sizes and not local.numel:
         return ()
     if local.shape != sizes:
-        raise CorruptError(f"what a rank has of it is {[*local.shape]}; by its mesh and placements it is {[*sizes]}")
+        raise CorruptError(
+            f"a rank's part of it is {[*local.shape]}; by its mesh and placements it should be {[*sizes]}"
+        )
     if (count := math.prod(map(len, runs))) > _MOST_BOXES:
-        raise LimitError("boxes that a rank has of it", limit=_MOST_BOXES, actual=count)
+        raise LimitError("boxes of it on one rank", limit=_MOST_BOXES, actual=count)
     found = []
     begins = [list(itertools.accumulate((size for _, size in each), initial=0)) for each in runs]
     for index in itertools.product(*map(range, map(len, runs))):
@@ -366,7 +368,7 @@ def _sharded(found: Distributed) -> Share:
         local = shard.get("tensor")
         box, whose = _placed(shard.get("metadata"))
         if not isinstance(local, TensorEntry):
-            raise UnsupportedError("what a rank has of it is not a plain tensor")
+            raise UnsupportedError("a rank's part of it is not a plain tensor")
         if box not in every:
             raise CorruptError(f"the shard at {[*box[0]]} of sizes {[*box[1]]} is not one of those that it lists")
         dtype = dtype or local.dtype

@@ -188,7 +188,7 @@ class Ranks:
             raise error.at(where=self._files[rank]) from error.__cause__
         if share.rank is not None and share.rank != rank:
             raise CorruptError(
-                f"its content is rank {share.rank}'s, its name says rank {rank}: files were swapped or renamed",
+                f"its content is from rank {share.rank}, but its name says rank {rank}: files were swapped or renamed",
                 where=self._files[rank],
             )
         self.ranks = max(self.ranks, share.ranks)
@@ -367,7 +367,7 @@ class Ranks:
             or [begin, *ends[:-1]] != [first for first, _ in sorted(runs)]
             or not 0 <= begin <= whole.numel - total
         ):
-            raise CorruptError(f"tensor {copied.place!s:.200}: what the ranks have of it in a flat parameter has gaps")
+            raise CorruptError(f"tensor {copied.place!s:.200}: the ranks' parts of it in a flat parameter have gaps")
         offset = whole.storage_offset + begin
         return replace(whole, storage_offset=offset, shape=(total,), stride=(1,), requires_grad=False)
 

@@ -67,7 +67,7 @@ def read(probe: Probe) -> RawCheckpoint:
         raw = read_part(probe, name)
         try:
             if raw.format != "safetensors":
-                raise CorruptError(f"it is {raw.format}, where its name says safetensors")
+                raise CorruptError(f"it is {raw.format}, but its name says safetensors")
             _placed(name, raw, tensors, replicas, probe.limits)
         except FormatError as error:
             error.globals = (*raw.globals, *error.globals)
@@ -78,7 +78,7 @@ def read(probe: Probe) -> RawCheckpoint:
         entries: dict[str, object] = {name: _whole(name, boxes) for name, boxes in tensors.items()}
     except CorruptError as error:
         if absent:
-            error.message += f"; not there: {listed(absent, _LISTED)}"
+            error.message += f"; missing: {listed(absent, _LISTED)}"
         raise
     metadata = {
         key: text for key, text in merged_metadata({}, shards).items() if _INFO not in key and _VERSION not in key
@@ -128,28 +128,28 @@ def _placed(name: str, raw: RawCheckpoint, tensors: dict[str, _Boxes], replicas:
     """
     info = raw.metadata.get(_INFO)
     if info is None:
-        raise CorruptError(f"its metadata have no {_INFO}: it is not of this checkpoint, or was written anew")
+        raise CorruptError(f"its metadata has no {_INFO}: it is not from this checkpoint, or was rewritten")
     said = parse(info.encode("utf-8", "surrogatepass"), limits, _INFO)
     pairs = mapping_items(raw.root) or []
     if not isinstance(said, dict) or len(said) != len(pairs) or any(key not in said for key, _ in pairs):
-        raise CorruptError(f"{_INFO} is about other tensors than the file has")
+        raise CorruptError(f"{_INFO} describes other tensors than the file has")
     copied = len(replicas)
     for key, entry in pairs:
         fields = said[key] if isinstance(key, str) else None
         offsets = shape_of(fields.get("saved_offsets")) if isinstance(fields, dict) else None
         if not isinstance(entry, TensorEntry) or offsets is None or len(offsets) != len(entry.shape):
-            raise CorruptError(f"{_INFO} gives {shown(key)} no offset for each of its dimensions")
+            raise CorruptError(f"{_INFO} does not give {shown(key)} an offset for each of its dimensions")
         boxes = tensors.setdefault(str(key), _Boxes(entry.dtype))
         other, known = boxes.found.setdefault(offsets, (name, entry))
         if known is entry:
             continue
         if known.shape != entry.shape or known.dtype != entry.dtype:
-            raise CorruptError(f"{shown(key)} begins at {[*offsets]} in {other} too, and is another tensor there")
+            raise CorruptError(f"{shown(key)} begins at {[*offsets]} in {other} too, but is a different tensor there")
         replicas.append(Replica(str(key), known, entry, f"{other} and {name}"))
     if pairs and len(replicas) - copied == len(pairs):
         raise CorruptError(
-            "it has no slice of its own: each lies in another file at the same place, and the writer stores each once; "
-            "a file was copied over another's name"
+            "it has no unique slice: each is in another file at the same place, and the writer stores each once; one "
+            "file was copied over another"
         )
 
 
@@ -162,7 +162,7 @@ def _whole(name: str, boxes: _Boxes) -> TensorEntry:
     first = next(iter(boxes.found))
     pieces = [Piece(offsets, entry.shape, entry, file) for offsets, (file, entry) in boxes.found.items()]
     if any(len(offsets) != len(first) for offsets in boxes.found):
-        raise CorruptError(f"tensor {shown(name)} has another number of dimensions in one file than in another")
+        raise CorruptError(f"tensor {shown(name)} has a different number of dimensions in two files")
     ends = [[offset + size for offset, size in zip(piece.offsets, piece.sizes, strict=True)] for piece in pieces]
     shape = tuple(map(max, zip(*ends, strict=True)))
     if len(pieces) == 1 and not any(first) and isinstance(pieces[0].local, TensorEntry):
@@ -186,13 +186,12 @@ def _unproven(numbers: Mapping[str, re.Match[str]], absent: Sequence[str]) -> Fi
         return Finding(
             code="completeness-unknown",
             severity="warning",
-            message=f"not there: {listed(absent, _LISTED)}, of which other ranks have theirs; a rank that holds "
-            "nothing writes no file, but a file that was lost at the end leaves no other trace: shapes of whole "
-            "tensors are not stored",
+            message=f"missing: {listed(absent, _LISTED)}; a rank without values writes no file, but a lost file "
+            "at the end would look the same: the shapes of whole tensors are not stored",
         )
     return Finding(
         code="completeness-unknown",
         severity="info",
-        message=f"the files of {count_of(last, 'rank')} are put together, and leave nothing out in between; whether "
-        "there were more at the end is not in them, as shapes of whole tensors are not",
+        message=f"the files of {count_of(last, 'rank')} were combined and leave no gaps; they do not say whether more "
+        "files followed, because the shapes of whole tensors are not stored",
     )

@@ -120,7 +120,7 @@ def nested(values: Mapping[str, object], versions: Mapping[str, Mapping[str, obj
         for name, value in values.items():
             key, inside, rest = name.partition(INSIDE)
             if key in pairs and not (inside and key in groups):
-                raise CorruptError(f"the name {shown(shown_name(at + name))} stands twice")
+                raise CorruptError(f"the name {shown(shown_name(at + name))} appears twice")
             if inside:
                 groups.setdefault(key, {})[rest] = value
             pairs[key] = value
@@ -327,7 +327,9 @@ def require_one_run(roots: Mapping[str, object]) -> None:
     for rank, root in others:
         for key in _OF_A_RUN:
             if not same_said(a := member(own, key), b := member(root, key)):
-                raise CorruptError(f"{first} says {key} {a!r:.60}, {rank} says {b!r:.60}: of different steps or runs")
+                raise CorruptError(
+                    f"{first} says {key} {a!r:.60}, {rank} says {b!r:.60}: they are from different steps or runs"
+                )
 
 
 def same_said(a: object, b: object) -> bool:
@@ -347,13 +349,13 @@ def read(probe: Probe, rules: Sequence[Rule]) -> RawCheckpoint:
     if names and _PIPED.fullmatch(names[0]):
         return _of_layers(probe, names, rules)
     if not names:
-        raise CorruptError("the files of the folder are not those of several ranks")
+        raise CorruptError("the files in the folder do not come from several ranks")
     raws = read_ranks(probe, {name: name for name in names})
     first = raws[names[0]].root
     require_one_run({name: raw.root for name, raw in raws.items()})
     for said in _COUNTS:
         if type(count := member(first, said)) is int and count != len(names):
-            raise CorruptError(f"{names[0]} says {said} {count:,}, and there are {count_of(len(names), 'file')}")
+            raise CorruptError(f"{names[0]} says {said} {count:,}, but there are {count_of(len(names), 'file')}")
     key = next((key for key in ("module", "model", "state_dict") if mapping_items(member(first, key))), None)
     trees = {rank: raw.root if key is None else member(raw.root, key) for rank, raw in raws.items()}
     ranks = {rank: flat(tree, rank) for rank, tree in trees.items()}
@@ -426,8 +428,8 @@ def _embeddings(probe: Probe, ranks: Mapping[str, Mapping[str, object]]) -> Iter
     given = _params(probe)
     if type(heads := given.get("n_kv_heads")) is int and heads < len(ranks):
         raise UnsupportedError(
-            f"{count_of(heads, 'head')} of keys and values on {len(ranks)} ranks: several have a copy of one, and "
-            "ckptkit does not join them"
+            f"{count_of(heads, 'head')} of keys and values on {len(ranks)} ranks: several ranks have a copy of one, "
+            "and ckptkit cannot join them"
         )
     dim = given.get("dim", norm[0] if len(norm) == 1 else None)
     outputs = shapes.get("layers.0.attention.wo.weight", ())

@@ -109,10 +109,10 @@ def rules_in(path: str) -> tuple[Rule, ...]:
     file = SourceFile(path)
     try:
         if file.size > DEFAULT_LIMITS.record_nbytes:
-            raise CorruptError("a file of rules is smaller", path=path)
-        document = parse(file.read(0, file.size), DEFAULT_LIMITS, "a file of rules")
+            raise CorruptError("a rules file is smaller", path=path)
+        document = parse(file.read(0, file.size), DEFAULT_LIMITS, "a rules file")
         if not isinstance(document, dict) or not document:
-            raise CorruptError('a file of rules is a JSON object: {"*.wq.weight": 0, "*.norm.weight": "replicated"}')
+            raise CorruptError('a rules file is a JSON object: {"*.wq.weight": 0, "*.norm.weight": "replicated"}')
         return tuple(_rule(glob, how) for glob, how in document.items())
     except CorruptError as error:
         raise error.at(path=path) from None
@@ -127,7 +127,7 @@ def _rule(glob: str, how: object) -> Rule:
         axis, parts = how, 1
     else:
         raise CorruptError(
-            f'the rule for {shown(glob)} is {shown(how)}; it is a dimension (0 or 1), "replicated" or "swiglu"'
+            f'the rule for {shown(glob)} is {shown(how)}; expected a dimension (0 or 1), "replicated" or "swiglu"'
         )
     return Rule(fnmatch.translate(glob), axis, parts, is_even=False)
 
@@ -178,7 +178,7 @@ class Joiner:
             if values.keys() != own.keys():
                 odd = [shown_name(name) for name in (*own, *values) if (name in own) != (name in values)]
                 raise CorruptError(
-                    f"{first} and {rank} do not hold tensors of the same names: {listed(odd, _LISTED)} in one alone",
+                    f"{first} and {rank} do not have tensors with the same names: only one has {listed(odd, _LISTED)}",
                     names=odd,
                 )
         if not others:
@@ -191,7 +191,7 @@ class Joiner:
         if unknown:
             raise UnsupportedError(
                 f"no rule says how to join the slices of {count_of(len(unknown), 'tensor')}: "
-                f"{listed(unknown, _LISTED)}; --tp-rules FILE gives rules",
+                f"{listed(unknown, _LISTED)}; give rules with --tp-rules FILE",
                 names=unknown,
             )
         return joined
@@ -202,12 +202,12 @@ class Joiner:
         first = next(iter(values.values()))
         if said.endswith("_extra_state") or not tensors:
             if any(is_tensor_like(value) for value in values.values()) and not said.endswith("_extra_state"):
-                unknown.append(f"{said} (no plain tensor)")
+                unknown.append(f"{said} (not a plain tensor)")
             elif first is not None:
                 self.taken.append(said)
             return first
         if len(tensors) < len(values) or len({tensor.dtype for tensor in tensors.values()}) > 1:
-            raise CorruptError(f"tensor {said!r:.200} is not of one dtype in all ranks", names=(said,))
+            raise CorruptError(f"tensor {said!r:.200} does not have the same dtype in all ranks", names=(said,))
         rule = next((rule for rule in self.rules if _compiled(rule.pattern).fullmatch(said)), None)
         if rule is None or rule.axis is None:
             return self._copy(said, tensors, unknown if rule is None else None)
@@ -225,7 +225,7 @@ class Joiner:
                 unknown.append(f"{name} {[*first.shape]}")
                 return first
             self.unruled.append(name)
-        told = "" if unknown is None else "; no rule says how it is joined: --tp-rules FILE gives one"
+        told = "" if unknown is None else "; no rule says how to join it: give one with --tp-rules FILE"
         for other, copy in others:
             self.same(name, first, copy, f"{rank} and {other}{told}")
         return first
@@ -268,7 +268,7 @@ class Joiner:
                 how = f"dimension {axis}" + (f" in {parts} parts" if parts > 1 else "")
                 raise CorruptError(
                     f"tensor {name!r:.200}: the slice {[*tensor.shape]} in {rank} does not fit the first one, "
-                    f"{[*first.shape]}: the tensor is cut along {how}",
+                    f"{[*first.shape]}: the tensor is split along {how}",
                     names=(name,),
                 )
         key = (axis, parts, *(tensor.view for tensor in tensors.values()))
@@ -295,15 +295,15 @@ class Joiner:
             yield Finding(
                 code="not-merged",
                 severity="warning",
-                message=f"left out, since the ranks' are not merged: {listed(self.left, _LISTED)}",
+                message=f"left out, because the ranks' values are not merged: {listed(self.left, _LISTED)}",
             )
         if self.unruled:
-            message = f"{count_of(len(self.unruled), 'tensor')} without a rule, of which all ranks have a copy"
+            message = f"{count_of(len(self.unruled), 'tensor')} without a rule, that all ranks have a copy of"
             yield Finding(
                 code="taken-of-one-rank", severity="info", message=f"{message}: {listed(self.unruled, _LISTED)}"
             )
         if self.taken:
-            message = f"{count_of(len(self.taken), 'value')} of which the first rank's is taken"
+            message = f"{count_of(len(self.taken), 'value')} taken from the first rank"
             yield Finding(code="rank-values", severity="info", message=f"{message}: {listed(self.taken, _LISTED)}")
 
 

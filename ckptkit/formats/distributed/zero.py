@@ -48,7 +48,7 @@ __all__ = [
     "split_slots",
 ]
 
-_REMEDY = "a rank's file is of another run, or its optimizer was offloaded to NVMe and the values lie there"
+_REMEDY = "a rank's file is from another run, or its optimizer was offloaded to NVMe and the values are there"
 
 
 class Slot(NamedTuple):
@@ -132,7 +132,7 @@ def split_slots(groups: Sequence[Shapes], sizes: Sequence[int], world: int) -> l
             return slots
     wanted = sum(share(prod(shape), world) for group in groups for _, shape in group)
     raise CorruptError(
-        f"a rank's flat buffers have {count_of(sum(sizes), 'element')}, and its shares of the parameters are "
+        f"a rank's flat buffers have {count_of(sum(sizes), 'element')}, but its shares of the parameters have "
         f"{wanted:,}: {_REMEDY}"
     )
 
@@ -178,12 +178,12 @@ class Flats:
                 if size != right or any(len(part.shape) != 1 or not part.is_contiguous for part in self.parts[flat]):
                     raise CorruptError(
                         f"flat buffer {flat} of {self.what} in {rank} has {count_of(size, 'element')}, "
-                        f"and should have {right:,}: {_REMEDY}"
+                        f"but should have {right:,}: {_REMEDY}"
                     )
             if not self.is_split and not total <= have <= _aligned(total, len(sizes)):
                 raise CorruptError(
-                    f"flat buffer {flat} of {self.what} has {count_of(have, 'element')} in all, and its parameters "
-                    f"are {total:,}: {_REMEDY}"
+                    f"flat buffer {flat} of {self.what} has {count_of(have, 'element')} in all, but its parameters "
+                    f"have {total:,}: {_REMEDY}"
                 )
         return self
 

@@ -62,7 +62,7 @@ def made(factory: Any, args: Mapping[str, object], spec: str) -> nn.Module:
     """The module a factory returns, in eval mode; a module given as it is is copied, not changed."""
     if isinstance(factory, nn.Module):
         if args:
-            raise VerifyError(f"{spec}: is a module already and takes no arguments ({', '.join(args)})")
+            raise VerifyError(f"{spec}: is already a module and takes no arguments ({', '.join(args)})")
         try:
             with foreign():
                 return copy.deepcopy(factory).eval()

@@ -50,7 +50,7 @@ def timm_reference(name: str, args: Mapping[str, object]) -> Reference:
         raise VerifyError(f"timm has no model {name!r}{close(name.partition('.')[0], timm.list_models())}")
     for weights in _WEIGHTS:
         if literal(args.get(weights)):
-            raise VerifyError(f"{spec}: a reference is built without pretrained weights; leave {weights} out")
+            raise VerifyError(f"{spec}: a reference is built without pretrained weights; omit {weights}")
     values = typed(timm.create_model, args, spec)
     size = getattr(timm.get_pretrained_cfg(name), "input_size", None) or _DEFAULT_SIZE
     given = {key: value for key, value in values.items() if key not in _WEIGHTS}
@@ -104,12 +104,12 @@ def torchvision_reference(name: str, args: Mapping[str, object]) -> Reference:
     builder = models.get_model_builder(name)
     for weights in ("weights", "weights_backbone", "pretrained", "pretrained_backbone"):
         if literal(args.get(weights)):
-            raise VerifyError(f"{spec}: a reference is built without pretrained weights; leave {weights} out")
+            raise VerifyError(f"{spec}: a reference is built without pretrained weights; omit {weights}")
     args = typed(builder, args, spec)
     if args.get("quantize"):
         raise VerifyError(
-            f"{spec}: quantize=True gives 8-bit weights packed in objects, which are never made from a file; leave it "
-            "out to verify the checkpoint in floating point that it is made from"
+            f"{spec}: quantize=True gives 8-bit weights packed in objects, which ckptkit never builds from a file; "
+            "omit it to verify the floating-point checkpoint that they are made from"
         )
     added: dict[str, object] = {"weights": None}
     if "weights_backbone" in inspect.signature(builder).parameters:
@@ -231,8 +231,8 @@ def _config(transformers: Any, name: str, args: Mapping[str, object], spec: str)
     is_folder = os.path.isfile(os.path.join(folder, "config.json"))
     if not is_folder and name not in types:
         raise VerifyError(
-            f"{spec}: there is no folder {name!r} with a config.json, and transformers has no model type of that name"
-            f"{close(name, list(types))}; names of a hub are not looked up"
+            f"{spec}: there is no folder {name!r} with a config.json, and transformers has no model type with that name"
+            f"{close(name, list(types))}; names on a hub are not looked up"
         )
 
     def read(**settings: object) -> Any:

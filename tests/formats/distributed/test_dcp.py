@@ -425,9 +425,9 @@ def planned(folder: Path, change: Callable[[Any], None]) -> None:
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        (("model", "b"), "another value is in its place"),
-        (("model", 3), "leads through what is something else"),
-        (("model", "b", "c"), "leads through what is something else"),
+        (("model", "b"), "puts another value in its place"),
+        (("model", 3), "leads through another value"),
+        (("model", "b", "c"), "leads through another value"),
         (("new", 10**9), "a list with the index 1000000000"),
         (("new", -1), "a list with the index -1"),
         (("x",) * 101, "keys that lead to a value"),

@@ -273,15 +273,15 @@ class Hostile:
         (small(storage_data={"w": 5}), CorruptError, "a str where a MetadataIndex belongs"),
         (small(planner_data=[1]), CorruptError, "its planner_data is a list, not a dict"),
         (small(planner_data={"w": ("w",)}), CorruptError, "says nothing of 's', 'o'"),
-        (small(planner_data={"w": ()}), CorruptError, "does not say texts and numbers"),
-        (small(planner_data={"w": (2.5,)}), CorruptError, "does not say texts and numbers"),
+        (small(planner_data={"w": ()}), CorruptError, "does not map names to strings and numbers"),
+        (small(planner_data={"w": (2.5,)}), CorruptError, "does not map names to strings and numbers"),
         (stored(lambda items: items.pop(FIRST)), CorruptError, r"1 chunk lies: tensor 'w' at \[0, 0\]"),
         (stored(lambda items: items.pop(MetadataIndex("o"))), CorruptError, "object 'o'"),
-        (item("other"), CorruptError, "stored of what is not described: 'other'"),
+        (item("other"), CorruptError, "stored that are not described: 'other'"),
         (
             stored(lambda items: items.update({MetadataIndex("w", torch.Size([1, 0])): _StorageInfo("__0", 0, 1)})),
             CorruptError,
-            "stored of what is not described: 'w'",
+            "stored that are not described: 'w'",
         ),
         (item("o", path="../__0_0.distcp"), CorruptError, "is not the name of a file in the folder"),
         (item("o", path="/etc/passwd"), CorruptError, "is not the name of a file in the folder"),
@@ -307,7 +307,7 @@ class Hostile:
         (
             tensor("w", lambda t: setattr(t.properties, "layout", torch.sparse_coo)),
             UnsupportedError,
-            "tensor 'w': its layout is 'torch.sparse_coo'; strided is read",
+            "tensor 'w': its layout is 'torch.sparse_coo'; only strided is supported",
         ),
     ],
 )
@@ -330,7 +330,7 @@ def test_dangerous_names_anywhere_are_told(capfd: pytest.CaptureFixture[str]) ->
 def test_one_list_of_chunks_is_of_one_tensor() -> None:
     made = small()
     made.state_dict_metadata["again"] = made.state_dict_metadata["w"]
-    with pytest.raises(CorruptError, match="not a list of its own"):
+    with pytest.raises(CorruptError, match="not a separate list"):
         parse_metadata(pickle.dumps(made), DEFAULT_LIMITS)
 
 

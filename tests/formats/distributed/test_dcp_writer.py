@@ -420,7 +420,7 @@ def test_a_whole_model_is_written_as_its_state_dict(save: Save, tmp_path: Path) 
 def test_options_that_do_not_go_with_it(run: Run, save: Save, tmp_path: Path) -> None:
     path = save({"w": torch.rand(4)})
     for options, told in [
-        (["out.pth", "--ranks", "2"], "--ranks is for --to dcp alone"),
+        (["out.pth", "--ranks", "2"], "--ranks is only for --to dcp"),
         (["out", "--to", "dcp", "--ranks", "0"], "--ranks 0: expected a whole number from 1"),
         (["out", "--to", "dcp", "--max-shard-size", "1GB"], "--ranks N"),
     ]:

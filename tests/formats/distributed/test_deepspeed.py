@@ -175,7 +175,7 @@ def test_swapped_ranks_are_found(tmp_path: Path) -> None:
     with pytest.raises(CorruptError, match="2 tensors with different values in two files"):
         ckptkit.load_state_dict(folder)
     uneven = Zero.small(groups=[{"a": torch.randn(5)}])  # the last part is shorter: seen when it is opened
-    with pytest.raises(CorruptError, match="flat buffer 0 of fp32 in rank 1 has 4 elements, and should have 1"):
+    with pytest.raises(CorruptError, match="flat buffer 0 of fp32 in rank 1 has 4 elements, but should have 1"):
         ckptkit.open(uneven.save(tmp_path / "uneven", swap))
 
 
@@ -280,18 +280,18 @@ def _other_rate(files: dict[str, Any]) -> None:
         (lambda files: files.pop(OPTIMIZER.format(0)), "1 of 2 ranks has no file among the optim_states files: rank 0"),
         (lambda files: [files.pop(OPTIMIZER.format(r)) for r in (0, 1)], "optim_states files, .* are missing"),
         (lambda files: files.pop(MODEL), "there is no mp_rank_00_model_states.pt"),
-        (_moved, "2 ranks wrote the optim_states files, and there is one of rank 4"),
+        (_moved, "2 ranks wrote the optim_states files, but there is one from rank 4"),
         (_in_optimizer(1, partition_count=[3, 3]), r"partition_count is \[2, 2\] in .* and \[3, 3\] in"),
         (_set(OPTIMIZER.format(1), ds_version="0.9"), "ds_version is '0.19.8' in .* and '0.9' in"),
-        (_in_optimizer(0, single_partition_of_fp32_groups=[]), "_rank_0_.* has 0 flat buffers, and this has 2"),
+        (_in_optimizer(0, single_partition_of_fp32_groups=[]), "_rank_0_.* has 0 flat buffers, but this one has 2"),
         (_in_optimizer(1, single_partition_of_fp32_groups=None), "it has no flat buffers of the fp32 weights"),
         (_in_optimizer(0, param_alignment_paddings=[[0], [0]]), "gives 1 paddings for the 2 parameters of group 0"),
         (_in_optimizer(0, param_alignment_paddings=[[-1, 0], [0, 0]]), "are not numbers of elements"),
         (_cut, r"flat buffer 0 of fp32 in all|flat buffer 0 of fp32"),
         (_emptied, "flat buffer 0 of fp32 has 0 elements in all, .* offloaded to NVMe"),
-        (_longer, "flat buffer 0 of fp32 has 27 elements in all, and its parameters are 33"),
-        (_stub, r"emb\.weight is of shape \[0\], and param_shapes says \[7, 3\]"),
-        (_reshaped, r"emb\.weight is of shape \[3, 7\], and param_shapes says \[7, 3\]"),
+        (_longer, "flat buffer 0 of fp32 has 27 elements in all, but its parameters have 33"),
+        (_stub, r"emb\.weight is of shape \[0\], but param_shapes says \[7, 3\]"),
+        (_reshaped, r"emb\.weight is of shape \[3, 7\], but param_shapes says \[7, 3\]"),
         (_one_moment, "only some ranks have exp_avg of flat buffer 0"),
         (_other_rate, r"the optimizer's lr is 0\.01 in .* and 0\.5 in"),
         (_set(MODEL, param_shapes=[{"a": "b"}]), "its param_shapes do not map names to shapes"),
@@ -323,7 +323,7 @@ def test_what_does_not_fit_together_is_refused(
         ),
         (
             lambda files: files[MODEL_3.format(0)]["module"].update(lost=torch.ones(0)),
-            "the weight lost is an empty stub, and no file says where its values lie",
+            "the weight lost is an empty stub, and no file says where its values are",
         ),
         (
             lambda files: files[MODEL_3.format(1)]["frozen_param_fragments"].update(frozen=torch.ones(9)),
@@ -333,7 +333,7 @@ def test_what_does_not_fit_together_is_refused(
             lambda files: files[OPTIMIZER.format(0)]["optimizer_state_dict"].update(
                 fp32_flat_groups=[torch.ones(9)] * 2
             ),
-            "a rank's flat buffers have 18 elements, and its shares of the parameters are 16",
+            "a rank's flat buffers have 18 elements, but its shares of the parameters have 16",
         ),
     ],
 )
@@ -384,5 +384,5 @@ def test_tensor_parallel_ranks_are_refused(tmp_path: Path) -> None:
     degrees = {"tp_degree": 2, "pp_degree": 1}
     with pytest.raises(UnsupportedError, match="split over tensor-parallel ranks"):
         ckptkit.open(zero.save(tmp_path / "one", _set(MODEL, checkpoint_parallel_dimensions=degrees)))
-    with pytest.raises(UnsupportedError, match="experts that AutoEP shared out over ranks"):
+    with pytest.raises(UnsupportedError, match="experts that AutoEP distributed over ranks"):
         ckptkit.open(zero.save(tmp_path / "experts", _set(MODEL, ds_autoep_layers=[{"num_experts": 4}])))

@@ -263,7 +263,10 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "missing at the end": (without("optim_world_size_4_rank_3.pt"), r"1 of 4 ranks is missing: optim_.*_rank_3\.pt"),
     "twice": (twice, r"rank 1 is there twice: optim_world_size_4_rank_0?1\.pt and optim_world_size_4_rank_0?1\.pt"),
-    "swapped": (swapped, r"rank_0\.pt: its content is rank 2's, its name says rank 0: files were swapped or renamed"),
+    "swapped": (
+        swapped,
+        r"rank_0\.pt: its content is from rank 2, but its name says rank 0: files were swapped or renamed",
+    ),
     "a rank too many": (
         renamed(model_world_size_4_rank_3="model_world_size_4_rank_7"),
         r"model_world_size_4_rank_7\.pt: the number is too high for 4 ranks",
@@ -366,7 +369,7 @@ def test_files_that_are_days_apart_are_told(copy: Callable[[str], Path]) -> None
     with ckptkit.open(folder) as file:
         (told,) = [finding for finding in file.findings if finding.code == "saved-apart"]
     assert told.severity == "warning"
-    assert re.match(rf"{old.name} was written \d+ days before \w+\.pt: files of two runs may be mixed", told.message)
+    assert re.match(rf"{old.name} was written \d+ days before \w+\.pt: files from two runs may be mixed", told.message)
 
 
 # Names.

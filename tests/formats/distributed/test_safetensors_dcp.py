@@ -54,7 +54,7 @@ def test_the_files_make_up_what_was_saved(case: str, sharded: Samples, tmp_path:
 
 def test_what_only_other_ranks_have_may_be_missing(copy: Path, run: Callable[..., Any], tmp_path: Path) -> None:
     (copy / "shard-00002-model-00002-of-00002.safetensors").unlink()
-    told = "not there: shard-00002-model-00002-of-00002.safetensors, of which other ranks have theirs"
+    told = "missing: shard-00002-model-00002-of-00002.safetensors; a rank without values writes no file"
     for command in (("inspect", copy), ("check", copy), ("convert", copy, tmp_path / "o.safetensors")):
         done = run(*command)
         assert (done.returncode, told in done.stdout + done.stderr) == (0, True), done
@@ -104,15 +104,15 @@ FIRST = WHOLE, {"w": [0, 0]}
 DAMAGED: dict[str, tuple[tuple[Any, ...], str]] = {
     "a hole": ((FIRST, (WHOLE, {"w": [3, 0]})), r"tensor 'w' of shape \[5, 2\]: its pieces leave out 2 elements of 10"),
     "an overlap": ((FIRST, (WHOLE, {"w": [1, 0]}), (WHOLE, {"w": [2, 0]})), "overlap"),
-    "a file twice": ((FIRST, FIRST), "shard-00002-.*: it has no slice of its own"),
-    "no offsets": ((FIRST, (WHOLE, None)), "shard-00002-.*: its metadata have no DCP_SHARDING_INFO"),
-    "other names": ((FIRST, (WHOLE, {"v": [2, 0]})), "is about other tensors than the file has"),
-    "too few offsets": ((FIRST, (WHOLE, {"w": [2]})), "gives 'w' no offset for each of its dimensions"),
+    "a file twice": ((FIRST, FIRST), "shard-00002-.*: it has no unique slice"),
+    "no offsets": ((FIRST, (WHOLE, None)), "shard-00002-.*: its metadata has no DCP_SHARDING_INFO"),
+    "other names": ((FIRST, (WHOLE, {"v": [2, 0]})), "describes other tensors than the file has"),
+    "too few offsets": ((FIRST, (WHOLE, {"w": [2]})), "does not give 'w' an offset for each of its dimensions"),
     "offsets that are none": ((FIRST, (WHOLE, {"w": ["2", 0]})), "gives 'w' no offset"),
     "an offset below 0": ((FIRST, (WHOLE, {"w": [-2, 0]})), "reaches outside"),
     "another dtype": ((FIRST, ({"w": torch.ones(2, 2).half()}, {"w": [2, 0]})), "float16"),
-    "another tensor": ((FIRST, ({"w": torch.ones(3, 2)}, {"w": [0, 0]})), "is another tensor there"),
-    "other dimensions": ((FIRST, ({"w": torch.ones(2)}, {"w": [2]})), "another number of dimensions"),
+    "another tensor": ((FIRST, ({"w": torch.ones(3, 2)}, {"w": [0, 0]})), "is a different tensor there"),
+    "other dimensions": ((FIRST, ({"w": torch.ones(2)}, {"w": [2]})), "a different number of dimensions"),
 }
 
 

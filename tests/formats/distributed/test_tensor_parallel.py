@@ -65,9 +65,9 @@ def change(path: Path, what: Callable[[Any], object]) -> None:
          "norm.weight .consolidated.00.pth and consolidated.02.pth."),
         (lambda f: change(f / "consolidated.02.pth", lambda s: s.pop("norm.weight")), ": norm.weight in one alone"),
         (lambda f: change(f / "consolidated.02.pth", lambda s: s.update({"norm.weight": torch.ones(8)})),
-         "not of one dtype"),
+         "not have the same dtype"),
         (lambda f: change(f / "consolidated.02.pth", lambda s: s.update({"output.weight": s["output.weight"][:, :4]})),
-         r"output.weight.*the slice \[3, 4\] in consolidated.02.pth does not fit .*cut along dimension 0"),
+         r"output.weight.*the slice \[3, 4\] in consolidated.02.pth does not fit .*split along dimension 0"),
         (lambda f: (f / "params.json").write_text("{"), "params.json is not valid JSON"),
         (lambda f: (f / "params.json").write_text('{"dim": 64}'), "make up a model of width 64"),
     ],
@@ -87,7 +87,9 @@ def test_copies_of_llamas_key_heads_are_not_joined(tmp_path: Path) -> None:
     write_llama(tmp_path, 4)
     params = json.loads((tmp_path / "params.json").read_text())
     (tmp_path / "params.json").write_text(json.dumps({**params, "n_kv_heads": 2}))
-    with pytest.raises(UnsupportedError, match="2 heads of keys and values on 4 ranks: several have a copy of one"):
+    with pytest.raises(
+        UnsupportedError, match="2 heads of keys and values on 4 ranks: several ranks have a copy of one"
+    ):
         ckptkit.load_state_dict(tmp_path)
 
 
@@ -123,7 +125,11 @@ def test_what_has_no_rule_is_a_copy_or_is_refused(tmp_path: Path) -> None:
     assert any("2 tensors without a rule" in message for message in told)
     saved["model"]["decoder.odd.long"] = torch.cat([long[:-1], torch.zeros(1)])  # seen where values are read
     torch.save(saved, path)
-    with pytest.raises(CorruptError, match=r"decoder.odd.long .*no rule says how it is joined: --tp-rules FILE"):
+    with pytest.raises(
+        CorruptError,
+        match=r"decoder.odd.long .*no rule says how to join it: give one with "
+        r"--tp-rules FILE",
+    ):
         ckptkit.load_state_dict(folder)
     saved["model"]["decoder.odd.scale"] = torch.arange(4.0) + 1  # seen at once
     torch.save(saved, path)
@@ -281,12 +287,12 @@ def test_every_command_takes_rules(tmp_path: Path, run: Run) -> None:
     ("text", "error", "told"),
     [
         ("", CkptkitError, "JSON"),
-        ("[]", CorruptError, "a file of rules is a JSON object"),
-        ("{}", CorruptError, "a file of rules is a JSON object"),
-        ('{"*.w": "row"}', CorruptError, 'the rule for .*w.* is .*row.*; it is a dimension'),
-        ('{"*.w": -1}', CorruptError, "it is a dimension"),
-        ('{"*.w": true}', CorruptError, "it is a dimension"),
-        ('{"*.w": 1.0}', CorruptError, "it is a dimension"),
+        ("[]", CorruptError, "a rules file is a JSON object"),
+        ("{}", CorruptError, "a rules file is a JSON object"),
+        ('{"*.w": "row"}', CorruptError, 'the rule for .*w.* is .*row.*; expected a dimension'),
+        ('{"*.w": -1}', CorruptError, "expected a dimension"),
+        ('{"*.w": true}', CorruptError, "expected a dimension"),
+        ('{"*.w": 1.0}', CorruptError, "expected a dimension"),
         ('{"a": 0, "a": 1}', CkptkitError, "twice"),
     ],
 )  # fmt: skip
@@ -307,7 +313,7 @@ def test_rules_that_fit_nothing_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FileAccessError, match="joins the files of several ranks in a folder"):
         ckptkit.open(folder / "part-0.pt", tp_rules=given)
     (folder / "part-1.pt").unlink()
-    with pytest.raises(CkptkitError, match="--tp-rules joins files that differ"):
+    with pytest.raises(CkptkitError, match="--tp-rules joins files whose names differ"):
         ckptkit.open(folder, tp_rules=given)
     with pytest.raises(FileAccessError):
         ckptkit.open(folder, tp_rules=tmp_path / "nothing.json")

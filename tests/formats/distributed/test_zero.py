@@ -84,5 +84,5 @@ def test_places_of_split_parameters() -> None:
     ]
     assert [(s.name, s.flat, s.start) for s in split_slots(groups, [6], 2)] == [("a", 0, 0), ("b", 0, 3), ("c", 0, 5)]
     for sizes in ([5], [5, 2], [4, 2], [], [5, 1, 1], [7, 1]):
-        with pytest.raises(CorruptError, match="its shares of the parameters are 6"):
+        with pytest.raises(CorruptError, match="its shares of the parameters have 6"):
             split_slots(groups, sizes, 2)

@@ -1,0 +1,190 @@
+"""``--in-place``: a file becomes what is made of it; ``--backup``: the old one stays beside it under another name.
+
+The file is written as any output is (`ckptkit.transfer.writing`): under a temporary name, compared, and then given the
+old one's name and permissions, so that there is the old file or the whole new one at every moment.  Of a symbolic link
+the file that it leads to is replaced; other hard links keep the old one.  The backup is a hard link to the old file, or
+a copy where the file system has none; it is there before the new file is, and gone again where that cannot be made.
+
+What is replaced is one file on this machine: its container stays, and so none that ckptkit does not write can be.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ckptkit import formats, places, shell
+from ckptkit.bytesource import Source, SourceFile
+from ckptkit.conversion.folder import common_folder, converted_all
+from ckptkit.conversion.outputs import Item, require_confirmed
+from ckptkit.errors import FileAccessError, RewriteError
+from ckptkit.report import Report
+from ckptkit.transfer.names import beside
+
+if TYPE_CHECKING:
+    from ckptkit.checkpoint import Checkpoint
+    from ckptkit.conversion.folder import Convert
+    from ckptkit.options import ConvertOptions
+
+__all__ = ["Replacing", "convert_in_place", "replacing"]
+
+
+def convert_in_place(source: object, options: ConvertOptions, convert: Convert) -> Report[Any]:
+    """Convert a file, or several, into themselves.
+
+    Args:
+        source: the path of a file; or a list of paths, of which each is converted though others cannot be.
+        options: for each.
+        convert: converts one file into itself.
+
+    Returns:
+        A report as of a conversion, whose ``details`` also hold the path of the ``backup``, ``None`` where none is
+        kept; of a list as of a folder.
+
+    Raises:
+        As `ckptkit.convert`; RewriteError: what is meant is not one file that can be replaced.
+    """
+    if isinstance(source, (list, tuple)):
+        started = time.monotonic()
+        paths = [os.fsdecode(path) for path in source]
+        items = [Item(path, path, (path,)) for path in dict.fromkeys(paths)]
+        require_confirmed([] if options.backup else paths, options)
+        above = common_folder(paths)
+        return converted_all(items, options.but(confirm=None), convert, started, above, above)
+    if not isinstance(source, (str, os.PathLike)):
+        raise RewriteError(f"--in-place replaces a file, and {type(source).__name__} is no path of one")
+    path = os.fsdecode(source)
+    return convert(path, path, options)
+
+
+class Replacing(NamedTuple):
+    """A file that is to be converted into itself: what is in it, where its bytes lie, how, and where the old one is."""
+
+    checkpoint: Checkpoint
+    file: Source
+    options: ConvertOptions
+    backup: str | None
+
+
+@contextmanager
+def replacing(path: str, options: ConvertOptions) -> Iterator[Replacing]:
+    """Open a file that is to be converted into itself; the backup stays once the block has ended well.
+
+    Raises:
+        As `convert_in_place`.
+    """
+    _require_file(path)
+    given = {name: getattr(options, name) for name in ("section", "ignore_checksums")}
+    checkpoint, file = formats.read(path, **given)
+    try:
+        container = _container(path, checkpoint, file, options)
+        with _kept(path, options) as backup:
+            confirm = None if options.backup else options.confirm
+            own = options.but(to=container, force=True, in_place=False, backup=False, confirm=confirm)
+            yield Replacing(checkpoint, file, own, backup)
+    finally:
+        file.close()
+
+
+def _require_file(path: str) -> None:
+    """Refuse what is no local file by its path alone.
+
+    Raises:
+        RewriteError: it is none.
+    """
+    what = None
+    if path == formats.STDIN:
+        what = "is standard input"
+    elif places.is_url(path):
+        what = "is a URL"
+    elif os.path.isdir(path):
+        what = "is a folder; name the files in it to convert them in place"
+    elif not os.path.lexists(path) and "!" in path:
+        what = "is a member of an archive"
+    if what is not None:
+        raise RewriteError(f"{places.shown(path)}: {what}; --in-place replaces a file{_instead(path)}", path=path)
+
+
+def _instead(path: str) -> str:
+    """How to say what to do in place of it."""
+    return "" if os.path.isdir(path) else f"; name a new one: ckptkit convert {shell.quote(places.shown(path))} NEW"
+
+
+def _container(path: str, checkpoint: Checkpoint, file: Source, options: ConvertOptions) -> str:
+    """The container that is written: the file's own, or the one that its name's ending is for, where that is asked for.
+
+    Raises:
+        RewriteError: it is several files, or in another one, or ckptkit does not write it.
+    """
+    own = formats.format_named(checkpoint.origin.format)
+    what = None
+    if own.shards is not None or own.is_folder or formats.hashed_parts(file):
+        what = "is one of the files of a checkpoint that lies in several"
+    elif not isinstance(file, SourceFile):
+        what = "is compressed, or holds the checkpoint as an archive does"
+    if what is not None:
+        raise RewriteError(f"{path}: {what}; --in-place replaces one plain file{_instead(path)}", path=path)
+    if options.to is None:
+        if own.writer is not None:
+            return own.name
+        told = f"is {own.name}, which is read and not written; --to torch-zip makes that of it"
+        raise RewriteError(f"{path}: {told}{_instead(path)}", path=path)
+    asked = formats.target(path, options.to)[1]
+    if asked.name != own.name and os.path.splitext(path)[1].lower() not in asked.suffixes:
+        told = f"is {own.name}, and its name is not one of {asked.name}"
+        raise RewriteError(f"{path}: {told}; --in-place keeps the name{_instead(path)}", path=path)
+    return asked.name
+
+
+@contextmanager
+def _kept(path: str, options: ConvertOptions) -> Iterator[str | None]:
+    """Keep the file under another name, where that is wanted: it stays once the block has ended well.
+
+    Raises:
+        FileAccessError: it cannot be kept.
+    """
+    if not options.backup or options.dry_run:
+        yield None
+        return
+    try:
+        backup = _another_name(os.path.realpath(path), path)
+    except OSError as error:
+        raise FileAccessError(f"{path}: no backup can be made: {error.strerror}", path=path) from error
+    try:
+        yield backup
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(backup)
+        raise
+
+
+def _another_name(path: str, shown: str) -> str:
+    """Give a file a name that nothing has: ``FILE.bak``, else ``FILE.bak.1`` and so on."""
+    for name in _names(shown):
+        try:
+            os.link(path, name)
+        except FileExistsError:
+            continue
+        except OSError:  # no hard links here, or none of this file
+            break
+        return name
+    temporary = beside(shown, "")
+    try:
+        shutil.copy2(path, temporary)
+        name = next(name for name in _names(shown) if not os.path.lexists(name))
+        os.rename(temporary, name)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(temporary)
+        raise
+    return name
+
+
+def _names(path: str) -> Iterator[str]:
+    yield f"{path}.bak"
+    yield from (f"{path}.bak.{number}" for number in itertools.count(1))
