@@ -13,11 +13,12 @@ The layers, each importing only from those to its right; a test enforces it:
 Some rooms are more than the first sketch had: `plan`, because writers make plans and `transfer` executes them and
 neither should know the other; `compare`, because the proof that an output is right must go through the readers, which
 the mover of bytes must not know; `inspection` (the document that is shown) apart from `diagnose` (what is remarkable
-about a checkpoint).  `architectures` knows which models have a checkpoint's names and shapes, `arguments` what values
-mean that are given, `nearness` which word was probably meant, `shell` how a command is typed, and `options` declares
-what each command can be asked for.  `conversion` turns options into rewriters, plans and carries out one output, or those of a folder, and tells
-what came of it; `checkpoint_file` is what `open` gives.  `remote` makes a byte source of a file on another machine,
-one module a kind of server, and `places` answers what a path is, and what lies below it, of paths and URLs alike.
+about a checkpoint).  `architectures` knows which models have a checkpoint's names and shapes, `arguments` what
+values mean that are given, `nearness` which word was probably meant, `shell` how a command is typed, and `options`
+declares what each command can be asked for.  `conversion` turns options into rewriters, plans and carries out one
+output, or those of a folder, and tells what came of it; `checkpoint_file` is what `open` gives.  `remote` makes a
+byte source of a file on another machine, one module a kind of server, and `places` answers what a path is, and
+what lies below it, of paths and URLs alike.
 `fleet` has work done for very many tasks in several processes, and knows nothing of checkpoints.  `page` makes
 self-contained HTML pages of documents, with the styles and scripts that they consist of.
 `documents` has the types of what commands print as JSON; `differences` is what `ckptkit.diff` tells; `released` what

@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from ckptkit import shell
 from ckptkit.checkpoint import Checkpoint, StateDict, Storage, TensorEntry, shared_storages, tied_groups
 from ckptkit.dtypes import DTYPES
 from ckptkit.formats import format_named
@@ -26,6 +25,7 @@ from ckptkit.normalize.shapes import are_data
 from ckptkit.normalize.tensors import FoundTensor, other_tensors
 from ckptkit.pickling.inert import Global, Object, mapping_items, walk
 from ckptkit.report import Finding, apart, convert_command, count_of, gravest_first, human_size, listed, share_of
+from ckptkit.shell import command_line
 from ckptkit.tensor import unordered, unused_nbytes
 
 if TYPE_CHECKING:
@@ -155,7 +155,7 @@ def _checked(checkpoint: Checkpoint) -> str:
     """The command that looks into all of a folder."""
     options = checkpoint.origin.options
     typed = [word for name in ("--tag", "--tp-rules") if name in options for word in options[options.index(name) :][:2]]
-    return shell.join(["ckptkit", "check", checkpoint.origin.path, *typed])
+    return command_line(["ckptkit", "check", checkpoint.origin.path, *typed])
 
 
 def _part(checkpoint: Checkpoint, contents: Everything) -> Iterator[Finding]:

@@ -17,8 +17,8 @@ import os
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import NamedTuple
 
-from ckptkit import shell
 from ckptkit.report import CONVERT, CombinedFix, Finding, convert_command, listed
+from ckptkit.shell import words_in
 
 __all__ = ["combined_fix"]
 
@@ -137,7 +137,7 @@ def _command(every: Sequence[_Advice], options: Sequence[_Option], suffix: str) 
 
 
 def _advice(code: str, command: str) -> _Advice:
-    _, _, path, destination, *words = shell.split(command)
+    _, _, path, destination, *words = words_in(command)
     options: list[_Option] = []
     rest = iter(words)
     for word in rest:

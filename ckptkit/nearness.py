@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from itertools import islice
 
-from ckptkit import shell
 from ckptkit.errors import FileAccessError, MissingFileError
+from ckptkit.shell import quoted
 
 __all__ = ["did_you_mean", "meant_file", "nearest", "with_meant_file"]
 
@@ -92,7 +92,7 @@ def meant_file(path: str) -> str:
     """
     file, mark, member = path.partition("!")
     with suppress(OSError, ValueError):
-        return _asked(shell.quote(near + mark + member) for near in _near_files(file))
+        return _asked(quoted(near + mark + member) for near in _near_files(file))
     return ""
 
 

@@ -13,9 +13,9 @@ from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, TypedDict, TypeVar
 
-from ckptkit import shell
 from ckptkit.display import human_size, printable
 from ckptkit.errors import FailedReportError, RewriteError
+from ckptkit.shell import command_line, quoted, words_in
 
 if TYPE_CHECKING:
     from typing_extensions import TypeVar as TypeVarWithDefault  # of Python 3.13
@@ -264,7 +264,7 @@ def convert_command(
     stem = os.path.join(folder, f"{bare}.clean" if is_clean or suffix in endings else bare)
     paths = chain([stem + suffix], (f"{stem}-{number}{suffix}" for number in count(2)))
     destination = next(each for each in paths if each not in taken and not os.path.lexists(each))
-    return shell.join(["ckptkit", "convert", path, destination, *options])
+    return command_line(["ckptkit", "convert", path, destination, *options])
 
 
 def split_member(path: str) -> tuple[str, str] | None:
@@ -294,11 +294,11 @@ def apart(findings: Iterable[_Finding], given: Sequence[str] = ()) -> Iterator[_
         fix = finding.fix
         if fix is not None and fix.startswith(CONVERT):
             if fix not in fixes:
-                _, _, path, destination, *options = shell.split(fix)
+                _, _, path, destination, *options = words_in(fix)
                 kept = given[2:] if "--section" in given and "--section" in options else given
                 suffix = os.path.splitext(destination)[1]
                 fixes[fix] = convert_command(path, *kept, *options, suffix=suffix, taken=taken)
-                taken.add(shell.split(fixes[fix])[3])
+                taken.add(words_in(fixes[fix])[3])
             finding = replace(finding, fix=fixes[fix])
         yield finding
 
@@ -310,7 +310,7 @@ def glob_of(name: str, before: str = "") -> str:
     """
     from glob import escape
 
-    return shell.quote(before + "".join(c if c.isprintable() else "?" for c in escape(name)))
+    return quoted(before + "".join(c if c.isprintable() else "?" for c in escape(name)))
 
 
 def count_of(count: int, thing: str, *verb: str) -> str:

@@ -19,7 +19,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Literal
 
-__all__ = ["Shell", "at_hand", "join", "mkdir", "named", "quote", "split"]
+__all__ = ["Shell", "at_hand", "command_line", "mkdir_command", "named", "quoted", "words_in"]
 
 Shell = Literal["posix", "cmd", "powershell"]
 
@@ -49,7 +49,7 @@ def at_hand() -> Shell:
     return named(os.name, os.environ)
 
 
-def quote(word: str, shell: Shell | None = None) -> str:
+def quoted(word: str, shell: Shell | None = None) -> str:
     """A word as it is typed.
 
     Args:
@@ -68,17 +68,17 @@ def quote(word: str, shell: Shell | None = None) -> str:
         return "'" + re.sub(f"([{_QUOTES}])", r"\1\1", word) + "'"
     if re.fullmatch(r"[\w\\/.:*?\[\]+=#@$~{}-]+", word, re.ASCII):
         return word
-    quoted = '"' + re.sub(r'(\\*)("|\Z)', r"\1\1\2", word).replace('"', r"\"") + '"'
-    return re.sub(r'([()%!^"<>&|])', r"^\1", quoted) if re.search('["%!]', word) else quoted
+    held = '"' + re.sub(r'(\\*)("|\Z)', r"\1\1\2", word).replace('"', r"\"") + '"'
+    return re.sub(r'([()%!^"<>&|])', r"^\1", held) if re.search('["%!]', word) else held
 
 
-def join(words: Iterable[str], shell: Shell | None = None) -> str:
-    """A command line of words, each as `quote` has it."""
-    return " ".join(quote(word, shell) for word in words)
+def command_line(words: Iterable[str], shell: Shell | None = None) -> str:
+    """A command line of words, each as `quoted` has it."""
+    return " ".join(quoted(word, shell) for word in words)
 
 
-def split(line: str, shell: Shell | None = None) -> list[str]:
-    """The words of a command line that `join` made."""
+def words_in(line: str, shell: Shell | None = None) -> list[str]:
+    """The words of a command line that `command_line` made."""
     shell = shell or at_hand()
     if shell == "posix":
         import shlex
@@ -90,7 +90,7 @@ def split(line: str, shell: Shell | None = None) -> list[str]:
     seen = re.findall(r'"[^"]*"?|\^.|[^"^]+', line, re.DOTALL)  # by cmd, which takes the carets away
     words: list[str] = []
     word, begun, is_quoted = "", False, False
-    for each in re.finditer(r'(\\*)"|(\s)|.', "".join(part.removeprefix("^") for part in seen) + " ", re.DOTALL):
+    for each in re.finditer(r'(\\*)"|([ \t])|.', "".join(part.removeprefix("^") for part in seen) + " ", re.DOTALL):
         if each[1] is not None:
             word += each[1][: len(each[1]) // 2] + '"' * (len(each[1]) % 2)
             is_quoted ^= len(each[1]) % 2 == 0
@@ -104,7 +104,7 @@ def split(line: str, shell: Shell | None = None) -> list[str]:
     return words
 
 
-def mkdir(folder: str, shell: Shell | None = None) -> str:
+def mkdir_command(folder: str, shell: Shell | None = None) -> str:
     """The command that makes a folder and those above it."""
     shell = shell or at_hand()
-    return f"mkdir {'-p ' if shell == 'posix' else ''}{quote(folder, shell)}"
+    return f"mkdir {'-p ' if shell == 'posix' else ''}{quoted(folder, shell)}"

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ckptkit import shell
 from ckptkit.nearness import did_you_mean
+from ckptkit.shell import quoted
 
 if TYPE_CHECKING:
     _Choice = click.Choice[str]
@@ -63,7 +63,7 @@ def fail_command(ctx: click.Context, name: str, commands: Iterable[str]) -> None
     """
     meant = did_you_mean(name, commands, called=_CALLED)
     if not meant and os.path.exists(name):
-        meant = f"; did you mean ckptkit inspect {shell.quote(name)}?"
+        meant = f"; did you mean ckptkit inspect {quoted(name)}?"
     ctx.fail(f"No such command {name!r}{meant or '.'}")
 
 

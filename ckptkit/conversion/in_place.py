@@ -18,12 +18,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ckptkit import formats, places, shell
+from ckptkit import formats, places
 from ckptkit.bytesource import Source, SourceFile
 from ckptkit.conversion.folder import common_folder, converted_all
 from ckptkit.conversion.outputs import Item, require_confirmed
 from ckptkit.errors import FileAccessError, RewriteError
 from ckptkit.report import Report
+from ckptkit.shell import quoted
 from ckptkit.transfer.names import beside
 
 if TYPE_CHECKING:
@@ -112,7 +113,7 @@ def _require_file(path: str) -> None:
 
 def _instead(path: str) -> str:
     """How to say what to do in place of it."""
-    return "" if os.path.isdir(path) else f"; name a new one: ckptkit convert {shell.quote(places.shown(path))} NEW"
+    return "" if os.path.isdir(path) else f"; name a new one: ckptkit convert {quoted(places.shown(path))} NEW"
 
 
 def _container(path: str, checkpoint: Checkpoint, file: Source, options: ConvertOptions) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING
 
-from ckptkit import rewrite, shell  # each rewriter is imported when it is used
+from ckptkit import rewrite  # each rewriter is imported when it is used
 from ckptkit.bytesource import Source
 from ckptkit.checkpoint import STATE_DICT, Checkpoint, TensorEntry
 from ckptkit.computed import ConvertedRange
@@ -49,6 +49,7 @@ from ckptkit.rewrite.beside import without_plain_values
 from ckptkit.rewrite.dtype import scaled_pairs
 from ckptkit.rewrite.like import Fitting
 from ckptkit.rewrite.storages import dead_bytes
+from ckptkit.shell import command_line
 
 if TYPE_CHECKING:
     from ckptkit.documents import CastDocument, ChangesDocument
@@ -441,7 +442,7 @@ def section_like(checkpoint: Checkpoint, file: Source, options: ConvertOptions) 
             tensors = _tensors(named, fitting)
             if tensors not in found:
                 found[tensors] = path
-                labels.append(shell.join(["--section", path, *fitting.options]))
+                labels.append(command_line(["--section", path, *fitting.options]))
         problems.append(f"{path!r} {like.misfit(max(fittings, key=lambda fitting: len(fitting.sources)))}")
     if len(set(found.values())) > 1:
         raise RewriteError(

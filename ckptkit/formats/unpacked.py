@@ -17,12 +17,12 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from itertools import accumulate
 
-from ckptkit import shell
 from ckptkit.bytesource import Source, read_at
 from ckptkit.errors import AmbiguousError, CorruptError, FileAccessError, LimitError
 from ckptkit.formats.zip_records import Records
 from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.places import is_url
+from ckptkit.shell import quoted
 
 __all__ = ["UnpackedSource", "is_unpacked", "packing_of", "unpacked_source"]
 
@@ -54,7 +54,7 @@ def packing_of(folder: str) -> str | None:
         return None
     above, name = os.path.split(os.path.abspath(folder))
     # Not python -m zipfile: unzip gives torch's records the date they have, which is before 1980, and that refuses it.
-    command = f"cd {shell.quote(above)} && zip -0 -r {shell.quote(f'{name}.pth')} {shell.quote(name)}"
+    command = f"cd {quoted(above)} && zip -0 -r {quoted(f'{name}.pth')} {quoted(name)}"
     return f"a torch archive that was unpacked; pack it again, stored: {command}"
 
 

@@ -32,13 +32,13 @@ from dataclasses import replace
 from itertools import takewhile
 from typing import Literal
 
-from ckptkit import shell
 from ckptkit.checkpoint import TensorEntry
 from ckptkit.dtypes import DTYPES
 from ckptkit.errors import CorruptError, LimitError
 from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.pickling.inert import Global, InertDict, InertSet, Object, mapping_items, named_items, states, tensors_in
 from ckptkit.report import count_of
+from ckptkit.shell import command_line
 
 __all__ = [
     "BUFFER_NAMES",
@@ -480,4 +480,4 @@ def inner_module_told(names: Sequence[str]) -> tuple[str, list[str]] | None:
     if len({_INNER_MODULE.sub("", name) for name in names}) < len(names):
         return f"{told}; without it two names would be the same", []
     options = [option for rule in inner_module_rules(names) for option in ("--rename", rule)]
-    return f"{told}; {shell.join(options)} removes it", options
+    return f"{told}; {command_line(options)} removes it", options

@@ -24,7 +24,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Final, Literal, NamedTuple, TypeGuard
 
-from ckptkit import shell
 from ckptkit.checkpoint import Checkpoint, Part, StateDict, TensorEntry
 from ckptkit.errors import PartError
 from ckptkit.limits import DEFAULT_LIMITS
@@ -32,6 +31,7 @@ from ckptkit.normalize.modules import unwrapped
 from ckptkit.pickling.inert import InertDict, Object, mapping_items, walk
 from ckptkit.pickling.tensors import Wrapped, shape_of, wrapped_tensor
 from ckptkit.report import Finding, count_of
+from ckptkit.shell import quoted
 
 __all__ = [
     "CODE",
@@ -375,7 +375,7 @@ def part_findings(checkpoint: Checkpoint) -> Iterator[Finding]:
     if part is not None:
         fix: str | None = way_out(part)
         if part.opens and part.instead is not None:
-            fix = f"ckptkit inspect {shell.quote(part.instead)}"
+            fix = f"ckptkit inspect {quoted(part.instead)}"
         told = part_text(part)
         if part.remedy:
             told, fix = f"{told}; {part.remedy}", None

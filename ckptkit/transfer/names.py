@@ -31,11 +31,11 @@ from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
 
-from ckptkit import shell
 from ckptkit.bytesource import Source, SourceFile, flush_to_disk, write_at
 from ckptkit.errors import DestinationExistsError, FileAccessError, MissingFileError
 from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.plan import Plan
+from ckptkit.shell import mkdir_command
 from ckptkit.transfer.steps import UNAVAILABLE
 from ckptkit.transfer.workers import uninterrupted
 
@@ -145,7 +145,7 @@ def created(plan: Plan, path: str, shown: str, replaced: os.stat_result | None =
 def no_folder(shown: str) -> MissingFileError:
     """The error for an output in a folder that is not there."""
     folder = os.path.dirname(shown.rstrip("/")) or "."
-    remedy = f"create it first: {shell.mkdir(folder)}"
+    remedy = f"create it first: {mkdir_command(folder)}"
     return MissingFileError(f"{shown}: cannot be written: the folder {folder} does not exist; {remedy}", path=shown)
 
 

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ckptkit import shell
 from ckptkit.arguments import device_problem
 from ckptkit.bytesource import Source
 from ckptkit.checkpoint import Checkpoint
@@ -20,6 +19,7 @@ from ckptkit.errors import DTypeError, VerifyError
 from ckptkit.normalize.selection import holding_suffix, other_parts
 from ckptkit.options import VerifyOptions
 from ckptkit.report import Finding, convert_command
+from ckptkit.shell import command_line
 from ckptkit.torch_bridge import dtype_of
 from ckptkit.verifier.inputs import Inputs
 from ckptkit.verifier.measure import Fit
@@ -151,7 +151,7 @@ class Context:
         if spec is None or (self.golden is not None and (model or args)):
             return None
         like = self.model_options("--model", spec, {**(self.reference.args if model is None else {}), **args})
-        return shell.join(["ckptkit", "verify", *self.reading, *self.asked, path, *like, *self.taken(options)])
+        return command_line(["ckptkit", "verify", *self.reading, *self.asked, path, *like, *self.taken(options)])
 
     @staticmethod
     def model_options(option: str, spec: str, args: Mapping[str, object]) -> list[str]:

@@ -24,7 +24,7 @@ import re
 from collections.abc import Hashable, Iterator, Sequence
 from typing import NamedTuple
 
-from ckptkit import places, shell
+from ckptkit import places
 from ckptkit.errors import CkptkitError, CorruptError, FileAccessError, MissingFileError
 from ckptkit.formats.containers import FORMATS, SHARED_SUFFIXES, SUFFIXES
 from ckptkit.formats.distributed.folder import listing
@@ -35,6 +35,7 @@ from ckptkit.formats.unpacked import is_unpacked, packing_of
 from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.nearness import did_you_mean
 from ckptkit.report import Finding, count_of, listed
+from ckptkit.shell import quoted
 
 __all__ = ["POINTERS", "Found", "describe_folder", "found_in", "pointed", "sharded_at", "sharded_in"]
 
@@ -384,7 +385,7 @@ def _standing(path: str, depth: int = 0, *, way: str = "", is_inner: bool = Fals
     there = [name for name, _ in choices]
     raise FileAccessError(
         f"{path}: {count_of(len(there), 'checkpoint')} are in this folder: {listed(there, _LISTED)}; "
-        f"give one of them, or choose with --tag: --tag {shell.quote(way + there[-1])}",
+        f"give one of them, or choose with --tag: --tag {quoted(way + there[-1])}",
         path=path,
         names=there,
     )
