@@ -136,6 +136,23 @@ def test_members_of_archives_below_a_drive(monkeypatch: pytest.MonkeyPatch) -> N
     assert split_member("s3:\\folder\\models.zip!model.pth") is None
 
 
+@pytest.mark.parametrize("gone", [[], ["preadv"], ["preadv", "pread", "pwrite"]])
+def test_files_are_read_and_written_by_position(
+    gone: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Windows has none of these calls, and macOS got ``preadv`` with version 11."""
+    for name in gone:
+        monkeypatch.delattr(os, name)
+    with open(tmp_path / "file", "w+b") as file:
+        local.write_at(file.fileno(), bytes(range(100)), 3)
+        buffer = bytearray(10)
+        assert local.fill_from(file.fileno(), buffer, 13) == 10
+        assert buffer == bytes(range(10, 20))
+        assert local.fill_from(file.fileno(), buffer, 100) == 3
+        assert buffer == bytes([97, 98, 99, *range(13, 20)])
+        assert local.fill_from(file.fileno(), buffer, 200) == 0
+
+
 @pytest.mark.parametrize("has_it", [True, False])
 def test_macos_is_asked_to_put_it_on_the_disk(has_it: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """fcntl(2) there; a disk on a network knows no such command."""
