@@ -11,8 +11,10 @@ import re
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import click
 import pytest
 import torch
 from support.browser import Browser
@@ -109,6 +111,15 @@ def test_without_plotly_it_says_how_to_install_it(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(MissingDependencyError, match=re.escape("pip install '.[report]'")):
         output_of(inspect_command, str(RESUME), "--format", "html")
     assert [*page("t", "inspect.js", [], has_charts=False)]
+
+
+def test_a_terminal_gets_no_page(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("ckptkit.cli.ending.stdout", lambda: SimpleNamespace(isatty=lambda: True, encoding="utf-8"))
+    with pytest.raises(click.UsageError, match="--output FILE"):
+        output_of(inspect_command, str(RESUME), "--format", "html")
+    monkeypatch.undo()
+    output_of(inspect_command, str(RESUME), "--format", "html", "--output", str(tmp_path / "page.html"))
+    assert (tmp_path / "page.html").read_bytes().endswith(b"</html>\n")
 
 
 def test_it_draws_what_is_in_the_file(browser: Browser, inspected: Pages) -> None:
