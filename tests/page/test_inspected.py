@@ -339,7 +339,8 @@ def test_both_themes_can_be_read(browser: Browser, inspected: Pages) -> None:
     contrasts = """
         const luminance = (name) => { // of a colour, or of one so far on its way to that of the sheet
             const [one, share] = name.split(" ");
-            const [r, g, b] = Page.mixed(Page.color(one), Page.color("sheet"), Number(share || 0)).match(/[\\d.]+/g).map((each) => {
+            const seen = Page.mixed(Page.color(one), Page.color("sheet"), Number(share || 0));
+            const [r, g, b] = seen.match(/[\\d.]+/g).map((each) => {
                 const part = Number(each) / 255;
                 return part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4;
             });
