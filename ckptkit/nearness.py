@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from itertools import islice
 
 from ckptkit.errors import FileAccessError, MissingFileError
+from ckptkit.shell import quoted
 
 __all__ = ["did_you_mean", "meant_file", "nearest", "with_meant_file"]
 
@@ -91,7 +91,7 @@ def meant_file(path: str) -> str:
     """
     file, mark, member = path.partition("!")
     with suppress(OSError, ValueError):
-        return _asked(shlex.quote(near + mark + member) for near in _near_files(file))
+        return _asked(quoted(near + mark + member) for near in _near_files(file))
     return ""
 
 

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 
 import click
 
+from ckptkit import places
 from ckptkit.arguments import Option, Options, device_problem, tolerance
 from ckptkit.cli import closing, ending
 from ckptkit.cli.tables import wrapped
@@ -354,7 +355,12 @@ def with_examples(*examples: str) -> str:
 
 def path_argument(name: str, **options: Any) -> Callable[[F], F]:
     """A file name or URL that is left to the command to open, so that every refusal reads alike."""
-    options["callback"] = lambda _, __, value: local(value)
+    several = options.get("nargs") == -1
+
+    def given(_: click.Context, __: click.Parameter, value: Any) -> Any:
+        return tuple(each for path in local(value) for each in places.expanded(path)) if several else local(value)
+
+    options["callback"] = given
     return click.argument(name, type=click.Path(path_type=str, readable=False), **options)
 
 

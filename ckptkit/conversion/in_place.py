@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import shlex
 import shutil
 import time
 from collections.abc import Iterator
@@ -25,6 +24,7 @@ from ckptkit.conversion.folder import converted_all, shared_folder
 from ckptkit.conversion.outputs import Item, require_confirmed
 from ckptkit.errors import FileAccessError, RewriteError
 from ckptkit.report import Report
+from ckptkit.shell import quoted
 from ckptkit.transfer.names import beside
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ def _require_file(path: str) -> None:
 
 def _instead(path: str) -> str:
     """How to say what to do in place of it."""
-    return "" if os.path.isdir(path) else f"; name a new one: ckptkit convert {shlex.quote(places.shown(path))} NEW"
+    return "" if os.path.isdir(path) else f"; name a new one: ckptkit convert {quoted(places.shown(path))} NEW"
 
 
 def _container(path: str, checkpoint: Checkpoint, file: Source, options: ConvertOptions) -> str:

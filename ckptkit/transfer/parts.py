@@ -4,7 +4,7 @@ All of them make the same plan (`ckptkit.transfer.part_records`).  A part writes
 will have, into a folder beside the destination (`staging_of`), whose own name says that what is in it is not complete.
 There it is a checkpoint of its own: as any other it is compared and gets its names at the end
 (`ckptkit.transfer.writing`), so that of a part that was killed nothing counts.  Its record is written last:
-``part-00002-of-00004.json``.  `Parts.finish` contains the records against its own plan and the shards against the
+``part-00002-of-00004.json``.  `Parts.finish` holds the records against its own plan and the shards against the
 records, moves the shards to their places and writes the index: until then a reader sees the old checkpoint, or none.
 """
 
@@ -21,7 +21,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar, cast
 
-from ckptkit.bytesource import Source, SourceFile
+from ckptkit.bytesource import Source, SourceFile, flush_to_disk
 from ckptkit.errors import CorruptError, FileAccessError, RewriteError
 from ckptkit.fleet.shares import Share
 from ckptkit.limits import DEFAULT_LIMITS
@@ -449,7 +449,7 @@ class Parts:
                 overwrite(files[-1].fd, index_bytes(self.plan, digests, now))
                 opened(files[-1].temporary)
                 for file in files if flush else ():
-                    os.fsync(file.fd)
+                    flush_to_disk(file.fd)
                 publish(files, index_bytes(self.plan, digests), force=force, flush=flush, source=source)
                 remove_stale_shards(self._folder, replaces, source)
             if self._is_ours:
