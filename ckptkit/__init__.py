@@ -19,7 +19,8 @@ for.  `conversion` turns options into rewriters, plans and carries out one outpu
 what came of it; `checkpoint_file` is what `open` gives.  `remote` makes a byte source of a file on another machine,
 one module a kind of server, and `places` answers what a path is, and what lies below it, of paths and URLs alike.
 `fleet` has work done for very many tasks in several processes, and knows nothing of checkpoints.  `page` makes
-self-contained HTML pages of documents, with the styles and scripts that they consist of.
+self-contained HTML pages of documents, with the styles and scripts that they consist of.  `display` escapes
+texts and writes sizes as people see them, and makes what notebooks show.
 `documents` has the types of what commands print as JSON; `differences` is what `ckptkit.diff` tells; `released` what
 `ckptkit.manifest` records and `ckptkit.check` holds files against; `digests` says when two files hold the same tensors.
 Inside `normalize` stand the one enumeration of everything in a file that has bytes (`tensors`) and the one comparison
