@@ -33,8 +33,7 @@ class _Report(TypedDict):
     """What every report has.
 
     Attributes:
-        schema_version: of all documents.
-        ok: whether no finding has severity ``"error"``.
+        schema_version, ok: of all documents; whether no finding has severity ``"error"``.
         findings: everything found, in the order it was found.
     """
 
@@ -161,13 +160,14 @@ class ConvertDetails(ChangesDocument, _PartDetails):
 
     Attributes:
         source, destination: files; of shards the destination is their index.
-        written: whether it was; with ``--dry-run`` nothing is.
-        checked: whether the output was compared with the source.
+        source_nbytes: of the source, with its shards.
+        written, checked: whether it was, and was compared with the source; with ``--dry-run`` nothing is.
         section: path of the weights that were converted.
         plan: how it is, or would be, written.
     """
 
     source: str
+    source_nbytes: int
     destination: str
     written: bool
     checked: bool
@@ -286,7 +286,6 @@ class VerifyDetails(TypedDict):
         seconds, steps: how long each part took; and each check.
         peak_memory_nbytes: the most memory that was held.
         versions: of ckptkit, Python and the packages that computed.
-        combined_fix: the one conversion that the findings advise; ``None``: they advise none.
     """
 
     path: str
@@ -344,7 +343,6 @@ class CheckedFile(TypedDict):
         sha256: of the file, where it was computed.
         ok, checked: whether it is as all rules want it; whether every rule could be applied.
         rules: those applied, in order.
-        combined_fix: the one conversion that its findings advise; ``None``: they advise none.
     """
 
     path: str

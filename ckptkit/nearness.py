@@ -43,13 +43,12 @@ def nearest(given: str, known: Iterable[str], n: int = 3, *, called: Mapping[str
             words.setdefault(_plain(word), []).append(word)
     if wanted in words:
         return words[wanted][:n]
-    begun = [name for word, names in words.items() if len(wanted) > 1 and word.startswith(wanted) for name in names]
-    if 0 < len(begun) <= n:
-        return begun
     from difflib import SequenceMatcher, get_close_matches  # every command starts faster without
 
-    near = get_close_matches(wanted, words, n, cutoff=_ALIKE)
+    begun = [word for word in words if len(wanted) > 1 and word.startswith(wanted)]
+    near = begun if 0 < len(begun) <= n else get_close_matches(wanted, words, n, cutoff=_ALIKE)
     share = {word: SequenceMatcher(None, word, wanted).ratio() for word in near}
+    near = sorted((word for word in words if word in share), key=share.__getitem__, reverse=True)
     return [name for word in near if share[word] > share[near[0]] - _SPREAD for name in words[word]][:n]
 
 

@@ -11,8 +11,9 @@ import click
 
 from ckptkit import api
 from ckptkit.arguments import device_problem
-from ckptkit.cli import ending
+from ckptkit.cli import closing, ending
 from ckptkit.cli import options as ui
+from ckptkit.cli.closing import converted
 from ckptkit.cli.ending import progress_line
 from ckptkit.cli.tables import columns, wrapped
 from ckptkit.options import ConvertOptions
@@ -227,8 +228,8 @@ def command(
     Shards can be written by several processes, on one machine or on many: --jobs N, or --part I/N in each of N and
     then --finish, all with the same SRC, DST and options. Until then no reader sees any of it.
 
-    On a terminal a question comes first where files would be replaced and no copy of them kept: with --force, and with
-    --in-place that has no --backup; --yes leaves it out.
+    On a terminal, convert asks before it replaces a file without keeping a copy (--force, or --in-place without
+    --backup); --yes skips the question.
 
     Exit code 0: all is converted; 2: something could not be.
     """
@@ -258,6 +259,7 @@ def command(
     if output == "text" and not quiet:
         for line in ui.finding_lines(found, view.style, view.width):
             ending.say(line)
+        closing.summary(converted(document))
     return code
 
 

@@ -24,12 +24,10 @@ class ConvertedFile(ConvertDocument):
     """A file of a folder that was converted, or with ``--dry-run`` would be.
 
     Attributes:
-        source_nbytes: of the file, with its shards.
         seconds: that it took.
         error: none; by it the two kinds of files are told apart.
     """
 
-    source_nbytes: int
     seconds: float
     error: None
 

@@ -35,7 +35,8 @@ Page.chart = (body, { label, caption, draw, height, onclick, isLater }) => {
 Page.treemap = (() => {
   const { el, announce, count } = Page;
   const mostTiles = 500; // at once: more are too small to see, and too slow to draw
-  const mostSiblings = 100; // below one node
+  const mostSiblings = 200; // below one node
+  const groupOf = 100; // of more
   const mostLevels = 64; // of a name, which may be all dots: below them it is one
   const mostCrumbs = 12;
   const deepest = 5; // levels below the root that tiles show
@@ -73,7 +74,7 @@ Page.treemap = (() => {
   function split(node, measures) {
     const kids = [...node.kids.values()];
     if (kids.length <= mostSiblings) return;
-    const each = mostSiblings ** Math.ceil(Math.log(kids.length) / Math.log(mostSiblings) - 1 - 1e-9);
+    const each = groupOf ** Math.ceil(Math.log(kids.length) / Math.log(groupOf) - 1 - 1e-9);
     node.kids = new Map();
     for (let from = 0; from < kids.length; from += each) {
       const part = kids.slice(from, from + each);
@@ -109,7 +110,7 @@ Page.treemap = (() => {
         const [node, depth, id] = queue.shift();
         const kids = kidsOf(node).filter((kid) => value(kid) > 0);
         const least = value(top) / 4000;
-        let fit = kids.filter((kid) => value(kid) >= least).slice(0, Math.max(1, Math.min(room, 120)));
+        let fit = kids.filter((kid) => value(kid) >= least).slice(0, Math.max(1, Math.min(room, mostSiblings)));
         if (fit.length === kids.length - 1) fit = kids;
         fit.forEach((kid, n) => {
           const own = `${id}/${n}`;

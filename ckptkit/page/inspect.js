@@ -118,7 +118,7 @@
   const meter = (share) => el("span", {}, `${(100 * share).toFixed(1)} %`, el("span", { class: "meter", "aria-hidden": "true" }, el("i", { style: { width: `${Math.min(100, 100 * share)}%` } })));
 
   function tensorTable(file, tensors, hasSections, into) {
-    const body = Page.part("Tensors", { id: "tensors", note: "Enter or click shows all of one" }, into);
+    const body = Page.part("Tensors", { id: "tensors", note: "choose one to see all of it" }, into);
     const columns = [{ name: "tensor", mono: true, width: 300, show: (i) => tensors.names[i] || "(no name)", key: (i) => tensors.names[i] }];
     if (hasSections) columns.push({ name: "section", mono: true, width: 130, show: (i) => tensors.kind(i).section || "", key: (i) => tensors.kind(i).section });
     columns.push(
