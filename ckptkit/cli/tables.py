@@ -1,13 +1,13 @@
 """Text in columns, as a terminal shows it: tables that fit its width, cells that say less where they must, wrapping.
 
 Columns are counted as terminals count them, by ``wcwidth``: two for a wide character, none for what is put on top of
-another, one or two for a whole sequence of emoji; escape codes of colours have none.  Text is cut between what a reader
+another, one or two for a whole sequence of emoji; escape codes of colors have none.  Text is cut between what a reader
 sees as characters, never inside of one.
 
 Where a table is wider than the terminal, its columns give way in this order: names that would take nearly half of it,
 notes, columns that are spared first (bars), long names, counts (``11.7 M`` for ``11,689,512``), names, columns that are
 spared last.  What no cell gives up is the last of its forms, which for a tensor is its shape: where not even that finds
-room, it stands below its row.
+room, it is below its row.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _GAP = 2
 """Spaces between columns."""
 
 _INDENT = "    "
-"""Before all lines of a text but the first, and before what stands below its row."""
+"""Before all lines of a text but the first, and before what is below its row."""
 
 _BLOCKS = " ▏▎▍▌▋▊▉█"
 
@@ -41,19 +41,19 @@ _OWN = str.maketrans(dict.fromkeys(f"{_BLOCKS}‥…\N{MULTIPLICATION SIGN}", " 
 """Our own symbols, one column each."""
 
 _CODE = r"\x1b\[[0-9;]*m"
-"""What colours text; from files come none, for their control characters are escaped."""
+"""What colors text; none comes from files, for their control characters are escaped."""
 
 _RESET = "\x1b[0m"
 
 _WORD = r"( *)(\S*\[[\d, ]*\]\S*|[\d.,]+ (?:[kMGT]?B|\N{MULTIPLICATION SIGN})(?!\w)\S*|\S+)"
-"""Spaces, and what stands behind them: a shape, and a number with its unit, are one word."""
+"""Spaces, and what is behind them: a shape, and a number with its unit, are one word."""
 
 
 class Cell(str):
     """A cell that has shorter forms.
 
     Attributes:
-        forms: what may stand in its place, each shorter than the one before.  If the first is how the cell begins, what
+        forms: what may be in its place, each shorter than the one before.  If the first is how the cell begins, what
             follows that may be cut.
     """
 
@@ -89,7 +89,7 @@ class _Layout(NamedTuple):
 
     Attributes:
         inside: the columns of a row.
-        below: those that stand below it.
+        below: those that are below it.
         stage: how far the others give way: 0, notes; 1, names and counts too; 2, names down to a few letters.
         note: columns that notes keep.
     """
@@ -209,7 +209,7 @@ def width_of(text: str) -> int:
 
 
 def seen(text: str) -> int:
-    """The same of a text that may be coloured."""
+    """The same, for text that may be colored."""
     return width_of(re.sub(_CODE, "", text))
 
 
@@ -309,7 +309,7 @@ def wrapped(text: str, width: int | None, indent: int | None = None) -> Iterator
     """The text in lines of at most so many columns, all but the first indented; a word that is longer is broken.
 
     Args:
-        text: one line, perhaps coloured.
+        text: one line, perhaps colored.
         width: columns of the terminal; ``None``: it stays one line.
         indent: columns before all lines but the first; ``None``, or more than half of them: four more than before that.
     """

@@ -177,7 +177,7 @@ def test_what_a_folder_holds_beside_checkpoints_is_counted(run, save, tmp_path: 
     save({"w": torch.ones(1)}, "runs/best.pth.tar")
     (tmp_path / "runs" / "notes.txt").write_text("words")
     (tmp_path / "runs" / "w.pth").write_bytes(b"")
-    told = "passed over: 1 file (1 text file)"
+    told = "skipped: 1 file (1 text file)"
     done = run("inspect", tmp_path / "runs")
     assert (done.returncode, done.stdout.splitlines()[-1]) == (2, told)
     assert "runs/w.pth: the file is empty" in done.stderr
