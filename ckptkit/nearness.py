@@ -19,7 +19,7 @@ from ckptkit.shell import quoted
 __all__ = ["did_you_mean", "meant_file", "nearest", "with_meant_file"]
 
 _MOST, _LONGEST = 4096, 200
-"""Words that are compared, and characters of each: files may hold any number of any length."""
+"""Words that are compared, and characters of each: files may contain any number of any length."""
 
 _ALIKE, _SPREAD = 0.6, 0.12
 """How alike a word must be (of 1), and how much less than the most alike one."""
@@ -43,13 +43,12 @@ def nearest(given: str, known: Iterable[str], n: int = 3, *, called: Mapping[str
             words.setdefault(_plain(word), []).append(word)
     if wanted in words:
         return words[wanted][:n]
-    begun = [name for word, names in words.items() if len(wanted) > 1 and word.startswith(wanted) for name in names]
-    if 0 < len(begun) <= n:
-        return begun
     from difflib import SequenceMatcher, get_close_matches  # every command starts faster without
 
-    near = get_close_matches(wanted, words, n, cutoff=_ALIKE)
+    begun = [word for word in words if len(wanted) > 1 and word.startswith(wanted)]
+    near = begun if 0 < len(begun) <= n else get_close_matches(wanted, words, n, cutoff=_ALIKE)
     share = {word: SequenceMatcher(None, word, wanted).ratio() for word in near}
+    near = sorted((word for word in words if word in share), key=share.__getitem__, reverse=True)
     return [name for word in near if share[word] > share[near[0]] - _SPREAD for name in words[word]][:n]
 
 
@@ -85,7 +84,7 @@ def _plain(word: str) -> str:
 
 
 def meant_file(path: str) -> str:
-    """The end of a message about a local file that is not there: what lies in its folder and may be meant.
+    """The end of a message about a local file that is not there: what is in its folder and may be meant.
 
     That is a file or folder of a name that is alike, or of the same name with another ending; where it is a folder of
     the path that is not there, the same path through one that is.  Of ``FILE!MEMBER`` the file is looked for.

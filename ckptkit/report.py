@@ -111,7 +111,7 @@ class Finding:
         return f"{self.code}: {self.message}" + (f" (fix: {self.fix})" if self.fix else "")
 
     def to_dict(self) -> FindingDocument:
-        """The finding as it stands in JSON documents."""
+        """The finding as it is in JSON documents."""
         return {"code": self.code, "severity": self.severity, "message": self.message, "fix": self.fix}
 
 
@@ -119,7 +119,7 @@ _Finding = TypeVar("_Finding", bound=Finding)
 
 
 def at_least(severity: Severity, bound: Severity) -> bool:
-    """Whether ``severity`` is ``bound`` or graver."""
+    """Whether ``severity`` is ``bound`` or more severe."""
     return _ORDER[severity] >= _ORDER[bound]
 
 
@@ -129,7 +129,7 @@ def gravest_first(findings: Iterable[_Finding]) -> list[_Finding]:
 
 
 def worst(findings: Iterable[Finding]) -> Severity | None:
-    """The gravest severity among the findings; ``None`` when there are none."""
+    """The most severe severity among the findings; ``None`` when there are none."""
     return max((f.severity for f in findings), key=_ORDER.__getitem__, default=None)
 
 
@@ -141,7 +141,7 @@ class Report(Generic[_Document]):
 
     Attributes:
         findings: everything found, in the order it was found.
-        details: the command's own figures, as they stand in its JSON document.
+        details: the command's own figures, as they are in its JSON document.
     """
 
     findings: tuple[Finding, ...] = ()
@@ -238,9 +238,9 @@ def convert_command(
 ) -> str:
     """The command that rewrites ``path`` with these options, ready to be pasted into a shell.
 
-    The destination is named after the source, beside it or the archive it lies in (here, where it is a URL), and is
-    none of ``taken`` and nothing that is there; ``is_clean`` says so in its name, which has it anyway where only that
-    tells it from the source.  What is neither a file nor standard input is called FILE.
+    The destination is named after the source, beside it or the archive it is in (here, where it is a URL), and is none
+    of ``taken`` and nothing that is there; ``is_clean`` says so in its name, which has it anyway where only that tells
+    it from the source.  What is neither a file nor standard input is called FILE.
     """
     from itertools import chain, count
 
@@ -306,7 +306,7 @@ def apart(findings: Iterable[_Finding], given: Sequence[str] = ()) -> Iterator[_
 def glob_of(name: str, before: str = "") -> str:
     """A pattern that matches a name, ready to be pasted into a shell; ``?`` stands for what cannot be typed.
 
-    ``before`` is a pattern of what stands before it: ``"*"``.
+    ``before`` is a pattern of what is before it: ``"*"``.
     """
     from glob import escape
 
@@ -356,8 +356,8 @@ def listed(
         things: what to name, or as many of them as are to be named.
         most: how many of them are named.
         total: how many there are where ``things`` are not all.
-        between: what stands between them.
-        last: what stands before the last one where all are named, if something else.
+        between: what is between them.
+        last: what is before the last one where all are named, if something else.
         characters: how many are shown of each; ``None``: all.
     """
     every = list(things)

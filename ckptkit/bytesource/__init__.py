@@ -1,8 +1,8 @@
 """Where bytes lie: sources that are read by position, and ranges of them.
 
-Tensors are addresses, not data.  A `Source` is whatever holds a file's bytes: a local file (`SourceFile`), bytes in
+Tensors are addresses, not data.  A `Source` is whatever contains a file's bytes: a local file (`SourceFile`), bytes in
 memory, and whatever else a module of its own makes one.  A `ByteRange` says where in a source some bytes lie.  Nothing
-here moves a file position, so ranges can be read from several threads.  Bytes that do not lie in a source as they are
+here moves a file position, so ranges can be read from several threads.  Bytes that are not in a source as they are
 wanted are in `ckptkit.computed`.
 """
 

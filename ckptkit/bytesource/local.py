@@ -211,7 +211,7 @@ class SourceFile(Source):
 
     @property
     def folder(self) -> str:
-        """The folder it lies in; ``""``: the working directory."""
+        """The folder it is in; ``""``: the working directory."""
         return os.path.dirname(self.path)
 
     def release(self) -> None:

@@ -181,9 +181,11 @@ def into_file(path: str | None, given: Iterable[str]) -> Iterator[None]:
         yield
         return
     if any(_is_same(path, each) for each in given):
-        raise click.UsageError(f"--output {path}: the command reads or writes this file itself; give another name")
+        raise click.UsageError(f"--output {path}: the command itself reads or writes this file; give another name")
     if os.path.exists(path) and _is_checkpoint(path):
-        raise click.UsageError(f"--output {path}: this is a checkpoint, which is not overwritten; give another name")
+        raise click.UsageError(
+            f"--output {path}: this is a checkpoint, which --output does not overwrite; give another name"
+        )
     output = io.BytesIO()
     _ending.file = io.TextIOWrapper(output, "utf-8", "backslashreplace", newline="\n", write_through=True)
     try:
@@ -218,7 +220,7 @@ def _is_checkpoint(path: str) -> bool:
 
 
 def write(data: str | bytes = "") -> None:
-    """Write to stdout, colours as they are, and flush.
+    """Write to stdout, colors as they are, and flush.
 
     Raises:
         OutputLostError: it could not be written.
@@ -297,7 +299,7 @@ def exit_code(error: BaseException) -> int:
         return 2
     number = error.number if isinstance(error, SignalledError) else signal.SIGINT
     told = {"SIGINT": "interrupted", "SIGBREAK": "interrupted", "SIGTERM": "terminated"}
-    how = told.get(signal.Signals(number).name, "the terminal has gone")
+    how = told.get(signal.Signals(number).name, "the terminal is gone")
     say(f"ckptkit: {how}; {_ending.done or 'no file is half-written'}")
     return 128 + number
 
@@ -320,7 +322,7 @@ class _Line:
         self.width = 0
 
     def show(self, text: str) -> None:
-        """Write it over what stands there, as much of it as the terminal has room for."""
+        """Write it over what is there, as much of it as the terminal has room for."""
         with self.lock:
             text = _fitting(text)
             _say("\r" + text.ljust(self.width))
@@ -384,7 +386,7 @@ def watched(*, quiet: bool) -> Iterator[None]:
 def ticking() -> Iterator[None]:
     """For a command whose steps say nothing as long as they last: what is `watched` is told again and again.
 
-    It has a thread for it, so that no process is forked meanwhile.
+    It has a thread for it, so that no process is forked in the meantime.
     """
     from ckptkit.bytesource import pace
 

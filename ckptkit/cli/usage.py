@@ -75,7 +75,7 @@ def tell(error: click.ClickException) -> str:
         if isinstance(command, click.Group):
             commands = filter(None, (command.get_command(error.ctx, name) for name in command.list_commands(error.ctx)))
             if any(error.option_name in _options(each) for each in commands):
-                meant = f"; it stands after the command: ckptkit COMMAND {error.option_name}"
+                meant = f"; put it after the command: ckptkit COMMAND {error.option_name}"
         error = click.UsageError(error.message.removesuffix(".") + (meant or "."), error.ctx)
     with suppress(OSError, ValueError):
         error.show()

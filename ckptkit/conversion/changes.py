@@ -230,7 +230,7 @@ def diagnose_losses(
         result: as it is written.
         plan: of the output.
         leave_out: paths of parts that were to be left out.
-        beside: the checkpoint without what of it the metadata hold; ``None``: they hold nothing of it.
+        beside: the checkpoint without what of it the metadata hold; ``None``: they contain nothing of it.
     """
     if source.origin.is_program:
         pairs = mapping_items(source.rest) or []
@@ -295,7 +295,7 @@ def diagnose_beside(
 
     Args:
         kept: what was to be kept and is.
-        left: what was to be kept and is no plain value, with what it holds.
+        left: what was to be kept and is not a plain value, with what it holds.
         plain: names of the plain values of the state_dict that are not in the output.
         text: what the metadata hold of them.
     """

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ckptkit import formats, places
 from ckptkit.bytesource import Source, SourceFile
-from ckptkit.conversion.folder import common_folder, converted_all
+from ckptkit.conversion.folder import converted_all, shared_folder
 from ckptkit.conversion.outputs import Item, require_confirmed
 from ckptkit.errors import FileAccessError, RewriteError
 from ckptkit.report import Report
@@ -55,10 +55,10 @@ def convert_in_place(source: object, options: ConvertOptions, convert: Convert) 
         paths = [os.fsdecode(path) for path in source]
         items = [Item(path, path, (path,)) for path in dict.fromkeys(paths)]
         require_confirmed([] if options.backup else paths, options)
-        above = common_folder(paths)
+        above = shared_folder(paths)
         return converted_all(items, options.but(confirm=None), convert, started, above, above)
     if not isinstance(source, (str, os.PathLike)):
-        raise RewriteError(f"--in-place replaces a file, and {type(source).__name__} is no path of one")
+        raise RewriteError(f"--in-place replaces a file: expected its path, found {type(source).__name__}")
     path = os.fsdecode(source)
     return convert(path, path, options)
 
@@ -93,10 +93,10 @@ def replacing(path: str, options: ConvertOptions) -> Iterator[Replacing]:
 
 
 def _require_file(path: str) -> None:
-    """Refuse what is no local file by its path alone.
+    """Refuse what is not a local file by its path alone.
 
     Raises:
-        RewriteError: it is none.
+        RewriteError: it is not one.
     """
     what = None
     if path == formats.STDIN:
@@ -125,17 +125,20 @@ def _container(path: str, checkpoint: Checkpoint, file: Source, options: Convert
     own = formats.format_named(checkpoint.origin.format)
     what = None
     if own.shards is not None or own.is_folder or formats.hashed_parts(file):
-        what = "is one of the files of a checkpoint that lies in several"
+        what = "is one of several files of a checkpoint"
     elif not isinstance(file, SourceFile):
-        what = "is compressed, or holds the checkpoint as an archive does"
+        what = "is compressed, or is an archive with the checkpoint in it"
     if what is not None:
         raise RewriteError(f"{path}: {what}; --in-place replaces one plain file{_instead(path)}", path=path)
     if options.to is None:
         if own.writer is not None:
             return own.name
-        told = f"is {own.name}, which is read and not written; --to torch-zip makes that of it"
+        told = f"is {own.name}, which ckptkit reads but does not write; --to torch-zip converts it to that"
         raise RewriteError(f"{path}: {told}{_instead(path)}", path=path)
-    asked = formats.target(path, options.to)[1]
+    _, asked, most = formats.target(path, options.to)
+    if most is not None or asked.is_folder:
+        told = f"--to {options.to} writes several files; --in-place replaces one"
+        raise RewriteError(f"{path}: {told}{_instead(path)}", path=path)
     if asked.name != own.name and os.path.splitext(path)[1].lower() not in asked.suffixes:
         told = f"is {own.name}, and its name is not one of {asked.name}"
         raise RewriteError(f"{path}: {told}; --in-place keeps the name{_instead(path)}", path=path)

@@ -180,7 +180,7 @@ def is_folder(path: str, options: ConvertOptions) -> bool:
 
 
 def _names_a_file(path: str) -> bool:
-    """Whether a path that is no folder has the ending of an output."""
+    """Whether a path that is not a folder has the ending of an output."""
     try:
         formats.target(path)
     except RewriteError:

@@ -54,7 +54,7 @@ class Process(Protocol):
     """A worker, as its driver sees it.
 
     Attributes:
-        exitcode: as of `subprocess.Popen`, negative for signals; ``None``: it has not ended.
+        exitcode: as in `subprocess.Popen`, negative for signals; ``None``: it has not ended.
     """
 
     @property
@@ -93,7 +93,7 @@ def started() -> Process:
 
 
 def _may_fork() -> bool:
-    """Whether this process has one thread alone, of Python's or any library's."""
+    """Whether this process has one thread alone, of Python or any library's."""
     if sys.platform != "linux":
         return False
     try:

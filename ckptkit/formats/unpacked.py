@@ -1,4 +1,4 @@
-"""An archive of torch's that was unpacked: each record is a file of its own below one folder.
+"""An archive of torch that was unpacked: each record is a file of its own below one folder.
 
 ``folder/data.pkl`` with ``folder/data/0``, … and ``version`` or ``byteorder`` beside it is what unzip makes of a
 torch-zip (`ckptkit.formats.torch_archive` says what else such archives hold).  The folder and its ``data.pkl`` stand
@@ -35,7 +35,7 @@ _Stamp = tuple[int, int, int, int]
 
 
 def is_unpacked(folder: str) -> bool:
-    """Whether a folder is what is left of an archive of torch's, with its pickle and what every writer leaves."""
+    """Whether a folder is what is left of an archive of torch, with its pickle and what every writer leaves."""
     if is_url(folder):
         return False
     beside = any(os.path.isfile(os.path.join(folder, name)) for name in ("version", "byteorder", ".data/version"))
@@ -43,7 +43,7 @@ def is_unpacked(folder: str) -> bool:
 
 
 def packing_of(folder: str) -> str | None:
-    """What a folder is that holds the records of one of torch's archives; ``None``: it does not."""
+    """What a folder is that contains the records of one of torch archives; ``None``: it does not."""
     if is_url(folder):
         return None
 
@@ -59,7 +59,7 @@ def packing_of(folder: str) -> str | None:
 
 
 def unpacked_source(path: str) -> UnpackedSource | None:
-    """What holds the bytes of an archive that was unpacked, by its folder or its pickle; ``None``: it is none.
+    """What contains the bytes of an archive that was unpacked, by its folder or its pickle; ``None``: it is not one.
 
     Raises:
         FileAccessError: the folder cannot be read.

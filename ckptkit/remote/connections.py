@@ -78,7 +78,7 @@ class Target(NamedTuple):
             shown: what errors call it.
 
         Raises:
-            FileAccessError: it is no such URL.
+            FileAccessError: it is not such a URL.
         """
         try:
             parts = urlsplit(url.strip())
@@ -343,7 +343,7 @@ if hasattr(os, "register_at_fork"):
 
 @lru_cache(maxsize=4)
 def _context(certificates: tuple[str | None, str | None]) -> ssl.SSLContext:
-    """The system's certificates, or those of ``SSL_CERT_FILE`` and ``SSL_CERT_DIR``, which it is made anew for."""
+    """The system's certificates, or those of ``SSL_CERT_FILE`` and ``SSL_CERT_DIR``, which it is made again for."""
     context = ssl.create_default_context()
     context.set_alpn_protocols(["http/1.1"])
     return context

@@ -389,7 +389,7 @@ def _count(carrying: int, names: Sequence[str]) -> str:
 
 
 def _prefixes(longer: Collection[str], shorter: Collection[str]) -> list[str]:
-    """What stands before a shorter name in longer ones; the most frequent first."""
+    """What is before a shorter name in longer ones; the most frequent first."""
     found: Counter[str] = Counter()
     names = sorted(shorter, key=len, reverse=True)
     for name in dict.fromkeys([*names[:_SAMPLED], *names[:: len(names) // _SAMPLED + 1]]):

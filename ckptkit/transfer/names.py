@@ -1,9 +1,9 @@
 """Files under temporary names, and how they get their own: all at once, or as good as.
 
-A sharded checkpoint is several files that change together, and an index that names them.  Where
-shards of these names stand already, the index is first replaced by one that names the new shards
-under their temporary names, then the shards get their own names too, then the index that says so
-takes its place: at every moment the index names one whole checkpoint, the old one or the new one.
+A sharded checkpoint is several files that change together, and an index that names them.  Where shards of these names
+exist already, the index is first replaced by one that names the new shards under their temporary names, then the shards
+get their own names too, then the index that says so takes its place: at every moment the index names one whole
+checkpoint, the old one or the new one.
 
 A temporary file is locked (``flock``) for as long as its run has it open, and the system unlocks it whatever
 becomes of the run.  So the next run into the same folder removes what a killed one left there: the files whose names
@@ -69,7 +69,7 @@ class Output:
         plan: its steps.
         path: where it will be.
         shown: the name that messages use.
-        temporary: where it is meanwhile.
+        temporary: where it is in the meantime.
         fd: open on that, readable and writable; -1 once it is complete.
         host: what its temporary name says of this machine; empty where it is not locked.
         replaced: the file whose permissions it gets.
@@ -374,7 +374,7 @@ def _publish_shards(
 def _publish_new(shards: list[Output], final: Output, source: Source | None, *, force: bool) -> None:
     """Where no shards of these names are: until the index has its name, an old one names what it always did.
 
-    What has appeared meanwhile is not touched without force, and nothing of ours is left beside it.
+    What has appeared in the meantime is not touched without force, and nothing of ours is left beside it.
     """
     try:
         for file in (*shards, final):

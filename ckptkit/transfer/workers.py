@@ -189,7 +189,7 @@ class Background(threading.Thread):
             self._stop_all.set()
 
     def wait(self) -> None:
-        """Wait for its end; an interrupt is heard meanwhile.
+        """Wait for its end; an interrupt is heard in the meantime.
 
         Raises:
             BaseException: what its work raised.

@@ -50,7 +50,7 @@ class VerifyFinding(Finding):
         return cls(code=finding.code, severity=finding.severity, message=finding.message, fix=finding.fix, check=check)
 
     def to_dict(self) -> VerifyFindingDocument:
-        """The finding as it stands in JSON documents."""
+        """The finding as it is in JSON documents."""
         return {**Finding.to_dict(self), "check": self.check}
 
 
@@ -200,7 +200,7 @@ def pick_devices(names: str) -> tuple[torch.device, ...]:
     """The devices that names, separated by commas, mean on this machine; see `pick_device`.
 
     Raises:
-        VerifyError: one is no such name, is not here, or is named twice.
+        VerifyError: one is not such a name, is not here, or is named twice.
     """
     devices = tuple(pick_device(name.strip()) for name in names.split(","))
     known = [(device.type, device.index or 0) for device in devices]
@@ -217,7 +217,7 @@ def pick_device(name: str) -> torch.device:
             and the CPU that is here.
 
     Raises:
-        VerifyError: it is no such name, or this machine lacks the device.
+        VerifyError: it is not such a name, or this machine lacks the device.
     """
     if name == "auto":
         here = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -244,7 +244,7 @@ def floating_dtype(name: str) -> torch.dtype:
     """The floating point type a model can be cast to.
 
     Raises:
-        VerifyError: it is none, or this torch lacks it.
+        VerifyError: it is not one, or this torch lacks it.
     """
     try:
         found = dtype_of(name)

@@ -41,7 +41,7 @@ _PACKAGES = {
 
 
 def build(model: ModelLike, args: Mapping[str, object]) -> tuple[nn.Module, Reference]:
-    """The reference model, in eval mode, without values: its parameters lie on the meta device.
+    """The reference model, in eval mode, without values: its parameters are on the meta device.
 
     Where it cannot be built so, it has values, as what `Reference.make` gives always has.
 
@@ -82,7 +82,8 @@ def _meant_model(model: str) -> str:
     bare = {each.partition(":")[2]: each for each in reversed(known)}
     if same:
         return f"; did you mean {' or '.join(same)}?"
-    return did_you_mean(model, bare, shown=bare.__getitem__) or did_you_mean(model, known)
+    whole = did_you_mean(model, known)
+    return whole if whole and "." in model else did_you_mean(model, bare, shown=bare.__getitem__) or whole
 
 
 def _meant_factory(path: str) -> str:
