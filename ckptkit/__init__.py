@@ -16,9 +16,10 @@ the mover of bytes must not know; `inspection` (the document that is shown) apar
 about a checkpoint).  `architectures` knows which models have a checkpoint's names and shapes, `arguments` what values
 mean that are given, `nearness` which word was probably meant, `shell` how a command is typed, and `options` declares
 what each command can be asked for.  `conversion` turns options into rewriters, plans and carries out one output, or
-those of a folder, and tells what came of it; `checkpoint_file` is what `open` gives.  `remote` makes a byte source of a file on another machine, one
-module a kind of server, and `places` answers what a path is, and what is below it, of paths and URLs alike. `fleet` has
-work done for very many tasks in several processes, and knows nothing of checkpoints.  `page` makes self-contained HTML
+those of a folder, and tells what came of it; `checkpoint_file` is what `open` gives.  `remote` makes a byte source of
+a file on another machine, one module a kind of server, and `places` answers what a path is, and what is below it, of
+paths and URLs alike. `fleet` has work done for very many tasks in several processes, and knows nothing of
+checkpoints.  `page` makes self-contained HTML
 pages of documents, with the styles and scripts that they consist of. `documents` has the types of what commands print
 as JSON; `differences` is what `ckptkit.diff` tells; `released` what `ckptkit.manifest` records and `ckptkit.check`
 contains files against; `digests` says when two files contain the same tensors. Inside `normalize` stand the one
