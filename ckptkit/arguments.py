@@ -1,6 +1,6 @@
-"""What arguments mean, checked here once for the command line, configurations and Python; how options are declared.
+"""Arguments, checked here once for the command line, configurations and Python; and how options are declared.
 
-A string where several are taken is one, not its letters.  A tolerance is a number that something can be within.
+A string given where several are accepted is one value, not its letters.  A tolerance is a finite number of at least 0.
 A device is one that torch has.
 
 A declaration of an `Option` says how it is typed, what ``--help`` and what the docstring say of it, its default, and
@@ -77,7 +77,7 @@ def device_problem(given: str) -> str | None:
 
 
 def tolerance(name: str, given: Any) -> float | None:
-    """The tolerance, ``None`` where none is given.
+    """The tolerance; ``None`` if none is given.
 
     Raises:
         VerifyError: it is NaN, negative, infinite or no number: nothing, or everything, would be within it.
@@ -94,7 +94,7 @@ def tolerance(name: str, given: Any) -> float | None:
 
 
 def several(given: Any) -> tuple[Any, ...]:
-    """What was given where several can be: one string or path is one."""
+    """The values of an argument that accepts several: one string or path is one value."""
     return (given,) if isinstance(given, (str, bytes, os.PathLike)) else tuple(given)
 
 
@@ -102,7 +102,7 @@ def shapes(name: str, given: Any) -> tuple[tuple[int, ...], ...]:
     """Shapes of inputs.
 
     Raises:
-        VerifyError: one is none.
+        VerifyError: one is not a shape.
     """
     found = several(given) if isinstance(given, Iterable) else (given,)
     made = []
@@ -131,11 +131,11 @@ class Option(Generic[T]):
     Attributes:
         name: the keyword.
         kind: how it is typed.
-        default: its value where it is not given.
-        line: what ``--help`` says of it.
-        meaning: what the function's docstring says of it, the sentence's end aside.
-        metavar: what stands for its value there.
-        choices: the values there are; empty: any.
+        default: its value if it is not given.
+        line: its line in ``--help``.
+        meaning: its text in the function's docstring, without the final period.
+        metavar: the placeholder for its value there.
+        choices: the allowed values; empty: any.
         shows_default: whether the line ends in the default.
     """
 
@@ -189,7 +189,7 @@ class Option(Generic[T]):
         return f"{self.name}: {self.meaning}{shown}."
 
     def value(self, given: Any) -> T:
-        """The value that a keyword means."""
+        """The value given by a keyword."""
         if given is None and self.default is None:
             return self.default
         return cast(T, given) if self._taken is None else self._taken(given)
@@ -208,7 +208,7 @@ class Option(Generic[T]):
 
 
 def unexpected(function: str, name: str, known: Iterable[str]) -> TypeError:
-    """What Python says of a keyword that a function does not take, with the one that was probably meant."""
+    """Python's error for an unknown keyword, with the one that was probably meant."""
     near = nearest(name, known, 1)
     meant = f". Did you mean {near[0]!r}?" if near else ""
     return TypeError(f"{function}() got an unexpected keyword argument {name!r}{meant}")
@@ -218,16 +218,16 @@ class BinaryFile(Protocol):
     """A file that was opened in binary mode: of ``open``, ``gzip.open``, a member of an archive, a ``mmap``."""
 
     def read(self, nbytes: int, /) -> bytes | None:
-        """As many bytes as are there, at most so many; ``b""`` at the end."""
+        """Read at most so many bytes; ``b""`` at the end."""
 
 
 class Options:
-    """The options of one command: those given, and the defaults of the others.  They do not change.
+    """The options of one command: those given, and the defaults of the others.  They are immutable.
 
-    Like a frozen dataclass, but that nothing is compiled when the class is made: every command starts with these.
+    Like a frozen dataclass, but nothing is compiled when the class is made, because every command starts with these.
 
     Raises:
-        TypeError: there is no option of that name.
+        TypeError: there is no option with that name.
     """
 
     command: ClassVar[str]
@@ -256,11 +256,11 @@ class Options:
         return f"{type(self).__name__}({', '.join(told)})"
 
     def typed(self, *names: str) -> list[str]:
-        """These options as they are typed; none of those that have their defaults."""
+        """These options as they are typed, without those that have their defaults."""
         return [word for name in names for word in self.declared[name].words(getattr(self, name))]
 
     def but(self, **changed: Any) -> Self:
-        """The same options, but for these."""
+        """The same options, with these changed."""
         return type(self)(**{**vars(self), **changed})
 
 

@@ -63,7 +63,7 @@ Bytes = bytes | bytearray | memoryview
 class Losses:
     """What casting did to values; those of several pieces can be added.
 
-    A NaN that stays NaN is no loss.
+    A NaN that stays NaN is not a loss.
 
     Attributes:
         values: how many were cast.

@@ -1,6 +1,6 @@
 """The common representation every container is read into and written from.
 
-A `Checkpoint` says *where* bytes lie, never holds them; its tensors are those of `ckptkit.tensor`.
+A `Checkpoint` says *where* bytes are and never contains them; its tensors are those of `ckptkit.tensor`.
 
 No I/O happens here.  Everything is immutable; a rewrite makes new objects.
 """
@@ -44,8 +44,8 @@ _SHOWN, _MAX_REPR = 2, 190
 """Tensors that the ``repr`` of a state_dict names, and its characters."""
 
 Kind = Literal["whole_model", "state_dict", "resume", "tensor", "collection", "other"]
-"""What a file holds: a pickled ``nn.Module``; a state_dict; weights beside training state; one bare
-tensor; tensors that are no state_dict; no tensor at all."""
+"""What a file contains: a pickled ``nn.Module``; a state_dict; weights with training state; one bare tensor; tensors
+that are not a state_dict; no tensors."""
 
 Trust = Literal["safe", "needs_trust", "hostile"]
 """``safe``: plain data and torch's own rebuild functions.  ``needs_trust``: other names, that a
@@ -63,24 +63,24 @@ class _Slot:
 
 
 STATE_DICT: Final = _Slot()
-"""Stands in `Checkpoint.rest` at the place where the state_dict sat in the file."""
+"""Marks in `Checkpoint.rest` the place of the state_dict in the file."""
 
 
 class StateDict(Mapping[str, TensorEntry]):
-    """Named tensors in file order, with what else a saved state_dict carries.
+    """Named tensors in file order, with everything else in a saved state_dict.
 
-    As a mapping it shows the plain tensors alone.  Values that are none (``_extra_state`` objects,
-    quantized and sparse tensors) keep their place in `everything` and are listed by `extra`.
+    As a mapping it contains only the plain tensors.  Other values (``_extra_state`` objects, quantized and sparse
+    tensors) keep their place in `everything` and are listed by `extra`.
 
-    It does not change and holds no values: any number of threads may read its tensors, and one after another they
-    take no more memory than one.
+    It is immutable and contains no values: any number of threads may read its tensors, and reading them one after
+    another takes no more memory than one.
 
     Attributes:
         everything: every key with its value, in file order; values are `TensorEntry` or inert nodes.
-        versions: torch's ``_metadata``: for each module path an inert node (``{"version": 2}``),
-            or ``None`` where the file has none.
-        container: inert node of the mapping's class and other attributes; ``None`` means a plain
-            ``OrderedDict`` is to be written.
+        versions: torch's ``_metadata``: for each module path an inert node (``{"version": 2}``), or ``None`` if the
+            file has none.
+        container: inert node of the mapping's class and other attributes; ``None`` means that a plain ``OrderedDict``
+            is written.
         is_module: whether ``container`` is the module that the values were walked from, and is written as it is.
             Renamed, selected or cast, they are those of no module any more, and a state_dict is written.
     """
@@ -146,7 +146,7 @@ class StateDict(Mapping[str, TensorEntry]):
         return {k: v for k, v in self.everything.items() if k not in self._tensors}
 
     def with_values(self, function: Callable[[object], object]) -> StateDict:
-        """The same names with every value (extra ones too) put through ``function``."""
+        """The same names with ``function`` applied to every value, extra ones too."""
         return StateDict(
             {name: function(value) for name, value in self.everything.items()},
             versions=self.versions,
@@ -155,18 +155,18 @@ class StateDict(Mapping[str, TensorEntry]):
         )
 
     def holding(self, everything: Mapping[str, object], versions: Mapping[str, object] | None) -> StateDict:
-        """Other values in its place: a mapping of the same class, or of a module its state_dict."""
+        """Other values in its place: a mapping of the same class, or for a module its state_dict."""
         return StateDict(everything, versions=versions, container=None if self.is_module else self.container)
 
     def renamed(self, rename: Callable[[str], str], versions: Mapping[str, object] | None) -> StateDict:
-        """The same values under the names ``rename`` gives them, in the same order.
+        """The same values under the names that ``rename`` returns, in the same order.
 
         Args:
             rename: from old name to new name.
             versions: the module versions that go with the new names.
 
         Raises:
-            KeyCollisionError: two names would become one; nothing is renamed.
+            KeyCollisionError: two names would become the same; nothing is renamed.
         """
         everything: dict[str, object] = {}
         came_from: dict[str, str] = {}
@@ -185,11 +185,11 @@ WEIGHTS: Final = ("state_dict", "whole_model")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Section:
-    """A part of a file that holds tensors.
+    """A part of a file that contains tensors.
 
     Attributes:
-        path: the keys that lead to it, joined with dots; ``""`` is the whole file.  No two sections of a
-            file have the same: where keys would make it so, ``#2`` and so on follow.
+        path: the keys that lead to it, joined with dots; ``""`` is the whole file.  Paths of a file are unique: if keys
+            would give two sections the same path, ``#2`` and so on follow.
         kind: ``"state_dict"``, ``"whole_model"``, ``"optimizer"``, ``"collection"`` or ``"tensor"``.
         tensors: number of tensors in it.
         nbytes: bytes of the storages it uses (shared ones once).
@@ -211,22 +211,22 @@ class Section:
 Verdict = Literal["torch", "allowed", "unknown", "dangerous"]
 
 GRAVITY: Mapping[Verdict, int] = {"torch": 0, "allowed": 0, "unknown": 1, "dangerous": 2}
-"""How grave each verdict is: of several the gravest counts."""
+"""How severe each verdict is: the most severe of several counts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GlobalUse:
-    """A Python name in a pickle, never resolved; or a part of a file that no pickle names and that matters likewise.
+    """A Python name in a pickle, never resolved; or another part of a file that matters for trust.
 
     Attributes:
-        name: ``"module.attribute"``; of a part what it is: ``"compiled code"``.
+        name: ``"module.attribute"``; for a part, what it is: ``"compiled code"``.
         verdict: see `ckptkit.pickling.trust`.
-        count: how often the pickle calls it, at least 1; of parts how many there are.
+        count: how often the pickle calls it, at least 1; for parts, how many there are.
         where: a few of the places where it occurs: the record, and the keys in its tree:
             ``("data.pkl: args",)``.
-        reason: what is to be known about it beyond the verdict; ``""``: nothing.
-        kind: ``"name"``; ``"code"``: a part that is run by whoever loads the file; ``"unread"``: a part that could
-            not be looked into.
+        reason: what else to know about it; ``""``: nothing.
+        kind: ``"name"``; ``"code"``: a part that runs when the file is loaded; ``"unread"``: a part that could not be
+            read.
     """
 
     name: str
@@ -238,7 +238,7 @@ class GlobalUse:
 
 
 def trust_of(uses: Iterable[GlobalUse]) -> Trust:
-    """What the gravest of some verdicts makes of the file they are about."""
+    """The trust in a file that follows from the most severe of its verdicts."""
     worst = max((GRAVITY[use.verdict] for use in uses), default=0)
     order: tuple[Trust, ...] = get_args(Trust)
     return order[worst]
@@ -250,8 +250,8 @@ class Spread(NamedTuple):
     Attributes:
         world_size: how many processes wrote it; ``None``: not known.
         mesh: sizes of the dimensions of the mesh that they form, by name; ``None``: not known.
-        files: how many files are its own.
-        tag: the name of the step, where the folder that was given holds several.
+        files: number of its files.
+        tag: the name of the step, if the folder given has several.
     """
 
     world_size: int | None
@@ -268,17 +268,18 @@ class Origin:
         path: the file.
         size: its size in bytes.
         format: container name, such as ``"torch-zip"``.
-        format_version: the container's own version, where it has one.
+        format_version: the container's own version, if it has one.
         byteorder: ``"little"`` or ``"big"``.
-        kind: what the file holds.
-        state_path: the keys that lead to the state_dict, joined with dots; ``""`` is the whole file;
-            ``None``: the file has no state_dict, or several and none was chosen.
-        pickle_protocol: of the file's object pickle; ``None`` where it has none.
+        kind: what the file contains.
+        state_path: the keys that lead to the state_dict, joined with dots; ``""`` is the whole file; ``None``: the file
+            has no state_dict, or several of which none was chosen.
+        pickle_protocol: of the file's object pickle; ``None`` if it has none.
         writer: which torch wrote it, as far as the file tells: ``"torch 2.1 or later"``.
         has_pickle: whether there is a pickle in the file.
-        is_program: whether it holds a program, of which only the weights can be written.
-        options: those of the command line by which it was read so: ``("--section", "model")``.
-        spread: of a folder that several processes wrote, how; ``None``: it is one file, or shards under an index.
+        is_program: whether it contains a program, of which only the weights can be written.
+        options: command-line options that make it read this way: ``("--section", "model")``.
+        spread: for a folder that several processes wrote, how it is spread; ``None``: it is one file, or shards with an
+            index.
     """
 
     path: str
@@ -298,15 +299,16 @@ class Origin:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """What a file is of a checkpoint that lies in several.
+    """Which part of a checkpoint stored in several files a file is.
 
     Attributes:
-        layout: what they are together, in plain words: ``"a DeepSpeed ZeRO stage 3 checkpoint"``.
+        layout: what the files are together, in plain words: ``"a DeepSpeed ZeRO stage 3 checkpoint"``.
         piece: which part: ``"rank 0 of 8"``; ``""``: not known.
         lacks: what is not in this file.
-        instead: the index that opens them all, or the folder of the files that belong together; ``None``: not there.
+        instead: the index that opens them all, or the folder of the files that belong together; ``None``: there is
+            none.
         opens: whether ckptkit opens ``instead`` as one checkpoint.
-        remedy: what helps, where it is not to give other files.
+        remedy: what helps, if it is not to give other files.
     """
 
     layout: str
@@ -318,13 +320,13 @@ class Part:
 
 
 class Replica(NamedTuple):
-    """Values that lie in two places and must be the same.
+    """Values stored in two places that must be the same.
 
     Attributes:
         name: of the tensor.
         value: the one that was taken.
-        copy: the other; where it is of another dtype, it is ``value`` converted to that.
-        where: whose they are, for messages: ``"rank 0 and rank 2"``.
+        copy: the other; if its dtype differs, it is ``value`` converted to that dtype.
+        where: where they come from, for messages: ``"rank 0 and rank 2"``.
     """
 
     name: str
@@ -334,10 +336,10 @@ class Replica(NamedTuple):
 
 
 class Unread(Protocol):
-    """Parts of a checkpoint that are pickles of their own, and that are read when their values are."""
+    """Parts of a checkpoint that are separate pickles, read only when their values are."""
 
     def judge(self) -> tuple[GlobalUse, ...]:
-        """Read them all; the verdict on every name in them.
+        """Read them all and return the verdict on every name in them.
 
         Raises:
             FormatError: one is damaged, or is not what it should be.
@@ -351,19 +353,19 @@ class Checkpoint:
 
     Attributes:
         state_dict: the weights.
-        rest: everything else, an inert tree whose leaves may be `TensorEntry` too; the marker
-            `STATE_DICT` stands where the weights sat.
+        rest: everything else, an inert tree whose leaves may be `TensorEntry` too; the marker `STATE_DICT` is in the
+            place of the weights.
         metadata: the container's own string metadata (safetensors ``__metadata__``).
         origin: the file it came from.
-        sections: the parts that hold tensors, in file order.
+        sections: the parts that contain tensors, in file order.
         globals: every Python name in the file's pickles.
-        unvouched: parts of the file that are code, or could not be looked into.
+        unvouched: parts of the file that are code or could not be read.
         module: inert node of the pickled ``nn.Module`` the state_dict was walked from, or ``None``.
         findings: what the reader noticed.
-        discarded: inert nodes of what its pickles make and drop, and that belongs to nothing they keep.
-        part: what it is of a checkpoint that lies in several files; ``None``: it is whole.
-        replicas: what lies in several of its files and must be the same; whoever reads its bytes compares it.
-        unread: what was not looked into when it was opened; ``unvouched`` says that there is something.
+        discarded: inert nodes of what its pickles make and discard, and that belongs to nothing they keep.
+        part: which part of a checkpoint in several files it is; ``None``: it is the whole.
+        replicas: values in several of its files that must be the same; every reader of its bytes compares them.
+        unread: what was not read when it was opened; ``unvouched`` says that there is something.
         operations: what `rewrite` did to it, in order.
     """
 
@@ -399,14 +401,14 @@ class Checkpoint:
 
     @property
     def trust(self) -> Trust:
-        """What a loader that executes pickles would have to be trusted with; see `Trust`."""
+        """How much a loader that executes pickles would have to trust the file; see `Trust`."""
         return trust_of((*self.globals, *self.unvouched))
 
     def rewrite(self, *rewriters: Callable[[Checkpoint], Checkpoint]) -> Checkpoint:
-        """The checkpoint with each rewriter applied in turn; this one stays as it is.
+        """The checkpoint with each rewriter applied in turn; this one does not change.
 
         Raises:
-            RewriteError: one cannot be applied, or gives no checkpoint.
+            RewriteError: one cannot be applied, or does not return a checkpoint.
         """
         result = self
         for rewriter in rewriters:

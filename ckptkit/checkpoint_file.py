@@ -1,4 +1,4 @@
-"""An open checkpoint: what is in it, and the file its bytes lie in; and a file of what is in memory."""
+"""An open checkpoint: its contents and the file with its bytes; and saving values from memory."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["CheckpointFile", "PathLike", "Rewriter", "open", "save", "weights_of"]
 
 Rewriter = Callable[[Checkpoint], Checkpoint]
-"""Any pure function from checkpoint to checkpoint; those in `ckptkit.rewrite`, or your own."""
+"""Any pure function from checkpoint to checkpoint: those in `ckptkit.rewrite`, or your own."""
 
 PathLike = str | os.PathLike[str]
 
@@ -41,13 +41,13 @@ _SHOWN = 90
 
 
 class CheckpointFile:
-    """An open checkpoint: what is in it, and the file its bytes lie in.
+    """An open checkpoint: its contents and the file with its bytes.
 
     Use it as a context manager, or call `close`.  What `rewrite` returns shares the open file.
 
-    It does not change, and any number of threads may use one at once: read entries, rewrite, save, load.  Nothing is
-    read by a position that they would share, what is compressed is inflated by one of them, and no values are kept.
-    It belongs to its process: to another, hand the path.
+    It is immutable, and any number of threads may use it at once: read entries, rewrite, save, load.  They share no
+    file position, one of them decompresses what is compressed, and no values are cached.  It belongs to its process;
+    pass the path to other processes.
 
     Attributes:
         checkpoint: the common representation that rewriters work on.
@@ -69,12 +69,12 @@ class CheckpointFile:
 
     @property
     def kind(self) -> Kind:
-        """What the file holds; see `ckptkit.checkpoint.Kind`."""
+        """The kind of content; see `ckptkit.checkpoint.Kind`."""
         return self.checkpoint.origin.kind
 
     @property
     def trust(self) -> Trust:
-        """What a loader that executes pickles would have to be trusted with."""
+        """How much a loader that executes pickles would have to trust the file."""
         return self.checkpoint.trust
 
     @property
@@ -84,7 +84,7 @@ class CheckpointFile:
 
     @property
     def sections(self) -> tuple[Section, ...]:
-        """The parts of the file that hold tensors."""
+        """The parts of the file that contain tensors."""
         return self.checkpoint.sections
 
     @property
@@ -99,7 +99,7 @@ class CheckpointFile:
 
     @property
     def findings(self) -> tuple[Finding, ...]:
-        """What is remarkable about it, gravest first."""
+        """What is remarkable about it, most severe first."""
         from ckptkit.diagnose import diagnose
 
         return diagnose(self.checkpoint)
@@ -141,17 +141,17 @@ class CheckpointFile:
         """Write it; the destination is either what it was before or the complete new file.
 
         Args:
-            destination: the output; its ending chooses the container.
-            to: container name that overrides the ending; ``"dcp"``: the destination is a folder, new or empty, that
+            destination: the output; its extension determines the container.
+            to: container name that overrides the extension; ``"dcp"``: the destination is a folder, new or empty, that
                 ``torch.distributed.checkpoint.load`` reads.
-            ranks: how many share that folder; each has rows of every tensor, in a file of its own.
-            max_shard_size: bytes of a file, as a number or as ``"5GB"``; what has more becomes shards and an index.
+            ranks: how many ranks share that folder; each has rows of every tensor, in a separate file.
+            max_shard_size: bytes per file, as a number or as ``"5GB"``; a larger output becomes shards and an index.
             force: whether an existing file may be replaced.
-            check: whether to open the output again and compare every byte before it gets its name, and to hold
-                the source's checksums against its bytes; and to wait until all is on disk.
+            check: whether to open the output again and compare every byte before it gets its name, to check the
+                source's checksums, and to wait until everything is on disk.
             receipt: whether to record in the metadata what was done; see `ckptkit.conversion`.
-            allow_part: whether it may be a part of a checkpoint that lies in several files.
-            progress: called with the bytes dealt with so far, and those to deal with in all.
+            allow_part: whether it may be one part of a checkpoint stored in several files.
+            progress: called with the bytes processed so far and the total.
 
         Returns:
             The plan that was carried out.
@@ -159,9 +159,9 @@ class CheckpointFile:
         Raises:
             DestinationExistsError: it exists and ``force`` is false.
             FileAccessError: it cannot be written.
-            RewriteError: the container cannot hold this checkpoint.
+            RewriteError: the container cannot store this checkpoint.
             PartError: it is a part of a checkpoint.
-            CorruptError: the source is damaged, or changed while it was read.
+            CorruptError: the source is damaged, or changed while it was being read.
         """
         return self._converted(
             destination,
@@ -184,16 +184,18 @@ class CheckpointFile:
     def load(
         self, *, map_location: Any = "cpu", mapped: bool | None = None, allow_part: bool = False
     ) -> OrderedDict[str, Any]:
-        """The weights as torch's tensors, as `ckptkit.load_state_dict` gives what `save` writes; no file is made.
+        """The weights as torch tensors, as if `ckptkit.load_state_dict` had loaded what `save` writes.
 
-        What rewriters cast, renamed or left out is so here; each storage is read once, into memory that torch has.
+        The changes of rewriters apply (casts, names, what was left out).  No file is written; each storage is read
+        once, into torch's memory.
 
         Args:
-            map_location: as in ``torch.load``, but that they lie on the CPU by default; ``None`` puts them where
-                `ckptkit.MapLocation` says, or else the file.
-            mapped: whether tensors lie in the file where its bytes are as torch wants them, which takes no memory; the
-                file must not be overwritten then, and checksums are not held.  Default: those of safetensors files do.
-            allow_part: whether it may be a part of a checkpoint that lies in several files.
+            map_location: as in ``torch.load``, but with the CPU as default; ``None`` puts them where
+                `ckptkit.MapLocation` says, or otherwise the file.
+            mapped: whether tensors use a mapping of the file if its bytes are as torch needs them, which takes no
+                memory; the file must not be overwritten then, and checksums are not checked.  Default: only tensors of
+                safetensors files.
+            allow_part: whether it may be one part of a checkpoint stored in several files.
 
         Returns:
             Name to value, with the module versions as ``_metadata``.
@@ -219,11 +221,11 @@ class CheckpointFile:
         return state
 
     def _is_mapped(self, asked: bool | None) -> bool:
-        """Whether tensors are to lie in the file: where that is not said, those of containers without checksums do."""
+        """Whether tensors are to be in the file: where that is not said, those of containers without checksums are."""
         return formats.format_named(self.format).tensors_alone if asked is None else asked
 
     def close(self) -> None:
-        """Close the file; entries stay readable as records, their bytes do not.  No other thread may be reading."""
+        """Close the file; entries remain usable, but their bytes cannot be read.  No other thread may be reading."""
         self._file.close()
 
     def __enter__(self) -> CheckpointFile:
@@ -262,38 +264,37 @@ def open(  # noqa: A001 - the name users expect
 ) -> CheckpointFile:
     """Open a checkpoint without executing or loading it.
 
-    A file that is compressed (gzip, xz, bzip2, zstd) is decompressed into the temporary folder, and of an archive of
-    other files the one checkpoint in it is opened; a finding says so.
+    A compressed file (gzip, xz, bzip2, zstd) is decompressed into the temporary folder, and an archive of other files
+    is opened at the only checkpoint in it; a finding says so.
 
-    Several threads may use what it gives at once, and open one path each for themselves; see `CheckpointFile`.
+    Several threads may use the result at once, or each open the same path; see `CheckpointFile`.
 
     Args:
-        path: a file; a member of a zip or tar archive as ``FILE/MEMBER`` or ``FILE!MEMBER``, where no file has that
-            path; ``"-"``: standard input.  An open binary file is read from its present position to its end; its
-            position is then what it was, but for one that cannot seek, which is read to its end.  Bytes, a bytearray
-            and a memoryview are not copied; a bytearray cannot be resized until this is closed.  What was given open
-            stays open.
-            A URL (``https://``, ``s3://``, ``gs://``, ``az://``, ``hf://user/repo/path`` and all that fsspec knows) is
-            read by range, a few kilobytes until values are asked for; what is not http or hf needs the extra
-            ``remote``.
-            A folder that several processes wrote (FSDP, DeepSpeed, Megatron, torch.distributed.checkpoint) is one
-            checkpoint; one that names its last step stands for that, and any other for the one checkpoint in it.
-        section: path of the weights to select, where the file holds several.
-        tag: which of several steps is meant, where ``path`` is a folder that holds such: ``"checkpoint-10"``.
-        tp_rules: a file of rules by which slices of tensor-parallel ranks are joined, a JSON object of globs of names:
-            ``{"*.wq.weight": 0, "*.wo.weight": 1, "*.norm.weight": "replicated", "*.w13.weight": "swiglu"}``.  They go
-            before those that are known, and make one checkpoint of any folder of files that differ in one number.
-        ignore_checksums: whether to forget the recorded checksums of its tensors, so that nothing holds them: those of
-            a file that was edited in place are stale.
-        storage_options: what the file system of a URL is made with, as fsspec takes it: ``{"anon": True}``.  No
-            message has them.
+        path: a file; a member of a zip or tar archive as ``FILE/MEMBER`` or ``FILE!MEMBER``, if no file has that path;
+            ``"-"``: standard input.  An open binary file is read from its current position to its end; afterwards its
+            position is unchanged, unless it cannot seek.  Bytes, a bytearray and a memoryview are not copied; a
+            bytearray cannot be resized until this is closed.  A file that was given open stays open.  A URL
+            (``https://``, ``s3://``, ``gs://``, ``az://``, ``hf://user/repo/path`` and everything that fsspec supports)
+            is read by range, a few kilobytes until values are needed; anything but http and hf needs the extra
+            ``remote``.  A folder that several processes wrote (FSDP, DeepSpeed, Megatron, torch.distributed.checkpoint)
+            is one checkpoint; a folder that names its last step means that step, and any other folder the only
+            checkpoint in it.
+        section: path of the weights to select, if the file has several.
+        tag: which of several steps is meant, if ``path`` is a folder with several: ``"checkpoint-10"``.
+        tp_rules: a file with the rules for joining slices of tensor-parallel ranks, a JSON object with globs of names
+            as keys: ``{"*.wq.weight": 0, "*.wo.weight": 1, "*.norm.weight": "replicated", "*.w13.weight": "swiglu"}``.
+            They override the built-in rules, and turn any folder of files whose names differ in one number into one
+            checkpoint.
+        ignore_checksums: whether to ignore the recorded checksums of its tensors; those of a file that was edited in
+            place are stale.
+        storage_options: options for the file system of a URL, as in fsspec: ``{"anon": True}``.  No message contains
+            them.
 
     Raises:
         FileAccessError: the file cannot be opened.
         FormatError: it is not a checkpoint, or damaged; or an archive of several, which the message names.
         SectionError: there is no such section.
-        MissingDependencyError: it is compressed by zstd, and nothing that decompresses it is installed; or what reads
-            URLs of its kind is not.
+        MissingDependencyError: it is compressed with zstd, or is a URL of a kind, for which no package is installed.
     """
     return CheckpointFile(
         *formats.read(path, section=section, tag=tag, tp_rules=tp_rules, ignore_checksums=ignore_checksums)
@@ -311,7 +312,7 @@ def weights_of(
     allow_part: bool,
     ignore_checksums: bool,
 ) -> Iterator[CheckpointFile]:
-    """A file that is whole and whose weights are known; `purpose` is what for, as errors say it."""
+    """Open a file that is not a part and whose weights are known; errors say `purpose`."""
     with open(path, section=section, tag=tag, tp_rules=tp_rules, ignore_checksums=ignore_checksums) as file:
         require_whole(file.checkpoint, allow_part=allow_part)
         require_state_dict(file.checkpoint, purpose)
@@ -332,38 +333,36 @@ def save(
     tied: TiedPolicy = "alias",
     progress: Progress | None = None,
 ) -> Plan:
-    """Write what is in memory, as `CheckpointFile.save` writes: the old file or the complete new one, and compared.
+    """Write values from memory with the guarantees of `CheckpointFile.save`: compared, and the old file or the new one.
 
-    Tensors of torch, on any device, arrays of numpy, and entries of open checkpoints or parts of such may be mixed.
-    They are written from where they lie: no second copy of them is made, and nobody may write to them meanwhile.  What
-    shares memory is written once, and what is tied stays so.  The same values give the same bytes.  torch is not
-    imported for arrays.
+    Torch tensors on any device, numpy arrays, and entries of open checkpoints or parts of them may be mixed.  They are
+    written without a second copy, and nobody may write to them in the meantime.  Shared memory is written once, and
+    ties are kept.  The same values give the same bytes. torch is not imported for arrays.
 
-    A ``.safetensors`` and shards hold tensors under names.  A ``.pth`` holds also a tree of dicts, lists, tuples, sets
-    and plain values with tensors anywhere, such as ``{"model": model.state_dict(), "epoch": 3}``, as it stands;
-    arrays become tensors.  ``torch.load(path, weights_only=True)`` loads it.  Python attributes and hooks of tensors
-    are not written.
+    A ``.safetensors`` and shards store named tensors.  A ``.pth`` can also store a tree of dicts, lists, tuples, sets
+    and plain values with tensors anywhere, such as ``{"model": model.state_dict(), "epoch": 3}``; arrays become
+    tensors.  ``torch.load(path, weights_only=True)`` loads it.  Python attributes and hooks of tensors are not written.
 
     Args:
         state: tensors by name, or such a tree.  A state_dict keeps its module versions (``_metadata``).
-        path: the output; its ending chooses the container.
+        path: the output; its extension determines the container.
         metadata: strings to set in the output's metadata.
         force: whether an existing file may be replaced.
         check: whether to open the output again and compare every byte before it gets its name.
-        max_shard_size: bytes of a file, as a number or as ``"5GB"``; what has more becomes shards and an index.
-        to: container name that overrides the ending; ``"dcp"``: as `CheckpointFile.save`.
+        max_shard_size: bytes per file, as a number or as ``"5GB"``; a larger output becomes shards and an index.
+        to: container name that overrides the extension; ``"dcp"``: as `CheckpointFile.save`.
         ranks: as there.
-        tied: what becomes of tensors with several names; see `ckptkit.Tied`.
-        progress: called with the bytes dealt with so far, and those to deal with in all.
+        tied: what to do with tensors that have several names; see `ckptkit.Tied`.
+        progress: called with the bytes processed so far and the total.
 
     Returns:
         The plan that was carried out.
 
     Raises:
-        RewriteError: the container cannot hold it; the message names what is not a plain tensor or value.
+        RewriteError: the container cannot store it; the message names the values that are not plain tensors or values.
         DestinationExistsError: it exists and ``force`` is false.
         FileAccessError: it cannot be written.
-        CorruptError: it was written to meanwhile.
+        CorruptError: it was changed in the meantime.
     """
     from ckptkit.conversion import run
     from ckptkit.options import ConvertOptions

@@ -149,7 +149,7 @@ class _Comparison:
         return nbytes
 
     def _same_storages(self, batch: list[_Whole]) -> None:
-        """Small ones are read with what lies around them on either side, each exactly once."""
+        """Small ones are read with what is around them on either side, each exactly once."""
         ours, theirs = Ahead(), Ahead()
         small = 0
         for place, source, written in batch:

@@ -1,4 +1,4 @@
-"""Bytes that do not lie in a file as they are wanted: compressed, of another dtype, made of others, or in memory.
+"""Bytes that are not in a file as they are wanted: compressed, of another dtype, computed from others, or in memory.
 
 The first three are made when they are asked for, and read like a `ckptkit.bytesource.ByteRange`.  A
 `DeflatedRange` is inflated once, into a temporary file without a name, one for all of a source.  A `ConvertedRange` is
@@ -50,7 +50,7 @@ def spooled(parts: Iterable[bytes], nbytes: int | None, source: Source, what: st
 
     Args:
         parts: the bytes.
-        nbytes: how many they are; ``None``: that is known after the last, and nothing else is spooled meanwhile.
+        nbytes: how many they are; ``None``: that is known after the last, and nothing else is spooled in the meantime.
         source: whose they are.
         what: begins the message where they do not fit.
 
@@ -121,13 +121,13 @@ class Held(Source):
         memoryview(buffer)[:] = self._data[offset : offset + len(buffer)]
 
     def close(self) -> None:
-        """As `Source.close`; whoever holds the bytes may resize them again."""
+        """As `Source.close`; whoever contains the bytes may resize them again."""
         super().close()
         self._data.release()
 
 
 class _Computed:
-    """Bytes that are made of others at most once, and only when they are asked for."""
+    """Bytes that are computed from others at most once, and only when they are asked for."""
 
     __slots__ = ("_lock", "_plain", "file", "name", "nbytes")
 
@@ -222,7 +222,7 @@ class _ComputedRange:
 
     @property
     def file(self) -> Source:
-        """The file that holds what they are made of."""
+        """The file that contains what they are made of."""
         return self.whole.file
 
     def plain(self) -> ByteRange:
@@ -271,7 +271,7 @@ class DTypeConversion(_Computed):
     """Values that are converted to another dtype as they are read; nothing of them is kept.
 
     Args:
-        original: the values as they lie in the file.
+        original: the values as they are in the file.
         before, after: bytes of one value, before and after.
         function: what converts the bytes of whole values.
         name: what the values are, for messages.
@@ -346,7 +346,7 @@ class DenseValues(_Computed):
         numel: how many elements there are.
         itemsize: bytes of one.
         parts: the storages (`ckptkit.tensor.Storage`) that they are made of; at least one.
-        files: the sources that those lie in.
+        files: the sources that those are in.
         name: what the values are, for messages.
         block_nbytes: bytes of a block.
     """
@@ -440,7 +440,7 @@ ByteSource = ByteRange | DeflatedRange | ConvertedRange | DenseRange
 
 
 def is_made(source: ByteSource) -> TypeGuard[ConvertedRange | DenseRange]:
-    """Whether the bytes are made as they are read, and lie nowhere."""
+    """Whether the bytes are made as they are read, and are nowhere."""
     return isinstance(source, (ConvertedRange, DenseRange))
 
 

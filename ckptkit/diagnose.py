@@ -25,6 +25,7 @@ from ckptkit.normalize.shapes import are_data
 from ckptkit.normalize.tensors import FoundTensor, other_tensors
 from ckptkit.pickling.inert import Global, Object, mapping_items, walk
 from ckptkit.report import Finding, apart, convert_command, count_of, gravest_first, human_size, listed, share_of
+from ckptkit.shell import command_line
 from ckptkit.tensor import unordered, unused_nbytes
 
 if TYPE_CHECKING:
@@ -39,8 +40,8 @@ class Everything:
 
     Attributes:
         beside: everything that `every_tensor` finds but for the plain tensors of the state_dict.
-        storages: those of all tensors, and those that stand in the tree by themselves, by ``id``.
-        is_shared: whether several of these stand in one storage.
+        storages: those of all tensors, and those that are in the tree by themselves, by ``id``.
+        is_shared: whether several of these are in one storage.
         unused: bytes of storages that belong to no tensor.
         names: those of the state_dict, each after a line break: what may be in one is looked for in all at once.
         quantization: how the weights are quantized; ``None``: they are not.
@@ -67,7 +68,7 @@ _NOTABLE_UNUSED = 1 << 10
 
 
 def diagnose(checkpoint: Checkpoint, contents: Everything | None = None) -> tuple[Finding, ...]:
-    """The reader's findings and every diagnosis, gravest first.
+    """The reader's findings and every diagnosis, most severe first.
 
     Args:
         checkpoint: as it was read.
@@ -152,11 +153,9 @@ def _copies(checkpoint: Checkpoint, contents: Everything) -> Iterator[Finding]:
 
 def _checked(checkpoint: Checkpoint) -> str:
     """The command that looks into all of a folder."""
-    import shlex
-
     options = checkpoint.origin.options
     typed = [word for name in ("--tag", "--tp-rules") if name in options for word in options[options.index(name) :][:2]]
-    return shlex.join(["ckptkit", "check", checkpoint.origin.path, *typed])
+    return command_line(["ckptkit", "check", checkpoint.origin.path, *typed])
 
 
 def _part(checkpoint: Checkpoint, contents: Everything) -> Iterator[Finding]:
@@ -178,7 +177,7 @@ def _foreign(checkpoint: Checkpoint, contents: Everything) -> Iterator[Finding]:
 
 
 def _in_values(checkpoint: Checkpoint, names: list[str]) -> list[str]:
-    """The names that stand in what was saved: those by which a folder says where it lies do not."""
+    """The names that are in what was saved: those by which a folder says where it lies do not."""
     is_folder = format_named(checkpoint.origin.format).is_folder
     return [name for name in names if name in _places(checkpoint.rest)] if is_folder and names else names
 

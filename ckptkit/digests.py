@@ -31,7 +31,7 @@ are made for their effect, ties, and the container's own metadata.  It is ``sha2
 ``["ties",[[name,…],…]]``.  A tree's digest is that of `tree_digest`.  What is saved again is the same: the order and
 names of records, their alignment and times, keys and sharing of storages, strides, byte order, devices, the pickle's
 protocol and memo, and the order of names of tensors do not count.  `ckptkit.differences` finds no difference between
-two files of one whole digest, with ``strict``.  Programs, and files with parts that are not looked into, have none.
+two files of one whole digest, with ``strict``.  Programs, and files with parts that are not read, have none.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class DigestLine:
         name: without wrappers.
         kind: the dtype, or what the value is that is not a plain tensor.
         shape: the tensor's sizes; ``None``: it is not a plain tensor.
-        digest: the tensor's; ``None``: it is none.
+        digest: the tensor's; ``None``: it is not one.
         parts: dtype, shape and digest of each tensor in a value that is none itself.
         tree: the digest of all that such a value is made of, or of what hangs on a tensor of a class of its own;
             ``None``: it is plain, or the line is one of version 1.
@@ -134,7 +134,7 @@ def _json(value: object) -> bytes:
 
 
 def whole_digest(checkpoint: Checkpoint, values: Values) -> str | None:
-    """The digest of everything in a file; ``None``: it holds what is not looked into."""
+    """The digest of everything in a file; ``None``: it contains what is not read."""
     if checkpoint.origin.is_program or checkpoint.unvouched:
         return None
     root, weights = _whole(checkpoint)

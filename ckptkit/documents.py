@@ -1,15 +1,16 @@
-"""The documents: what each command prints with ``--json``, and every other output is rendered from, field by field.
+"""The documents: what each command prints with ``--json`` and renders every other output from, field by field.
 
-Here are those of reports and manifests; `ckptkit.inspection.document` has that of ``inspect``,
-`ckptkit.differences.difference` that of ``diff``, `ckptkit.conversion.document` that of a folder that is converted.
+This module has those of reports and manifests; `ckptkit.inspection.document` has that of ``inspect``,
+`ckptkit.differences.difference` that of ``diff``, and `ckptkit.conversion.document` that of converting a folder.
 
-A document is a dict of what JSON has: text, numbers, lists, ``None``.  Those who make one return the type that stands
-here, and `ckptkit.cli` renders it.  Fields are added, never changed or taken away, within one ``schema_version``.
+A document is a dict of JSON values: text, numbers, lists, ``None``.  Functions that make one return the type defined
+here, and `ckptkit.cli` renders it.  Within one ``schema_version``, fields are added but never changed or removed.
 
 Sizes (``size``, ``nbytes``) are in bytes; shapes, strides and counts of parameters and buffers in elements; times in
-seconds.  ``path`` is a file as it was named; of a section or a module it is keys joined with dots, ``""`` the whole.
-Dtypes have torch's names without the prefix (``"float32"``).  A number that JSON does not have (NaN, Inf) is ``None``,
-or in what a file says its name.  Type checkers alone need this module: it is not imported when a command runs.
+seconds.  ``path`` is a file as it was named; for a section or a module it is the keys joined with dots, and ``""`` is
+the whole.  Dtypes have torch's names without the prefix (``"float32"``).  A number that JSON does not have (NaN, Inf)
+is ``None``, or its name where a file's values are shown.  Only type checkers need this module: commands do not import
+it.
 """
 
 from __future__ import annotations
@@ -33,8 +34,7 @@ class _Report(TypedDict):
     """What every report has.
 
     Attributes:
-        schema_version: of all documents.
-        ok: whether no finding has severity ``"error"``.
+        schema_version, ok: of all documents; whether no finding has severity ``"error"``.
         findings: everything found, in the order it was found.
     """
 
@@ -74,10 +74,10 @@ class PlanDocument(TypedDict):
     Attributes:
         format: the container.
         nbytes: of the file and its shards.
-        tensors: that a reader of the output will see.
-        copies, casts, gathers, literals: bytes that move as they lie, are converted, are put in order, are made.
+        tensors: number of tensors that a reader of the output will see.
+        copies, casts, gathers, literals: bytes that are copied unchanged, converted, reordered, or generated.
         aliases: names that are recorded as another name's tensor.
-        shards: the files; none where it is one file.
+        shards: the files; none if it is a single file.
     """
 
     format: str
@@ -108,12 +108,12 @@ class ChangesDocument(TypedDict):
     """What a conversion changes.
 
     Attributes:
-        renames: names that are others in the output.
+        renames: names that change.
         dropped: names of the weights that are left out.
-        like: the model whose tensors alone are kept.
-        casts: tensors of another dtype than in the source.
-        gathered: names whose values have to be put in order.
-        compacted: how many storages are cut to what is viewed of them, and by how many bytes.
+        like: the model whose tensors are kept.
+        casts: tensors whose dtype changes.
+        gathered: names whose values have to be reordered.
+        compacted: how many storages are cut to the bytes that tensors use, and by how many bytes.
         operations: the rewriters, in order.
     """
 
@@ -127,20 +127,20 @@ class ChangesDocument(TypedDict):
 
 
 class CompactedDocument(TypedDict):
-    """Storages that are cut to what is viewed of them, and the bytes that are saved."""
+    """Storages that are cut to the bytes that tensors use, and the bytes saved."""
 
     storages: int
     nbytes: int
 
 
 class PartDocument(TypedDict):
-    """What was written of an output that several processes write.
+    """The part that was written of an output that several processes write.
 
     Attributes:
         part, of: which part, from 1; and how many there are.
         shards: its shards.
         nbytes: their size in bytes.
-        kept: whether they were there already, and whole.
+        kept: whether they were already there and complete.
     """
 
     part: int
@@ -160,14 +160,15 @@ class ConvertDetails(ChangesDocument, _PartDetails):
     """The ``details`` of the report of `ckptkit.convert`.
 
     Attributes:
-        source, destination: files; of shards the destination is their index.
-        written: whether it was; with ``--dry-run`` nothing is.
-        checked: whether the output was compared with the source.
+        source, destination: files; for shards the destination is their index.
+        source_nbytes: of the source, with its shards.
+        written, checked: whether it was, and was compared with the source; with ``--dry-run`` nothing is.
         section: path of the weights that were converted.
         plan: how it is, or would be, written.
     """
 
     source: str
+    source_nbytes: int
     destination: str
     written: bool
     checked: bool
@@ -176,14 +177,14 @@ class ConvertDetails(ChangesDocument, _PartDetails):
 
 
 class ConvertDocument(_Report, ConvertDetails):
-    """What ``ckptkit convert`` tells."""
+    """The document of ``ckptkit convert``."""
 
 
 # ckptkit verify
 
 
 class VerifyFindingDocument(FindingDocument):
-    """A finding, and the name of the check that found it; ``None``: it was told before the first check."""
+    """A finding and the name of the check that made it; ``None``: it came before the first check."""
 
     check: str | None
 
@@ -194,11 +195,11 @@ class VerifyCheckDocument(TypedDict):
     Attributes:
         name: ``"fit"``, ``"load"``, ``"weights"``, ``"forward"``, ``"behaviour"``, ``"devices"``, ``"golden"``,
             ``"against"``.
-        run: whether it had anything to look at.
-        severity: of the gravest of its findings; ``None``: it has none.
+        run: whether it had anything to check.
+        severity: of its most severe finding; ``None``: it has none.
         codes: of its findings.
-        note: what it looked at, in words.
-        figures: the check's own; each tells an output's ``path``, whether it is ``equal`` and ``close``, ``max_abs``,
+        note: what it checked, in words.
+        figures: the check's own; each gives an output's ``path``, whether it is ``equal`` and ``close``, ``max_abs``,
             ``max_rel``, and how much was ``allowed``.
     """
 
@@ -211,7 +212,7 @@ class VerifyCheckDocument(TypedDict):
 
 
 class CoverageDocument(TypedDict):
-    """How many of the model's tensors the file has, of how many; and its share of the parameters, 0 to 1."""
+    """How many of the model's tensors the file has, how many the model has, and the share of the parameters, 0 to 1."""
 
     tensors: int
     of: int
@@ -235,7 +236,7 @@ class InputDocument(TypedDict):
 
 
 class InputsDocument(TypedDict):
-    """What the model is given: drawn with ``seed``, or read from the file ``path``."""
+    """The inputs of the model: generated from ``seed``, or read from the file ``path``."""
 
     seed: int | None
     path: str | None
@@ -246,7 +247,7 @@ class OutputDocument(TypedDict):
     """One output of the first pass.
 
     Attributes:
-        path: where it is in what the model returns; ``""``: it is all of it.
+        path: where it is in the model's return value; ``""``: it is the whole value.
         finite: whether no element is NaN or Inf.
         min, max, mean: of the finite values.
     """
@@ -261,7 +262,7 @@ class OutputDocument(TypedDict):
 
 
 class TimedDocument(TypedDict):
-    """A step of the verification, how long it took, and the most memory in bytes that was held by its end."""
+    """A step of the verification, how long it took, and the peak memory in bytes by its end."""
 
     name: str
     seconds: float
@@ -273,20 +274,19 @@ class VerifyDetails(TypedDict):
 
     Attributes:
         reference: the model, in words.
-        device: where the outputs were computed; ``devices`` are all that were asked for.
-        dtype: that the model computed in.
+        device: where the outputs were computed; ``devices`` are all the requested ones.
+        dtype: the dtype that the model computed in.
         coverage: how much of the model the file has.
-        missing_keys, unexpected_keys: names that only the model, and only the file, has.
+        missing_keys, unexpected_keys: names that only the model has, and names that only the file has.
         shape_mismatches: names whose shapes differ.
         loaded: whether every weight is in the model.
         inputs: of the forward pass; ``None``: there was none.
         outputs: of the first pass.
-        passes: forward passes on the first device, less those that measure noise.
+        passes: forward passes on the first device, not counting those that measure noise.
         checks: every check, in the order they ran.
         seconds, steps: how long each part took; and each check.
-        peak_memory_nbytes: the most memory that was held.
+        peak_memory_nbytes: the peak memory.
         versions: of ckptkit, Python and the packages that computed.
-        combined_fix: the one conversion that the findings advise; ``None``: they advise none.
     """
 
     path: str
@@ -311,7 +311,7 @@ class VerifyDetails(TypedDict):
 
 
 class VerifyDocument(VerifyDetails):
-    """What ``ckptkit verify`` tells."""
+    """The document of ``ckptkit verify``."""
 
     schema_version: int
     ok: bool
@@ -322,12 +322,12 @@ class VerifyDocument(VerifyDetails):
 
 
 class CheckFindingDocument(FindingDocument):
-    """A file that is not as a rule wants it.
+    """A file that breaks a rule.
 
     Attributes:
-        path: the file, or what was to be one.
+        path: the file, or a path that should be one.
         rule: the policy (``"no-pickle"``), ``"manifest"``, ``"readable"``, ``"whole"`` or ``"selection"``.
-        expected, found: what the rule wants, and what is there: text, a number, or a list of these.
+        expected, found: what the rule requires, and what was found: text, a number, or a list of these.
     """
 
     path: str
@@ -337,14 +337,13 @@ class CheckFindingDocument(FindingDocument):
 
 
 class CheckedFile(TypedDict):
-    """One file that was to be checked.
+    """A file to check.
 
     Attributes:
-        size: bytes; ``None``: it could not be read, or is not there.
-        sha256: of the file, where it was computed.
-        ok, checked: whether it is as all rules want it; whether every rule could be applied.
+        size: bytes; ``None``: it could not be read or does not exist.
+        sha256: of the file, if it was computed.
+        ok, checked: whether it meets all rules; whether every rule could be applied.
         rules: those applied, in order.
-        combined_fix: the one conversion that its findings advise; ``None``: they advise none.
     """
 
     path: str
@@ -367,10 +366,10 @@ class CheckDetails(_CheckDetails, total=False):
 
     Attributes:
         checked: how many files every rule could be applied to.
-        passed_over: how many files of each kind were met that are not checkpoints.
+        passed_over: how many files are not checkpoints, by kind.
         files: by path.
-        manifest, config: the files that say what must be.
-        part: the share of the files that this is, where it is one: ``"2/8"``.
+        manifest, config: the files with the requirements.
+        part: the share of the files that this is, if it is one: ``"2/8"``.
     """
 
     manifest: str | None
@@ -392,7 +391,7 @@ class CheckDocument(CheckDetails):
 
 
 class ReportDocument(CheckDocument):
-    """What ``ckptkit report`` tells: what one check would have told of all files that the runs were about."""
+    """The document of ``ckptkit report``: the same as one check of all files that the runs covered."""
 
 
 # ckptkit manifest
@@ -407,7 +406,7 @@ class ManifestTensor(TypedDict):
 
 
 class ManifestShard(TypedDict):
-    """What one file must be, alone or of a sharded checkpoint: bytes, and SHA-256 in hexadecimal."""
+    """What one file must be, alone or in a sharded checkpoint: bytes, and SHA-256 in hexadecimal."""
 
     size: int
     sha256: str
@@ -421,7 +420,7 @@ class ManifestGolden(TypedDict):
 
 
 class ManifestOptions(TypedDict, total=False):
-    """What is left out of a file's record where there is none."""
+    """Fields that a file's record has only if they apply."""
 
     whole_digest: str
     shards: dict[str, ManifestShard]
@@ -429,7 +428,7 @@ class ManifestOptions(TypedDict, total=False):
 
 
 class ManifestFile(ManifestOptions):
-    """What one checkpoint must be; `ckptkit.released.manifest_file` says more of each field."""
+    """What one checkpoint must be; `ckptkit.released.manifest_file` describes each field."""
 
     path: str
     size: int
@@ -444,7 +443,7 @@ class ManifestFile(ManifestOptions):
 
 
 class ManifestOrigin(TypedDict, total=False):
-    """Where a manifest was made of files at URLs: their folder."""
+    """For a manifest of files at URLs: their folder."""
 
     origin: str
 
@@ -458,7 +457,7 @@ class WrittenManifest(ManifestOrigin):
 
 
 class ChangedFiles(TypedDict):
-    """Paths by what became of their records."""
+    """Paths by what happened to their records."""
 
     added: list[str]
     changed: list[str]
@@ -471,10 +470,10 @@ class _Manifest(WrittenManifest):
 
 
 class ManifestDocument(_Manifest, total=False):
-    """What ``ckptkit manifest`` tells: the manifest, and what changed in it.
+    """The document of ``ckptkit manifest``: the manifest and its changes.
 
     Attributes:
-        passed_over: how many files of each kind the folders hold that are not checkpoints, where there are any.
+        passed_over: how many files in the folders are not checkpoints, by kind, if there are any.
     """
 
     passed_over: dict[str, int]
@@ -484,7 +483,7 @@ class ManifestDocument(_Manifest, total=False):
 
 
 class ExplanationDocument(TypedDict):
-    """What a code means: what was seen in a line, why it matters, what to do (``"-"``: nothing)."""
+    """What a code means: what was seen, in a line; why it matters; what to do (``"-"``: nothing)."""
 
     title: str
     meaning: str
@@ -497,6 +496,6 @@ class _Explain(TypedDict):
 
 
 class ExplainDocument(_Explain, total=False):
-    """What ``ckptkit explain`` tells: the code or the topic (its text, as markdown) that was asked for, or all."""
+    """The document of ``ckptkit explain``: the code or topic asked for (its text, as markdown), or all of them."""
 
     topics: dict[str, str]

@@ -4,7 +4,7 @@ Sources: ``torch.storage._dtype_to_storage_type_map`` and ``_new_dtypes`` (which
 with a typed storage class and which as untyped bytes with an explicit dtype), the safetensors
 format's ``Dtype`` enumeration, and the ml_dtypes package for what numpy lacks.
 
-ckptkit speaks of a dtype by torch's name without the prefix: ``"float32"``, ``"bfloat16"``.
+ckptkit calls a dtype by torch's name without the prefix: ``"float32"``, ``"bfloat16"``.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ class DType(NamedTuple):
     name: str
     """torch's name without ``torch.``."""
     itemsize: int
-    """Bytes of one element as torch counts elements (``float4_e2m1fn_x2`` packs two values in one); of one of ``bits``
-    that fill no whole byte 1, with which no count of bytes is computed."""
+    """Bytes of one element as torch counts elements (``float4_e2m1fn_x2`` packs two values in one); 1 for one of
+    ``bits`` smaller than a byte, which is not used to count bytes."""
     kind: str
     """``"float"``, ``"complex"``, ``"int"``, ``"bool"``, ``"quantized"`` or ``"bits"``."""
     storage_class: str | None
     """Name in module ``torch`` of the typed storage; ``None``: saved as ``UntypedStorage``."""
     safetensors: str | None
-    """Name in a safetensors header; ``None``: safetensors cannot hold it."""
+    """Name in a safetensors header; ``None``: safetensors cannot store it."""
     numpy: str | None
     """Name in numpy, or ``ml_dtypes.NAME``; ``None``: values cannot be computed."""
     bits: int = 0
-    """Bits of one element that fills no whole byte, for which torch has no type; 0: it has ``itemsize`` bytes."""
+    """Bits of one element smaller than a byte, for which torch has no type; 0: it has ``itemsize`` bytes."""
 
     @property
     def is_floating(self) -> bool:
@@ -94,7 +94,7 @@ BY_STORAGE_CLASS: dict[str, DType] = {d.storage_class: d for d in DTYPES.values(
 """Every dtype that has a typed storage class, by that class's name."""
 
 BY_SAFETENSORS: dict[str, DType] = {d.safetensors: d for d in DTYPES.values() if d.safetensors}
-"""Every dtype safetensors can hold, by its name there; of the two of F4 torch's."""
+"""Every dtype that safetensors can store, by its name there; of the two for F4, torch's."""
 
 
 def dtype(name: str) -> DType:

@@ -1,11 +1,11 @@
 """The error tree: everything ckptkit raises on purpose.
 
-Imports nothing, so every layer may use it.  "The two do not match" is a `ckptkit.Report`,
-never an exception; an exception means the work could not be done.
+Imports nothing, so every layer may use it.  "The two do not match" is a `ckptkit.Report`, never an exception; an
+exception means that the work could not be done.
 
-Messages name what, where, expected, found, and what to do about it.  A layer that knows less
-(the pickle reader knows the byte, not the file) leaves an attribute ``None``; the layer above
-fills it in with `FormatError.at`.  What a message says of path, place and names, an error has as attributes too.
+Messages name what, where, expected, found, and what to do about it.  A layer that knows less (the pickle reader knows
+the byte, not the file) leaves an attribute ``None``; the layer above fills it in with `FormatError.at`.  An error also
+has the path, place and names of its message as attributes.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ __all__ = [
 class CkptkitError(Exception):
     """Base of every error ckptkit raises on purpose.
 
-    Each survives pickling with its attributes, as it must to come out of a process pool.
+    Each survives pickling with its attributes, so that it can come out of a process pool.
 
     Attributes:
-        path: the file or folder it is about; ``None``: it is about none, or the layer that raised does not know it.
+        path: the file or folder it is about; ``None``: it is about none, or the layer that raised it does not know.
         where: the part of the file, such as ``"data.pkl"`` or ``"header"``; ``None``: all of it, or not known.
         offset: position in bytes inside that part; ``None``: no one position.
-        is_hostile: whether a sharded checkpoint was refused since its pickles would run something: exit code 1.
-        names: those that the message lists, all of them where it shows but a few: of tensors, or what there is to
-            choose from; see the classes.
+        is_hostile: whether a sharded checkpoint was refused because its pickles would run something: exit code 1.
+        names: the names that the message lists, without its shortening: names of tensors, or the available choices; see
+            the classes.
     """
 
     path: str | None = None
@@ -76,7 +76,7 @@ def _revived(cls: type[CkptkitError], args: tuple[Any, ...], state: dict[str, An
 
 
 class FileAccessError(CkptkitError, OSError):
-    """A file or folder could not be opened, read, written or renamed; ``path`` is the one, where it is one."""
+    """A file or folder could not be opened, read, written or renamed; ``path`` is the one, if it is one."""
 
 
 class MissingFileError(FileAccessError, FileNotFoundError):
@@ -88,17 +88,17 @@ class DestinationExistsError(FileAccessError, FileExistsError):
 
 
 class MissingDependencyError(CkptkitError, ImportError):
-    """An optional package is needed; the message holds the command that installs it."""
+    """An optional package is needed; the message contains the command that installs it."""
 
 
 class FormatError(CkptkitError, ValueError):
     """A file's content is not what its format requires.
 
     Attributes:
-        message: what is wrong, without the place, which ``str`` puts before it.
-        path, where, offset, names: as of `CkptkitError`.
-        globals: the verdict (`ckptkit.checkpoint.GlobalUse`) on every name that the file's pickles gave
-            before the error: what is refused is still reported.
+        message: what is wrong, without the place, which ``str`` adds before it.
+        path, where, offset, names: as in `CkptkitError`.
+        globals: the verdict (`ckptkit.checkpoint.GlobalUse`) on every name that the file's pickles gave before the
+            error: refused files are still reported.
         called: whether the pickle that has the error calls one of them before it.
     """
 
@@ -120,7 +120,7 @@ class FormatError(CkptkitError, ValueError):
         self.called = False
 
     def at(self, *, path: str | None = None, where: str | None = None, seen: tuple[Any, ...] = ()) -> FormatError:
-        """Fill in what the raising layer did not know; what is known stays.
+        """Fill in what the raising layer did not know; known attributes are kept.
 
         Args:
             path: the file.
@@ -140,7 +140,7 @@ class FormatError(CkptkitError, ValueError):
 
 
 class UnknownFormatError(FormatError):
-    """The content is no container ckptkit knows."""
+    """The content is not a container that ckptkit supports."""
 
 
 class CorruptError(FormatError):
@@ -148,14 +148,14 @@ class CorruptError(FormatError):
 
 
 class AmbiguousError(CorruptError):
-    """Structure on which readers of the format disagree: each could see another content.
+    """Structure on which readers of the format disagree: each could see different content.
 
-    Honest files never have it, so a file that does is reported as hostile.
+    Honest files never have such structure, so a file that does is reported as hostile.
     """
 
 
 class UnsupportedError(FormatError):
-    """The content is valid but holds something ckptkit cannot represent or write; ``names`` are those of the values."""
+    """The content is valid, but ckptkit cannot represent or write part of it; ``names`` are those of the values."""
 
 
 class PartError(FormatError):
@@ -206,12 +206,12 @@ class KeyCollisionError(RewriteError):
 
 
 class DTypeError(RewriteError):
-    """A tensor's dtype cannot be held by the target; ``names`` are the tensors'."""
+    """The target cannot store a tensor's dtype; ``names`` are those of the tensors."""
 
 
 class VerifyError(CkptkitError):
-    """A check could not be run at all (this is not "it does not match")."""
+    """A check could not run at all (this is not "it does not match")."""
 
 
 class FailedReportError(CkptkitError):
-    """Raised by `Report.raise_if_failed` alone: the check ran, and did not pass."""
+    """Raised only by `Report.raise_if_failed`: the check ran and did not pass."""

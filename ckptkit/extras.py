@@ -1,7 +1,7 @@
 """What is installed: this version of ckptkit, and the optional packages: torch, torchvision, timm and others.
 
-Imports none.  Whoever is about to import a layer that does (`ckptkit.torch_bridge`,
-`ckptkit.verifier`) calls `require` first, so that the message is the same everywhere.
+Imports none of them.  Code that is about to import a layer that does (`ckptkit.torch_bridge`, `ckptkit.verifier`) calls
+`require` first, so that the message is the same everywhere.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def require(package: str) -> None:
         package: ``"torch"``, ``"torchvision"``, ``"timm"``, ``"zstandard"``, ``"fsspec"`` or another that is an extra.
 
     Raises:
-        MissingDependencyError: it is not installed, or does not import; the message holds the
-            command that installs it.
+        MissingDependencyError: it is not installed or cannot be imported; the message contains the command that
+            installs it.
     """
     try:
         importlib.import_module(package)
@@ -46,10 +46,10 @@ def require(package: str) -> None:
 
 
 def package_file(package: str, path: str) -> bytes:
-    """A file that an optional package brings along, read without importing the package.
+    """A file in an optional package, read without importing the package.
 
     Args:
-        package: as of `require`.
+        package: as in `require`.
         path: below the package's folder, with ``/``.
 
     Raises:
@@ -69,7 +69,7 @@ def package_file(package: str, path: str) -> bytes:
 
 
 def require_torch() -> None:
-    """`require` torch, in a version that has all that is used of it.
+    """`require` torch, in a version that has everything ckptkit uses.
 
     Raises:
         MissingDependencyError: see `require`; or it is older than `OLDEST_TORCH`.

@@ -3,22 +3,23 @@
 Each finding advises the conversion that it needs, by itself.  `combined_fix` puts them together; where two do not go
 together, these rules decide, and what is left out is told:
 
-- A command that writes weights alone goes before one that keeps everything: what it drops, the others advised to drop.
-- Weights are those that are selected; where none are, or another section is asked for, those of the gravest finding.
-  A section that is advised beside them, such as averaged weights, has a command of its own.
+- A command that writes weights alone takes precedence over one that keeps everything: what it drops, the others advised
+  to drop.
+- Weights are those that are selected; where none are, or another section is asked for, those of the most severe
+  finding. A section that is advised beside them, such as averaged weights, has a command of its own.
 - The weights go into the ``.safetensors`` that was advised, unless one of the commands needs a ``.pth``.  There are no
   devices in a ``.safetensors``, so that nothing has to be moved to the CPU.
-- Of two values for one option that takes one, the graver finding's counts.
+- Of two values for one option that takes one, the more severe finding's counts.
 """
 
 from __future__ import annotations
 
 import os
-import shlex
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import NamedTuple
 
 from ckptkit.report import CONVERT, CombinedFix, Finding, convert_command, listed
+from ckptkit.shell import words_in
 
 __all__ = ["combined_fix"]
 
@@ -31,10 +32,10 @@ _REPEATED = frozenset({"--exclude", "--model-arg", "--rename"})
 """Those that may be given several times."""
 
 _TELLING = {
-    "--strip-module": "without the prefixes of wrappers",
+    "--strip-module": "without wrapper prefixes",
     "--rename": "renamed",
-    "--exclude": "less those excluded",
-    "--like": "those of the model alone",
+    "--exclude": "without the excluded ones",
+    "--like": "only those of the model",
     "--densify": "as plain tensors",
     "--map-location": "moved to {}",
 }
@@ -88,7 +89,7 @@ def combined_fix(
     """The one conversion that does what all findings about a file advise; ``None``: none advises one.
 
     Args:
-        findings: of one file, gravest first, as they are told (`ckptkit.report.apart`).
+        findings: of one file, most severe first, as they are told (`ckptkit.report.apart`).
         beside: the keys of what the file holds beside its weights; ``None``: nobody knows.
         is_model: whether the file is a pickled model, of which every conversion takes the weights.
         partly: codes of findings of which something is left after the conversion that they advise.
@@ -137,7 +138,7 @@ def _command(every: Sequence[_Advice], options: Sequence[_Option], suffix: str) 
 
 
 def _advice(code: str, command: str) -> _Advice:
-    _, _, path, destination, *words = shlex.split(command)
+    _, _, path, destination, *words = words_in(command)
     options: list[_Option] = []
     rest = iter(words)
     for word in rest:

@@ -1,7 +1,7 @@
 """Upper bounds on what a file may ask of the machine, each with its reason.
 
-Every size read from a file is held against one of these before it is used to allocate, loop or
-seek.  The bounds are far above what honest checkpoints need and far below what hurts.
+Every size read from a file is compared with one of these before it is used to allocate, loop or seek.  The bounds are
+far above what honest checkpoints need and far below what hurts.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Limits:
     """How often nodes are referred to below one root: what is shared counts each time."""
 
     repeated_calls: int = 1000
-    """Calls that are written anew since their arguments lead back to them.  CPython's own pickler recurses for each,
+    """Calls that are written again since their arguments lead back to them.  CPython's own pickler recurses for each,
     and stops before this many; without a bound the output grows with their square."""
 
     attribute_depth: int = 32
@@ -72,7 +72,7 @@ class Limits:
     """Bytes of a zip central directory: `entries` records of a generous 256 bytes."""
 
     record_nbytes: int = 1 << 20
-    """Bytes of a small record (``version``, ``byteorder``): they hold a few characters."""
+    """Bytes of a small record (``version``, ``byteorder``): they contain a few characters."""
 
     header_nbytes: int = 100_000_000
     """Bytes of a safetensors header: the safetensors library's own MAX_HEADER_SIZE."""
@@ -117,15 +117,15 @@ class Limits:
     room on the disk.  The spool of one that claims more ends here."""
 
     unpacked_ratio: int = 100
-    """How many times its own bytes a larger one may become, by all that lies in it.  Weights shrink by a tenth to a
-    half, those of a model that was pruned by ten, text by four; deflate alone makes 1,032 of one, bzip2, xz and zstd
-    tens of thousands."""
+    """How many times its own bytes a larger one may become, by all that is in it.  Weights shrink by a tenth to a half,
+    those of a model that was pruned by ten, text by four; deflate alone makes 1,032 of one, bzip2, xz and zstd tens of
+    thousands."""
 
     levels: int = 4
-    """Files inside one another that are gone through: ``.tar.gz`` is two; archives can hold themselves."""
+    """Files inside one another that are processed: ``.tar.gz`` is two; archives can hold themselves."""
 
     overlap: int = 64
-    """How many times the bytes of its storage a view may have and still be gone through: sliding windows of 64 still
+    """How many times the bytes of its storage a view may have and still be processed: sliding windows of 64 still
     count, and a few bytes of a file cannot ask for terabytes to be read."""
 
     beside_nbytes: int = 1 << 20

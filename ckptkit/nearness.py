@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from itertools import islice
 
 from ckptkit.errors import FileAccessError, MissingFileError
+from ckptkit.shell import quoted
 
 __all__ = ["asked_of", "did_you_mean", "meant_file", "near_names", "nearest", "with_meant_file"]
 
 _MOST, _LONGEST = 4096, 200
-"""Words that are compared, and characters of each: files may hold any number of any length."""
+"""Words that are compared, and characters of each: files may contain any number of any length."""
 
 _ALIKE, _SPREAD = 0.6, 0.12
 """How alike a word must be (of 1), and how much less than the most alike one."""
@@ -85,14 +85,14 @@ def _plain(word: str) -> str:
 
 
 def meant_file(path: str) -> str:
-    """The end of a message about a local file that is not there: what lies in its folder and may be meant.
+    """The end of a message about a local file that is not there: what is in its folder and may be meant.
 
     That is a file or folder of a name that is alike, or of the same name with another ending; where it is a folder of
     the path that is not there, the same path through one that is.  Of ``FILE!MEMBER`` the file is looked for.
     """
     file, mark, member = path.partition("!")
     with suppress(OSError, ValueError):
-        return asked_of(shlex.quote(near + mark + member) for near in _near_files(file))
+        return asked_of(quoted(near + mark + member) for near in _near_files(file))
     return ""
 
 

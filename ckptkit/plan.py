@@ -1,9 +1,9 @@
 """What a writer will do, before anything is done.
 
-A format's writer turns a `Checkpoint` into a `Plan`: the exact size of the output and the steps
-that fill it, each at a known position.  `--dry-run` shows the plan, `ckptkit.transfer` executes
-exactly that plan.  Steps do not overlap, except that a `Digest` and a `Checksum` fill in fields of
-a `LiteralBytes`.  The plan of a sharded checkpoint is that of its index, which holds the shards' plans.
+A format's writer turns a `Checkpoint` into a `Plan`: the exact size of the output and the steps that fill it, each at a
+known position.  `--dry-run` shows the plan, `ckptkit.transfer` executes exactly that plan.  Steps do not overlap,
+except that a `Digest` and a `Checksum` fill in fields of a `LiteralBytes`.  The plan of a sharded checkpoint is that of
+its index, which contains the shards' plans.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ __all__ = ["Cast", "Checksum", "Copy", "Digest", "Gather", "IndexFile", "Literal
 
 
 class Copy(NamedTuple):
-    """Bytes that move as they lie, from ``source`` to position ``target`` of the output."""
+    """Bytes that are copied unchanged from ``source`` to position ``target`` of the output."""
 
     target: int
     source: ByteSource
@@ -37,7 +37,7 @@ class Copy(NamedTuple):
 
 
 class Cast(NamedTuple):
-    """Values that are converted to another dtype, or made of others, on their way to position ``target``."""
+    """Values that are converted to another dtype, or computed from others, on their way to position ``target``."""
 
     target: int
     source: ConvertedRange | DenseRange
@@ -101,7 +101,7 @@ Step = Copy | Cast | Gather | LiteralBytes | Digest | Checksum
 
 
 def moved(target: int, source: ByteSource) -> list[Copy | Cast]:
-    """The steps that bring these bytes to position ``target``: one, or several copies of what lies in pieces."""
+    """The steps that bring these bytes to position ``target``: one, or several copies for bytes in pieces."""
     if not is_made(source):
         return [Copy(target, source)]
     copies = source.whole.copies(source.offset, source.nbytes) if isinstance(source, DenseRange) else None
@@ -115,11 +115,11 @@ def _is_gathered(step: Step) -> bool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IndexFile:
-    """What an index of shards says; see `ckptkit.formats.sharded`.
+    """The content of an index of shards; see `ckptkit.formats.sharded`.
 
     Attributes:
-        weight_map: each tensor's name and the name of the shard that holds it.
-        metadata: values that JSON can hold, by name.
+        weight_map: each tensor's name and the name of the shard that contains it.
+        metadata: JSON values, by name.
     """
 
     weight_map: Mapping[str, str]
@@ -140,12 +140,12 @@ class Plan:
         format: container name.
         nbytes: exact size of the file in bytes.
         steps: in order of position; digests, then checksums, last.
-        tensors: number of tensors a reader of the output will see, those beside the weights too.
+        tensors: number of tensors that a reader of the output will see, including those beside the weights.
         aliases: names recorded as another name's tensor (safetensors).
         shards: the files that are written beside this one, by their names.
-        index: of a sharded checkpoint, what this file says; its one step writes exactly that.
-        in_folder: the name of this file in a folder of its own, in which the shards lie too, and which is what is asked
-            for; ``None``: it lies where it is asked for.
+        index: for a sharded checkpoint, the content of this file; its only step writes exactly that.
+        in_folder: the name of this file in a separate folder with the shards, where that folder is the destination;
+            ``None``: the file is the destination.
     """
 
     format: str
@@ -173,7 +173,7 @@ class Plan:
         yield from self.steps
 
     def to_dict(self) -> PlanDocument:
-        """The plan as it stands in JSON documents: bytes by the way they are moved."""
+        """The plan for JSON documents: bytes by the way they are moved."""
         ways: dict[type[Step], list[int]] = {}
         for step in self.all_steps():
             ways.setdefault(Gather if _is_gathered(step) else type(step), []).append(step.nbytes)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, TypedDict, 
 
 from ckptkit.display import human_size, printable
 from ckptkit.errors import FailedReportError, RewriteError
+from ckptkit.shell import command_line, quoted, words_in
 
 if TYPE_CHECKING:
     from typing_extensions import TypeVar as TypeVarWithDefault  # of Python 3.13
@@ -110,7 +111,7 @@ class Finding:
         return f"{self.code}: {self.message}" + (f" (fix: {self.fix})" if self.fix else "")
 
     def to_dict(self) -> FindingDocument:
-        """The finding as it stands in JSON documents."""
+        """The finding as it is in JSON documents."""
         return {"code": self.code, "severity": self.severity, "message": self.message, "fix": self.fix}
 
 
@@ -118,7 +119,7 @@ _Finding = TypeVar("_Finding", bound=Finding)
 
 
 def at_least(severity: Severity, bound: Severity) -> bool:
-    """Whether ``severity`` is ``bound`` or graver."""
+    """Whether ``severity`` is ``bound`` or more severe."""
     return _ORDER[severity] >= _ORDER[bound]
 
 
@@ -128,7 +129,7 @@ def gravest_first(findings: Iterable[_Finding]) -> list[_Finding]:
 
 
 def worst(findings: Iterable[Finding]) -> Severity | None:
-    """The gravest severity among the findings; ``None`` when there are none."""
+    """The most severe severity among the findings; ``None`` when there are none."""
     return max((f.severity for f in findings), key=_ORDER.__getitem__, default=None)
 
 
@@ -140,7 +141,7 @@ class Report(Generic[_Document]):
 
     Attributes:
         findings: everything found, in the order it was found.
-        details: the command's own figures, as they stand in its JSON document.
+        details: the command's own figures, as they are in its JSON document.
     """
 
     findings: tuple[Finding, ...] = ()
@@ -237,11 +238,10 @@ def convert_command(
 ) -> str:
     """The command that rewrites ``path`` with these options, ready to be pasted into a shell.
 
-    The destination is named after the source, beside it or the archive it lies in (here, where it is a URL), and is
-    none of ``taken`` and nothing that is there; ``is_clean`` says so in its name, which has it anyway where only that
-    tells it from the source.  What is neither a file nor standard input is called FILE.
+    The destination is named after the source, beside it or the archive it is in (here, where it is a URL), and is none
+    of ``taken`` and nothing that is there; ``is_clean`` says so in its name, which has it anyway where only that tells
+    it from the source.  What is neither a file nor standard input is called FILE.
     """
-    import shlex
     from itertools import chain, count
 
     if path.startswith("-") and path != "-":  # no option
@@ -264,7 +264,7 @@ def convert_command(
     stem = os.path.join(folder, f"{bare}.clean" if is_clean or suffix in endings else bare)
     paths = chain([stem + suffix], (f"{stem}-{number}{suffix}" for number in count(2)))
     destination = next(each for each in paths if each not in taken and not os.path.lexists(each))
-    return shlex.join(["ckptkit", "convert", path, destination, *options])
+    return command_line(["ckptkit", "convert", path, destination, *options])
 
 
 def split_member(path: str) -> tuple[str, str] | None:
@@ -277,7 +277,7 @@ def split_member(path: str) -> tuple[str, str] | None:
     separators = "/!" + (os.sep if os.sep != "/" else "")
     for at in range(len(path) - 2, 0, -1):
         if path[at] in separators and os.path.isfile(path[:at]):
-            return path[:at], path[at + 1 :]
+            return path[:at], path[at + 1 :].replace(os.sep, "/")
     return None
 
 
@@ -294,13 +294,11 @@ def apart(findings: Iterable[_Finding], given: Sequence[str] = ()) -> Iterator[_
         fix = finding.fix
         if fix is not None and fix.startswith(CONVERT):
             if fix not in fixes:
-                import shlex  # inspecting starts faster without
-
-                _, _, path, destination, *options = shlex.split(fix)
+                _, _, path, destination, *options = words_in(fix)
                 kept = given[2:] if "--section" in given and "--section" in options else given
                 suffix = os.path.splitext(destination)[1]
                 fixes[fix] = convert_command(path, *kept, *options, suffix=suffix, taken=taken)
-                taken.add(shlex.split(fixes[fix])[3])
+                taken.add(words_in(fixes[fix])[3])
             finding = replace(finding, fix=fixes[fix])
         yield finding
 
@@ -308,12 +306,11 @@ def apart(findings: Iterable[_Finding], given: Sequence[str] = ()) -> Iterator[_
 def glob_of(name: str, before: str = "") -> str:
     """A pattern that matches a name, ready to be pasted into a shell; ``?`` stands for what cannot be typed.
 
-    ``before`` is a pattern of what stands before it: ``"*"``.
+    ``before`` is a pattern of what is before it: ``"*"``.
     """
-    import shlex
     from glob import escape
 
-    return shlex.quote(before + "".join(c if c.isprintable() else "?" for c in escape(name)))
+    return quoted(before + "".join(c if c.isprintable() else "?" for c in escape(name)))
 
 
 def count_of(count: int, thing: str, *verb: str) -> str:
@@ -359,8 +356,8 @@ def listed(
         things: what to name, or as many of them as are to be named.
         most: how many of them are named.
         total: how many there are where ``things`` are not all.
-        between: what stands between them.
-        last: what stands before the last one where all are named, if something else.
+        between: what is between them.
+        last: what is before the last one where all are named, if something else.
         characters: how many are shown of each; ``None``: all.
     """
     every = list(things)

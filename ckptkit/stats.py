@@ -20,7 +20,7 @@ from ckptkit.transfer.values import stream
 __all__ = ["NO_STATS", "Histogram", "NonFinite", "count_all", "tensor_stats"]
 
 NO_STATS: Mapping[str, float | int | None] = dict.fromkeys(("min", "max", "mean", "std", "zeros", "nan", "inf"))
-"""The statistics of values that cannot be gone through."""
+"""The statistics of values that cannot be processed."""
 
 _WITHOUT_NAN = ("F4", "F6_E2M3", "F6_E3M2")
 """Floating types in which every pattern is a finite number (OCP Microscaling Formats 1.0, 5.3)."""
@@ -35,8 +35,8 @@ def tensor_stats(
     where float64 cannot hold the figure, or where the dtype has no order (complex) or no values
     numpy knows.
 
-    All are ``None``, too, for a view of far more elements than its storage holds, which a few bytes
-    of a file can ask for; but expanded dimensions are counted, not gone through.
+    All are ``None``, too, for a view of far more elements than its storage holds, which a few bytes of a file can ask
+    for; but expanded dimensions are counted, not processed.
 
     Args:
         entry: the tensor.
@@ -158,7 +158,7 @@ class Histogram:
 
 
 def _unexpanded(entry: TensorEntry) -> tuple[TensorEntry, int]:
-    """The tensor with each expanded dimension (stride 0) taken once, and how often each element stands in it."""
+    """The tensor with each expanded dimension (stride 0) taken once, and how often each element is in it."""
     if 0 in entry.shape:
         return entry, 1
     expanded = [size > 1 and stride == 0 for size, stride in zip(entry.shape, entry.stride, strict=True)]

@@ -46,14 +46,13 @@ class Storage:
 
     Attributes:
         key: its name in the file (``"0"`` for record ``data/0``, the tensor's name in safetensors).
-        dtype: torch name of the element type the file declares, ``None`` where it is untyped bytes.
+        dtype: torch name of the element type the file declares, ``None`` for untyped bytes.
         nbytes: size in bytes.
-        location: the device tag as the file says it: ``"cpu"``, ``"cuda:1"``.
-        source: where the bytes lie.
+        location: the device tag in the file: ``"cpu"``, ``"cuda:1"``.
+        source: where the bytes are.
         crc32: the checksum the container recorded for exactly these bytes; ``None``: not recorded.
         byteorder: ``"little"`` or ``"big"``, of the elements.
-        original: the storage of the file that these bytes are cut or converted from; ``None``: it is
-            itself the file's.
+        original: the storage of the file that these bytes are cut or converted from; ``None``: this is that storage.
     """
 
     key: str
@@ -76,7 +75,7 @@ class Storage:
         return (whole,)
 
     def without_checksum(self) -> Storage:
-        """The same bytes with none recorded, so that nothing is held against them."""
+        """The same bytes without a recorded checksum, so nothing checks them."""
         source = self.source
         if isinstance(source, DeflatedRange):
             whole = source.whole
@@ -106,8 +105,8 @@ Index = int | slice | EllipsisType | None
 class TensorEntry:
     """A tensor: a strided view of a `Storage`.
 
-    It holds no values.  `numpy` and `torch` read them, each time anew, and only those; ``entry[1000:2000]`` is the
-    record of a part, which reads nothing else.  Any number of threads may read entries of one open file.
+    It contains no values.  `numpy` and `torch` read them each time, and only them; ``entry[1000:2000]`` is a record of
+    a part and reads nothing yet.  Any number of threads may read entries of one open file.
 
     Attributes:
         storage: the bytes it views.
@@ -119,8 +118,7 @@ class TensorEntry:
             parameters are saved as plain tensors.
         is_conj, is_neg: torch's lazy conjugate and negative bits.  They are not in the bytes: the
             values are the bytes' values conjugated or negated.
-        subclass: inert node naming the tensor's Python class where that is neither ``torch.Tensor``
-            nor ``nn.Parameter``.
+        subclass: inert node naming the tensor's Python class if it is neither ``torch.Tensor`` nor ``nn.Parameter``.
         attributes: inert node of Python attributes saved along with the tensor.
         effects: inert nodes of the calls that change the tensor once it is built (`ckptkit.pickling.inert.Object`).
     """
@@ -177,7 +175,7 @@ class TensorEntry:
 
     @property
     def is_contiguous(self) -> bool:
-        """Whether its elements lie in C order without gaps, as ``torch.Tensor.is_contiguous``."""
+        """Whether its elements are in C order without gaps, as in ``torch.Tensor.is_contiguous``."""
         if 0 in self.shape:
             return True
         expected = 1
@@ -190,7 +188,7 @@ class TensorEntry:
 
     @property
     def is_plain_bytes(self) -> bool:
-        """Whether the storage's bytes, as they lie, are the tensor's values in C order, little-endian."""
+        """Whether the storage's bytes are exactly the tensor's values in C order, little-endian."""
         return (
             self.is_contiguous
             and not self.is_conj
@@ -217,18 +215,18 @@ class TensorEntry:
     def numpy(self) -> NDArray[Any]:
         """The values, read from the file.
 
-        Only what lies between the first and the last element is read; where these lie far apart, in several reads.
-        bfloat16 and the types of 8 bits are those of the package ``ml_dtypes``.  Conjugated and negated values are
-        computed.  Where all of a storage is read and the file has its checksum, that is held.
+        Only the bytes between the first and the last element are read, in several reads if they are far apart. bfloat16
+        and the 8-bit types are those of the package ``ml_dtypes``.  Conjugated and negated values are computed.  If a
+        whole storage is read and the file has its checksum, the checksum is checked.
 
         Returns:
-            An array of its own memory in this machine's byte order, that may be written to; its strides are those of
-            the file where no gaps lie between the elements.  Where elements are repeated (a stride of 0, overlapping
-            rows) they are in the array too, as ``numpy.broadcast_to`` does it, and it is read-only.
+            A writable array with its own memory in this machine's byte order; its strides are those of the file if
+            there are no gaps between the elements.  Repeated elements (a stride of 0, overlapping rows) are repeated in
+            the array too, as with ``numpy.broadcast_to``, and it is read-only.
 
         Raises:
-            DTypeError: numpy has no such dtype; `torch` gives the values.
-            UnsupportedError: numpy cannot hold so many dimensions or so large sizes.
+            DTypeError: numpy has no such dtype; `torch` returns the values.
+            UnsupportedError: numpy does not support so many dimensions or such large sizes.
             FileAccessError: the file was closed, or cannot be read.
             CorruptError: it was changed or became shorter, or its checksum shows damage.
         """
@@ -236,7 +234,7 @@ class TensorEntry:
         return values
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
-        """For ``numpy.asarray(entry)`` and all of numpy that takes arrays: as `numpy`."""
+        """For ``numpy.asarray(entry)`` and every numpy function that accepts arrays: as `numpy`."""
         if copy is False:
             raise ValueError("the values of a tensor in a file are read again each time; there is nothing to share")
         values = self.numpy()
@@ -246,11 +244,11 @@ class TensorEntry:
         """The values, read from the file as `numpy` does; imports torch.
 
         Args:
-            device: where the tensor is to lie; ``None``: where the file says it lay.
+            device: where the tensor goes; ``None``: the device recorded in the file.
 
         Returns:
-            A tensor of its own memory, an ``nn.Parameter`` where it was saved as one.  Where elements are repeated
-            it is an expanded one.
+            A tensor with its own memory, an ``nn.Parameter`` if it was saved as one.  If elements are repeated, it is
+            an expanded tensor.
 
         Raises:
             MissingDependencyError: torch is not installed.
@@ -262,13 +260,13 @@ class TensorEntry:
         return values
 
     def __getitem__(self, part: Index | tuple[Index, ...]) -> TensorEntry:
-        """The record of a part, as numpy's basic indexing picks it; nothing is read.
+        """The record of a part, selected by numpy's basic indexing; nothing is read.
 
         It is a plain tensor, whatever the whole was saved as: not a parameter, and without gradient.
 
         Raises:
-            IndexError: it lies outside, or is no such index; steps must be positive, as in torch.
-            DTypeError: elements that fill no whole byte cannot be picked.
+            IndexError: it is out of range or not such an index; steps must be positive, as in torch.
+            DTypeError: elements smaller than a byte cannot be selected.
         """
         offset, shape, stride = _picked(self, part if isinstance(part, tuple) else (part,))
         return replace(
@@ -283,7 +281,7 @@ class TensorEntry:
         return (self[row] for row in range(self.shape[0]))
 
     def check(self) -> TensorEntry:
-        """This entry, once its geometry is known to lie inside its storage.
+        """Check that the entry is inside its storage, and return it.
 
         Raises:
             CorruptError: a negative size, stride or offset, sizes and strides of different length,
@@ -397,7 +395,7 @@ def tied_groups(entries: Mapping[str, TensorEntry]) -> list[list[str]]:
 
 
 def unordered(entries: Mapping[str, TensorEntry]) -> list[str]:
-    """The names of the tensors whose elements do not lie in C order; see `TensorEntry.is_contiguous`."""
+    """The names of the tensors whose elements are not in C order; see `TensorEntry.is_contiguous`."""
     geometries = {(entry.shape, entry.stride): entry for entry in entries.values()}
     moved = {geometry for geometry, entry in geometries.items() if not entry.is_contiguous}
     return [name for name, entry in entries.items() if (entry.shape, entry.stride) in moved] if moved else []

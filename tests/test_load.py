@@ -382,7 +382,7 @@ def test_a_malformed_value_is_named(tmp_path: Path) -> None:
     )
     bad_month = lambda name, data: data.replace(b"\x07\xea\x01\x02", b"\x07\xea\x7f\x02")  # noqa: E731
     path = with_data(tmp_path / "a.pth", bad_month)
-    with pytest.raises(CorruptError, match=r"info\.when: a datetime\.date that cannot be made"):
+    with pytest.raises(CorruptError, match=r"info\.when: a datetime\.date that cannot be created"):
         ckptkit.load(path)
 
 

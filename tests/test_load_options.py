@@ -128,9 +128,9 @@ def test_a_section(save: Save) -> None:
 @pytest.mark.parametrize(
     ("given", "error", "said"),
     [
-        ({"device": "cpu", "map_location": "cpu"}, RewriteError, "give one of them"),
-        ({"device": "cpu", "map_location": None}, RewriteError, "give one of them"),
-        ({"keep_dtype": "a"}, RewriteError, "keep-dtype exempts"),
+        ({"device": "cpu", "map_location": "cpu"}, RewriteError, "give only one of them"),
+        ({"device": "cpu", "map_location": None}, RewriteError, "give only one of them"),
+        ({"keep_dtype": "a"}, RewriteError, "keep-dtype makes exceptions"),
         ({"dtype": "float31"}, DTypeError, "float31"),
         ({"include": "nothing*"}, RewriteError, "no name matches|is left"),
         ({"rename": r".*weight=>w"}, KeyCollisionError, "w"),

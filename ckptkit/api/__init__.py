@@ -1,4 +1,4 @@
-"""Each command's Python twin.
+"""The Python equivalents of the commands.
 
     with ckptkit.open("model.pth") as ckpt:
         clean = ckpt.rewrite(ckptkit.StripModule(), ckptkit.MapLocation("cpu"))
@@ -9,10 +9,10 @@
     ckptkit.convert("ddp.pth", "clean.safetensors", strip_module=True)
     ckptkit.verify("clean.safetensors", model="torchvision:resnet18").raise_if_failed()
 
-Nothing here imports torch but `load`, `load_state_dict` and `verify`.
+Only `load`, `load_state_dict` and `verify` import torch.
 
-Every function may be called from several threads at once.  None of them is a coroutine, and reading and writing leave
-the interpreter lock: ``await asyncio.to_thread(ckptkit.load_state_dict, path)`` keeps an event loop responsive.
+Every function may be called from several threads at once.  None of them is a coroutine, and reading and writing release
+the GIL: ``await asyncio.to_thread(ckptkit.load_state_dict, path)`` keeps an event loop responsive.
 """
 
 from ckptkit.api.gate import check, manifest

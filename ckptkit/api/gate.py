@@ -1,4 +1,4 @@
-"""What is done with released files: manifest and check."""
+"""Functions for released files: manifest and check."""
 
 from __future__ import annotations
 
@@ -43,23 +43,23 @@ def manifest(
     """Record what released files are: sizes, hashes, and digests of their tensors that no container changes.
 
     Args:
-        paths: files, and folders that are searched for checkpoints, one or several; with ``update`` none means what
-            the manifest was made of.  In the folders `check` lets no other checkpoint lie.
-        destination: the manifest to write; paths in it are relative to its folder.  ``None``: nothing is written,
-            and they are relative to the working directory, or where files lie elsewhere to the folder above them.
-        digests: ``"tensor"`` lists each tensor, ``"total"`` folds them; default: as the manifest has it, a new one
-            lists them.
-        golden: a file that `verify` wrote with ``write_golden``, for the one checkpoint there is; or such files by
-            the paths of theirs.
-        tag: which of several steps, where ``paths`` are training folders; see `open`.
-        tp_rules: file of rules by which slices of tensor-parallel ranks are joined; see `open`.
-        allow_part: whether a file may be a part of a checkpoint that lies in several.
-        update: whether to keep what an existing manifest says of files that are unchanged, and of those not named.
+        paths: files, and folders to search for checkpoints, one or several; with ``update``, none means the paths that
+            the manifest was made from.  `check` reports any other checkpoint in these folders.
+        destination: the manifest to write; paths in it are relative to its folder.  ``None``: nothing is written, and
+            paths are relative to the working directory, or to the folder above the files if they are elsewhere.
+        digests: ``"tensor"`` lists each tensor, ``"total"`` combines them; default: as in the existing manifest, and
+            ``"tensor"`` for a new one.
+        golden: a file that `verify` wrote with ``write_golden``, for the only checkpoint; or a mapping from checkpoint
+            paths to such files.
+        tag: which of several steps, if ``paths`` are training folders; see `open`.
+        tp_rules: file with the rules for joining slices of tensor-parallel ranks; see `open`.
+        allow_part: whether a file may be one part of a checkpoint stored in several files.
+        update: whether to keep what an existing manifest says about files that are unchanged or not named.
         force: whether to replace an existing manifest as a whole.
-        ignore_checksums: whether to insist on a file whose recorded checksums are not those of its bytes; see `open`.
-        storage_options: what the file systems of URLs are made with; see `open`.
-        jobs: how many processes share very many files; see `check`.
-        executor: what does the work in their place; see there.
+        ignore_checksums: whether to accept a file whose bytes do not match its recorded checksums; see `open`.
+        storage_options: options for the file systems of URLs; see `open`.
+        jobs: how many processes share a large number of files; see `check`.
+        executor: the executor to use instead; see `check`.
 
     Returns:
         The manifest; its ``changes`` say what was added, changed, removed and kept.
@@ -67,7 +67,7 @@ def manifest(
     Raises:
         DestinationExistsError: it exists, and neither ``update`` nor ``force`` is given.
         FileAccessError: a file cannot be read, is not below the manifest's folder, or there is none.
-        FormatError: a file is not a checkpoint, or the manifest to update is none.
+        FormatError: a file is not a checkpoint, or the file to update is not a manifest.
     """
     from ckptkit.released.manifest_maker import make_at
     from ckptkit.transfer.many import Workers
@@ -102,49 +102,50 @@ def check(
     timeout: float | None = None,
     **policy: Unpack[PolicyKeywords],
 ) -> CheckReport:
-    """Hold files against a manifest and a policy.
+    """Check files against a manifest and a policy.
 
-    Whatever is asked for, each file must be readable and may not be hostile, nor a part of a checkpoint.
+    In every case, each file must be readable, and may not be hostile or a part of a checkpoint.
 
     Args:
-        paths: files and folders, one or several; none: those that the configuration names, or all of the manifest's
-            and whatever else lies in the folders it was made of.  An index stands for its shards, and a shard for
-            all of them where its index lies beside it.
-        manifest: what the files must be, as `ckptkit.manifest` wrote it; none: the configuration's.
-        config: a ``ckptkit.toml`` or ``pyproject.toml``; none is looked for.  What is given here wins over it.
-        tag: which of several steps, where ``paths`` are training folders; see `open`.
-        no_pickle: whether a file may hold no pickle at all.
-        max_trust: the most a loader may have to be trusted with: ``"safe"`` or ``"needs_trust"``.
-        require_format: the containers that files may be.
-        max_size: bytes of a file, as a number or as ``"2GB"``.
-        allow_dtype: the dtypes that tensors may have.
-        no_nan: whether no tensor may hold NaN and no parameter Inf; reads the data.
-        no_optimizer: whether an optimizer's state may not be in the file.
-        no_prefix: whether names may not carry a wrapper's prefix.
-        location: the device tags that storages may have.
-        allow_part: whether a file may be a part of a checkpoint that lies in several; else it is an error.
+        paths: files and folders, one or several; none: those that the configuration names, or all of the manifest's and
+            anything else in the folders it was made from.  An index includes its shards, and a shard all of them if its
+            index is beside it.
+        manifest: a manifest that `ckptkit.manifest` wrote; none: the configuration's.
+        config: a ``ckptkit.toml`` or ``pyproject.toml``; there is no automatic search.  Arguments override it.
+        tag: which of several steps, if ``paths`` are training folders; see `open`.
+        no_pickle: whether to forbid pickles entirely.
+        max_trust: the highest trust level allowed: ``"safe"`` or ``"needs_trust"``.
+        require_format: the containers allowed.
+        max_size: bytes allowed per file, as a number or as ``"2GB"``.
+        allow_dtype: the dtypes allowed for tensors.
+        no_nan: whether to forbid NaN in tensors and Inf in parameters; reads the data.
+        no_optimizer: whether to forbid optimizer state in the file.
+        no_prefix: whether to forbid wrapper prefixes in names.
+        location: the device tags allowed for storages.
+        allow_part: whether a file may be one part of a checkpoint stored in several files; otherwise it is an error.
         fits: the reference model that the weights must load into; see `verify`.  Needs torch.
-        forward: whether to run the verifier's forward pass too, of the model of ``fits``, of the manifest's golden
-            or of the architecture that was identified.  Needs torch.
+        forward: whether to run a forward pass too, with the model of ``fits``, of the manifest's golden file or of the
+            identified architecture.  Needs torch.
         model_args: keyword arguments of the reference's factory.
-        input_shapes: of the forward pass; default from the reference where it is known.
-        skip_others: whether files that are named and no checkpoint are passed over, as those in folders are; that
-            none is left is well.
-        part: the share of the files to look at, ``"2/8"``: all eight together are all files, each once.
-        jobs: how many processes share very many files; default: as many as there are cores.
-        executor: any `concurrent.futures.Executor` in their place, whose workers have the same files and ckptkit.
-        timeout: seconds that one file may take.
-        ignore_checksums: whether to insist on a file whose recorded checksums are not those of its bytes; see `open`.
-        storage_options: what the file systems of URLs are made with; see `open`.
+        input_shapes: input shapes of the forward pass; default from the reference, if known.
+        skip_others: whether to skip named files that are not checkpoints, as in folders; it is fine if none is left.
+        part: the share of the files to check, such as ``"2/8"``: the eight shares together contain every file exactly
+            once.
+        jobs: how many processes share a large number of files; default: the number of cores.
+        executor: any `concurrent.futures.Executor` to use instead, whose workers have the same files and the same
+            ckptkit.
+        timeout: seconds allowed per file.
+        ignore_checksums: whether to accept a file whose bytes do not match its recorded checksums; see `open`.
+        storage_options: options for the file systems of URLs; see `open`.
 
     Returns:
-        A report whose findings name path, rule, expected and found, and whose ``passed_over`` counts by kind the
-        files that are not checkpoints.  What could not be read or checked is in it
-        too: ``exit_code`` is that of ``ckptkit check``.
+        A report whose findings name path, rule, expected and found, and whose ``passed_over`` counts the files that are
+        not checkpoints, by kind.  It includes what could not be read or checked; ``exit_code`` is that of ``ckptkit
+        check``.
 
     Raises:
-        VerifyError: a policy has a value that it cannot have, or there is nothing to check.
-        CkptkitError: ``jobs``, ``executor`` or ``timeout`` cannot be, or two of them do not go together.
+        VerifyError: a policy has an invalid value, or there is nothing to check.
+        CkptkitError: ``jobs``, ``executor`` or ``timeout`` is invalid, or two of them cannot be combined.
         FormatError, FileAccessError: manifest or configuration cannot be read.
         MissingDependencyError: a model is needed, and torch or the reference's package is not installed.
     """

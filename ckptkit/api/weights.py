@@ -1,4 +1,4 @@
-"""What is done with one checkpoint, or with two: inspect, load, convert, diff, verify."""
+"""Functions for one checkpoint or two: inspect, load, convert, diff, verify."""
 
 from __future__ import annotations
 
@@ -51,18 +51,18 @@ def inspect(
     ignore_checksums: bool = False,
     storage_options: Mapping[str, Any] | None = None,
 ) -> InspectedFile:
-    """What is in a file: one element of the ``files`` of ``ckptkit inspect --json``.
+    """Describe a file: one element of the ``files`` of ``ckptkit inspect --json``.
 
     Args:
-        path: the file, or what else can be read; see `open`.
+        path: the file, or anything else that can be read; see `open`.
         section: path of the weights to select.
-        tag: which of several steps, where ``path`` is a training folder; see `open`.
-        tp_rules: file of rules by which slices of tensor-parallel ranks are joined; see `open`.
+        tag: which of several steps, if ``path`` is a training folder; see `open`.
+        tp_rules: file with the rules for joining slices of tensor-parallel ranks; see `open`.
         filters: glob patterns of tensor names to list; none lists all.
         sort: ``"file"``, ``"name"`` or ``"size"``.
-        stats: whether to read the data and add statistics of each tensor listed; a damaged one is a finding.
-        ignore_checksums: whether to insist on a file whose recorded checksums are not those of its bytes; see `open`.
-        storage_options: what the file systems of URLs are made with; see `open`.
+        stats: whether to read the data and add statistics for each tensor listed; a damaged tensor is a finding.
+        ignore_checksums: whether to accept a file whose bytes do not match its recorded checksums; see `open`.
+        storage_options: options for the file systems of URLs; see `open`.
 
     Raises:
         As `open`.
@@ -78,34 +78,32 @@ def inspect(
 @in_session
 @documented(LoadOptions)
 def load_state_dict(f: Readable, **options: Unpack[LoadKeywords]) -> OrderedDict[str, Any]:
-    """The weights, from any container, without executing the file: every value of the state_dict.
+    """Load the weights from any container without executing the file: every value of the state_dict.
 
-    Tensors of every layout (quantized, sparse, nested, on meta), arrays of numpy's and plain values are what
-    ``torch.load`` gives; of a tensor of a class with bytes of its own the plain tensor is given, and in a file without
-    any tensor of torch's arrays under names are the weights, as tensors.  Indices, offsets, axes and sizes are checked
-    first, which torch does not do.
+    Tensors of every layout (quantized, sparse, nested, on meta), numpy arrays and plain values are what ``torch.load``
+    returns; a tensor of a subclass with its own bytes becomes a plain tensor, and in a file without torch tensors,
+    named arrays are the weights, as tensors.  Unlike torch, ckptkit checks indices, offsets, axes and sizes first.
 
-    What is selected, renamed or cast is what `convert` would write.  A ``.pth`` is copied, and the checksums that it
-    recorded are held; a ``.safetensors`` is mapped.  To a CUDA device bytes go from the file in pieces.
+    Selections, new names and casts are those that `convert` would write.  A ``.pth`` is copied and its recorded
+    checksums are checked; a ``.safetensors`` is mapped.  To a CUDA device, bytes go from the file in pieces.
 
     Args:
-        f: the file, or what else can be read; see `open`.
+        f: the file, or anything else that can be read; see `open`.
         **options: those of `ckptkit.options.LoadOptions`.
 
     Returns:
-        Name to value, in file order, with the module versions that the file has as ``_metadata``, as
-        ``Module.load_state_dict`` looks for them.  Tied tensors share memory.  From a whole model they are plain
-        tensors, as ``Module.state_dict()`` gives them.
+        Name to value, in file order, with the file's module versions as ``_metadata``, where ``Module.load_state_dict``
+        looks for them.  Tied tensors share memory.  From a whole model they are plain tensors, as from
+        ``Module.state_dict()``.
 
     Raises:
         MissingDependencyError: torch is not installed.
-        SectionError: the file holds no state_dict, or several.
-        UnsupportedError: values that only the code they come from can make (objects, DTensor and other wrappers);
-            the message names each.
-        RewriteError: options do not go together, or cannot be applied; this machine lacks the device.
+        SectionError: the file contains no state_dict, or several.
+        UnsupportedError: values that only their own code can build (objects, DTensor and other wrappers); the message
+            names each.
+        RewriteError: options conflict or cannot be applied, or this machine lacks the device.
         DTypeError: the installed torch lacks a dtype, or it cannot be cast.
-        CorruptError: a tensor's bytes are not those its checksum was recorded for, or what it consists of does not
-            fit together.
+        CorruptError: a tensor's bytes do not match its recorded checksum, or its parts do not fit together.
         PartError: it is a part of a checkpoint.
         FormatError, FileAccessError: as `open`.
     """
@@ -137,33 +135,33 @@ def load(
     ignore_checksums: bool = False,
     storage_options: Mapping[str, Any] | None = None,
 ) -> Any:
-    """All that a file holds, as ``torch.load`` gives it, without executing the file.
+    """Load everything in a file, as ``torch.load`` returns it, without executing the file.
 
-    Dicts, lists, tuples, sets, tensors of every layout, parameters, arrays and numbers of numpy's, and plain values of
-    Python's are what they are; what is one object in the file is one.  An optimizer's and a scheduler's
-    ``load_state_dict`` take their parts.  For what only code from elsewhere could make (a model, a ``Namespace``, a
-    function) stands a `Foreign`, which shows its name and its attributes.  Of a tensor of a class of its own the plain
-    tensor is given, a ``defaultdict`` with a foreign function has none, and a path looks at no disk.
+    Dicts, lists, tuples, sets, tensors of every layout, parameters, numpy arrays and numbers, and plain Python values
+    are rebuilt as such; one object in the file is one object in the result.  The ``load_state_dict`` of an optimizer or
+    a scheduler accepts its part.  A `Foreign`, which shows name and attributes, replaces whatever only other code could
+    build (a model, a ``Namespace``, a function).  A tensor of a custom class becomes a plain tensor, a ``defaultdict``
+    with a foreign function loses it, and building a path does not access the disk.
 
     Args:
         f: the file.
-        map_location: where tensors go, as in ``torch.load``; ``None``: where the file says that they lay.
+        map_location: where tensors go, as in ``torch.load``; ``None``: the devices recorded in the file.
         section: the keys that lead to the part to load, joined with dots: ``"optimizer"``, ``"args"``; default: all.
-        tag: which of several steps, where ``f`` is a training folder; see `open`.
-        tp_rules: file of rules by which slices of tensor-parallel ranks are joined; see `open`.
-        mapped: whether tensors on the CPU lie in a mapping of the file; see `load_state_dict`.
-        allow_part: whether the file may be a part of a checkpoint that lies in several.
-        ignore_checksums: whether to insist on a file whose recorded checksums are not those of its bytes; see `open`.
-        storage_options: what the file systems of URLs are made with; see `open`.
+        tag: which of several steps, if ``f`` is a training folder; see `open`.
+        tp_rules: file with the rules for joining slices of tensor-parallel ranks; see `open`.
+        mapped: whether tensors on the CPU use a mapping of the file; see `load_state_dict`.
+        allow_part: whether the file may be one part of a checkpoint stored in several files.
+        ignore_checksums: whether to accept a file whose bytes do not match its recorded checksums; see `open`.
+        storage_options: options for the file systems of URLs; see `open`.
 
     Returns:
-        What was saved; of a program and of a safetensors file a dict of its tensors.
+        The saved object; for a program or a safetensors file, a dict of its tensors.
 
     Raises:
         MissingDependencyError: torch is not installed.
-        SectionError: no such keys are in the file.
-        UnsupportedError: values nested more than 100 deep, or that this torch does not make.
-        CorruptError: a value that does not fit together, or bytes that are not those their checksum was recorded for.
+        SectionError: there is no such section in the file.
+        UnsupportedError: values nested more than 100 levels deep, or values that this torch cannot create.
+        CorruptError: the parts of a value do not fit together, or bytes do not match their recorded checksum.
         RewriteError: this machine lacks a device.
         DTypeError: the installed torch lacks a dtype.
         PartError: it is a part of a checkpoint.
@@ -191,30 +189,29 @@ def load(
 def convert(
     source: Readable | Sequence[PathLike], destination: PathLike | None = None, **options: Unpack[ConvertKeywords]
 ) -> Report[ConvertDocument]:
-    """Rewrite a checkpoint into another file, or each one below a folder into another folder; or a file in place.
+    """Rewrite a checkpoint into another file or in place, or every checkpoint below a folder into another folder.
 
-    A ``.pth`` keeps everything that is in the source; what a safetensors file or shards cannot hold is an
-    error unless it is named to be left out.
+    A ``.pth`` keeps everything in the source; anything that a safetensors file or shards cannot store is an error
+    unless you leave it out explicitly.
 
     Args:
-        source: any readable checkpoint (see `open`), or a folder; or a list of paths, of which each is converted into
-            the destination, a folder.  With ``in_place`` a path, or a list of paths.
-        destination: the output; its ending chooses the container.  A folder, which is there or has a slash at its end:
-            the output is put into it and named after the source, with the ending of ``to`` where that is given.  With
-            ``to="dcp"`` it is the folder that is written, which must be new or empty.  Of a source folder each
-            checkpoint goes to the same place below it; the folder is made where it is not there.  ``None``: with
-            ``in_place``.
+        source: any readable checkpoint (see `open`), or a folder; or a list of paths, each to be converted into the
+            destination, a folder.  With ``in_place``: a path or a list of paths.
+        destination: the output; its extension determines the container.  In a folder that exists or whose path ends in
+            a slash, the output is named after the source, with the extension of ``to``, if given.  With ``to="dcp"`` it
+            is the folder to write, which must be new or empty.  If the source is a folder, each checkpoint goes to the
+            same place below the destination, which is created if needed.  ``None``: with ``in_place``.
         **options: those of `ckptkit.options.ConvertOptions`.
 
     Returns:
-        A report whose ``details`` hold the plan and what was changed.  Of a folder, and of a list, they
-        hold those of each file, under ``files`` (`ckptkit.ConvertFolderDocument`), and a file that cannot be converted
-        is a finding of severity ``"error"``; the others are converted.  In place they hold the path of the ``backup``.
+        A report whose ``details`` contain the plan and the changes.  For a folder or a list they contain those of each
+        file, under ``files`` (`ckptkit.ConvertFolderDocument`), and a file that cannot be converted is a finding of
+        severity ``"error"``; the others are converted.  In place they contain the path of the ``backup``.
 
     Raises:
-        As `open` and `CheckpointFile.save`; SectionError where weights are needed and none is selected; PartError;
-        RewriteError where the weights are not those of ``like``, or several files of a folder would get one name;
-        VerifyError where ``like`` names no model.
+        As `open` and `CheckpointFile.save`; SectionError if weights are needed and none are selected; PartError;
+        RewriteError if the weights are not those of ``like``, or several files of a folder would get the same name;
+        VerifyError if ``like`` does not name a model.
     """
     from ckptkit.conversion import (
         convert_file,
@@ -282,19 +279,19 @@ def _like(like: Any, args: Mapping[str, Any]) -> Like:
 @in_session
 @documented(DiffOptions)
 def diff(a: Readable, b: Readable, **options: Unpack[DiffKeywords]) -> Difference:
-    """What changed from one checkpoint to another, whatever their containers.
+    """Compare two checkpoints, whatever their containers.
 
     Args:
-        a: the file that is compared; see `open`.
-        b: the file that it is compared with.
+        a: the first file; see `open`.
+        b: the second file.
         **options: those of `ckptkit.options.DiffOptions`.
 
     Returns:
         The difference; ``equal`` is about the tensors.
 
     Raises:
-        SectionError: it is not clear which weights are meant, or neither file holds a tensor.
-        KeyCollisionError: without wrapper prefixes two names would become one.
+        SectionError: it is not clear which weights are meant, or neither file contains a tensor.
+        KeyCollisionError: without wrapper prefixes two names would be the same.
         VerifyError: a tolerance is NaN, negative or infinite.
         FormatError, FileAccessError: as `open`.
     """
@@ -331,15 +328,15 @@ def diff(a: Readable, b: Readable, **options: Unpack[DiffKeywords]) -> Differenc
 @in_session
 @documented(VerifyOptions)
 def verify(path: Readable, **options: Unpack[VerifyKeywords]) -> Report[VerifyDocument]:
-    """Load into a reference model, strictly, and examine what it computes.
+    """Load the weights strictly into a reference model, and check what it computes.
 
     Args:
-        path: the checkpoint; see `open`.  It is read by ckptkit, never executed (but see ``unsafe_load``).
+        path: the checkpoint; see `open`.  ckptkit reads it and never executes it (but see ``unsafe_load``).
         **options: those of `ckptkit.options.VerifyOptions`.
 
     Raises:
         MissingDependencyError: torch, or the package of the reference, is not installed.
-        VerifyError: the check could not be run (unknown reference, missing device, no input shape).
+        VerifyError: the check could not run (unknown reference, missing device, no input shape).
         DestinationExistsError: ``write_golden`` exists and ``force`` is false.
         SectionError, FormatError, FileAccessError: as `open`.
     """

@@ -37,7 +37,7 @@ _MIN_TENSORS = 8
 """Fewer are what any two small models may have in common.  The smallest model of the index has 16."""
 
 _MAX_TENSORS = 6_000
-"""More are no model of the index, of which the largest has some 2,700, nor two of them together."""
+"""More are not a model of the index, of which the largest has some 2,700, nor two of them together."""
 
 _MAX_SKETCHED = 4_000
 """Tensors of what is compared with models that do not fit: hashing each is most of the work."""
@@ -82,7 +82,7 @@ class Architecture:
         exact: every name and every shape is the model's (``num_batches_tracked`` aside).
         similarity: 1.0 where it is exact; else how much of the two is the same, of which an estimate is made.
         prefix: what the names have in front of the model's own, wrappers (``module.``) aside.
-        others: tensors that do not lie under the prefix.
+        others: tensors that are not under the prefix.
         differs: in what it is not exact, where that is one thing; ``None``: it is exact, or nothing like it is known.
         defaults: of the arguments in `args` that are numbers read off the shapes, the library's own values.
     """

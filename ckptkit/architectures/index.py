@@ -8,7 +8,7 @@ Two digests and a sketch, the same in every Python:
   common estimates the share of pairs the models have in common (A. Broder, "On the resemblance and
   containment of documents", 1997).
 
-``num_batches_tracked`` is no part of any: old files do not have it, and nothing depends on it.
+``num_batches_tracked`` is not part of any: old files do not have it, and nothing depends on it.
 
 Both digests are the CRC-32 and the Adler-32 of the text.  They are not safe against someone who looks for
 collisions, who could as well have saved the model itself: what is found is a hint, never a reason to

@@ -1,12 +1,12 @@
 """Where bytes lie: sources that are read by position, and ranges of them.
 
-Tensors are addresses, not data.  A `Source` is whatever holds a file's bytes: a local file (`SourceFile`), bytes in
+Tensors are addresses, not data.  A `Source` is whatever contains a file's bytes: a local file (`SourceFile`), bytes in
 memory, and whatever else a module of its own makes one.  A `ByteRange` says where in a source some bytes lie.  Nothing
-here moves a file position, so ranges can be read from several threads.  Bytes that do not lie in a source as they are
+here moves a file position, so ranges can be read from several threads.  Bytes that are not in a source as they are
 wanted are in `ckptkit.computed`.
 """
 
-from ckptkit.bytesource.local import SourceFile, fill_from, read_at, spool_room, write_at
+from ckptkit.bytesource.local import SourceFile, fill_from, flush_to_disk, read_at, spool_room, write_at
 from ckptkit.bytesource.source import (
     CHUNK_NBYTES,
     GAP_NBYTES,
@@ -34,6 +34,7 @@ __all__ = [
     "byte_range",
     "fill_from",
     "first_changed",
+    "flush_to_disk",
     "given_up",
     "made_by_position",
     "outside",

@@ -1,4 +1,4 @@
-"""What holds bytes that are read by position, and ranges of them."""
+"""What contains bytes that are read by position, and ranges of them."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class _Pace:
         self.watch(None)
 
     def watch(self, tell: Callable[[], object] | None) -> None:
-        """From here on this is called when something has changed; all begins anew."""
+        """From here on this is called when something has changed; all begins again."""
         self.read = self.arrived = self.total = self.finished = self.files = self.done = self.looked = 0
         self.stage, self.began, self.tell = "", time.monotonic(), tell
 
@@ -101,10 +101,10 @@ pace = _Pace()
 
 
 class Source:
-    """What holds the bytes of a file, read by position, from several threads at once.
+    """What contains the bytes of a file, read by position, from several threads at once.
 
     All else reads through this protocol, so that a source of another kind is one subclass in one module.  It says how
-    some bytes are got (`_some`); whether it can have changed (`stamp`) and what lies beside it (`sibling`), where
+    some bytes are got (`_some`); whether it can have changed (`stamp`) and what is beside it (`sibling`), where
     anything can and does.  Copies in the kernel, maps and locks are for those with a descriptor (`fileno`).
 
     Args:
@@ -136,7 +136,7 @@ class Source:
     def _some(self, offset: int, nbytes: int) -> bytes:
         """At least one and at most ``nbytes`` bytes from position ``offset``; none where the source ends before.
 
-        Called for what lies inside the source, as it was when it was opened.
+        Called for what is inside the source, as it was when it was opened.
 
         Raises:
             FileAccessError: they could not be read.
@@ -155,7 +155,7 @@ class Source:
         """The source of a name beside this one; see `parts` for one that is to be closed with it.
 
         Args:
-            name: relative to the folder this one lies in, in segments with slashes between.
+            name: relative to the folder this one is in, in segments with slashes between.
 
         Raises:
             MissingFileError: there is none.
@@ -165,7 +165,7 @@ class Source:
 
     @property
     def folder(self) -> str | None:
-        """The folder it lies in, all of whose files can be looked at; ``None``: those whose names are known."""
+        """The folder it is in, all of whose files can be looked at; ``None``: those whose names are known."""
         return None
 
     def fileno(self) -> int | None:
@@ -177,7 +177,7 @@ class Source:
         return None
 
     def located(self, area: ByteRange) -> ByteRange:
-        """The same bytes as a range of what has a descriptor, where this lies inside another source that does."""
+        """The same bytes as a range of what has a descriptor, where this is inside another source that does."""
         return area
 
     def release(self) -> None:
@@ -278,7 +278,7 @@ class Source:
     def on_read(self, offset: int, nbytes: int, check: Callable[[bytes], object]) -> bool:
         """Leave a look at some bytes until values are read: ``check`` is then called with them, once.
 
-        Where values lie around them they come by with those; `settle` fetches what did not.  What is at hand is looked
+        Where values are around them they come by with those; `settle` fetches what did not.  What is at hand is looked
         at before this returns.
 
         Returns:

@@ -26,13 +26,13 @@ from ckptkit.errors import CkptkitError
 __all__ = ["main", "run"]
 
 COMMANDS = {
-    "check": "Hold files against a manifest and a policy.",
+    "check": "Check files against a manifest and a policy.",
     "convert": "Rewrite a checkpoint: container, prefixes, devices.",
-    "diff": "What changed between two checkpoints.",
-    "explain": "What a finding code means and how to fix it; or a topic, such as trust.",
-    "inspect": "What is in a file, without running or loading it.",
+    "diff": "Show what changed between two checkpoints.",
+    "explain": "Explain a finding code and how to fix it, or a topic such as trust.",
+    "inspect": "Show what is in a file, without running or loading it.",
     "manifest": "Record what released weights must be.",
-    "report": "Put the results of several runs of check together.",
+    "report": "Combine the results of several runs of check.",
     "verify": "Load into a reference model and run a forward check.",
 }
 """Every command with its line in the list; ``ckptkit.cli.NAME`` holds it."""

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ckptkit import api
-from ckptkit.cli import ending
+from ckptkit.cli import closing, ending
 from ckptkit.cli import options as ui
-from ckptkit.cli.closing import combined_lines
+from ckptkit.cli.closing import combined_lines, read
 from ckptkit.cli.outputs import add_summary, findings_of, github, gitlab, junit, sarif
 from ckptkit.cli.tables import wrapped
 from ckptkit.cli.usage import Choice
@@ -125,50 +125,52 @@ OUTPUTS = ("text", "json", *(name for name in RENDERERS if name != "text"))
     ),
 )
 @ui.path_argument("paths", nargs=-1)
-@click.option("--manifest", metavar="FILE", help="What the files must be, as ckptkit manifest wrote it.")
-@click.option("--no-pickle", is_flag=True, default=None, help="No file may hold a pickle.")
+@click.option("--manifest", metavar="FILE", help="Manifest to check against, from ckptkit manifest.")
+@click.option("--no-pickle", is_flag=True, default=None, help="Forbid pickles.")
 @click.option(
     "--max-trust",
     type=Choice(["safe", "needs_trust"]),
-    help="The most a loader may have to trust a file with; hostile files never pass.",
+    help="Highest trust level allowed; hostile files never pass.",
 )
 @click.option(
     "--require-format",
     multiple=True,
     type=Choice(CONTAINERS),
     metavar="CONTAINER",
-    help="The container a file must be, as inspect names it; repeatable.",
+    help="Container allowed, as inspect names it; repeatable.",
 )
-@click.option("--max-size", metavar="SIZE", help="The most a file may have, with its shards: 2GB, 500MB.")
+@click.option("--max-size", metavar="SIZE", help="Largest size allowed for a file with its shards: 2GB, 500MB.")
 @click.option(
     "--allow-dtype",
     multiple=True,
     type=Choice(DTYPES, meant=meant_dtype),
     metavar="DTYPE",
-    help="A dtype tensors may have; repeatable.",
+    help="Dtype allowed for tensors; repeatable.",
 )
-@click.option("--no-nan", is_flag=True, default=None, help="No tensor may hold NaN, no parameter Inf; reads the data.")
-@click.option("--no-optimizer", is_flag=True, default=None, help="No file may hold an optimizer's state.")
 @click.option(
-    "--no-prefix", is_flag=True, default=None, help="No name may carry a wrapper's prefix: module., _orig_mod. ..."
+    "--no-nan", is_flag=True, default=None, help="Forbid NaN in tensors and Inf in parameters; reads the data."
+)
+@click.option("--no-optimizer", is_flag=True, default=None, help="Forbid optimizer state.")
+@click.option(
+    "--no-prefix", is_flag=True, default=None, help="Forbid wrapper prefixes in names: module., _orig_mod. ..."
 )
 @click.option(
     "--location",
     multiple=True,
     callback=ui.checked_devices,
     metavar="DEV",
-    help="A device tag storages may have: cpu; repeatable.",
+    help="Device tag allowed for storages: cpu; repeatable.",
 )
 @click.option(
     "--allow-part",
     is_flag=True,
     default=None,
-    help="A file may be one part of a sharded checkpoint, without the others.",
+    help="Allow a file that is one part of a sharded checkpoint, without the others.",
 )
 @click.option(
     "--fits",
     metavar="REF",
-    help="The model every file must load into, as for verify; needs torch.",
+    help="Model that every file must load into, as in verify; needs torch.",
 )
 @click.option("--forward", is_flag=True, default=None, help="Run the model too; needs torch.")
 @click.option(
@@ -178,21 +180,23 @@ OUTPUTS = ("text", "json", *(name for name in RENDERERS if name != "text"))
 @ui.tag_option
 @ui.tp_rules_option
 @click.option(
-    "--skip-others", is_flag=True, help="Pass over named files that are not checkpoints; it is fine if none is left."
+    "--skip-others", is_flag=True, help="Skip named files that are not checkpoints; it is fine if none is left."
 )
 @ui.files_from_option
-@click.option("--part", metavar="I/N", help="The I-th of N shares of the files, the same on every machine.")
+@click.option("--part", metavar="I/N", help="Check only the I-th of N shares of the files, the same on every machine.")
 @ui.jobs_option
-@click.option(
-    "--timeout", type=click.FloatRange(0, min_open=True), metavar="SECONDS", help="The most that one file may take."
-)
-@click.option("--json-lines", "as_lines", is_flag=True, help="A line of JSON for each file, as it comes.")
+@click.option("--timeout", type=click.FloatRange(0, min_open=True), metavar="SECONDS", help="Time limit for one file.")
+@click.option("--json-lines", "as_lines", is_flag=True, help="Print a line of JSON for each file as it is done.")
 @click.option(
     "--resume",
     metavar="FILE",
-    help="Take over what holds still of an earlier run's --json-lines; with >> FILE the same file.",
+    help="Reuse results of an earlier run's --json-lines that are still valid; append with >> to the same FILE.",
 )
-@click.option("--config", metavar="FILE", help="A ckptkit.toml or pyproject.toml; default: the nearest upward.")
+@click.option(
+    "--config",
+    metavar="FILE",
+    help="A ckptkit.toml or pyproject.toml; default: the nearest one in this folder or above.",
+)
 @ui.ignore_checksums
 @ui.storage_option
 @ui.common_options(
@@ -201,7 +205,7 @@ OUTPUTS = ("text", "json", *(name for name in RENDERERS if name != "text"))
     default=(),
     type=Choice([*OUTPUTS, *CONTAINERS]),
     metavar="|".join(OUTPUTS),
-    help="Output; with the name of a container, the same as --require-format.",
+    help="Output format; a container name here means --require-format.",
 )
 def command(
     paths: tuple[str, ...],
@@ -224,26 +228,26 @@ def command(
     color: str,
     **policy: Any,
 ) -> int:
-    """Hold checkpoints against a manifest and a policy, without running or loading them.
+    """Check checkpoints against a manifest and a policy, without running or loading them.
 
-    A folder stands for the checkpoints below it, found by their content; what else lies there is counted, and under
-    --no-pickle and --max-trust its pickles count too. An index stands for its shards, and so does each of them. Files
-    and folders may be URLs (https://, s3://, gs://, az://, hf://user/repo).
-    Without PATHS, all that the manifest names is checked, and nothing else may lie in the folders it was made of.
-    Whatever is asked for, a file must be readable and may not be hostile.
+    A folder means the checkpoints below it, found by their content; other files are counted, and --no-pickle and
+    --max-trust apply to pickles in them too.  An index, or any of its shards, means all of its shards.  Files and
+    folders may be URLs (https://, s3://, gs://, az://, hf://user/repo).  Without PATHS, everything in the manifest is
+    checked, and the folders it was made from may not contain other checkpoints.  In every case, a file must be readable
+    and may not be hostile.
 
-    The same is configured under [tool.ckptkit] in pyproject.toml, or in ckptkit.toml, with other values for some
+    The same options can be set under [tool.ckptkit] in pyproject.toml, or in ckptkit.toml, with other values for some
     files under [[tool.ckptkit.overrides]], or [[overrides]]; command-line options win.
 
-    Very many files are shared among processes. A file that ends its process, or takes longer than --timeout, is a
-    result like any other. Parts of a job array, and runs that were resumed, are put together by ckptkit report.
+    Large numbers of files are shared among processes.  A file that crashes its process, or takes longer than --timeout,
+    is a result like any other. ckptkit report combines the parts of a job array and resumed runs.
 
-    Exit code 0: all is as it must be; 1: something is not; 2: something could not be checked.
+    Exit code 0: everything passed; 1: something failed; 2: something could not be checked.
     """
     shown = [name for name in output if name not in CONTAINERS]
     *_, wanted = ("text", *shown)
     if as_lines and shown:
-        raise click.UsageError(f"--json-lines and --format {wanted}: give one of them")
+        raise click.UsageError(f"--json-lines and --format {wanted}: give only one of them")
     policy["require_format"] = (*require_format, *(name for name in output if name in CONTAINERS))
     for name in ("require_format", "allow_dtype", "location", "ignore_checksums"):
         policy[name] = policy[name] or None  # not given: what is configured stands
@@ -298,10 +302,11 @@ def _echo_text(run: Run, view: ui.View) -> int:
 
     A reader that goes away does not end the check: what it comes to is the exit code.
     """
-    tally = Tally()
+    tally, nbytes = Tally(), 0
     gone: ending.OutputLostError | None = None
     for result in run.results():
         tally.add(result)
+        nbytes += result.size or 0
         findings = [finding.to_dict() for finding in result.findings]
         try:
             for line in () if gone else _lines(result.to_dict(), findings, view):
@@ -314,6 +319,7 @@ def _echo_text(run: Run, view: ui.View) -> int:
     code = ending.verdict(end["exit_code"])
     if gone is not None:
         raise gone
+    closing.summary(f"{read(tally.files, nbytes)}: {end['verdict']}")
     for line in _last_lines(end["passed_over"], end["verdict"], code, view):
         ui.echo(line)
     return code

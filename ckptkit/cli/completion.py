@@ -43,7 +43,7 @@ _MOST = 100
 """Names that are offered in full; of more, those of modules above them."""
 
 _MOST_FILES = 4
-"""Files of a line that are looked into."""
+"""Files of a line that are searched."""
 
 _GLUE = (":", "=")
 """What bash takes for words of their own, by its ``COMP_WORDBREAKS``."""
@@ -184,7 +184,7 @@ def _completed(parameter: click.Parameter, _: click.Context, incomplete: str) ->
 
 
 def _shortened(names: list[str], begin: int) -> list[str]:
-    """Names cut behind the first dots that tell them apart, past what is typed."""
+    """Names cut after the first dots that distinguish them, beyond what was typed."""
     while True:
         ends = [name.find(".", begin) + 1 or len(name) for name in names]
         short = list(dict.fromkeys(name[:end] for name, end in zip(names, ends, strict=True)))

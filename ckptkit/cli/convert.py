@@ -11,8 +11,9 @@ import click
 
 from ckptkit import api
 from ckptkit.arguments import device_problem
-from ckptkit.cli import ending
+from ckptkit.cli import closing, ending
 from ckptkit.cli import options as ui
+from ckptkit.cli.closing import converted
 from ckptkit.cli.ending import progress_line
 from ckptkit.cli.tables import columns, wrapped
 from ckptkit.options import ConvertOptions
@@ -56,7 +57,7 @@ def _line(document: ConvertDocument) -> str:
     if "part" in document:
         part = document["part"]
         own = f"{human_size(part['nbytes'])} in {count_of(len(part['shards']), 'shard')} of {len(plan['shards'])}"
-        state = "was there already" if part["kept"] else checked
+        state = "was already there" if part["kept"] else checked
         return f"{printable(document['destination'])}: part {part['part']} of {part['of']}: {own}, {state}"
     backup = cast("ReplacedDocument", document)["backup"] if "backup" in document else None
     kept = f"; the old file is {printable(backup)}" if backup is not None else ""
@@ -77,7 +78,7 @@ _DRY = "dry run: nothing was written"
 
 
 def summary(document: ConvertFolderDocument) -> Iterator[str]:
-    """What was passed over; how many files were converted, their bytes before and after, and the time it took."""
+    """What was skipped; how many files were converted, their bytes before and after, and the time it took."""
     if document["passed_over"]:
         from ckptkit.formats.folder import passed_over_text
 
@@ -126,7 +127,7 @@ def changes(document: ConvertDocument) -> Iterator[tuple[str, list[str]]]:
         "drop": document["dropped"],
         "cast": [f"{each['name']}  {each['from']} -> {each['to']}" for each in document["casts"]],
         "gather": document["gathered"],
-        "compact": [f"{count_of(cut['storages'], 'storage')}, {human_size(cut['nbytes'])} that no tensor views"],
+        "compact": [f"{count_of(cut['storages'], 'storage')}, {human_size(cut['nbytes'])} that no tensor uses"],
     }
     for kind, items in found.items():
         if items and (kind != "compact" or cut["storages"]):
@@ -167,7 +168,7 @@ _rename_file = click.option(
     multiple=True,
     expose_value=False,
     metavar="FILE",
-    help="Rules from a file, one a line; # begins a comment.",
+    help="Rules from a file, one per line; # begins a comment.",
 )
 
 
@@ -211,26 +212,25 @@ def command(
 ) -> int:
     """Rewrite SRC into DST, or with --in-place into itself, without executing or loading it.
 
-    DST's ending chooses the container: .safetensors, or .pth .pt .pkl .ckpt .bin. A .pth keeps
-    everything that is in SRC (optimizer, epoch, arguments, unknown objects). DST is either the old
-    file or the complete new one, whatever happens. Before it gets its name every tensor is compared
-    with its source, byte for byte. SRC may be a URL (https://, s3://, gs://, az://, hf://user/repo/path),
-    FILE/MEMBER or FILE!MEMBER of a zip or tar archive, - for standard input, and compressed (.gz .xz
-    .bz2 .zst).
+    The extension of DST determines the container: .safetensors, or .pth .pt .pkl .ckpt .bin.  A .pth keeps everything
+    in SRC (optimizer, epoch, arguments, unknown objects).  DST is either the old file or the complete new one, whatever
+    happens.  Before it gets its name, every tensor is compared with its source, byte for byte.  SRC may be a URL
+    (https://, s3://, gs://, az://, hf://user/repo/path), FILE/MEMBER or FILE!MEMBER in a zip or tar archive, - for
+    standard input, or compressed (.gz .xz .bz2 .zst).
 
-    DST may be a folder (one that is there, or with a slash at its end), and SRC several: each output is named after
-    its source, with the ending of --to. Of a folder SRC each checkpoint below it is converted to the same place below
-    DST; --to is needed. With --to dcp DST is the folder that is written, for torch.distributed.checkpoint: it must be
-    new or empty, --force or not. What is no checkpoint is passed over and counted, and a file that cannot be converted
-    stops no other.
+    DST may be a folder (that exists or ends in a slash), and there may be several SRC: each output is named after its
+    source, with the extension of --to.  If SRC is a folder, each checkpoint below it is converted to the same place
+    below DST; this needs --to.  With --to dcp, DST is a folder for torch.distributed.checkpoint, which must be new or
+    empty even with --force.  Files that are not checkpoints are skipped and counted, and a file that cannot be
+    converted does not stop the others.
 
-    Shards can be written by several processes, on one machine or on many: --jobs N, or --part I/N in each of N and
-    then --finish, all with the same SRC, DST and options. Until then no reader sees any of it.
+    Several processes can write the shards, on one machine or several: --jobs N, or --part I/N in each of N and then
+    --finish, all with the same SRC, DST and options.  Until then readers see none of it.
 
     On a terminal, convert asks before it replaces a file without keeping a copy (--force, or --in-place without
     --backup); --yes skips the question.
 
-    Exit code 0: all is converted; 2: something could not be.
+    Exit code 0: everything was converted; 2: something could not be.
     """
     source, destination = _source_and_destination(paths, is_in_place=given["in_place"])
     asked = ui.keywords_of(ConvertOptions, given)
@@ -258,6 +258,7 @@ def command(
     if output == "text" and not quiet:
         for line in ui.finding_lines(found, view.style, view.width):
             ending.say(line)
+        closing.summary(converted(document))
     return code
 
 
@@ -277,7 +278,7 @@ def _source_and_destination(paths: tuple[str, ...], *, is_in_place: bool) -> tup
         return sources[0], destination
     if not os.path.isdir(destination) and not destination.endswith(("/", os.sep)):
         extra = f"extra argument{'s' if len(paths) > 3 else ''} ({' '.join(paths[2:])})"
-        told = "several files are converted into a folder, with a slash at its end, or with --in-place"
+        told = "convert several files into a folder (with a slash at its end) or with --in-place"
         raise click.UsageError(f"Got unexpected {extra}; {told}", context)
     return sources, destination
 
@@ -317,9 +318,9 @@ def _map_location(given: tuple[str, ...]) -> str | dict[str, str] | None:
             raise click.UsageError(f"--map-location: {problem}")
     if any(not equals for _, equals, _ in pairs):
         if len(given) > 1:
-            raise click.UsageError("--map-location takes one location for everything, or OLD=NEW pairs, not both")
+            raise click.UsageError("--map-location takes either one location for everything or OLD=NEW pairs")
         return given[0]
     table = {old: new for old, _, new in pairs}
     if len(table) != len(pairs):
-        raise click.UsageError("--map-location maps one location twice")
+        raise click.UsageError("--map-location maps the same location twice")
     return table or None

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import click
 
 from ckptkit import api
-from ckptkit.cli import ending
+from ckptkit.cli import closing, ending
 from ckptkit.cli import options as ui
 from ckptkit.cli.ending import progress_line
 from ckptkit.cli.tables import Cell, columns, wrapped
@@ -37,7 +37,7 @@ class Table(NamedTuple):
 
     Attributes:
         title: above it; ``rows``, ``headers``, ``align``: as `ckptkit.cli.tables.columns` takes them.
-        names: the columns that hold text from the files.
+        names: the columns that contain text from the files.
         left_out: rows that are not shown.
     """
 
@@ -189,16 +189,16 @@ def notes(row: ChangedRow) -> str:
     if row["nan"] is None:
         return "its values cannot be computed"
     if row["only_zero_signs"]:
-        return "but for the sign of zeros the same"
+        return "the same except for the sign of zeros"
     if row["only_nan_bits"]:
-        flipped = f", {row['nan']['signs']:,} of other sign" if row["nan"]["signs"] else ""
+        flipped = f", {row['nan']['signs']:,} with another sign" if row["nan"]["signs"] else ""
         return f"only bits of NaN differ{flipped}"
     sides = (("A", row["nan"]["a"]), ("B", row["nan"]["b"]))
     found = [f"NaN only in {side}: {count:,}" for side, count in sides if count]
     if row["nan"]["both"]:
         found.append(f"NaN in both: {row['nan']['both']:,}")
     if row["nan"]["signs"]:
-        found.append(f"of other sign: {row['nan']['signs']:,}")
+        found.append(f"with another sign: {row['nan']['signs']:,}")
     if row["infinite"]:
         found.append(f"Inf on one side: {row['infinite']:,}")
     if row["zero_signs"]:
@@ -259,7 +259,7 @@ RENDERERS: dict[str, ui.Renderer] = {"text": text, "markdown": ui.later("markdow
 
 
 _top = click.option(
-    "--top", type=click.IntRange(0), default=10, show_default=True, metavar="N", help="Rows of each list."
+    "--top", type=click.IntRange(0), default=10, show_default=True, metavar="N", help="Number of rows in each list."
 )
 
 
@@ -291,18 +291,26 @@ def command(
 ) -> int:
     """Compare the checkpoints A and B: names, shapes, dtypes and every bit of every tensor.
 
-    Exit code 0: the tensors are the same; 1: one differs, or could not be compared; 2: it could not be done.
-    Tensors that both hold elsewhere (optimizer moments, averaged weights, attributes of modules) are compared too. All
-    else that differs is listed, and decides only with --strict: parts that only one holds, metadata, ties, and every
-    value, class and key in the files' trees. Containers, devices and the order of tensors' names never do.
+    Exit code 0: the tensors are the same; 1: one differs or could not be compared; 2: the comparison failed.  Tensors
+    that both have elsewhere (optimizer moments, averaged weights, attributes of modules) are compared too.  All other
+    differences are listed and count only with --strict: parts that only one has, metadata, ties, and every value, class
+    and key in the files' trees.  Containers, devices and the order of tensor names never count.
 
-    With --atol or --rtol an element is unchanged where |b - a| <= atol + rtol * max(|a|, |b|).
+    With --atol or --rtol an element is unchanged if |b - a| <= atol + rtol * max(|a|, |b|).
     """
     as_json = output == "json"
     if a == b == "-":
-        raise click.UsageError("standard input can be one of the two, not both")
+        raise click.UsageError("only one of the two can be standard input")
+    if output == "html":
+        from ckptkit.page.frame import charts_script
+
+        charts_script()  # before hours of comparing
     with ui.json_errors(as_json), progress_line(progress, quiet=quiet or as_json) as update:
         difference = api.diff(a, b, progress=update, **options)
     code = ending.verdict(0 if difference.ok else 1)
+    if output == "text":
+        a_nbytes, b_nbytes = human_size(difference.a["nbytes"]), human_size(difference.b["nbytes"])
+        tensors = count_of(difference.tensors, "tensor")
+        closing.summary(f"{tensors} of {a_nbytes} in A and {b_nbytes} in B compared in {closing.elapsed()}")
     ui.show(difference.to_dict(), output, RENDERERS, ui.View(ui.styler(color), ui.terminal_width(), top=top))
     return code

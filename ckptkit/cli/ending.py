@@ -181,9 +181,11 @@ def into_file(path: str | None, given: Iterable[str]) -> Iterator[None]:
         yield
         return
     if any(_is_same(path, each) for each in given):
-        raise click.UsageError(f"--output {path}: the command reads or writes this file itself; give another name")
+        raise click.UsageError(f"--output {path}: the command itself reads or writes this file; give another name")
     if os.path.exists(path) and _is_checkpoint(path):
-        raise click.UsageError(f"--output {path}: this is a checkpoint, which is not overwritten; give another name")
+        raise click.UsageError(
+            f"--output {path}: this is a checkpoint, which --output does not overwrite; give another name"
+        )
     output = io.BytesIO()
     _ending.file = io.TextIOWrapper(output, "utf-8", "backslashreplace", newline="\n", write_through=True)
     try:
@@ -218,7 +220,7 @@ def _is_checkpoint(path: str) -> bool:
 
 
 def write(data: str | bytes = "") -> None:
-    """Write to stdout, colours as they are, and flush.
+    """Write to stdout, colors as they are, and flush.
 
     Raises:
         OutputLostError: it could not be written.
@@ -248,7 +250,7 @@ def _say(text: str, *, nl: bool = False) -> None:
 
 @contextmanager
 def signals_heard() -> Iterator[None]:
-    """SIGINT, SIGTERM and SIGHUP are raised in the block, so that what is unfinished is cleaned up.
+    """Signals that ask for the end, Windows' Ctrl-Break too, are raised in the block: what is unfinished is removed.
 
     Those that are ignored (as by ``nohup``), or that somebody else handles, are left as they are.
 
@@ -265,7 +267,8 @@ def signals_heard() -> Iterator[None]:
             came.append((number, time.monotonic()))
             raise SignalledError(number)
 
-    defaults = {"SIGINT": signal.default_int_handler, "SIGTERM": signal.SIG_DFL, "SIGHUP": signal.SIG_DFL}
+    defaults: dict[str, Any] = dict.fromkeys(("SIGTERM", "SIGHUP", "SIGBREAK"), signal.SIG_DFL)
+    defaults["SIGINT"] = signal.default_int_handler
     ours = [
         (number, default)
         for name, default in defaults.items()
@@ -295,7 +298,8 @@ def exit_code(error: BaseException) -> int:
         say(f"ckptkit: error: standard output is {state}" + (f"; {_ending.done}" if _ending.done else ""))
         return 2
     number = error.number if isinstance(error, SignalledError) else signal.SIGINT
-    how = {"SIGINT": "interrupted", "SIGTERM": "terminated"}.get(signal.Signals(number).name, "the terminal has gone")
+    told = {"SIGINT": "interrupted", "SIGBREAK": "interrupted", "SIGTERM": "terminated"}
+    how = told.get(signal.Signals(number).name, "the terminal is gone")
     say(f"ckptkit: {how}; {_ending.done or 'no file is half-written'}")
     return 128 + number
 
@@ -318,7 +322,7 @@ class _Line:
         self.width = 0
 
     def show(self, text: str) -> None:
-        """Write it over what stands there, as much of it as the terminal has room for."""
+        """Write it over what is there, as much of it as the terminal has room for."""
         with self.lock:
             text = _fitting(text)
             _say("\r" + text.ljust(self.width))
@@ -382,7 +386,7 @@ def watched(*, quiet: bool) -> Iterator[None]:
 def ticking() -> Iterator[None]:
     """For a command whose steps say nothing as long as they last: what is `watched` is told again and again.
 
-    It has a thread for it, so that no process is forked meanwhile.
+    It has a thread for it, so that no process is forked in the meantime.
     """
     from ckptkit.bytesource import pace
 

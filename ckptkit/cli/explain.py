@@ -22,10 +22,10 @@ __all__ = ["RENDERERS", "command", "text", "titled"]
 
 
 _CONTAINERS = "<!-- table: containers -->"
-"""Where the table of containers stands in a topic."""
+"""Where the table of containers is in a topic."""
 
 _STRESSED = re.compile(r"`[^`]*`|\*{1,2}([^*]+)\*{1,2}")
-"""Code, which stays as it is, or what stands between asterisks in prose."""
+"""Code, which stays as it is, or what is between asterisks in prose."""
 
 
 def text(document: ExplainDocument, view: ui.View) -> Iterator[str]:
@@ -110,9 +110,9 @@ RENDERERS: dict[str, ui.Renderer] = {"text": text, "markdown": ui.later("markdow
 @click.argument("subject", metavar="[CODE|TOPIC]", required=False)
 @ui.common_options(RENDERERS)
 def command(subject: str | None, output: str, quiet: bool, color: str) -> int:
-    """Explain a finding's CODE, or a TOPIC; without one, list all of both."""
+    """Explain the CODE of a finding or a TOPIC; without one, list them all."""
     if subject is not None and subject not in CODES and subject not in TOPICS:
-        hint = did_you_mean(subject, (*TOPICS, *CODES)) or "; 'ckptkit explain' lists all"
+        hint = did_you_mean(subject, (*TOPICS, *CODES)) or "; 'ckptkit explain' lists all of them"
         raise click.UsageError(f"there is no code or topic {subject!r}{hint}")
     verdict = ending.verdict(0)
     shown = CODES if subject is None else {subject: CODES[subject]} if subject in CODES else {}

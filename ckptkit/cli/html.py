@@ -47,7 +47,7 @@ def diff(document: DiffDocument, view: View) -> Iterator[str]:
 
 
 def check(document: CheckDocument, view: View) -> Iterator[str]:
-    """The page of a check, or of runs that were put together."""
+    """The page of a check, or of runs that were combined."""
     return reported.check(document)
 
 

@@ -11,8 +11,9 @@ import click
 
 from ckptkit import api, places
 from ckptkit.bytesource import pace
-from ckptkit.cli import ending, inspect_text, tensor_tables
+from ckptkit.cli import closing, ending, inspect_text, tensor_tables
 from ckptkit.cli import options as ui
+from ckptkit.cli.closing import read
 from ckptkit.cli.tables import width_of, wrapped
 from ckptkit.cli.usage import Choice
 from ckptkit.errors import CkptkitError, FileAccessError
@@ -47,29 +48,31 @@ RENDERERS: dict[str, ui.Renderer] = {
     ),
 )
 @ui.path_argument("paths", nargs=-1, metavar="PATHS...")
-@click.option("--depth", type=click.IntRange(1), help="Levels of the module tree; default: as many as are readable.")
-@click.option("--flat", is_flag=True, help="One line a tensor, fields separated by tabs, for grep and cut.")
-@click.option("--brief", is_flag=True, help="One line a file.")
+@click.option("--depth", type=click.IntRange(1), help="Levels of the module tree; default: as many as remain readable.")
+@click.option("--flat", is_flag=True, help="One line per tensor with tab-separated fields, for grep and cut.")
+@click.option("--brief", is_flag=True, help="One line per file.")
 @click.option(
     "--top",
     "largest",
     type=click.IntRange(0),
     default=0,
     metavar="N",
-    help="The N largest tensors in place of the tree.",
+    help="The N largest tensors instead of the tree.",
 )
 @click.option("--filter", "filters", multiple=True, metavar="GLOB", help="Only tensors whose name matches; repeatable.")
 @click.option("--sort", type=Choice(["name", "size", "file"]), default="file", show_default=True, help="Order.")
-@click.option("--section", metavar="NAME", help="The weights to select, where a file holds several.")
+@click.option("--section", metavar="NAME", help="Weights to select, if a file has several.")
 @ui.tag_option
 @ui.tp_rules_option
-@click.option("--stats", is_flag=True, help="Read the data: min, max, mean, std, zeros, NaN, Inf of each tensor.")
+@click.option(
+    "--stats", is_flag=True, help="Read the data and show min, max, mean, std, zeros, NaN and Inf of each tensor."
+)
 @click.option(
     "--fail-on",
     type=Choice(["warning", "error", "never"]),
     default="error",
     show_default=True,
-    help="Exit 1 from this severity on.",
+    help="Exit with 1 from this severity on.",
 )
 @ui.files_from_option
 @ui.jobs_option
@@ -99,13 +102,13 @@ def command(
 ) -> int:
     """Show what is in checkpoints: container, kind, sections, tensors, findings.
 
-    Nothing in a file is executed, and no tensor is read but a few single numbers, such as step counts
-    (all are with --stats). A folder stands for the checkpoints below it, whatever their names; what else lies there is
-    counted. One that several processes wrote (FSDP, DeepSpeed, Megatron, torch.distributed.checkpoint) is one
-    checkpoint, and one that names its last step stands for that. FILE/MEMBER or FILE!MEMBER is a file in a zip or tar
-    archive, - is standard input, and what is compressed by gzip, xz, bzip2 or zstd is read through. Of a URL (https://,
-    s3://, gs://, az://, hf://user/repo[@revision][/path]) only what is needed is fetched; that of a bucket's prefix or
-    of a repository is a folder.
+    Nothing in a file is executed, and no tensor is read except a few single numbers, such as step counts (--stats reads
+    all).  A folder means the checkpoints below it, whatever their names; other files are counted.  A folder that
+    several processes wrote (FSDP, DeepSpeed, Megatron, torch.distributed.checkpoint) is one checkpoint, and a folder
+    that names its last step means that step.  FILE/MEMBER or FILE!MEMBER is a file in a zip or tar archive, - is
+    standard input, and gzip, xz, bzip2 or zstd compression is read transparently.  From a URL (https://, s3://, gs://,
+    az://, hf://user/repo[@revision][/path]) only the bytes needed are fetched; a bucket prefix or a repository is a
+    folder.
     """
     if not paths and files_from is None:
         raise click.MissingParameter(param=_paths_of(click.get_current_context()))
@@ -142,6 +145,8 @@ def command(
                 ending.say(f"ckptkit: {printable(document['path'])}: no tensor matches --filter")
             if len(seen) == len(files):
                 ending.verdict(_exit_code(seen, fail_on))
+                if output == "text" and not flat and len(seen) > 1:
+                    closing.summary(read(len(seen), sum(each.nbytes for each in seen), len(_unread(seen))))
             yield document
 
     if output == "json":
@@ -155,7 +160,7 @@ def command(
 def _one_line(flat: bool, brief: bool) -> str | None:
     """The renderer of a line a tensor or a file, where one is asked for."""
     if flat and brief:
-        raise click.UsageError("--flat and --brief: give one of them")
+        raise click.UsageError("--flat and --brief: give only one of them")
     return "flat" if flat else "brief" if brief else None
 
 
@@ -197,7 +202,7 @@ class _Asked(NamedTuple):
         error: why it cannot be read, where that is known.
         opening: how it is opened.
         output: ``"json"``, ``"flat"``, ``"brief"`` or a renderer's name.
-        is_colored: whether it is coloured.
+        is_colored: whether it is colored.
         view: all else of how it is shown.
     """
 
@@ -277,7 +282,7 @@ def _with_lines(document: Survey | UnreadFile, asked: _Asked) -> dict[str, Any]:
     elif document["error"] is None or asked.output == "html":
         lines = _RENDERERS[asked.output](document, view)
     findings = [{"severity": finding["severity"]} for finding in document["findings"]]
-    told = {"path": document["path"], "error": document["error"], "findings": findings}
+    told = {"path": document["path"], "size": document["size"], "error": document["error"], "findings": findings}
     return {**told, "tensors": [True] * bool(document["tensors"]), "lines": [*lines]}
 
 
@@ -292,7 +297,7 @@ def lines(
     render: ui.Renderer,
     view: ui.View,
 ) -> Iterator[str]:
-    """The files of a document, an empty line before each but the first, and what was passed over."""
+    """The files of a document, an empty line before each but the first, and what was skipped."""
     for number, document in enumerate(files):
         if document["error"] is None:
             if number:
@@ -372,6 +377,7 @@ class _Seen(NamedTuple):
     is_read: bool
     is_hostile: bool
     severities: list[Severity]
+    nbytes: int
 
 
 def _told(document: Survey | UnreadFile) -> _Seen:
@@ -382,11 +388,15 @@ def _told(document: Survey | UnreadFile) -> _Seen:
         ending.write()  # what comes before it
         ending.say(f"ckptkit: error: {printable(place + message)}")
     severities = [finding["severity"] for finding in document["findings"]]
-    return _Seen(document["error"] is None, bool(document["findings"]), severities)
+    return _Seen(document["error"] is None, bool(document["findings"]), severities, document["size"] or 0)
+
+
+def _unread(files: list[_Seen]) -> list[_Seen]:
+    return [file for file in files if not file.is_read]
 
 
 def _exit_code(files: list[_Seen], fail_on: str) -> int:
-    unread = [file for file in files if not file.is_read]
+    unread = _unread(files)
     if unread:
         return 1 if all(file.is_hostile for file in unread) else 2
     if fail_on == "never":

@@ -58,7 +58,7 @@ _WIDEST = (
     "bfloat16 +1", "99.9 MB", "needs trust",
     Cell("warning: torchscript-program", "torchscript-program"),
 )  # fmt: skip
-"""What takes most of the fields of a file on one line, so that those of several stand below one another."""
+"""What takes most of the fields of a file on one line, so that those of several are below one another."""
 
 _WORD = re.compile(r"[a-z]+")
 _PROGRESS = frozenset({"epoch", "step", "iter", "iteration", "updates"})
@@ -66,9 +66,9 @@ _PROGRESS = frozenset({"epoch", "step", "iter", "iteration", "updates"})
 
 _KINDS = {
     "state_dict": "a state_dict: names and tensors, without a model around them",
-    "resume": "a training checkpoint: weights, and beside them what training needs to go on",
-    "collection": "tensors, but no state_dict of a model",
-    "other": "no tensor: plain values or objects alone",
+    "resume": "a training checkpoint: weights, and what is needed to resume training",
+    "collection": "tensors, but not the state_dict of a model",
+    "other": "no tensors: only plain values or objects",
 }
 
 
@@ -82,6 +82,8 @@ def text(document: InspectedFile | Survey, view: View) -> Iterator[str]:
     if rows:
         yield ""
         yield from styled_table(rows, headers, align, style, width, first=range(8, len(align)), last=(2, 5, 4, 3))
+        if width is not None and len(document["sections"]) > len(rows):
+            yield from (style(line, dim=True) for line in wrapped(f"  {_more_sections(document)}", width))
     lines = [(label, line) for label, line in fact_lines(document) if line]
     if lines:
         yield ""
@@ -100,7 +102,7 @@ def text(document: InspectedFile | Survey, view: View) -> Iterator[str]:
 
 
 def brief(document: InspectedFile | Survey, view: View) -> Iterator[str]:
-    """One line: path, container, kind, tensors, parameters, dtype, bytes, trust, and the gravest finding."""
+    """One line: path, container, kind, tensors, parameters, dtype, bytes, trust, and the most severe finding."""
     document = surveyed(document)
     weights, rows = document["state_dict"], document["tensors"]
     sizes: dict[str, int] = {}
@@ -194,12 +196,12 @@ def _what_resume_is(document: Survey) -> str:
     path = (document["state_dict"] or {"path": ""})["path"]
     if path:
         said = _KINDS["resume"]
-        said = said if _is_training(document) else "weights, and beside them settings or what describes them"
+        said = said if _is_training(document) else "weights, with settings or a description beside them"
         others = [repr(printable(section["path"])) for section in weights if not section["selected"]]
         more = f", others under {listed(others, 3)}" if others else ""
         return f"{said}; the weights are under {printable(path)!r}{more}"
-    more = "; beside them what training needs to go on" if _is_training(document) else ""
-    return f"{count_of(len(weights), 'set')} of weights, none of which is taken for the model's{more}"
+    more = "; and what is needed to resume training" if _is_training(document) else ""
+    return f"{count_of(len(weights), 'set')} of weights, none of which is taken as the model's{more}"
 
 
 def _script_class(document: Survey) -> str | None:
@@ -222,7 +224,12 @@ def _is_training(document: Survey) -> bool:
 
 
 def section_table(document: Survey, *, bars: bool = False) -> tuple[list[list[str]], list[str], str]:
-    """Rows, headers and alignment of the sections; no rows where the file is one section."""
+    """Rows, headers and alignment of the sections; no rows where the file is one section.
+
+    Args:
+        document: of the file.
+        bars: whether shares are bars too, and how many are not shown is told elsewhere.
+    """
     sections = document["sections"]
     if len(sections) == 1 and not sections[0]["path"]:
         return [], [], ""
@@ -240,10 +247,14 @@ def section_table(document: Survey, *, bars: bool = False) -> tuple[list[list[st
         ]
         for section in sections[:_MAX_SECTIONS_SHOWN]
     ]
-    if len(sections) > _MAX_SECTIONS_SHOWN:
-        rows.append(["", f"and {len(sections) - _MAX_SECTIONS_SHOWN:,} more (--json shows all)", *[""] * (6 + bars)])
+    if len(sections) > _MAX_SECTIONS_SHOWN and not bars:
+        rows.append(["", _more_sections(document), *[""] * 6])
     headers = ["", "section", "kind", "tensors", PARAMETERS, "buffers", "bytes", "share", *([BAR] if bars else ())]
     return rows, headers, "lnlrrrrr" + "l" * bars
+
+
+def _more_sections(document: Survey) -> str:
+    return f"and {len(document['sections']) - _MAX_SECTIONS_SHOWN:,} more (--json shows all)"
 
 
 def fact_lines(document: Survey) -> Iterator[tuple[str, str]]:
@@ -263,11 +274,11 @@ def weights_line(document: Survey) -> str:
     if summary is None:
         return ""
     if not summary["tensors"]:
-        return "none: it holds no plain tensors under names"
+        return "none: it contains no named plain tensors"
     inferred = any(row.role_inferred and row.section == summary["path"] for row in each_kind(document["tensors"]))
     return (
         f"{count_of(summary['tensors'], 'tensor')}, {count_of(summary['parameters'], 'parameter')}, "
-        f"{summary['buffers']:,} in buffers{' (told apart by name and dtype)' if inferred else ''}, "
+        f"{summary['buffers']:,} in buffers{' (inferred from name and dtype)' if inferred else ''}, "
         f"{human_size(summary['nbytes'])}"
     )
 
@@ -279,7 +290,7 @@ def storage_line(document: Survey) -> str:
     if storage["tied"]:
         parts.append(f"{count_of(storage['tied'], 'tensor')} tied to another name")
     if storage["shared"]:
-        parts.append(f"{storage['shared']:,} are views of storages they share")
+        parts.append(f"{storage['shared']:,} are views of shared storages")
     if storage["unused_nbytes"]:
         parts.append(f"{human_size(storage['unused_nbytes'])} that no tensor uses")
     if not parts:
@@ -311,7 +322,7 @@ def architecture_line(known: Sequence[ArchitectureDocument]) -> tuple[str, str]:
     if others:
         shown = [_short(item, best) for item in others[:_MAX_ALIKE_SHOWN]]
         more = [f"{len(others) - len(shown)} more"] * (len(others) > len(shown))
-        also = "fits alike" if others[-1]["similarity"] == best["similarity"] else "or"
+        also = "fits equally well" if others[-1]["similarity"] == best["similarity"] else "or"
         line += f" ({also}: {', '.join([*shown, *more])})"
     if best["others"]:
         line += f"; {best['others']:,} other tensor{'' if best['others'] == 1 else 's'} beside it"
@@ -338,7 +349,7 @@ def names_line(document: Survey) -> str:
         danger = "DANGEROUS " if use["verdict"] == "dangerous" else ""
         shown.append(f"{danger}{printable(use['name'])}" + (f" ({where.strip()}{times})" if where or times else ""))
     told = listed([text.replace(" (, ", " (") for text in shown], _MAX_NAMES_SHOWN, total=len(uses))
-    return f"{told}; none is imported here"
+    return f"{told}; ckptkit imports none of them"
 
 
 def receipt_line(metadata: Mapping[str, Any]) -> str:

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from ckptkit import api
-from ckptkit.cli import ending
+from ckptkit.cli import closing, ending
 from ckptkit.cli import options as ui
+from ckptkit.cli.closing import read
 from ckptkit.cli.tables import wrapped
 from ckptkit.cli.usage import Choice
 from ckptkit.errors import FileAccessError
@@ -108,16 +109,18 @@ RENDERERS: dict[str, ui.Renderer] = {"text": text, "markdown": ui.later("markdow
 @click.option(
     "--digests",
     type=Choice(["total", "tensor"]),
-    help="One digest a file, or one line a tensor as well (default: as it was, at first tensor).",
+    help="One digest per file, or one line per tensor too (default: as before; at first, tensor).",
 )
-@click.option("--update", is_flag=True, help="Renew what has changed; without PATH, in what it was made of.")
+@click.option(
+    "--update", is_flag=True, help="Update what has changed; without PATH, in everything the manifest was made from."
+)
 @click.option(
     "--golden", "goldens", multiple=True, metavar="[FILE=]GOLDEN", help="Outputs recorded by verify --write-golden."
 )
 @ui.tag_option
 @ui.tp_rules_option
 @ui.allow_part_option
-@click.option("--force", is_flag=True, help="Replace an existing manifest as a whole.")
+@click.option("--force", is_flag=True, help="Replace an existing manifest completely.")
 @ui.files_from_option
 @ui.jobs_option
 @ui.ignore_checksums
@@ -143,13 +146,13 @@ def command(
 ) -> int:
     """Record what released weights must be, for ckptkit check: size, SHA-256, container, trust, digests of tensors.
 
-    A folder stands for the checkpoint files below it, and paths are recorded relative to the manifest's folder. The
-    content digest of a file is the same for the same tensors in any container. Nothing is executed. In a folder that
-    is named, ckptkit check lets no other checkpoint lie; files that are named stand for themselves. Files and folders
-    may be URLs (https://, s3://, gs://, az://, hf://user/repo).
+    A folder means the checkpoint files below it, and paths are recorded relative to the manifest's folder.  The content
+    digest of a file is the same for the same tensors in any container.  Nothing is executed.  If you name a folder,
+    ckptkit check reports any other checkpoint in it; if you name files, only those files are covered.  Files and
+    folders may be URLs (https://, s3://, gs://, az://, hf://user/repo).
     """
     if not paths and not update and files_from is None:
-        raise click.UsageError("Missing argument 'PATH...'; only --update does without")
+        raise click.UsageError("Missing argument 'PATH...'; only --update needs none")
     if update and destination is None:
         raise click.UsageError("--update needs the manifest: -o FILE")
     with ui.json_errors(output == "json"):
@@ -170,6 +173,8 @@ def command(
             storage_options=storage_options,
             jobs=jobs,
         )
+    if output == "text":
+        closing.summary(read(len(manifest.files), sum(record.size for record in manifest.files)))
     code = ending.verdict(0, f"{printable(destination)} was written" if destination is not None else "")
     ui.show(
         document_of(manifest),
@@ -188,5 +193,5 @@ def _golden(values: tuple[str, ...]) -> dict[str, str] | str | None:
         return None
     pairs = dict(value.rpartition("=")[::2] for value in values)
     if "" in pairs or len(pairs) != len(values):
-        raise click.UsageError("several --golden: each as FILE=GOLDEN, and each FILE once")
+        raise click.UsageError("several --golden: give each as FILE=GOLDEN, and each FILE once")
     return pairs

@@ -51,7 +51,7 @@ def inspect(document: InspectedFile | Survey, view: View) -> Iterator[str]:
     yield ""
     yield escaped(as_text.facts(document))
     yield ""
-    yield f"It holds {escaped(as_text.what_it_is(document))}."
+    yield f"It contains {escaped(as_text.what_it_is(document))}."
     facts = [f"- **{label}**: {escaped(line)}" for label, line in as_text.fact_lines(document) if line]
     if facts:
         yield ""
@@ -288,7 +288,7 @@ def table(rows: Iterable[Sequence[str]], headers: Sequence[str], align: str) -> 
 
 
 def _aligned(rows: Sequence[Sequence[str]], headers: Sequence[str], align: str) -> Iterator[str]:
-    """The same with columns that stand below one another, for people who read it as it is."""
+    """The same with columns that are below one another, for people who read it as it is."""
     from tabulate import tabulate
 
     sides = ["right" if side == "r" else "left" for side in align]

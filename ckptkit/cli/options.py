@@ -1,4 +1,4 @@
-"""What the commands share: options, colour, and how a document reaches a terminal.
+"""What the commands share: options, color, and how a document reaches a terminal.
 
 A command makes a document (`ckptkit.documents`), and a renderer makes lines of it: a function of the document and a
 `View`, and of nothing else, so that a document that was saved gives the same lines.  Each command has a table of its
@@ -18,8 +18,9 @@ from typing import Any, NamedTuple, TypeVar, cast
 
 import click
 
+from ckptkit import places
 from ckptkit.arguments import Option, Options, device_problem, tolerance
-from ckptkit.cli import ending
+from ckptkit.cli import closing, ending
 from ckptkit.cli.tables import wrapped
 from ckptkit.cli.usage import Choice
 from ckptkit.errors import CkptkitError
@@ -71,7 +72,7 @@ class View(NamedTuple):
     """How a document is to be shown.
 
     Attributes:
-        style: how to colour.
+        style: how to color.
         width: characters of a line on the terminal; ``None``: nothing is cut.
         quiet: only what the document is for.
         depth: levels of a tree; ``None``: as many as are still readable.
@@ -115,15 +116,27 @@ def later(name: str) -> Renderer:
 COLORS = {"error": "red", "warning": "yellow", "info": "cyan"}
 """Of the severities of findings."""
 
-_SYMBOLS = str.maketrans({"‥": "..", "…": "...", "\N{MULTIPLICATION SIGN}": "x"})
+_SYMBOLS = str.maketrans(
+    {
+        "‥": "..",
+        "…": "...",
+        "\N{MULTIPLICATION SIGN}": "x",
+        "█": "#",
+        **dict.fromkeys("▌▋▊▉", "+"),
+        **dict.fromkeys("▏▎▍", "-"),
+    }
+)
 """What stands for the symbols of our own on a terminal that does not have them."""
 
+_REPLACED = 6
+"""Columns of a line that are kept for what stands for those symbols: it takes more than they do."""
+
 _NARROWEST = 40
-"""Columns of a terminal below which nothing is cut: whoever says so is no terminal."""
+"""Columns of a terminal below which nothing is cut: whoever says so is not a terminal."""
 
 
 _output_option = click.option(
-    "-o", "--output", "output_file", metavar="FILE", help="Write the output to FILE, whole or not at all."
+    "-o", "--output", "output_file", metavar="FILE", help="Write the output to FILE, completely or not at all."
 )
 
 
@@ -156,13 +169,17 @@ def common_options(
         @functools.wraps(function)
         def command(*args: Any, as_json: bool, output: Any, output_file: str | None = None, **options: Any) -> Any:
             ending.begin(known=None)
+            closing.begin()
             if as_json:
                 output = (*output, "json") if isinstance(output, tuple) else "json"
             with (
                 ending.into_file(output_file, _texts([*args, *options.values()])),
                 ending.watched(quiet=options["quiet"] or "progress" in options),
             ):
-                return function(*args, output=output, **options)
+                code = function(*args, output=output, **options)
+            if not options["quiet"]:
+                closing.sum_up()
+            return code
 
         made = cast(F, command)
         for option in (
@@ -171,10 +188,10 @@ def common_options(
                 "--color",
                 type=Choice(["auto", "always", "never"]),
                 default="auto",
-                help="Colour of the text output.",
+                help="Color of the text output.",
             ),
             click.option("-q", "--quiet", is_flag=True, help="No messages and no progress on stderr."),
-            click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout."),
+            click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout."),
             *([_output_option] if writes_file else ()),
             click.option("--format", "output", **format_option),
         ):
@@ -275,18 +292,18 @@ _CLICK: dict[str, dict[str, Any]] = {
 
 
 ignore_checksums = click.option(
-    "--ignore-checksums", is_flag=True, help="Accept bytes that recorded checksums show to be others."
+    "--ignore-checksums", is_flag=True, help="Accept bytes that do not match their recorded checksums."
 )
 """For files that were edited in place, whose checksums are stale."""
 
 
 allow_part_option = click.option(
-    "--allow-part", is_flag=True, help="Take one part of a sharded checkpoint as it is, without the others."
+    "--allow-part", is_flag=True, help="Take one part of a sharded checkpoint without the others."
 )
 """For whatever else refuses a part."""
 
 
-tp_rules_option = click.option("--tp-rules", metavar="FILE", help="Rules that join tensor-parallel slices.")
+tp_rules_option = click.option("--tp-rules", metavar="FILE", help="Rules for joining tensor-parallel slices.")
 """The same."""
 
 
@@ -294,7 +311,7 @@ storage_option = _click_option(storage_options, {})
 """For whatever else reads checkpoints."""
 
 
-tag_option = click.option("--tag", metavar="NAME", help="Which of several steps in a training folder.")
+tag_option = click.option("--tag", metavar="NAME", help="Step to use in a training folder with several.")
 """For whatever else reads folders."""
 
 
@@ -302,13 +319,13 @@ jobs_option = click.option(
     "--jobs",
     type=click.IntRange(1),
     metavar="N",
-    help="Processes that share very many files; default: one for each core.",
+    help="Number of processes for many files; default: one per core.",
 )
 """For what deals with each file by itself."""
 
 
 files_from_option = click.option(
-    "--files-from", metavar="FILE", help="A list of more paths, one a line or each before a NUL; - is standard input."
+    "--files-from", metavar="FILE", help="File with more paths, one per line or before each NUL; - is standard input."
 )
 """The same."""
 
@@ -325,7 +342,7 @@ def with_listed(paths: Sequence[str], files_from: str | None) -> list[str]:
     from ckptkit.fleet.shares import STDIN, paths_from  # every command starts faster without
 
     if files_from == STDIN and STDIN in paths:
-        raise click.UsageError("--files-from - and the path -: standard input is one of them")
+        raise click.UsageError("--files-from - and the path -: only one of them can be standard input")
     return [*paths, *paths_from(files_from)]
 
 
@@ -336,28 +353,35 @@ def with_examples(*examples: str) -> str:
 
 def path_argument(name: str, **options: Any) -> Callable[[F], F]:
     """A file name or URL that is left to the command to open, so that every refusal reads alike."""
-    options["callback"] = lambda _, __, value: local(value)
+    several = options.get("nargs") == -1
+
+    def given(_: click.Context, __: click.Parameter, value: Any) -> Any:
+        return tuple(each for path in local(value) for each in places.expanded(path)) if several else local(value)
+
+    options["callback"] = given
     return click.argument(name, type=click.Path(path_type=str, readable=False), **options)
 
 
 def styler(color: str) -> Style:
-    """How to colour: always, never, or (auto) on a terminal where ``NO_COLOR`` is not set."""
+    """How to color: always, never, or (auto) on a terminal where ``NO_COLOR`` is not set."""
     wanted = color == "always" or (color == "auto" and ending.stdout().isatty() and not os.environ.get("NO_COLOR"))
     return click.style if wanted else lambda text, **_: text
 
 
 def terminal_width() -> int | None:
-    """Columns of the terminal that stdout is; ``None``: it is none, and lines are as long as they are."""
+    """Columns of the terminal that stdout is; ``None``: it is not one, and lines are as long as they are."""
     if not ending.stdout().isatty():
         return None
     import shutil
 
     width = shutil.get_terminal_size().columns
+    if encodable("…") != "…":
+        width -= _REPLACED
     return width if width >= _NARROWEST else None
 
 
 def echo(text: str = "") -> None:
-    """A line on stdout, colours kept as they were decided, whatever the terminal's encoding."""
+    """A line on stdout, colors kept as they were decided, whatever the terminal's encoding."""
     ending.write(encodable(text) + "\n")
 
 
@@ -414,7 +438,7 @@ def key_values(option: str, given: tuple[str, ...]) -> dict[str, str]:
     pairs = [(text, *text.partition("=")) for text in given]
     for text, key, equals, _ in pairs:
         if not key or not equals:
-            raise click.UsageError(f"{option} {text!r}: KEY=VALUE is expected")
+            raise click.UsageError(f"{option} {text!r}: expected KEY=VALUE")
     return {key: value for _, key, _, value in pairs}
 
 
@@ -422,7 +446,7 @@ def input_shape(text: str) -> tuple[int, ...]:
     """The shape that was given to ``--input-shape``.
 
     Raises:
-        click.UsageError: it is none.
+        click.UsageError: it is not one.
     """
     try:
         shape = tuple(int(part) for part in text.split(","))
@@ -430,7 +454,7 @@ def input_shape(text: str) -> tuple[int, ...]:
         shape = ()
     if not shape or min(shape) < 0:
         raise click.UsageError(
-            f"--input-shape {text!r}: whole numbers separated by commas are expected, as 1,3,224,224"
+            f"--input-shape {text!r}: expected whole numbers separated by commas, such as 1,3,224,224"
         )
     return shape
 

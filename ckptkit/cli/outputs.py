@@ -2,9 +2,9 @@
 
 - GitHub's workflow commands: ``::error file=PATH,title=TITLE::MESSAGE``; in values ``%``, carriage returns and newlines
   are escaped with their codes, in properties ``:`` and ``,`` too, as ``@actions/core`` does (``escapeData`` and
-  ``escapeProperty`` in https://github.com/actions/toolkit/blob/main/packages/core/src/command.ts).
-  Of a step GitHub shows ten annotations of each kind, and fifty of a job (its documentation of problem matchers says
-  so): the gravest come first, and a line says what is in the log and in the summary alone.
+  ``escapeProperty`` in https://github.com/actions/toolkit/blob/main/packages/core/src/command.ts). Of a step GitHub
+  shows ten annotations of each kind, and fifty of a job (its documentation of problem matchers says so): the most
+  severe come first, and a line says what is in the log and in the summary alone.
 - GitHub's summary of a step is markdown in the file that ``GITHUB_STEP_SUMMARY`` names, of at most 1024 KiB; of a
   longer one nothing is shown (https://docs.github.com/actions/reference/workflows-and-actions/workflow-commands).
 - GitLab's Code Quality report is a JSON array (https://docs.gitlab.com/ci/testing/code_quality/): what is wrong, the
@@ -16,8 +16,8 @@
   ``junit-10.xsd`` of Jenkins' xUnit plugin, which allows more.  A ``failure`` is a rule that is not kept, an ``error``
   one that could not be applied.
 - SARIF 2.1.0 is OASIS' (https://docs.oasis-open.org/sarif/sarif/v2.1.0/).  The codes found are the rules, with the
-  texts of ``ckptkit explain``; rule, expected and found stand under each result's ``properties``.  GitHub shows no
-  result without a line, so each has the first, which says no more than "this file".
+  texts of ``ckptkit explain``; rule, expected and found are under each result's ``properties``.  GitHub shows no result
+  without a line, so each has the first, which says no more than "this file".
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def findings_of(document: CheckDocument) -> Iterator[tuple[CheckedFile, list[Che
 
 
 _COMMANDS = {"error": "error", "warning": "warning", "info": "notice"}
-"""GitHub's commands by severity, the gravest first."""
+"""GitHub's commands by severity, the most severe first."""
 
 _MOST_ANNOTATIONS = 10
 """Of each kind that GitHub shows of one step."""
@@ -85,9 +85,9 @@ def github(document: CheckDocument, view: View) -> Iterator[str]:
 
 
 def add_summary(document: CheckDocument, view: View, path: str) -> Iterator[str]:
-    """Append the report as markdown to GitHub's summary of this step, the gravest findings first, as far as it fits.
+    """Append the report as markdown to GitHub's step summary, the most severe findings first, as far as it fits.
 
-    Gives the line that says why it could not be: the verdict is told all the same.
+    Yields a line that says why it could not be written; the verdict is reported all the same.
     """
     from ckptkit.cli.markdown import check
 
@@ -213,7 +213,7 @@ def gitlab(document: CheckDocument, view: View) -> Iterator[str]:
 def _from_root(path: str) -> str:
     """A path from the root of the repository, which GitLab's runner names, else from the working directory.
 
-    What lies elsewhere, or at a URL, is what it was named.
+    What is elsewhere, or at a URL, is what it was named.
     """
     root = os.environ.get("CI_PROJECT_DIR") or os.curdir
     if "://" not in path and "\0" not in path:

@@ -1,8 +1,8 @@
 """``ckptkit report FILES...``: several runs of a check as one, with one verdict, in any output that a check has.
 
-The runs are JSON Lines (`ckptkit.released.lines`), of which a file may hold several, and JSON documents.  What counts
-where they do not agree, and what is said where one is missing, is in `ckptkit.released.merging`.  What is written as
-JSON Lines here is a run like any other, and can be put together with more.
+The runs are JSON Lines (`ckptkit.released.lines`), of which a file may contain several, and JSON documents.  What
+counts where they do not agree, and what is said where one is missing, is in `ckptkit.released.merging`.  What is
+written as JSON Lines here is a run like any other, and can be combined with more.
 """
 
 from __future__ import annotations
@@ -27,19 +27,21 @@ __all__ = ["RENDERERS", "command"]
     ),
 )
 @ui.path_argument("files", nargs=-1, required=True)
-@click.option("--json-lines", "as_lines", is_flag=True, help="A line of JSON for each file, as ckptkit check has it.")
+@click.option(
+    "--json-lines", "as_lines", is_flag=True, help="Print a line of JSON for each file, as ckptkit check does."
+)
 @ui.common_options(RENDERERS, type=Choice(OUTPUTS), default=None, metavar="|".join(OUTPUTS))
 def command(files: tuple[str, ...], as_lines: bool, output: str | None, quiet: bool, color: str) -> int:
-    """Put runs of ckptkit check together: what --json-lines or --json wrote, on one machine or many.
+    """Combine runs of ckptkit check: what --json-lines or --json wrote, on one machine or several.
 
-    The parts of a job array (--part I/N) must all be there, and each run must have come to its end, with the same
-    version of ckptkit and the same policy; what is missing is told, and the whole is not green. Of a file that several
-    runs tell of the worst result counts; of a run that was resumed, the latest.
+    All parts of a job array (--part I/N) must be present, and each run must be complete, with the same version of
+    ckptkit and the same policy; otherwise the report says what is missing, and the result is not green.  If several
+    runs report on a file, the worst result counts; in a resumed run, the latest.
 
-    Exit code 0: all is as it must be; 1: something is not; 2: something was not checked.
+    Exit code 0: everything passed; 1: something failed; 2: something was not checked.
     """
     if as_lines and output is not None:
-        raise click.UsageError(f"--json-lines and --format {output}: give one of them")
+        raise click.UsageError(f"--json-lines and --format {output}: give only one of them")
     with ui.json_errors(output == "json"):
         report, head = merged(files)
     if as_lines:

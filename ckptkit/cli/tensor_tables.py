@@ -77,7 +77,7 @@ def flat(document: InspectedFile | Survey, view: View) -> Iterator[str]:
 
 
 def tree_table(lines: Sequence[OutlineLine], *, bars: bool = False) -> tuple[list[list[str]], list[str], str]:
-    """Rows, headers and alignment of the module tree; a dtype that all tensors have stands in the head."""
+    """Rows, headers and alignment of the module tree; a dtype that all tensors have is in the head."""
     has_roles = any(line.parameters or line.buffers for line in lines)
     has_buffers = any(line.buffers for line in lines)
     headers = [PARAMETERS, "buffers"][: 1 + has_buffers] if has_roles else ["elements"]
@@ -109,7 +109,7 @@ def _only(dtypes: Iterable[str]) -> str:
 
 
 def _note(line: OutlineLine, dtypes: str) -> str:
-    """What stands at the end of a line: of a tensor dtype and shape, which stay, and the name it is tied to."""
+    """What is at the end of a line: of a tensor dtype and shape, which stay, and the name it is tied to."""
     pieces = [*map(printable, line.pieces)]
     if not pieces or (not line.is_tensor and line.note == line.pieces[0]):
         return pieces[0] if pieces else Cell(dtypes, "")

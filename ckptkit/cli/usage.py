@@ -7,7 +7,6 @@ click finds what is wrong; what was probably meant is said here, for commands, o
 from __future__ import annotations
 
 import os
-import shlex
 from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import suppress
 from itertools import takewhile
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ckptkit.nearness import did_you_mean
+from ckptkit.shell import quoted
 
 if TYPE_CHECKING:
     _Choice = click.Choice[str]
@@ -63,7 +63,7 @@ def fail_command(ctx: click.Context, name: str, commands: Iterable[str]) -> None
     """
     meant = did_you_mean(name, commands, called=_CALLED)
     if not meant and os.path.exists(name):
-        meant = f"; did you mean ckptkit inspect {shlex.quote(name)}?"
+        meant = f"; did you mean ckptkit inspect {quoted(name)}?"
     ctx.fail(f"No such command {name!r}{meant or '.'}")
 
 
@@ -75,7 +75,7 @@ def tell(error: click.ClickException) -> str:
         if isinstance(command, click.Group):
             commands = filter(None, (command.get_command(error.ctx, name) for name in command.list_commands(error.ctx)))
             if any(error.option_name in _options(each) for each in commands):
-                meant = f"; it stands after the command: ckptkit COMMAND {error.option_name}"
+                meant = f"; put it after the command: ckptkit COMMAND {error.option_name}"
         error = click.UsageError(error.message.removesuffix(".") + (meant or "."), error.ctx)
     with suppress(OSError, ValueError):
         error.show()

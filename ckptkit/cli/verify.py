@@ -9,9 +9,9 @@ import click
 
 from ckptkit import api
 from ckptkit.bytesource import pace
-from ckptkit.cli import ending
+from ckptkit.cli import closing, ending
 from ckptkit.cli import options as ui
-from ckptkit.cli.closing import combined_lines
+from ckptkit.cli.closing import combined_lines, verified
 from ckptkit.cli.tables import padded, wrapped
 from ckptkit.options import VerifyOptions
 from ckptkit.report import printable
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["RENDERERS", "Row", "check_rows", "command", "text"]
 
 _SOUND = {
-    "load": "every tensor in the model is the file's",
+    "load": "every tensor in the model matches the file",
     "weights": "finite, no matrix all zero, running variances positive",
 }
 """What a check that found nothing has to say, where it leaves no note."""
@@ -112,15 +112,15 @@ RENDERERS: dict[str, ui.Renderer] = {
 @ui.options_of(VerifyOptions)
 @ui.common_options(RENDERERS)
 def command(path: str, output: str, quiet: bool, color: str, **given: Any) -> int:
-    """Load PATH into a reference model, strictly, and examine what it computes.
+    """Load PATH strictly into a reference model, and check what it computes.
 
-    The checkpoint is read by ckptkit and never executed (but with --unsafe-load); the reference's own code is.
+    ckptkit reads the checkpoint and never executes it (except with --unsafe-load); it does run the reference's code.
     Exit code 0: it fits, runs and agrees; 1: it does not; 2: it could not be checked.
 
-    Outputs agree when no element differs by more than atol + rtol times the largest magnitude in the output.
-    Default rtol, by the least precise dtype of weights and outputs: float64 1.5e-8, float32 3.5e-4, float16 3.2e-2,
-    bfloat16 8.9e-2. Default atol: four times the output's own noise, which is measured by computing it again on
-    another number of threads, in another batch and with other rounding; a golden keeps that of when it was written.
+    Outputs agree if no element differs by more than atol + rtol times the largest magnitude in the output.  Default
+    rtol, by the least precise dtype of weights and outputs: float64 1.5e-8, float32 3.5e-4, float16 3.2e-2, bfloat16
+    8.9e-2.  Default atol: four times the output's own noise, measured by computing it again with another number of
+    threads, in another batch and with different rounding; a golden file keeps the noise from when it was written.
     """
     ending.keep_stdout()
     with ui.json_errors(output == "json"), ending.ticking():
@@ -128,5 +128,7 @@ def command(path: str, output: str, quiet: bool, color: str, **given: Any) -> in
         report = api.verify(path, **ui.keywords_of(VerifyOptions, given))
     written = any(finding.code == "golden-written" for finding in report.findings)
     code = ending.verdict(0 if report.ok else 1, f"{printable(given['write_golden'])} was written" if written else "")
+    if output == "text":
+        closing.summary(verified(report.to_dict()))
     ui.show(report.to_dict(), output, RENDERERS, ui.View(ui.styler(color), ui.terminal_width(), quiet))
     return code

@@ -1,6 +1,6 @@
 """What ``ckptkit explain`` tells: every finding code, what it means and how to fix it; and topics.
 
-Codes are stable: scripts match on them.  They stand with the commands that report them.
+Codes are stable: scripts match on them.  They are listed with the commands that report them.
 
 A topic is a markdown file in ``topics`` of at most 60 lines, which anybody can read as it is.  Its first line is
 ``# NAME: TITLE``.  Its prose keeps to 80 columns; a comment ``<!-- table: NAME -->`` is where a table stands that is

@@ -1,4 +1,4 @@
-"""What the findings about what a file holds mean."""
+"""What the findings about the content of a file mean."""
 
 from __future__ import annotations
 

@@ -2,16 +2,16 @@
 
 What an output says about its making: the source's SHA-256, the operations, the ckptkit version.
 
-A receipt stands in the string metadata (`ckptkit.normalize.selection`): JSON, a list that begins with those the source
-had, so that the last element is about this file::
+A receipt is in the string metadata (`ckptkit.normalize.selection`): JSON, a list that begins with those the source had,
+so that the last element is about this file::
 
     [{"ckptkit": "0.1.0", "format": "torch-zip", "sha256": "9f86d0…", "operations": ["StripModule()"]}]
 
 ``sha256`` is of the source's bytes; of a sharded source it is an object: the SHA-256 of the index and of each
 shard, by name.  Nothing in a receipt depends on time, place or machine.
 
-The digests are computed while the bytes are moved, and so after the metadata is laid out.  Until then
-unguessable tokens of the same length stand in their place.
+The digests are computed while the bytes are moved, and so after the metadata is laid out.  Until then unguessable
+tokens of the same length are in their place.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Job:
 
     Attributes:
         checkpoint: what is written, its metadata included.
-        source: the open file its bytes lie in.
+        source: the open file its bytes are in.
         asked: the destination that was asked for.
         path: the file, or the folder, that is written: of shards, their index.
         plan: how.
@@ -90,14 +90,14 @@ class Job:
 
         Args:
             checkpoint: what is to be written.
-            file: the source its bytes lie in.
+            file: the source its bytes are in.
             destination: the output.
             options: the container, the size of shards, and whether the metadata tell how it was made: with the
                 SHA-256 of the source where the output is written and checked, and nearly all of a source that is far is
                 read for it.
 
         Raises:
-            RewriteError: the container cannot hold the checkpoint.
+            RewriteError: the container cannot store the checkpoint.
         """
         given = options.max_shard_size
         size: Any = parse_size(given) if isinstance(given, str) else given
@@ -207,6 +207,7 @@ class Outcome:
         changes = cast("ConvertDetails", {} if self.conversion is None else self.conversion.details(plan))
         details: ConvertDetails = {
             "source": self.job.source.path,
+            "source_nbytes": self.job.source.total_size,
             "destination": self.job.path,
             "written": written,
             "checked": written and self.options.check,
@@ -299,7 +300,7 @@ def run(
 
 
 def _is_held(options: ConvertOptions, task: PartTask | None) -> bool:
-    """Whether what the source recorded of its bytes is held against them: of several parts the first does it."""
+    """Whether what the source recorded of its bytes is checked against them: of several parts the first does it."""
     share = options.part if task is None else task.share
     is_wanted = options.check and not (options.ignore_checksums or options.dry_run or options.finish)
     return is_wanted and (share is None or share.index == 1)
@@ -332,7 +333,7 @@ def _carried_out(
 
 
 def write_part(task: PartTask) -> PartRecord:
-    """Write one part of an output, as a worker: the source is opened anew, by its path.
+    """Write one part of an output, as a worker: the source is opened again, by its path.
 
     Raises:
         As `ckptkit.convert`.
@@ -433,7 +434,7 @@ def convert_file(source: str, destination: str, options: ConvertOptions) -> Repo
 
 
 def replace_file(source: str, _: str, options: ConvertOptions) -> Report[ConvertDocument]:
-    """Convert a file by its path into itself; its second argument is the same path, as of `convert_file`.
+    """Convert a file by its path into itself; its second argument is the same path, as in `convert_file`.
 
     Raises:
         As `ckptkit.convert`.

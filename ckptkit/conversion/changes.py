@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -20,6 +19,7 @@ from ckptkit.pickling.reader import read_pickle
 from ckptkit.pickling.trust import global_uses, merge_uses, with_places
 from ckptkit.plan import Gather, LiteralBytes, Plan
 from ckptkit.report import Finding, convert_command, count_of, glob_of, human_size, listed, share_of
+from ckptkit.shell import quoted
 
 if TYPE_CHECKING:
     from ckptkit.casting import Losses
@@ -230,7 +230,7 @@ def diagnose_losses(
         result: as it is written.
         plan: of the output.
         leave_out: paths of parts that were to be left out.
-        beside: the checkpoint without what of it the metadata hold; ``None``: they hold nothing of it.
+        beside: the checkpoint without what of it the metadata hold; ``None``: they contain nothing of it.
     """
     if source.origin.is_program:
         pairs = mapping_items(source.rest) or []
@@ -263,7 +263,7 @@ def diagnose_losses(
                 severity="warning",
                 message=f"{path!r:.200}, {kinds[path]} of {count_of(len(inside), 'tensor')}, is not in the output: "
                 "it also contains weights, under other names",
-                fix=f"--section {shlex.quote(path)}",
+                fix=f"--section {quoted(path)}",
             )
     outside = [f"{found.path:.100} ({brief(found.node)})" for found in lost if found.section is None]
     if outside:
@@ -295,7 +295,7 @@ def diagnose_beside(
 
     Args:
         kept: what was to be kept and is.
-        left: what was to be kept and is no plain value, with what it holds.
+        left: what was to be kept and is not a plain value, with what it holds.
         plain: names of the plain values of the state_dict that are not in the output.
         text: what the metadata hold of them.
     """

@@ -1,4 +1,4 @@
-"""The document of ``ckptkit convert`` on a folder; what documents are, `ckptkit.documents` says."""
+"""The document of ``ckptkit convert`` on a folder; `ckptkit.documents` says what documents are."""
 
 from __future__ import annotations
 
@@ -21,25 +21,23 @@ class ReplacedDocument(ConvertDocument):
 
 
 class ConvertedFile(ConvertDocument):
-    """A file of a folder that was converted, or with ``--dry-run`` would be.
+    """A file of a folder that was converted or, with ``--dry-run``, would be.
 
     Attributes:
-        source_nbytes: of the file, with its shards.
         seconds: that it took.
-        error: none; by it the two kinds of files are told apart.
+        error: ``None``; this distinguishes the two kinds of files.
     """
 
-    source_nbytes: int
     seconds: float
     error: None
 
 
 class UnconvertedFile(TypedDict):
-    """A file of a folder that could not be converted, or a folder whose files are together one checkpoint.
+    """A file of a folder that could not be converted, or a folder whose files form one checkpoint.
 
     Attributes:
-        destination: what was not written; ``None``: it was not tried.
-        written: that it was not.
+        destination: the output that was not written; ``None``: it was not tried.
+        written: false.
     """
 
     source: str
@@ -55,11 +53,11 @@ class ConvertFolderDetails(TypedDict):
 
     Attributes:
         source, destination: the folders.
-        written: whether outputs were to be; with ``--dry-run`` none is.
-        files: those that were converted, in the order of the walk, after those that could not even be tried.
-        passed_over: how many files of each kind are not checkpoints, or other names of those that are.
+        written: whether outputs should be written; not with ``--dry-run``.
+        files: the converted files, in the order of the walk, after those that could not be tried.
+        passed_over: how many files are not checkpoints, or are other names of checkpoints, by kind.
         passed_over_files: these, by path, with their kinds.
-        seconds: that all of it took.
+        seconds: total time.
     """
 
     source: str
@@ -72,7 +70,7 @@ class ConvertFolderDetails(TypedDict):
 
 
 class ConvertFolderDocument(ConvertFolderDetails):
-    """What ``ckptkit convert`` tells of a folder.
+    """The document of ``ckptkit convert`` for a folder.
 
     Attributes:
         ok: whether every file was converted.

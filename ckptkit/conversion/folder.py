@@ -1,6 +1,6 @@
 """Folder to folder: each checkpoint below one is converted to the same place below another.
 
-What lies in the source folder is listed first (`ckptkit.formats.folder`), so that no output is taken for a source, and
+What is in the source folder is listed first (`ckptkit.formats.folder`), so that no output is taken for a source, and
 all names are settled (`ckptkit.conversion.outputs`).  Then one file is converted after the other, or several by workers
 side by side, each with the guarantees of a conversion of its own; one that cannot be is told, and the others go on.
 
@@ -75,10 +75,10 @@ def convert_folder(source: str, destination: str, options: ConvertOptions, conve
 
 
 def convert_files(sources: Sequence[str], destination: str, options: ConvertOptions, convert: Convert) -> Report[Any]:
-    """Convert each of several files into a folder, as `convert_folder` does those that lie below one.
+    """Convert each of several files into a folder, as `convert_folder` does those that are below one.
 
     Raises:
-        RewriteError: the destination is no folder, two files would get one name, or options are wrong.
+        RewriteError: the destination is not a folder, two files would get one name, or options are wrong.
         DestinationExistsError: outputs exist and are not to be replaced.
     """
     started = time.monotonic()
@@ -95,7 +95,7 @@ def convert_files(sources: Sequence[str], destination: str, options: ConvertOpti
 
 
 def shared_folder(paths: Sequence[str]) -> str:
-    """The folder that all lie below."""
+    """The folder that all are below."""
     with contextlib.suppress(ValueError):  # on several drives, or of paths some absolute
         return os.path.commonpath([os.path.dirname(path) for path in paths]) or os.curdir
     return os.curdir
@@ -122,7 +122,7 @@ def converted_all(
         source: the folder, for the report.
         destination: that of the outputs.
         refused: what could not even be tried, and why.
-        passed: what is no checkpoint, with its kind.
+        passed: what is not a checkpoint, with its kind.
     """
     files = [_unconverted(path, None, error, 0, 0.0) for path, error in refused.items()]
     tasks = [_Task(item.source, item.destination, item.nbytes) for item in items]
@@ -184,7 +184,7 @@ def _outcomes(
 
 
 def _written_before(task: _Task, convert: Convert, options: ConvertOptions) -> ConvertedFile | UnconvertedFile | None:
-    """The document of a file whose output came to be meanwhile, by a worker that died before it could tell of it.
+    """The document of a file whose output came to be in the meantime, by a worker that died before it could tell of it.
 
     No output was there at first.  What is there now is taken for this file's where it is the same to the byte.
     """
@@ -233,7 +233,7 @@ def _converted(convert: Convert, options: ConvertOptions, folder: str, task: _Ta
 def outcome(
     convert: Convert, source: str, destination: str, nbytes: int, options: ConvertOptions
 ) -> ConvertedFile | UnconvertedFile:
-    """What came of one file of a folder, as it stands in JSON documents.
+    """What came of one file of a folder, as it is in JSON documents.
 
     Args:
         convert: converts one file.
@@ -318,7 +318,7 @@ def _require_options(options: ConvertOptions, destination: str) -> None:
 
 
 def _surveyed(source: str, destination: str, files_from: str | None) -> FolderSurvey:
-    """What lies in the source folder; the destination folder is passed over where it is inside.
+    """What is in the source folder; the destination folder is skipped where it is inside.
 
     Args:
         source: the folder.
@@ -327,7 +327,7 @@ def _surveyed(source: str, destination: str, files_from: str | None) -> FolderSu
 
     Raises:
         FileAccessError: there is no checkpoint, or the list cannot be read.
-        RewriteError: it lists what does not lie in the folder.
+        RewriteError: it lists what is not in the folder.
     """
     from ckptkit.formats.folder import Surveyor
 

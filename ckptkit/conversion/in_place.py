@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import shlex
 import shutil
 import time
 from collections.abc import Iterator
@@ -25,6 +24,7 @@ from ckptkit.conversion.folder import converted_all, shared_folder
 from ckptkit.conversion.outputs import Item, require_confirmed
 from ckptkit.errors import FileAccessError, RewriteError
 from ckptkit.report import Report
+from ckptkit.shell import quoted
 from ckptkit.transfer.names import beside
 
 if TYPE_CHECKING:
@@ -93,10 +93,10 @@ def replacing(path: str, options: ConvertOptions) -> Iterator[Replacing]:
 
 
 def _require_file(path: str) -> None:
-    """Refuse what is no local file by its path alone.
+    """Refuse what is not a local file by its path alone.
 
     Raises:
-        RewriteError: it is none.
+        RewriteError: it is not one.
     """
     what = None
     if path == formats.STDIN:
@@ -113,7 +113,7 @@ def _require_file(path: str) -> None:
 
 def _instead(path: str) -> str:
     """How to say what to do in place of it."""
-    return "" if os.path.isdir(path) else f"; name a new one: ckptkit convert {shlex.quote(places.shown(path))} NEW"
+    return "" if os.path.isdir(path) else f"; name a new one: ckptkit convert {quoted(places.shown(path))} NEW"
 
 
 def _container(path: str, checkpoint: Checkpoint, file: Source, options: ConvertOptions) -> str:
@@ -125,15 +125,15 @@ def _container(path: str, checkpoint: Checkpoint, file: Source, options: Convert
     own = formats.format_named(checkpoint.origin.format)
     what = None
     if own.shards is not None or own.is_folder or formats.hashed_parts(file):
-        what = "is one of the files of a checkpoint that lies in several"
+        what = "is one of several files of a checkpoint"
     elif not isinstance(file, SourceFile):
-        what = "is compressed, or holds the checkpoint as an archive does"
+        what = "is compressed, or is an archive with the checkpoint in it"
     if what is not None:
         raise RewriteError(f"{path}: {what}; --in-place replaces one plain file{_instead(path)}", path=path)
     if options.to is None:
         if own.writer is not None:
             return own.name
-        told = f"is {own.name}, which is read and not written; --to torch-zip makes that of it"
+        told = f"is {own.name}, which ckptkit reads but does not write; --to torch-zip converts it to that"
         raise RewriteError(f"{path}: {told}{_instead(path)}", path=path)
     _, asked, most = formats.target(path, options.to)
     if most is not None or asked.is_folder:

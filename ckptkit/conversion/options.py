@@ -5,7 +5,6 @@ Which of a file's weights are those of a model: each section is tried as if it h
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING
@@ -50,6 +49,7 @@ from ckptkit.rewrite.beside import without_plain_values
 from ckptkit.rewrite.dtype import scaled_pairs
 from ckptkit.rewrite.like import Fitting
 from ckptkit.rewrite.storages import dead_bytes
+from ckptkit.shell import command_line
 
 if TYPE_CHECKING:
     from ckptkit.documents import CastDocument, ChangesDocument
@@ -111,7 +111,7 @@ def _described(result: Checkpoint, metadata: Mapping[str, str]) -> Checkpoint:
 
 
 def tensorless_parts(checkpoint: Checkpoint) -> list[str]:
-    """What is no tensor: keys of the file's own dict or list, names in its state_dict, arrays of types torch lacks."""
+    """Values that are not tensors: keys of the file's dict or list, names in its state_dict, arrays of other types."""
     rest = checkpoint.rest
     pairs = mapping_items(rest) or (list(enumerate(rest)) if isinstance(rest, (list, tuple)) else [])
     pairs = [*pairs, *checkpoint.state_dict.extra.items()]
@@ -162,8 +162,8 @@ class Conversion:
     Args:
         source: the checkpoint as it was read.
         options: what to do to it.
-        tensors_alone: whether what is written holds tensors and strings alone.
-        weights_alone: whether it holds a state_dict alone.
+        tensors_alone: whether what is written contains tensors and strings alone.
+        weights_alone: whether it contains a state_dict alone.
         restored: whether values of its metadata were brought back to their places, and are to be kept.
 
     Attributes:
@@ -251,7 +251,7 @@ class Conversion:
         return values_restored(result) if self._beside is not None and not self._weights_alone else result
 
     def _placed(self, result: Checkpoint) -> Checkpoint:
-        """The weights where they are to be, and what stands beside and among them where it can be."""
+        """The weights where they are to be, and what is beside and among them where it can be."""
         options = self._options
         if options.as_key is not None:
             if self._weights_alone:
@@ -355,7 +355,7 @@ class Conversion:
         yield from diagnose_casts(self.result, tally)
 
     def details(self, plan: Plan) -> ChangesDocument:
-        """What was changed, as it stands in JSON documents."""
+        """What was changed, as it is in JSON documents."""
         entries, like = self.result.state_dict, self._like
         casts: list[CastDocument] = []
         for name, entry in entries.items():
@@ -382,7 +382,7 @@ _MAX_SECTIONS = 16
 
 
 def unselected_weights(checkpoint: Checkpoint) -> list[str]:
-    """The sections of the file that hold weights and are not the one selected."""
+    """The sections of the file that contain weights and are not the one selected."""
     return [s.path for s in checkpoint.sections if s.is_weights and not s.selected]
 
 
@@ -442,7 +442,7 @@ def section_like(checkpoint: Checkpoint, file: Source, options: ConvertOptions) 
             tensors = _tensors(named, fitting)
             if tensors not in found:
                 found[tensors] = path
-                labels.append(shlex.join(["--section", path, *fitting.options]))
+                labels.append(command_line(["--section", path, *fitting.options]))
         problems.append(f"{path!r} {like.misfit(max(fittings, key=lambda fitting: len(fitting.sources)))}")
     if len(set(found.values())) > 1:
         raise RewriteError(

@@ -1,13 +1,12 @@
 """What changed between two checkpoints, whatever their containers: `differ` makes a `Difference`.
 
-The weights are compared name by name; what has another name is looked for by content and by shape (`pairs`).
-Bits decide (`bits`); figures are computed of what differs alone (`figures`).  What stands beside the weights is
-compared too: sections, scalars, and everything in both files' trees (`rest`).
+The weights are compared name by name; renamed tensors are found by content and by shape (`pairs`).  Bits decide
+(`bits`); figures are computed only for tensors that differ (`figures`).  What is beside the weights is compared too:
+sections, scalars, and everything in both files' trees (`rest`).
 """
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal
@@ -34,6 +33,7 @@ from ckptkit.normalize.selection import paths_listed, weights_paths
 from ckptkit.normalize.tensors import storage_names
 from ckptkit.report import Finding, count_of, listed
 from ckptkit.rewrite.names import module_paths
+from ckptkit.shell import command_line
 
 if TYPE_CHECKING:
     from ckptkit.differences.difference import ModuleRow, SectionRow, TieRow
@@ -74,10 +74,10 @@ def differ(
         a: the first.
         b: the second.
         beside: whether the parts beside the weights are compared too.
-        tolerance: what counts as unchanged; ``None``: the same bits alone.
-        strict: whether what stands beside the tensors counts for `Difference.ok`.
+        tolerance: what counts as unchanged; ``None``: only the same bits.
+        strict: whether what is beside the tensors counts for `Difference.ok`.
         allow_part: whether they may be parts of checkpoints.
-        progress: called with the bytes gone through so far, and those to go through in all.
+        progress: called with the bytes processed so far and the total.
 
     Raises:
         SectionError: it is not clear which weights are meant, or there is nothing to compare.
@@ -329,7 +329,7 @@ def _prefixes(
         for side, each in (("a", a), ("b", b))
         for word in each.origin.options
     ]
-    fix = shlex.join(["ckptkit", "diff", a.origin.path, b.origin.path, *options, *given, "--strip-module"])
+    fix = command_line(["ckptkit", "diff", a.origin.path, b.origin.path, *options, *given, "--strip-module"])
     yield Finding(code="prefix-differs", severity="warning", message=message, fix=fix)
 
 
@@ -356,13 +356,12 @@ def _ties_told(ties: Sequence[TieRow]) -> Iterator[Finding]:
 
 
 def rolled_up(statuses: Mapping[str, str], largest: Mapping[str, float]) -> tuple[ModuleRow, ...]:
-    """One row for each module, or tensor, that stands for differences.
+    """One row for each module, or tensor, that sums up differences.
 
-    The highest module below which nothing stayed as it was stands for all in it.  Where only ``fc.weight`` and
+    The highest module in which everything changed represents everything in it.  Where only ``fc.weight`` and
     ``fc.bias`` changed that is ``fc``; where all of ``layer1.0.conv1`` changed and the rest of ``layer1.0`` did not,
-    ``layer1.0.conv1``.  Counters of batches do not keep a module from standing for what is in it.  Where that makes
-    more rows than can be read, modules of as many segments as still can be stand for what differs in them.  Names are
-    split on dots to *show* this; nothing is rebuilt from it.
+    ``layer1.0.conv1``.  Batch counters are ignored for this.  If that makes too many rows to read, modules with fewer
+    segments represent what differs in them.  Names are split on dots only to *show* this; nothing is rebuilt from it.
 
     Args:
         statuses: of every name: `UNCHANGED`, or what happened to it.

@@ -1,7 +1,7 @@
-"""Whether tensors hold the same bits: read side by side, a piece at a time.
+"""Whether tensors have the same bits: read side by side, a piece at a time.
 
-Tensors whose values lie in a row are compared as they lie, and nothing is computed; numpy is imported only for
-what has to be gathered.
+Tensors whose values are in a row are compared as they lie, and nothing is computed; numpy is imported only for what has
+to be gathered.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def unexpanded(a: TensorEntry, b: TensorEntry) -> tuple[TensorEntry, TensorEntry
     """Two tensors of one shape with each dimension that both expand (stride 0) taken once.
 
     Returns:
-        The two, and how often each of their elements stands in the whole; ``None``: both are views of far more
-        elements than their storages hold, which a few bytes of a file can ask for.
+        The two, and how often each of their elements is in the whole; ``None``: both are views of far more elements
+        than their storages hold, which a few bytes of a file can ask for.
     """
     copies = 1
     if a.shape == b.shape and 0 in a.stride and 0 in b.stride and 0 not in a.shape:
@@ -61,7 +61,7 @@ def pieces(a: TensorEntry, b: TensorEntry, elements: int) -> Iterator[tuple[Tens
 
 
 def same_piece(a: TensorEntry, b: TensorEntry, checksums: Checksums, ahead: tuple[Ahead, Ahead] | None = None) -> bool:
-    """Whether two tensors of one dtype and as many elements hold the same bits, in C order.
+    """Whether two tensors of one dtype and as many elements have the same bits, in C order.
 
     Args:
         a: one.
@@ -106,7 +106,7 @@ def held(entry: TensorEntry) -> TensorEntry:
 
 
 def _lying(entry: TensorEntry) -> ByteRange:
-    """The bytes of a tensor whose values lie in a row."""
+    """The bytes of a tensor whose values are in a row."""
     source, nbytes = entry.storage.source, entry.nbytes
     if nbytes != source.nbytes:
         source = source.part(entry.storage_offset * entry.itemsize, nbytes)

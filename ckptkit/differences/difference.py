@@ -1,4 +1,4 @@
-"""What changed between two checkpoints: the record, and the document that text, JSON and markdown are made of."""
+"""What changed between two checkpoints: the record, and the document that text, JSON and markdown are made from."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class DiffFile(TypedDict):
 
 
 class NanCounts(TypedDict):
-    """Elements that are NaN in one file alone, in both, and in both with other signs."""
+    """Elements that are NaN in only one file, in both, and in both with different signs."""
 
     a: int
     b: int
@@ -55,8 +55,8 @@ class FiguresRow(TypedDict):
         cosine: -1 to 1.
         equal_share: of the elements that are the same, 0 to 1.
         elements, differing: how many there are, and how many are not the same.
-        infinite: elements that are infinite in one alone, or with another sign.
-        zero_signs: zeros of another sign.
+        infinite: elements that are infinite in only one, or with another sign.
+        zero_signs: zeros with another sign.
         only_zero_signs, only_nan_bits: whether nothing else differs.
     """
 
@@ -81,7 +81,7 @@ class _Was(TypedDict, total=False):
 
 
 class ChangedRow(FiguresRow, _Was):
-    """A tensor with other values."""
+    """A tensor with different values."""
 
     name: str
     dtype: str
@@ -89,7 +89,7 @@ class ChangedRow(FiguresRow, _Was):
 
 
 class RecastRow(_FromText, FiguresRow, _Was):
-    """A tensor of another dtype; ``equal_after_cast``: in one of the two (``None``: it cannot be told)."""
+    """A tensor with another dtype; ``equal_after_cast``: in one of the two dtypes (``None``: unknown)."""
 
     name: str
     to: str
@@ -103,7 +103,7 @@ class _Dtypes(TypedDict, total=False):
 
 
 class ReshapedRow(_FromShape, _Was, _Dtypes):
-    """A tensor of another shape; ``same_values``: the same bits in order (``None``: not as many, or other dtypes)."""
+    """A tensor with another shape; ``same_values``: the same bits in order (``None``: not as many, or other dtypes)."""
 
     name: str
     to: list[int]
@@ -111,7 +111,7 @@ class ReshapedRow(_FromShape, _Was, _Dtypes):
 
 
 class RenamedRow(_FromText):
-    """A tensor of another name; see `ckptkit.differences.pairs`."""
+    """A tensor with another name; see `ckptkit.differences.pairs`."""
 
     to: str
     by: Literal["content", "shape"]
@@ -143,7 +143,7 @@ class ScalarRow(TypedDict):
 
 
 class SectionRow(TypedDict):
-    """Another part that holds tensors.
+    """Another part that contains tensors.
 
     Attributes:
         a, b: how many tensors it has; ``None``: that file has no such part.
@@ -176,7 +176,7 @@ class TieRow(TypedDict):
 
 
 class ModuleRow(TypedDict):
-    """A module, or a tensor, that stands for differences.
+    """A module, or a tensor, that sums up differences.
 
     Attributes:
         tensors, differing: how many are in it, and how many of them differ.
@@ -192,7 +192,7 @@ class ModuleRow(TypedDict):
 
 
 class DiffDocument(TypedDict):
-    """What ``ckptkit diff`` tells; what each field is, `Difference` says."""
+    """The document of ``ckptkit diff``; `Difference` describes the fields."""
 
     schema_version: int
     equal: bool
@@ -250,29 +250,29 @@ _PLURALS = {"differs": "differ", "has another dtype": "have another dtype", "has
 class Difference:
     """What changed from a checkpoint ``a`` to a checkpoint ``b``, whatever their containers.
 
-    Names are those in ``b``, of removed tensors those in ``a``.  Every list is JSON-ready.
+    Names are those in ``b``, or for removed tensors those in ``a``.  Every list is JSON-ready.
 
     Attributes:
         a, b: the files.
         unchanged: how many tensors have the same name, shape, dtype and bits in both.
         added, removed: names that only ``b``, and only ``a``, has.
-        renamed: tensors of another name.
-        reshaped: of another shape.
-        recast: of another dtype.
-        changed: of other values, the largest change first.
-        within_tolerance: the same of what is no difference because of the tolerance that was asked for.
-        values: what is not a plain tensor (quantized, extra state) and differs.
-        not_compared: what could not be.
-        same_order: whether what both have stands in the same order.
+        renamed: tensors with another name.
+        reshaped: tensors with another shape.
+        recast: tensors with another dtype.
+        changed: tensors with different values, the largest change first.
+        within_tolerance: the same for tensors that differ only within the tolerance.
+        values: values that are not plain tensors (quantized, extra state) and differ.
+        not_compared: what could not be compared.
+        same_order: whether what both have is in the same order.
         metadata, training: what differs of each.
-        sections: the other parts that hold tensors.
+        sections: the other parts that contain tensors.
         tree: all that differs in the files' trees: beside the weights, in attributes of modules and of tensors, in
             classes and settings.  Tensors come first, then the order is the file's; at most 1,000 are listed.
         tree_differences: how many there are.
         ties: names that are one tensor in only one of the files.
         modules: the differences rolled up; see `ckptkit.differences.rolled_up`.
         findings: what is remarkable about it.
-        strict: whether what stands beside the tensors counts for `ok`.
+        strict: whether what is beside the tensors counts for `ok`.
     """
 
     a: DiffFile
@@ -325,7 +325,7 @@ class Difference:
 
     @property
     def equal(self) -> bool:
-        """Whether both hold the same tensors: names, shapes, dtypes, values; in every part and place that both have."""
+        """Whether both have the same tensors: names, shapes, dtypes, values; in every part and place that both have."""
         differs = (
             self.added or self.removed or self.renamed or self.reshaped or self.recast or self.changed
             or self.values or self.not_compared or any(section["equal"] is False for section in self.sections)
@@ -341,12 +341,12 @@ class Difference:
 
     @property
     def ok(self) -> bool:
-        """Whether the exit code is 0: `equal`, and where it was asked to be strict `same_beside`."""
+        """Whether the exit code is 0: `equal` and, if strict, `same_beside`."""
         return self.equal and (self.same_beside or not self.strict)
 
     @property
     def tensors(self) -> int:
-        """Tensors, and values that are none, in the weights of either; what both have counts once."""
+        """Number of tensors and other values in the weights of either; what both have counts once."""
         touched = {each["name"] for each in (*self.reshaped, *self.recast, *self.changed, *self.within_tolerance)}
         touched |= {each["name"] for each in (*self.values, *self.not_compared)} | {each["to"] for each in self.renamed}
         return self.unchanged + len(touched) + len(self.added) + len(self.removed)

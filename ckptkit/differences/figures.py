@@ -143,7 +143,7 @@ def measure_pair(a: TensorEntry, b: TensorEntry, tolerance: Tolerance, measured:
         a: the first tensor.
         b: the second.
         tolerance: what `Sums.outside` is counted by.
-        measured: called with the bytes that were gone through.
+        measured: called with the bytes that were processed.
     """
     import numpy
 
@@ -165,7 +165,7 @@ def _block(left: memoryview, right: memoryview, a: str, b: str, tolerance: Toler
 
 
 def _whole(left: memoryview, right: memoryview, a: str, b: str, tolerance: Tolerance) -> Sums:
-    """Whole numbers: their differences are computed as unsigned integers, which hold all there are."""
+    """Whole numbers: their differences are computed as unsigned integers, which contain all there are."""
     import numpy
 
     wide = numpy.uint64 if a == "uint64" else numpy.int64
@@ -260,7 +260,7 @@ def _count(mask: Any) -> int:
 
 
 def _values(data: memoryview | bytes, dtype: str) -> Any:
-    """The elements; of a bool whatever is no zero is true, as in C."""
+    """The elements; of a bool whatever is not zero is true, as in C."""
     import numpy
 
     if DTYPES[dtype].kind == "bool":

@@ -5,14 +5,14 @@ bits.  Where several have the same (zeros, counters of batches), those whose nam
 is left over in file order.  Then by shape: tensors of one dtype and shape, whose names end in the same segment, and of
 which both files have as many, are matched in file order; that is a guess unless there is but one.
 
-Whether tensors hold the same bits: read side by side, a piece at a time.
+Whether tensors have the same bits: read side by side, a piece at a time.
 
-Tensors whose values lie in a row are compared as they lie, and nothing is computed; numpy is imported only for
-what has to be gathered.
+Tensors whose values are in a row are compared as they lie, and nothing is computed; numpy is imported only for what has
+to be gathered.
 
 The figures of many pairs of tensors, in pieces and on every core; only then is numpy imported.
 
-The reading: which pairs of tensors hold the same bits, and by how much the others differ; on every core.
+The reading: which pairs of tensors have the same bits, and by how much the others differ; on every core.
 
 A pair is compared once however many names it has.  Bits come first, up to the first piece that differs; values are
 computed only of what was found to differ, which is when numpy is imported.  Of files that are far each piece is held in
@@ -75,7 +75,7 @@ class Renamed:
     confidence: Literal["certain", "likely", "guess"]
 
     def to_dict(self) -> RenamedRow:
-        """As it stands in JSON."""
+        """As it is in JSON."""
         return {"from": self.old, "to": self.new, "by": self.by, "confidence": self.confidence}
 
 
@@ -137,7 +137,7 @@ def _grouped(names: Iterable[str], key: Callable[[str], Any]) -> dict[Hashable, 
 
 
 def _digests(entries: list[TensorEntry], checksums: Checksums) -> dict[tuple[object, ...], str | None]:
-    """A digest of each, with its dtype and shape, by view; ``None``: its values cannot be gone through."""
+    """A digest of each, with its dtype and shape, by view; ``None``: its values cannot be processed."""
     most = DEFAULT_LIMITS.overlap
     by_view = {entry.view: entry for entry in entries if entry.nbytes <= most * max(entry.storage.nbytes, 1)}
     found: dict[tuple[object, ...], str | None] = {}
@@ -238,7 +238,7 @@ class PairReader:
     """Pairs of tensors to compare, collected first so that several threads can share them.
 
     Args:
-        progress: called with the bytes gone through so far, and those to go through in all.
+        progress: called with the bytes processed so far, and those to go through in all.
         tolerance: by which what differs is measured.
 
     Attributes:
@@ -341,11 +341,11 @@ class PairReader:
         return self._same[key]
 
     def expect(self, nbytes: int) -> None:
-        """So many bytes more are to be gone through."""
+        """So many bytes more are to be processed."""
         self._total += nbytes
 
     def advance(self, nbytes: int) -> None:
-        """So many bytes more were gone through."""
+        """So many bytes more were processed."""
         if self._progress is not None:
             with self._lock:
                 self._done += nbytes

@@ -1,9 +1,9 @@
-"""What stands beside the weights of two checkpoints: metadata, training state, other sections.
+"""What is beside the weights of two checkpoints: metadata, training state, other sections.
 
 What differs in the whole trees of two checkpoints: beside the weights, around them, and in what hangs on them.
 
-Trees are gone through side by side (`ckptkit.normalize.trees`), by what they mean: values, names of classes, keys and
-their order, and every tensor, in whatever it lies.  Containers and devices do not count.  Of a container that holds
+Trees are processed side by side (`ckptkit.normalize.trees`), by what they mean: values, names of classes, keys and
+their order, and every tensor, in whatever it lies.  Containers and devices do not count.  Of a container that contains
 weights alone it is told what it leaves out.
 """
 
@@ -202,13 +202,13 @@ _MOST_MEASURED = 100
 
 
 class TreeComparison:
-    """Two trees, gone through when it is made; their tensors are read by the next run of the work.
+    """Two trees, processed when it is made; their tensors are read by the next run of the work.
 
     Args:
         a: the first checkpoint.
         b: the second.
         pairs: the weights that are compared by name, which this leaves out.
-        beside: whether what stands beside the weights is compared, or only what hangs on them.
+        beside: whether what is beside the weights is compared, or only what hangs on them.
         sections: the tensors of other sections, which are counted there.
         work: what compares tensors.
     """
@@ -330,7 +330,7 @@ def _shell(checkpoint: Checkpoint) -> object:
 
 
 def _beside(root: object) -> Iterator[tuple[Place, object]]:
-    """What stands in a tree beside the way to the weights."""
+    """What is in a tree beside the way to the weights."""
     seen: set[int] = set()
     stack = [(Place(), root)]
     while stack:
@@ -356,7 +356,7 @@ def _tensors(met: Met) -> tuple[TensorEntry, TensorEntry]:
 
 
 class ValueComparison:
-    """The values of two state_dicts that are not plain tensors, gone through when it is made.
+    """The values of two state_dicts that are not plain tensors, processed when it is made.
 
     Args:
         ours, theirs: the values by name.

@@ -4,7 +4,7 @@ A task is pulled from the iterable when there is room for it, so many batches ar
 results wait in pickled form for those before them.  A batch is one task at first, and grows while batches come back
 sooner than is worth a trip.
 
-What a worker leaves undone is handed out anew.  A batch that is lost with its worker is tried once more, one task at a
+What a worker leaves undone is handed out again.  A batch that is lost with its worker is tried once more, one task at a
 time; where others may have been at fault, as they are when memory runs out or an engine loses what waited on the same
 machine, those that are lost again are tried while nothing else runs.  What is lost then is ``died``: the others have
 their results.

@@ -2,10 +2,10 @@
 
 `run` is called with plain data and answers with plain data, so that it may run in any process, of any machine, that has
 this version of ckptkit.  A batch ends before its last task where it takes longer than was thought, so that no task
-waits for long behind others that are slow: those not begun are handed out anew.
+waits for long behind others that are slow: those not begun are handed out again.
 
 The limit of seconds is kept here: tasks run in a thread of their own, which is abandoned with the task that is late.
-Where nothing of Python runs any more (a library that holds the interpreter's lock, a disk that does not answer), no
+Where nothing of Python runs any more (a library that contains the interpreter's lock, a disk that does not answer), no
 limit can be kept here; whoever handed out the batch has one, too.
 """
 

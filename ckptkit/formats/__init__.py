@@ -86,15 +86,15 @@ def read(
 
     Args:
         source: what it is read from; see `source_of`.  A source is closed where it cannot be read.
-        section: path of the weights to select, where the file holds several.
-        tag: which of several steps is meant, where a folder holds such.
+        section: path of the weights to select, where the file contains several.
+        tag: which of several steps is meant, where a folder contains such.
         tp_rules: the file of rules by which slices of ranks in a folder are joined
             (`ckptkit.formats.distributed.tensor_parallel`).
         ignore_checksums: whether to forget those that are recorded for the storages, so that none is held.
         limits: bounds on what the file may ask for.
 
     Returns:
-        The checkpoint, and the source its bytes lie in; close it when done with both.
+        The checkpoint, and the source its bytes are in; close it when done with both.
 
     Raises:
         FileAccessError: the file cannot be opened.
@@ -131,7 +131,7 @@ def reread(file: Source, *, section: str | None = None, ignore_checksums: bool =
 
 
 def _entered(file: Source, limits: Limits) -> Probe:
-    """What lies in a file that is compressed or an archive; any other as it is."""
+    """What is in a file that is compressed or an archive; any other as it is."""
     probe: Probe | None = None
     try:
         with collector_paused():
@@ -198,7 +198,7 @@ def _read(probe: Probe) -> RawCheckpoint:
 def _part_instead(
     file: Source, seen: tuple[GlobalUse, ...], error: FormatError
 ) -> tuple[tuple[GlobalUse, ...], FormatError, FormatError]:
-    """What is told of archives end to end, one a tensor, compressed ones too: names, cause and error."""
+    """What is told of archives end to end, one per tensor, compressed ones too: names, cause and error."""
     from ckptkit.formats.shard_parts import part_error
 
     return (*seen, *error.globals), error, part_error(file)
@@ -225,7 +225,7 @@ def given_of(file: Source) -> Source:
 
 
 def source_of(path: Readable, tag: str | None = None, tp_rules: str | os.PathLike[str] | None = None) -> Source:
-    """What holds the bytes of the file that is meant: here alone is decided what may be given as one.
+    """What contains the bytes of the file that is meant: here alone is decided what may be given as one.
 
     Args:
         path: a path, of a file or (``FILE/MEMBER``, ``FILE!MEMBER``) of a member of an archive, where no file has that
@@ -234,7 +234,7 @@ def source_of(path: Readable, tag: str | None = None, tp_rules: str | os.PathLik
             resized before the source is closed.  A source: itself.  A folder that several processes wrote, or that
             leads to one, or with one checkpoint in it (`ckptkit.formats.distributed.around`).
         tag: which of several steps in the folder is meant.
-        tp_rules: as of `read`.
+        tp_rules: as in `read`.
 
     Raises:
         FileAccessError: it cannot be opened; of a folder the message says what to give instead.
@@ -447,13 +447,13 @@ def plan(
         destination: the output.
         to: container name that overrides its ending.
         shard_nbytes: the most bytes of a file; see `target`.
-        ranks: how many share a folder; ``None``: one, or it is no folder.
+        ranks: how many share a folder; ``None``: one, or it is not a folder.
 
     Returns:
         The file, which is the index of ``destination`` where there are shards, or the folder, and its plan.
 
     Raises:
-        RewriteError: no container is meant, or it cannot hold the checkpoint.
+        RewriteError: no container is meant, or it cannot store the checkpoint.
     """
     path, container, most = target(destination, to, shard_nbytes)
     if most is None:

@@ -4,7 +4,7 @@ Adding a container is a module with a function ``read(probe)``, whose docstring 
 and one row in `CONTAINERS`, with its facts.  A module is imported when there is a file for it.
 
 Which container a file is: by its content, once, and for exactly one of them.  Of a file that is far it is not known
-that it is no zip archive by its end, before values are read or `ckptkit.bytesource.Source.settle` asks for that.
+that it is not a zip archive by its end, before values are read or `ckptkit.bytesource.Source.settle` asks for that.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ __all__ = [
 
 
 def _archive(kind: str) -> Callable[[Probe], bool]:
-    """Whether a file is this one of torch's zip archives."""
+    """Whether a file is this one of torch zip archives."""
 
     def claims(probe: Probe) -> bool:
         if not probe.records:
@@ -86,7 +86,7 @@ def _index(of: str) -> Callable[[Probe], bool]:
 
 
 def index_of(probe: Probe) -> str | None:
-    """The container that the file is an index of, or a folder without one has shards of; ``None``: it is no index."""
+    """The container of the shards of an index, or of a folder without one; ``None``: it is not an index."""
     layout: str | None = getattr(probe.file, "layout", None)
     if layout is not None:
         return layout if _BY_NAME[layout].shards else None

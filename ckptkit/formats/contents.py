@@ -1,4 +1,4 @@
-"""What stands in bytes that no container's reader understands: pickles, archives, compiled code.
+"""What is in bytes that no container's reader understands: pickles, archives, compiled code.
 
 A record that nothing refers to, a resource of a package, a file of the user's in a program, a member of an archive, a
 file that is not a checkpoint: whoever is told to will load it, whatever its name.  So each is known by its first bytes
@@ -7,12 +7,12 @@ file that is not a checkpoint: whoever is told to will load it, whatever its nam
 - a pickle of any protocol, or several one behind the other, torch's row of pickles before 1.6, a numpy array of objects
   (``numpy/lib/_format_impl.py``: a header, then a pickle): the names in it are judged
 - a zip or tar archive: its records are looked at in the same way, one level deep, and where one of them is an archive
-  of torch's, those of that too
+  of torch, those of that too
 - code compiled for a machine
 - anything else is data
 
-What is compressed, encrypted or damaged, lies deeper, or is larger than `ckptkit.limits.Limits` has room for is not
-looked into, and that is said: nobody vouches for it.
+What is compressed, encrypted or damaged, is deeper, or is larger than `ckptkit.limits.Limits` has room for is not read,
+and that is said: nobody vouches for it.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ class ContentSearch:
     Args:
         limits: bounds on what the file may ask for: `Limits.members`, `Limits.looked_nbytes` and `Limits.pickle_nbytes`
             are for all that is looked at.
-        levels: archives that are opened inside one another; one of torch's is opened one level deeper.
+        levels: archives that are opened inside one another; one of torch is opened one level deeper.
 
     Attributes:
         pickles: where they were found: names of records, ``""`` for the file itself.
@@ -122,7 +122,7 @@ class ContentSearch:
         self._uses: list[GlobalUse] = []
 
     def uses(self) -> tuple[GlobalUse, ...]:
-        """The names in all of them, code, and what could not be looked into; see `GlobalUse.kind`."""
+        """The names in all of them, code, and what could not be read; see `GlobalUse.kind`."""
         return merge_uses(self._uses)
 
     def look(self, name: str, held: Record | ByteRange, *, is_program: bool = False) -> None:
@@ -147,7 +147,7 @@ class ContentSearch:
         self._uses.append(GlobalUse(name=what, verdict="unknown", count=1, where=(name,), reason=reason, kind="code"))
 
     def unread(self, name: str, why: str) -> None:
-        """Say that a record was not looked into."""
+        """Say that a record was not read."""
         what = "unread content"
         self.beyond.append((name, why))
         self._uses.append(GlobalUse(name=what, verdict="unknown", count=1, where=(name,), reason=why, kind="unread"))
@@ -200,7 +200,7 @@ class ContentSearch:
             raise FormatError(str(error)) from error
 
     def _array(self, name: str, head: bytes, held: Record | ByteRange) -> None:
-        """An array file of numpy's: its pickle, where its values are objects."""
+        """An array file of numpy: its pickle, where its values are objects."""
         width = 2 if head[6:7] == b"\x01" else 4
         start = 8 + width + int.from_bytes(head[8 : 8 + width], "little")
         area = None
@@ -274,7 +274,7 @@ class ContentSearch:
         return found.count == most
 
     def _follow(self, row: PickleRow, rest: bytes, found: _Found, error: FormatError) -> None:
-        """Look at what stands where a pickle could not be read, and behind it."""
+        """Look at what is where a pickle could not be read, and behind it."""
         found.uses += error.globals
         found.is_one = found.is_one or error.called or any(map(runs, error.globals))
         if found.is_one:
@@ -379,7 +379,7 @@ def names_left(probe: Probe, known: Iterable[GlobalUse] = ()) -> tuple[GlobalUse
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inside:
-    """What pickles a file holds, as far as it was looked into.
+    """What pickles a file holds, as far as it was read.
 
     Attributes:
         pickles: where they are: names of members; ``""`` is the file itself.
@@ -397,7 +397,7 @@ def look_inside(path: str | Source, limits: Limits = DEFAULT_LIMITS) -> Inside:
 
     Args:
         path: the file, or its source, which is closed.
-        limits: bounds; what is past them stands in `Inside.beyond`.
+        limits: bounds; what is past them is in `Inside.beyond`.
 
     Raises:
         FileAccessError: it cannot be opened or read.

@@ -1,9 +1,9 @@
-"""What lies in folders: each file is a checkpoint, or is passed over and counted by kind, or cannot be read.
+"""What is in folders: each file is a checkpoint, or is skipped and counted by kind, or cannot be read.
 
 A checkpoint is known by its first bytes (`ckptkit.formats.containers`), whatever its name.  A name decides in one case
-alone: a file that is none and is called ``.safetensors``, ``.pth`` and the like is a checkpoint that cannot be read
-(a git-lfs pointer, an error page, an interrupted download), not a file of another kind.  Others are called
-``.bin``, ``.pkl`` and ``.jit``, too: one that is known to be something else is passed over.
+alone: a file that is none and is called ``.safetensors``, ``.pth`` and the like is a checkpoint that cannot be read (a
+git-lfs pointer, an error page, an interrupted download), not a file of another kind.  Others are called ``.bin``,
+``.pkl`` and ``.jit``, too: one that is known to be something else is skipped.
 
 - An index stands for its shards.  A folder that several processes wrote is one checkpoint, and stands for the files
   that are its own (`ckptkit.formats.distributed`); others in it are met as anywhere.
@@ -68,7 +68,7 @@ _DEEPEST = 64
 """Folders above one that are told from others."""
 
 _DIRECTORY_NBYTES = 1 << 20
-"""Bytes at the end of a zip archive that cannot be read in which a record of torch's is looked for."""
+"""Bytes at the end of a zip archive that cannot be read in which a record of torch is looked for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,7 +90,7 @@ class FolderSurvey:
 
     Attributes:
         checkpoints: files to open, in the order of the walk; some of them may be unreadable.
-        passed: the files (and folders) that were passed over, with their kinds.
+        passed: the files (and folders) that were skipped, with their kinds.
         others: those among them that may hold pickles, with their kinds.
         unreadable: files and folders of which nothing is known, and why.
     """
@@ -102,12 +102,12 @@ class FolderSurvey:
 
     @property
     def passed_over(self) -> dict[str, int]:
-        """How many of each kind were passed over."""
+        """How many of each kind were skipped."""
         return dict(Counter(self.passed.values()))
 
 
 def passed_over_text(passed_over: Mapping[str, int]) -> str:
-    """What was passed over, in a line: ``"passed over: 3 files (2 text files, 1 PNG image)"``."""
+    """What was skipped, in a line: ``"skipped: 3 files (2 text files, 1 PNG image)"``."""
     kinds = sorted((kind for kind, count in passed_over.items() if count), key=lambda kind: (-passed_over[kind], kind))
     each = ", ".join(count_of(passed_over[kind], kind) for kind in kinds)
     return f"skipped: {count_of(sum(passed_over.values()), 'file')} ({each})"
@@ -120,7 +120,7 @@ def says_checkpoint(name: str) -> bool:
 
 
 def indexes_by_shard(folder: str) -> dict[str, str]:
-    """The paths of a folder's indexes, by the names of those of their shards that lie in it."""
+    """The paths of a folder's indexes, by the names of those of their shards that are in it."""
     from ckptkit.formats.sharded import shard_names
 
     indexes = [places.below(folder, name) for name in reversed(indexes_in(folder))]
@@ -162,13 +162,13 @@ class Surveyor:
         self._limits = limits
         self._found: dict[object, _File] = {}
         self._met: dict[object, str] = {}
-        """The files that are no checkpoints, and what they are called."""
+        """The files that are not checkpoints, and what they are called."""
         self._passed: dict[str, str] = {}
         self._skipped: dict[object, str] = {}
         self._own: set[str] = set()
         """The files of folders that are one checkpoint."""
         self._inside: set[str] = set()
-        """The folders that such files lie in."""
+        """The folders that such files are in."""
         self._others: dict[str, str] = {}
         self._unreadable: dict[str, CkptkitError] = {}
 
@@ -206,15 +206,15 @@ class Surveyor:
             known.paths, known.is_named = [path, *(other for other in known.paths if other != path)], True
 
     def know(self, path: str) -> None:
-        """A file that is neither a checkpoint nor passed over: the manifest."""
+        """A file that is neither a checkpoint nor skipped: the manifest."""
         self._met[places.identity(path)] = path
 
     def skip(self, folder: str, kind: str) -> None:
-        """A folder that is passed over as one of a kind, whatever it holds."""
+        """A folder that is skipped as one of a kind, whatever it holds."""
         self._skipped[places.identity(folder)] = kind
 
     def candidate(self, path: str) -> bool:
-        """A file that is a checkpoint or is passed over.
+        """A file that is a checkpoint or is skipped.
 
         Returns:
             Whether it is a checkpoint, is called one, or cannot be read.
@@ -414,7 +414,7 @@ _SPECIAL = {
     stat.S_IFCHR: "device",
     stat.S_IFBLK: "device",
 }
-"""What is no regular file and is never opened for its content."""
+"""What is not a regular file and is never opened for its content."""
 
 
 def _is(asked: Callable[[], bool]) -> bool:

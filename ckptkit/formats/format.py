@@ -26,7 +26,7 @@ HEAD_NBYTES = 512
 """First bytes of a file that sniffing looks at."""
 
 TORCH_MARKS = ("/data.pkl", "/model.json", "/archive_format", "/.data/extern_modules")
-"""Records by which the root folder of one of torch's archives is known."""
+"""Records by which the root folder of one of torch archives is known."""
 
 
 def is_folder(file: Source) -> bool:
@@ -40,7 +40,7 @@ class Probe:
     Attributes:
         file: the file.
         limits: bounds on what it may ask for.
-        prefix: what stands before the key of each storage: the name of a shard, and a colon.
+        prefix: what is before the key of each storage: the name of a shard, and a colon.
         head: its first `HEAD_NBYTES` bytes, or all there are.
         outcomes: of containers that cannot claim a file without reading it: by name what came of it, or the error;
             ``None``: the file is none of theirs.
@@ -89,7 +89,7 @@ class Around:
     Attributes:
         given: the file that was given: one that is compressed, or an archive.
         findings: what is to be told of the way.
-        uses: the names in the pickles beside it, and what could not be looked into.
+        uses: the names in the pickles beside it, and what could not be read.
         has_pickle: whether there may be any.
         where: the way, for messages.
     """
@@ -131,12 +131,12 @@ class Format:
         reader: the module that reads it.
         writer: the module that writes it; ``None``: cannot be written.
         has_pickle: whether there may be pickles in it; the shards of an index without any must be of ``shards``.
-        is_program: whether it holds a program, of which only the weights can be written.
+        is_program: whether it contains a program, of which only the weights can be written.
         tensors_alone: whether tensors under names are all that it can hold, each with bytes of its own; else there is
             a tree, and tensors share storages in it.
         shards: of an index, the container that its shards are written in.
         is_folder: whether it is a folder that several processes wrote, and that is one checkpoint.
-        ties_once: whether tied tensors stand in it under one name alone, and who loads it fills in the others.
+        ties_once: whether tied tensors are in it under one name alone, and who loads it fills in the others.
         loader: the function that programs load it with, where that is one for everything in it.
         maps_location: whether ``loader`` takes a ``map_location``.
         has_classes: whether the classes of its modules are in it, so that loading it needs none of them.
@@ -173,7 +173,7 @@ class Format:
         return replace(raw, has_pickle=raw.has_pickle and self.has_pickle, is_program=self.is_program)
 
     def write(self, checkpoint: Checkpoint, ranks: int | None = None) -> Plan:
-        """The plan of a file, or a folder, that holds a checkpoint.
+        """The plan of a file, or a folder, that contains a checkpoint.
 
         Args:
             checkpoint: what to write.

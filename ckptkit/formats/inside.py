@@ -1,7 +1,7 @@
-"""What lies inside a file: the members of an archive, what they decompress to, and which of them is meant.
+"""What is inside a file: the members of an archive, what they decompress to, and which of them is meant.
 
-The members of a zip or tar archive are files; those of torch's own archives are records, and none is a file.  Archives
-that hold several checkpoints of which one is the model are in `_LAYOUTS`:
+The members of a zip or tar archive are files; those of torch own archives are records, and none is a file.  Archives
+that contain several checkpoints of which one is the model are in `_LAYOUTS`:
 
 - ``.nemo`` (NeMo, ``nemo/core/connectors/save_restore_connector.py``): a tar, compressed or not, with
   ``model_config.yaml`` and ``model_weights.ckpt``
@@ -9,7 +9,7 @@ that hold several checkpoints of which one is the model are in `_LAYOUTS`:
   optimizers and other tensors in ``.pth`` files beside it, and ``data``: JSON with pickles in base64, which loading
   runs
 
-What else lies in an archive whose one member is opened is looked at for pickles all the same.
+What else is in an archive whose one member is opened is looked at for pickles all the same.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class _Layout:
         what: what it is.
         needs: members by which it is known.
         meant: the one that is opened.
-        pickled: members that hold pickles in JSON.
+        pickled: members that contain pickles in JSON.
     """
 
     what: str
@@ -219,7 +219,7 @@ class _Archive:
         return (found[0], None) if found else None
 
     def judged(self, besides: str, layout: _Layout | None) -> ContentSearch:
-        """What stands in all members but one, and those that belong to it."""
+        """What is in all members but one, and those that belong to it."""
         contents = ContentSearch(self.limits)
         known = {besides}
         fetch_beginnings([held for held in self.members.values() if isinstance(held, Record)][: self.limits.members])
@@ -261,11 +261,11 @@ def _look_into_json(contents: ContentSearch, name: str, held: Record | ByteRange
 
 
 _KINDS = {"1": "a link", "2": "a link", "3": "a device", "4": "a device", "6": "a pipe", "S": "a sparse file"}
-"""Types of a tar archive's members that are no files that are read."""
+"""Types of a tar archive's members that are not files that are read."""
 
 
 def _archive_in(probe: Probe) -> _Archive | None:
-    """The archive that a file is; ``None``: it is none, or one of torch's."""
+    """The archive that a file is; ``None``: it is not one, or one of torch."""
     archive = _Archive(probe.file, probe.limits)
     if probe.records is not None:
         if archive_kind(probe) is not None:
@@ -342,7 +342,7 @@ def member_of(path: str, limits: Limits) -> Source | None:
 
     Raises:
         MissingFileError: the archive has no such member; the message lists those that it has.
-        FileAccessError: the file is no archive of files.
+        FileAccessError: the file is not an archive of files.
         FormatError: it is damaged.
     """
     split = split_member(path)

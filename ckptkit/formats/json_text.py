@@ -11,10 +11,10 @@ They decide how BatchNorm and others load.  safetensors headers keep them in ``_
 
 Where names stand that a safetensors header holds as aliases alone.
 
-A tensor with several names is stored once; the other names are in ``__metadata__``, apart from the order of
-the header.  Where they do not all come last in the state_dict, their places in it are kept under `ORDER`: a
-JSON list of numbers, one for each alias in the order the aliases stand in.  Other readers pass over it.
-The metadata of an index of shards has such a list too, for the names that it does not list: shard by shard.
+A tensor with several names is stored once; the other names are in ``__metadata__``, apart from the order of the header.
+Where they do not all come last in the state_dict, their places in it are kept under `ORDER`: a JSON list of numbers,
+one for each alias in the order the aliases are in.  Other readers pass over it. The metadata of an index of shards has
+such a list too, for the names that it does not list: shard by shard.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ _MINUS_ZERO = re.compile(rb"-0(?![.eE0-9])")
 
 
 def shown(name: object) -> str:
-    """A name as it stands in a message: the beginning of an endless one."""
+    """A name as it is in a message: the beginning of an endless one."""
     return repr(name[:80] + "…" if len(name) > 80 else name) if isinstance(name, str) else f"a {type(name).__name__}"
 
 

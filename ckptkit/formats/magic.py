@@ -29,7 +29,7 @@ __all__ = [
 ]  # fmt: skip
 
 PickleGuess = str | None
-"""``"pickle"``; ``"maybe"``: the first bytes do not tell; ``None``: it is none."""
+"""``"pickle"``; ``"maybe"``: the first bytes do not tell; ``None``: it is not one."""
 
 _WORD = rb"[A-Za-z_\x80-\xff][^\n\0 ]*"
 _SPACE = rb"[ \t\r\v\f]*"
@@ -51,12 +51,12 @@ _MODULE = re.compile(rb"[ci]([A-Za-z_][\w.]{0,100})\Z")
 _ATTRIBUTE = re.compile(rb"\n(?=([A-Za-z_][\w.]{0,100})\n)")
 _TEXT = rb"(?:\x8c[\x01-\x64]|X[\x01-\x64]\0\0\0)([A-Za-z_][\w.]{0,99})(?:\x94|q.|r....|p[0-9]+\n)?"
 _STACK_GLOBAL = re.compile(_TEXT + _TEXT + rb"\x93", re.DOTALL)
-"""Names as they stand in a pickle that cannot be read to its end (protocol 0 to 3, and 4 on)."""
+"""Names as they are in a pickle that cannot be read to its end (protocol 0 to 3, and 4 on)."""
 
 _STORAGE = re.compile(
     rb"_load_from_bytes.{1,80}(?:l\xfc\x9cF\xf9 j\xa8P\x19|l\xc3\xbc\xc2\x9cF\xc3\xb9 j\xc2\xa8P\x19)", re.DOTALL
 )
-"""Where a plain pickle has a storage in a file of torch's before 1.6, as bytes or as text; its names stand in it."""
+"""Where a plain pickle has a storage in a file of torch before 1.6, as bytes or as text; its names are in it."""
 
 _NAME_NBYTES = 102
 
@@ -115,7 +115,7 @@ _COMPILED_NAME = re.compile(
 
 
 def opaque(head: bytes) -> str | None:
-    """What it is that may hold pickles and cannot be looked into; ``None``: it can, or is no container."""
+    """What it is that may hold pickles and cannot be read; ``None``: it can, or is not a container."""
     found = _IS_OPAQUE.match(head)
     if found is not None:
         return OPAQUE[found[0]].partition(";")[0]
@@ -211,7 +211,7 @@ def attempts(data: bytes) -> Iterator[bool]:
 
 
 def _text_names(data: bytes) -> Iterator[tuple[int, bytes, bytes]]:
-    """The names that stand in the data as protocol 0 to 3 write them: where, module, attribute."""
+    """The names that are in the data as protocol 0 to 3 write them: where, module, attribute."""
     for found in _ATTRIBUTE.finditer(data):
         tail = data[max(0, found.start() - _NAME_NBYTES) : found.start()]
         module = _MODULE.search(tail)
@@ -220,7 +220,7 @@ def _text_names(data: bytes) -> Iterator[tuple[int, bytes, bytes]]:
 
 
 def scanned(data: bytes, known: Iterable[GlobalUse] = ()) -> tuple[GlobalUse, ...]:
-    """The names that stand in the bytes of a pickle, found without reading it.
+    """The names that are in the bytes of a pickle, found without reading it.
 
     Args:
         data: the bytes.

@@ -3,23 +3,23 @@
 Layout: one pickle of any protocol and nothing after it.  A tensor is the call that torch-zip has for it, too
 (`ckptkit.pickling.tensors`).  Where that names a storage, here stands ``torch.storage._load_from_bytes(data)``
 (``torch/storage.py`` ``__reduce__``), whose argument is a whole file of `ckptkit.formats.torch_legacy` with nothing but
-that storage in it.  Since protocol 3 that is an opcode with the bytes behind it, and the storage lies where it lies;
+that storage in it.  Since protocol 3 that is an opcode with the bytes after it, and the storage is where it lies;
 before, it is a text that ``_codecs.encode`` makes bytes of, which are put into a temporary file.
 
 Each call gives a storage of its own: tensors that shared one share it no longer, unless pickle saw that they are one
 object.  A call that was given anything else stays the call it is.
 
 Where there is no torch storage, numpy's arrays under names are tensors (`ckptkit.normalize.made_plain`).  Such a pickle
-is a checkpoint if there are weights in it by that, or if it holds arrays and nothing else, in lists and dicts.  One
+is a checkpoint if there are weights in it by that, or if it contains arrays and nothing else, in lists and dicts.  One
 array alone is none, and neither is what has arrays in its objects (a table, a scikit-learn model):
 `ckptkit.formats.refused_contents` says what that is.
 
 joblib (``joblib/numpy_pickle.py``) writes of an array a ``NumpyArrayWrapper``, whose BUILD is followed by a byte that
 counts padding, the padding, and the array's bytes; where ``numpy_array_alignment_bytes`` is not there, by the bytes
-alone.  In an array of objects a pickle of its own stands there, and such a file is not read.  joblib compresses all of
-it: zlib, gzip, bz2, xz or lzma; what that holds is put into a temporary file.
+alone.  In an array of objects a pickle of its own is there, and such a file is not read.  joblib compresses all of it:
+zlib, gzip, bz2, xz or lzma; what that holds is put into a temporary file.
 
-What the machine reads is the file without the large arrays and storages in it (`_Text`): gigabytes are passed over.
+What the machine reads is the file without the large arrays and storages in it (`_Text`): gigabytes are skipped.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ __all__ = ["outcome", "read"]
 _NAME = "pickle"
 
 _TEXT = 8
-"""How many times the bytes of other pickles one may have that holds its storages as text."""
+"""How many times the bytes of other pickles one may have that contains its storages as text."""
 
 _BEGIN_NBYTES = 64
 """First bytes of a storage's file that tell what it is."""
@@ -90,7 +90,7 @@ def read(probe: Probe) -> RawCheckpoint:
 
 
 def outcome(probe: Probe) -> RawCheckpoint | FormatError | None:
-    """What the file says, or why it cannot be read; ``None``: it is no pickle, or one without a storage."""
+    """What the file says, or why it cannot be read; ``None``: it is not a pickle, or one without a storage."""
     if _NAME not in probe.outcomes:
         probe.outcomes[_NAME] = _attempt(probe)
     return probe.outcomes[_NAME]
@@ -160,7 +160,7 @@ def _has_weights(root: object) -> bool:
 
 
 def _is_arrays_alone(root: object) -> bool:
-    """Whether a tree holds arrays and nothing else, in lists, tuples and dicts; not where it is one array."""
+    """Whether a tree contains arrays and nothing else, in lists, tuples and dicts; not where it is one array."""
     found, stack, seen = False, [root], set[int]()
     while stack:
         node = stack.pop()
@@ -185,7 +185,7 @@ def _holds(area: ByteRange, marks: tuple[bytes, ...], most: int) -> bool:
 
 
 def _inflated(probe: Probe) -> ByteRange | None:
-    """What a compressed file holds, in the temporary file; all of one that is not; ``None``: nothing of joblib's."""
+    """What a compressed file holds, in the temporary file; all of one that is not; ``None``: nothing of joblib."""
     whole = probe.file.whole
     if probe.head[:1] not in _PACKED:
         return whole
@@ -218,10 +218,10 @@ copied for that."""
 
 
 class _Held(bytes):
-    """The beginning of the bytes of a storage's file, whose pickles stand in it.
+    """The beginning of the bytes of a storage's file, whose pickles are in it.
 
     Attributes:
-        storage: which lies in them; its key is that of the file.
+        storage: which is in them; its key is that of the file.
     """
 
     storage: Storage
@@ -433,7 +433,7 @@ class _Table(LegacyTable):
         return self._storage_in(room, None)
 
     def _storage_in(self, source: ByteRange, start: int | None) -> Storage | None:
-        """The storage in its file; ``None``: it is none, or holds something else."""
+        """The storage in its file; ``None``: it is not one, or holds something else."""
         begin = source.read(0, min(source.nbytes, _PICKLES_NBYTES))
         known = storage_pickles(begin)
         if known is not None and known[0] in BY_STORAGE_CLASS:

@@ -1,7 +1,7 @@
 """Exported programs: what ``torch.export.save`` and ``torch._inductor.aoti_compile_and_package`` write.
 
-Layout since 2.8, one of torch's archives (`ckptkit.formats.torch_archive`;
-``torch/export/pt2_archive/_package.py``, ``constants.py`` and ``torch/_export/serde/schema.py``):
+Layout since 2.8, one of torch archives (`ckptkit.formats.torch_archive`; ``torch/export/pt2_archive/_package.py``,
+``constants.py`` and ``torch/_export/serde/schema.py``):
 
 - ``archive_format``: ``pt2``; ``archive_version``; ``.data/version``
 - ``models/NAME.json``: the graph
@@ -145,7 +145,7 @@ class _Reader:
         return [] if empty else [(key, root)]
 
     def _load(self, name: str) -> object:
-        """The object that ``torch.save`` wrote into a record; ``None``: it is no archive of torch's."""
+        """The object that ``torch.save`` wrote into a record; ``None``: it is not an archive of torch."""
         nested = self._archive.nested(name)
         if nested is None:
             if self._archive.records[name].nbytes:
@@ -177,7 +177,7 @@ class _Reader:
             raise error.at(where=config) from error.__cause__
 
     def _storages(self, payloads: dict[str, object], folder: str) -> dict[str, Storage]:
-        """The storages of the tensors that are no pickles, by their path; typed where all views are of one type."""
+        """The storages of the tensors that are not pickles, by their path; typed where all views are of one type."""
         dtypes: dict[str, set[str]] = {}
         locations: dict[str, str] = {}
         for payload in payloads.values():
@@ -204,7 +204,7 @@ class _Reader:
         return found
 
     def _payload(self, name: str, payload: object, folder: str, storages: dict[str, Storage]) -> object:
-        """One tensor; ``None``: it has no bytes or is no tensor, and is not listed."""
+        """One tensor; ``None``: it has no bytes or is not a tensor, and is not listed."""
         path = _field(payload, "path_name", str)
         if _field(payload, "use_pickle", bool):
             return self._pickled(name, folder + path)
@@ -261,7 +261,7 @@ def _field(node: object, name: str, kind: type[_T]) -> _T:
     """A field of a JSON object, of the type it must have.
 
     Raises:
-        CorruptError: the node is no object, or has no such field, or it is of another type.
+        CorruptError: the node is not an object, or has no such field, or it is of another type.
     """
     value = node.get(name) if isinstance(node, dict) else None
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):

@@ -78,7 +78,7 @@ _SAMPLE_NBYTES = 64 << 10
 
 
 _RECORDS = frozenset({"data.pkl", "constants.pkl", "bytecode.pkl", "mobile_debug_handles.pkl", "traced_inputs.pkl"})
-"""Pickles among the records of torch's archives."""
+"""Pickles among the records of torch archives."""
 
 
 def unknown(probe: Probe) -> UnknownFormatError:

@@ -2,7 +2,7 @@
 
 What a text is that was taken for a checkpoint: error pages, pointers, configurations, source code.
 
-ZIP archives that are not checkpoints of torch's: what they are by their records' names, and what to do.
+ZIP archives that are not checkpoints of torch: what they are by their records' names, and what to do.
 
 - ``.npz``: arrays as ``.npy`` records (``numpy/lib/_npyio_impl.py``)
 - ``.keras``: ``config.json``, ``metadata.json`` and ``model.weights.h5`` (``keras/src/saving/saving_lib.py``)
@@ -83,7 +83,7 @@ def describe_pickle(probe: Probe) -> tuple[str, tuple[GlobalUse, ...]]:
 
 
 def names_joblib(names: Iterable[GlobalUse]) -> bool:
-    """Whether a pickle with these names is one of joblib's, which puts arrays between the opcodes."""
+    """Whether a pickle with these names is one of joblib, which puts arrays between the opcodes."""
     return any(use.name.startswith(("joblib.numpy_pickle", "sklearn.externals.joblib.numpy_pickle")) for use in names)
 
 
@@ -110,7 +110,7 @@ def _listed(names: tuple[GlobalUse, ...]) -> str:
 
 
 _READ_NBYTES = 64 << 10
-"""Bytes of a text that are looked at: a page's title and an error's message stand at its beginning."""
+"""Bytes of a text that are looked at: a page's title and an error's message are at its beginning."""
 
 _REFUSALS = (
     (re.compile(r"invalid (user|credentials)|unauthorized|401|bad credentials|authentication", re.I),
@@ -205,7 +205,7 @@ _DOCUMENTS = (
     ("peft_type", "an adapter's configuration"),
     ("nbformat", "a notebook"),
 )
-"""Keys by which the JSON files that lie beside checkpoints are told."""
+"""Keys by which the JSON files that are beside checkpoints are told."""
 
 
 def _json(text: str, probe: Probe) -> str | None:
@@ -260,12 +260,12 @@ def describe_zip(records: Mapping[str, Record]) -> str:
     """One sentence: what the archive is, and the remedy where there is one.
 
     Args:
-        records: by their full names; none of torch's containers claims them.
+        records: by their full names; none of torch containers claims them.
     """
     names = [name for name in records if not name.endswith("/")]
     inside = [name for name in names if name.lower().endswith(_CHECKPOINTS)]
     if not names:
-        return "an empty zip archive"
+        return "a zip archive without any files"
     if all(name.endswith(".npy") for name in names):
         return f"a numpy archive (.npz) of {count_of(len(names), 'array')}: {_some(names)}; numpy.load reads it"
     if "model.weights.h5" in records or ("config.json" in records and "metadata.json" in records):

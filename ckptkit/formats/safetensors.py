@@ -1,7 +1,7 @@
 """The header of a safetensors file: what it says of each tensor, and whether that can be.
 
-Everything here is checked in the header itself and against the number of bytes behind it; the
-layout is described in `ckptkit.formats.safetensors`.  Each thing that can be wrong has its message.
+Everything here is checked in the header itself and against the number of bytes after it; the layout is described in
+`ckptkit.formats.safetensors`.  Each thing that can be wrong has its message.
 
 Compared with the safetensors library (0.8, ``safetensors/src/tensor.rs``) this reader refuses more:
 
@@ -17,26 +17,26 @@ safetensors: a JSON header and plain tensors behind it.
 Layout (the safetensors project's README "Format" and ``safetensors/src/tensor.rs``):
 
 - 8 bytes: header size N, little-endian, at most 100,000,000
-- N bytes: UTF-8 JSON that begins with ``{`` and may end in spaces; each key is a tensor's name with
-  ``dtype``, ``shape`` and ``data_offsets`` [begin, end) in bytes behind the header; the key
-  ``__metadata__`` maps strings to strings
+- N bytes: UTF-8 JSON that begins with ``{`` and may end in spaces; each key is a tensor's name with ``dtype``,
+  ``shape`` and ``data_offsets`` [begin, end) in bytes after the header; the key ``__metadata__`` maps strings to
+  strings
 - the data: contiguous, C order, little-endian; no holes, no overlaps, nothing behind
 
 A reader must accept data that is not aligned (older files); a finding says so.
 What is wrong with a header, and where this reader is stricter than the library, is in
 `ckptkit.formats.safetensors`.
 
-The writer pads the header with spaces so that data begins at a multiple of 8, and orders tensors by
-element width, widest first, so that each is aligned; names stand in the header in state_dict order.
-It refuses tensors that repeat their elements beyond all use (`Limits.expanded_nbytes`).
+The writer pads the header with spaces so that data begins at a multiple of 8, and orders tensors by element width,
+widest first, so that each is aligned; names are in the header in state_dict order. It refuses tensors that repeat their
+elements beyond all use (`Limits.expanded_nbytes`).
 
 Tied tensors are stored once, under the first of their names in state_dict order.  For each other name
 ``__metadata__`` holds ``name: kept name``, as ``safetensors.torch.save_model`` records them; ``load_model`` takes
 whichever name is there.  The reader gives such names their tensor back, and their places
 (`ckptkit.formats.json_text`).
 
-The module versions of a state_dict (``_metadata``), which decide how BatchNorm and others load, stand in
-``__metadata__`` under `VERSIONS` as JSON, where they are plain values; other readers pass over it.
+The module versions of a state_dict (``_metadata``), which decide how BatchNorm and others load, are in ``__metadata__``
+under `VERSIONS` as JSON, where they are plain values; other readers pass over it.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ __all__ = ["METADATA", "NAME", "TensorLayout", "check_extents", "compact", "head
 NAME = "safetensors"
 
 METADATA = "__metadata__"
-"""The one key of a header that is no tensor's name."""
+"""The one key of a header that is not a tensor's name."""
 
 _FIELDS = frozenset({"dtype", "shape", "data_offsets"})
 _HUGE = 1 << 62
@@ -89,7 +89,7 @@ _JSON_TYPES: dict[type, str] = {
 TensorLayout = tuple[DType, tuple[int, ...], int, int]
 """A tensor as its header describes it: element type, shape, first byte and the byte after the last.
 
-F4 and F6 fill no whole byte.  torch has the first as pairs, of which the last dimension counts one for two
+F4 and F6 are smaller than a byte.  torch has the first as pairs, of which the last dimension counts one for two
 (``safetensors/bindings/python/src/lib.rs`` does the same); where that is odd there is no such tensor in torch.
 """
 
@@ -118,7 +118,7 @@ def _as_torch(row: DType, shape: list[int]) -> tuple[DType, tuple[int, ...]]:
 
 
 def header_shape(row: DType, shape: tuple[int, ...]) -> list[int]:
-    """The shape that a header gives a tensor of torch's."""
+    """The shape that a header gives a tensor of torch."""
     return [*shape[:-1], 2 * shape[-1]] if row is _PACKED else list(shape)
 
 
@@ -126,7 +126,7 @@ def strings(node: object) -> dict[str, str]:
     """The file's own metadata.
 
     Raises:
-        CorruptError: it is something else than strings by name.
+        CorruptError: it is something other than strings by name.
     """
     if node is None:
         return {}
@@ -330,7 +330,7 @@ _TENSOR = re.compile(r'"([^"\\\x00-\x1f]*)":\{"dtype":"([^]]*)\],"data_offsets":
 """A tensor as the safetensors library and this writer write it; its dtype, shape and numbers need another look."""
 
 _KIND = re.compile(rf'([A-Z0-9_]*)","shape":\[((?:{_COUNT}(?:,{_COUNT})*)?)')
-"""The dtype and the shape of a tensor, as they stand between a quotation mark and a bracket."""
+"""The dtype and the shape of a tensor, as they are between a quotation mark and a bracket."""
 
 _NUMBER = re.compile(_COUNT)
 
@@ -388,7 +388,7 @@ def _customary(raw: bytes, limits: Limits) -> tuple[dict[str, TensorLayout], dic
 
 
 def _entries(layouts: Mapping[str, TensorLayout], file: Source, start: int, prefix: str) -> dict[str, object]:
-    """The tensors, each with a storage of its own; ``prefix`` stands before the storages' keys."""
+    """The tensors, each with a storage of its own; ``prefix`` is before the storages' keys."""
     entries: dict[str, object] = {}
     strides: dict[int, tuple[int, ...]] = {}  # of the shapes in the layouts, which stay where they are
     for name, (row, shape, begin, end) in layouts.items():

@@ -1,8 +1,8 @@
 """What a container of named tensors cannot hold: all of it is said before anything is written.
 
-safetensors holds plain tensors of the dtypes it knows, and strings.  A sharded checkpoint holds a
-state_dict alone, in whatever its shards are.  What else there is must be named by whoever writes,
-to be left out: training state with ``--weights-only`` or ``--leave-out``, tensors with ``--exclude``.
+safetensors contains plain tensors of the dtypes it knows, and strings.  A sharded checkpoint contains a state_dict
+alone, in whatever its shards are.  What else there is must be named by whoever writes, to be left out: training state
+with ``--weights-only`` or ``--leave-out``, tensors with ``--exclude``.
 
 The writing half of `ckptkit.formats.safetensors`, where the layout is described.
 """
@@ -38,12 +38,12 @@ _OPTIONS = 2000
 
 
 def require_storable(checkpoint: Checkpoint, what: str, *, plain: bool) -> None:
-    """Raise unless a container of named tensors can hold the checkpoint.
+    """Raise unless a container of named tensors can store the checkpoint.
 
     Args:
         checkpoint: what is to be written.
         what: the container, for messages: ``"safetensors"``.
-        plain: whether it holds plain tensors of the dtypes of safetensors alone.
+        plain: whether it contains plain tensors of the dtypes of safetensors alone.
 
     Raises:
         DTypeError: all that it cannot hold are tensors of certain dtypes.
@@ -168,7 +168,7 @@ def write(checkpoint: Checkpoint) -> Plan:
     """The plan of a safetensors file; see `ckptkit.formats.safetensors` for the layout.
 
     Raises:
-        DTypeError, RewriteError: the format cannot hold the checkpoint; the message lists why.
+        DTypeError, RewriteError: the format cannot store the checkpoint; the message lists why.
     """
     state_dict = checkpoint.state_dict
     require_storable(checkpoint, NAME, plain=True)
@@ -218,9 +218,8 @@ def write(checkpoint: Checkpoint) -> Plan:
 def _aliases(state_dict: StateDict, metadata: Mapping[str, str]) -> dict[str, str]:
     """For every name that is tied to another one: the name under which the tensor is stored.
 
-    That is the first of them: what fills tied weights in (transformers, vLLM, llama.cpp) looks for the embedding,
-    which stands before the head.  A name that is a key of the metadata already cannot be recorded there again: it is
-    kept.
+    That is the first of them: what fills tied weights in (transformers, vLLM, llama.cpp) looks for the embedding, which
+    is before the head.  A name that is a key of the metadata already cannot be recorded there again: it is kept.
 
     Raises:
         RewriteError: two such names are tied to each other.

@@ -1,4 +1,4 @@
-"""Whether a file is a part of a checkpoint: what its tree says, what it is called, what lies beside it, in one answer.
+"""Whether a file is a part of a checkpoint: what its tree says, what it is called, what is beside it, in one answer.
 
 The tree decides where it speaks (`ckptkit.normalize.parts`); an index beside a file, and the names that these
 writers give to the files of several processes, where it does not:
@@ -33,7 +33,7 @@ __all__ = ["known_as", "names_in", "part_error", "part_of"]
 class _Rule(NamedTuple):
     """How a writer calls its files: ``n`` of the pattern is the number of one, ``of`` how many there are.
 
-    One that is ``alone`` is a part whatever lies beside it; ``word`` says what is numbered.
+    One that is ``alone`` is a part whatever is beside it; ``word`` says what is numbered.
     """
 
     pattern: str
@@ -210,23 +210,23 @@ def _by_name(file: Source) -> Part | None:
 
 
 def _is_listed(file: Source) -> bool:
-    """Whether it is known what lies beside a file, or costs no more than to look at one name."""
+    """Whether it is known what is beside a file, or costs no more than to look at one name."""
     return file.folder is not None and places.is_known(file.folder)
 
 
 def _place(file: Source) -> tuple[str, str]:
-    """The folder a file lies in, as it is reached from here, and its name."""
+    """The folder a file is in, as it is reached from here, and its name."""
     folder, name = places.split(name_of(file))
     return (file.folder, name) if file.is_far and file.folder is not None else (folder, name)
 
 
 def _split(file: Source) -> tuple[str, str]:
-    """The folder a file lies in, by its whole path, and its name."""
+    """The folder a file is in, by its whole path, and its name."""
     return _place(file) if file.folder is None or file.is_far else os.path.split(os.path.abspath(name_of(file)))
 
 
 def _names(file: Source, folder: str) -> list[str]:
-    """As `names_in`, of a folder that a file lies in, or that its folder lies in."""
+    """As `names_in`, of a folder that a file is in, or that its folder is in."""
     return [] if file.folder is None else names_in(folder)
 
 
@@ -258,7 +258,7 @@ def _placed(part: Part, file: Source) -> Part:
 
 
 def _above(folder: str) -> str:
-    """The folder that one lies in, as it is reached from here."""
+    """The folder that one is in, as it is reached from here."""
     above, own = places.split(folder)
     if places.is_url(folder):
         return above

@@ -1,4 +1,4 @@
-"""What must lie in one shard, and how large it is there at most; `ckptkit.formats.shard_writer` says why.
+"""What must be in one shard, and how large it is there at most; `ckptkit.formats.shard_writer` says why.
 
 Sizes are bounds that are cheap to compute: what a name, a tensor or a record takes beside its data is
 counted at its largest and summed, so that no file needs to be planned in order to know that it fits.
@@ -11,20 +11,18 @@ What is written is what `ckptkit.formats.sharded` reads and ``huggingface_hub`` 
 them ``model.safetensors.index.json`` with the ``weight_map`` and the ``total_size`` of all tensors
 in bytes, tied ones once.  As there, nothing is sharded that fits into one file.
 
-Names are taken in state_dict order; a shard is closed when the next tensor would make its *file*
-larger than wanted, header, pickle and archive included.  What must lie in one file goes there with
-its first name:
+Names are taken in state_dict order; a shard is closed when the next tensor would make its *file* larger than wanted,
+header, pickle and archive included.  What must be in one file goes there with its first name:
 
 - safetensors: tied tensors, which are stored once.  Views of one storage are written out apart.  The index
   lists the name that a tensor is stored under, and no other: loaders look for what it lists.
-- torch: all that lies over one storage or shares an object, because sharing ends with a file.
+- torch: all that is over one storage or shares an object, because sharing ends with a file.
 
-Only where that alone is larger than wanted is a file larger than wanted: it holds no other tensor.
-(So does the first if what it has beside tensors, below, takes more.)
+Only where that alone is larger than wanted is a file larger than wanted: it contains no other tensor. (So does the
+first if what it has beside tensors, below, takes more.)
 
-The first shard has the versions of all modules, each other one those of its own modules; other attributes
-of the mapping stand in the first torch shard alone.  The checkpoint's string metadata stands in each
-shard and in the index.
+The first shard has the versions of all modules, each other one those of its own modules; other attributes of the
+mapping are in the first torch shard alone.  The checkpoint's string metadata is in each shard and in the index.
 """
 
 from __future__ import annotations
@@ -74,7 +72,7 @@ _MEMO_GROWTH = 3
 
 
 class Unit(NamedTuple):
-    """Names that must lie in one file.
+    """Names that must be in one file.
 
     Attributes:
         names: in state_dict order.
@@ -125,7 +123,7 @@ class _Units:
 
 
 class SafetensorsUnits(_Units):
-    """Tied tensors together; attributes as of `_Units`."""
+    """Tied tensors together; attributes as in `_Units`."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         super().__init__(checkpoint)
@@ -163,7 +161,7 @@ class SafetensorsUnits(_Units):
 
 
 class TorchUnits(_Units):
-    """Values over one storage, or that share objects, together; attributes as of `_Units`."""
+    """Values over one storage, or that share objects, together; attributes as in `_Units`."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         super().__init__(checkpoint)
@@ -308,8 +306,8 @@ def plan_shards(checkpoint: Checkpoint, container: Format, name: str, most: int)
         under `index_name`, with those of the shards.
 
     Raises:
-        RewriteError: there is training state that no shard can hold, no tensor at all, more shards than
-            `Limits.shards`, or a name that no index can hold; or as the container's ``write``.
+        RewriteError: there is training state that no shard can hold, no tensors, more shards than `Limits.shards`, or a
+            name that no index can hold; or as the container's ``write``.
         LimitError, UnsupportedError: as the container's ``write``.
     """
     stem, ending = _stem_and_ending(name, container)

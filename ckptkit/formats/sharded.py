@@ -15,11 +15,10 @@ an index themselves.
 A shard's name may have folders in it but must not leave the index's folder; a shard that is itself
 a symbolic link is followed, since Hugging Face's cache consists of such links.
 
-Names stand in the order of the ``weight_map``.  What shards hold beyond it comes after, in the
-shards' order, because loaders that read whole shards take it too; a finding says so.  Other names of a listed
-tensor, which a safetensors shard has in its metadata alone, are none of it, and stand where
-`ckptkit.formats.json_text` says.  A storage's key is the shard's name, a colon and its key there.
-Ties inside a shard stay ties.
+Names are in the order of the ``weight_map``.  What shards hold beyond it comes after, in the shards' order, because
+loaders that read whole shards take it too; a finding says so.  Other names of a listed tensor, which a safetensors
+shard has in its metadata alone, are none of it, and are where `ckptkit.formats.json_text` says.  A storage's key is the
+shard's name, a colon and its key there. Ties inside a shard stay ties.
 
 Everything that is wrong is reported at once: shards that are missing, git-lfs pointers, damaged or
 hold no state_dict; names in no shard, not in the shard that the index says, or in two shards.

@@ -51,11 +51,11 @@ def is_shard_name(name: str) -> bool:
 
 
 _WORDS = ("rank", "layer_", "expert_", "consolidated.", ".distcp", "-of-", "common.pt", "meta.pt")
-"""What stands in names that `ckptkit.formats.shard_parts` knows."""
+"""What is in names that `ckptkit.formats.shard_parts` knows."""
 
 
 def name_of(file: Source) -> str:
-    """The path by which a source is known: of what lies in another, with the member's, without how it is compressed."""
+    """The path by which a source is known: of what is in another, with the member's, without how it is compressed."""
     name: str = getattr(file, "name", file.path)
     return name
 
@@ -164,7 +164,7 @@ def merged_metadata(metadata: Mapping[str, object], shards: Mapping[str, Shard])
 
 
 def merged_globals(shards: Mapping[str, Shard]) -> tuple[GlobalUse, ...]:
-    """Every name with the gravest verdict on it; where it occurs begins with the shard's name."""
+    """Every name with the most severe verdict on it; where it occurs begins with the shard's name."""
     return merge_uses(
         replace(use, where=tuple(f"{shard.name}: {place}" for place in use.where))
         for shard in shards.values()
@@ -224,7 +224,7 @@ def total_size(
     Args:
         metadata: of the index.
         everything: the values of all shards.
-        are_storages: whether each tensor is all of its storage, which is then not computed anew.
+        are_storages: whether each tensor is all of its storage, which is then not computed again.
     """
     stated = metadata.get("total_size")
     if stated is None:

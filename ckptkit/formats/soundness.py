@@ -1,4 +1,4 @@
-"""What was not looked into when a checkpoint was opened, and is before its bytes are read.
+"""What was not read when a checkpoint was opened, and is before its bytes are read.
 
 Checksums that an archive recorded, pickles of a folder that were left for later, copies that must be equal; and a
 sharded checkpoint that is hostile is refused.
@@ -21,15 +21,15 @@ __all__ = ["as_hostile", "hashed_parts", "is_part", "judged", "require_sound"]
 
 
 def require_sound(file: Source, checkpoint: Checkpoint, *, held: bool = True) -> Checkpoint:
-    """Look into all that was not looked into when the checkpoint was opened: whoever reads its bytes, begins here.
+    """Look into all that was not read when the checkpoint was opened: whoever reads its bytes, begins here.
 
-    What is read of a member that lies in a zip archive as it is, is held against the checksum that is recorded there;
-    pickles that were left for later are judged; and what lies in several files of a folder is compared.
+    What is read of a member that is in a zip archive as it is, is checked against the checksum that is recorded there;
+    pickles that were left for later are judged; and what is in several files of a folder is compared.
 
     Args:
         file: the source.
         checkpoint: what is in it.
-        held: whether bytes are held against checksums and copies; what is left for later is judged in any case.
+        held: whether bytes are checked against checksums and copies; what is left for later is judged in any case.
 
     Returns:
         The checkpoint with the names in what was left for later.

@@ -31,15 +31,15 @@ class Inner(Source):
     Args:
         path: what messages call it.
         area: where its bytes lie.
-        outer: what it lies in, which is asked whether it has changed.
+        outer: what it is in, which is asked whether it has changed.
         name: its own path, with slashes, the ending of what it is compressed with left out.
         owns: whether ``outer`` is closed with it.
-        folder: the local folder it lies in.
+        folder: the local folder it is in.
         sibling: gives the source of a name beside it.
 
     Attributes:
         area, name: as above.
-        crc32: that an archive records for it, as long as its bytes were not held against it.
+        crc32: that an archive records for it, as long as its bytes were not checked against it.
         around: what it was found in, where it is not what was given.
     """
 
@@ -104,14 +104,14 @@ class Inner(Source):
         return self.area.file.left
 
     def settle(self, areas: Sequence[tuple[int, int]] | None = None) -> None:
-        """As `Source.settle`; what it lies in is looked at, too."""
+        """As `Source.settle`; what it is in is looked at, too."""
         super().settle(areas)
         self.area.file.settle(None if areas is None else self._moved(areas))
         if areas is None and self.area.file is not self._outer:
             self._outer.settle()
 
     def stamp(self) -> object:
-        """As `Source.stamp`: that of what it lies in."""
+        """As `Source.stamp`: that of what it is in."""
         return self._outer.stamp()
 
     def sibling(self, name: str) -> Source:
@@ -131,7 +131,7 @@ class Inner(Source):
 
 
 def room_for(file: Source, limits: Limits) -> int:
-    """Bytes that what lies in a file may become, however deep: by the size of the outermost one."""
+    """Bytes that what is in a file may become, however deep: by the size of the outermost one."""
     while isinstance(file, Inner):
         file = file._outer
     return max(limits.unpacked_nbytes, limits.unpacked_ratio * file.size)
@@ -172,7 +172,7 @@ class _OpenFile(SourceFile):
 
 
 class _Seekable(Source):
-    """A file of somebody else's making that is read by position, in which it then stands where it stood."""
+    """A file of somebody else's making that is read by position, in which it then is where it stood."""
 
     __slots__ = ("_begin", "_file")
 
@@ -196,7 +196,7 @@ class _Seekable(Source):
 
 
 _REREADING = frozenset(("gzip", "bz2", "lzma", "zipfile", "tarfile", "compression", "zstandard"))
-"""Modules whose files say that they can seek, and begin anew to go back."""
+"""Modules whose files say that they can seek, and begin again to go back."""
 
 
 def opened(file: Any) -> Source:

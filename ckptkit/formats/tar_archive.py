@@ -2,10 +2,10 @@
 
 A tar archive's members: bounded, and so strict that no two readers disagree about it.
 
-Layout (POSIX.1-2001 ``pax``, "ustar Interchange Format"): blocks of 512 bytes; each member is a
-header and its data, padded to whole blocks; two blocks of zeros end the archive, and zeros fill it
-up.  A member of type ``x`` holds records ``LENGTH KEY=VALUE`` about the one that follows it;
-Python's ``tarfile`` writes them for times that are no whole seconds and for sizes from 8 GiB.
+Layout (POSIX.1-2001 ``pax``, "ustar Interchange Format"): blocks of 512 bytes; each member is a header and its data,
+padded to whole blocks; two blocks of zeros end the archive, and zeros fill it up.  A member of type ``x`` holds records
+``LENGTH KEY=VALUE`` about the one that follows it; Python's ``tarfile`` writes them for times that are not whole
+seconds and for sizes from 8 GiB.
 
 Nothing is extracted, and names are only ever compared.  A reader wants files of type ``0``: links,
 sparse files and what an extension renames or redirects have another.
@@ -76,7 +76,8 @@ class Member:
         start: of its data in the file.
         nbytes: of its data, as declared; the file may be shorter.
         path: the name of a regular file, also where it is too long for the header: a pax header, or before it a member
-            of type ``L`` (GNU tar), has it.  ``None``: it is no regular file, or one is said to be more than renamed.
+            of type ``L`` (GNU tar), has it.  ``None``: it is not a regular file, or one is declared to be more than
+            renamed.
     """
 
     name: str
@@ -158,7 +159,7 @@ def _long_name(member: Member, area: ByteRange, limits: Limits) -> str:
 def _pax(member: Member, area: ByteRange, limits: Limits) -> tuple[int | None, str, bool]:
     """The size and the name that a pax header gives the next member (``""``: none), and whether all is as stated.
 
-    That is what the member's own header states.  A name counts where nothing else is said to be otherwise.
+    That is what the member's own header states.  A name counts where nothing else is declared to be otherwise.
     """
     if member.nbytes > limits.record_nbytes:
         raise LimitError("bytes of a pax header", limit=limits.record_nbytes, actual=member.nbytes)

@@ -1,10 +1,9 @@
 """What the archives of torch have in common: torch-zip, TorchScript, torch.package and exported programs.
 
-All are written by one class (``caffe2/serialize/inline_container.cc`` ``PyTorchStreamWriter``): a zip
-archive whose records lie under one root folder, which readers take from the first record's name and
-which means nothing.  Which of them a file is follows from records that only that one has, as in
-``torch/serialization.py`` ``_is_torchscript_zip`` and ``torch/export/pt2_archive/_package.py``
-``is_pt2_package``:
+All are written by one class (``caffe2/serialize/inline_container.cc`` ``PyTorchStreamWriter``): a zip archive whose
+records are under one root folder, which readers take from the first record's name and which means nothing.  Which of
+them a file is follows from records that only that one has, as in ``torch/serialization.py`` ``_is_torchscript_zip`` and
+``torch/export/pt2_archive/_package.py`` ``is_pt2_package``:
 
 - ``constants.pkl`` beside ``data.pkl``: TorchScript; ``model.json``: TorchScript of 1.0 to 1.3
 - ``archive_format``: an exported program (2.6 and later); before, ``serialized_exported_program.json``
@@ -12,9 +11,9 @@ which means nothing.  Which of them a file is follows from records that only tha
 - ``.data/extern_modules``: torch.package (since 1.8)
 - ``data.pkl`` and none of these: torch-zip
 
-torch refuses an archive with anything outside its root folder, and one whose root lies inside another
-folder, as unpacking and packing again makes them.  Here the root is the one folder that has the records of
-torch's; what lies outside is told, and goes through for its names.  Two such folders are refused.
+torch refuses an archive with anything outside its root folder, and one whose root is inside another folder, as
+unpacking and packing again makes them.  Here the root is the one folder that has the records of torch; what is outside
+is told, and goes through for its names.  Two such folders are refused.
 
 Records beside the data tell who wrote it.  ``version`` counts formats, not releases: 2 is torch 1.4
 and 1.5, 3 since 1.6.  Since 2.1 there are ``byteorder`` and ``.data/serialization_id``, since 2.7
@@ -79,11 +78,11 @@ _OWN_NBYTES = 64
 
 
 _OWN_ROOT = re.compile(r"(.+)/(?:data\.pkl|constants\.pkl|archive_format|\.data/extern_modules)\Z", re.DOTALL)
-"""A record of which an archive has one, and what stands above it."""
+"""A record of which an archive has one, and what is above it."""
 
 
 def archive_kind(probe: Probe) -> ArchiveKind | None:
-    """Which of torch's archives a file is; ``None``: none of them."""
+    """Which of torch archives a file is; ``None``: none of them."""
     records = probe.records
     if not records:
         return None
@@ -126,7 +125,7 @@ def _root(records: Mapping[str, Record]) -> str | None:
 
 
 def _has_version(records: Mapping[str, Record], root: str) -> bool:
-    """Whether there is what every writer of torch's leaves beside the data."""
+    """Whether there is what every writer of torch leaves beside the data."""
     return any(f"{root}{name}" in records for name in ("version", ".data/version", "archive_version"))
 
 
@@ -135,12 +134,12 @@ _STORAGES = re.compile(r"(?:\A|/)(?:data|constants|tensors|weights|traced_inputs
 
 
 class TorchArchive:
-    """One of torch's archives, its records by their name below the root folder.
+    """One of torch archives, its records by their name below the root folder.
 
     Args:
         records: of the zip archive.
         limits: bounds on what the file may ask for.
-        levels: archives inside it that are looked into.
+        levels: archives inside it that are searched.
 
     Attributes:
         records, limits: these.
@@ -295,7 +294,7 @@ class TorchArchive:
         Args:
             name: of the record.
             table: the storages it may name.
-            persistent_load: understands persistent ids that are no storages too.
+            persistent_load: understands persistent ids that are not storages too.
 
         Raises:
             FormatError: the pickle is damaged or refused; the record's name is in the message.
@@ -408,7 +407,7 @@ class TorchArchive:
 
     @property
     def is_repacked(self) -> bool:
-        """Whether something stands outside the root folder, or that inside another: torch writes and reads neither."""
+        """Whether something is outside the root folder, or that inside another: torch writes and reads neither."""
         return bool(self._outside) or self._root.count("/") > 1
 
     def findings(self) -> list[Finding]:

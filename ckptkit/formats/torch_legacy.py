@@ -1,7 +1,7 @@
 """Pickles one behind the other in a file, with raw bytes between them, as torch wrote before 1.6.
 
-Nothing says where a pickle ends before it is read, and gigabytes of tensors may follow it.  So it
-is read from a window of the file that grows until it holds the pickle.
+Nothing says where a pickle ends before it is read, and gigabytes of tensors may follow it.  So it is read from a window
+of the file that grows until it contains the pickle.
 
 torch-legacy: what ``torch.save`` wrote from spring 2017 (0.1) to 1.5, and still does when it is asked to.
 
@@ -312,7 +312,7 @@ def _require_count(path: str, at: int, key: str, expected: int, data: bytes) -> 
         at: where in it the number stands.
         key: of the storage.
         expected: the number.
-        data: what stands there.
+        data: what is there.
     """
     if data == expected.to_bytes(8, "little"):
         return
@@ -350,7 +350,7 @@ def _truncated(file: ByteRange, end: int, missing: set[str], total: int, raw: Ra
     return (
         f"truncated: the file has {file.nbytes:,} bytes, but at least {end:,} are expected ({end - file.nbytes:,} "
         f"missing); {share_of(total - len(missing), total, 'storage', 'is', 'are')} complete, {whole}. Download or "
-        f"copy the file again.{unfinished(file.file.path)}"
+        f"copy the file again{unfinished(file.file.path)}"
     )
 
 

@@ -1,13 +1,13 @@
 """torch.package: objects, the Python code they need, and their storages in one archive.
 
-Layout, one of torch's archives (`ckptkit.formats.torch_archive`; ``torch/package/package_exporter.py``
-and ``package_importer.py``):
+Layout, one of torch archives (`ckptkit.formats.torch_archive`; ``torch/package/package_exporter.py`` and
+``package_importer.py``):
 
 - ``PACKAGE/RESOURCE``: what ``save_pickle`` (pickle protocol 3), ``save_text`` and ``save_binary`` wrote;
   a name tells nothing, so that a pickle is what begins like one
 - ``….py``: the sources of the modules that were interned, run by the importer
 - ``.data/KEY.storage``: the storages, shared by all pickles; the KEY in a persistent id is an int
-- ``.data/extern_modules``: names of the modules that are imported from outside, one a line
+- ``.data/extern_modules``: names of the modules that are imported from outside, one per line
 - ``.data/python_version``, ``.data/version``
 - ``.data/ts_code/ID/data.pkl`` and ``constants.pkl``: a TorchScript module, whose storages are the
   package's; all share the source in ``.data/ts_code/code/``

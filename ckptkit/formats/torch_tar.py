@@ -305,7 +305,7 @@ class _Reader:
             f"truncated: the file has {self._file.size:,} bytes, but at least {needed:,} are expected "
             f"({needed - self._file.size:,} missing); {share_of(done, total, 'storage', 'is', 'are')} complete, "
             f"{share_of(len(whole), len(records), 'tensor', 'is', 'are')} whole. Download or "
-            f"copy the file again.{unfinished(self._file.path)}"
+            f"copy the file again{unfinished(self._file.path)}"
         )
 
 

@@ -1,7 +1,7 @@
 """A layout for writing ZIP archives as torch does: stored records, aligned data, zip64 where needed.
 
-The format is described in `ckptkit.formats.zip_archive`.  Sizes stand in the local headers, so no
-data descriptors follow; checksums that are not known beforehand are filled in by the plan.
+The format is described in `ckptkit.formats.zip_archive`.  Sizes are in the local headers, so no data descriptors
+follow; checksums that are not known beforehand are filled in by the plan.
 
 The writing half of `ckptkit.formats.torch_zip`, where the layout is described.
 """
@@ -246,7 +246,7 @@ def archive_of(
 
 
 def finished(archive: ZipWriter) -> tuple[tuple[Step, ...], int]:
-    """The steps and the size of an archive of torch's, once its last record is in it."""
+    """The steps and the size of an archive of torch, once its last record is in it."""
     archive.add_literal("version", b"3\n")
     return archive.finish()
 

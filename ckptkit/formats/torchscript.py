@@ -1,7 +1,7 @@
 """TorchScript: programs that ``torch.jit.save`` and ``_save_for_lite_interpreter`` write.
 
-Layout, one of torch's archives (`ckptkit.formats.torch_archive`; ``torch/csrc/jit/serialization``
-``export_module.cpp``, ``import.cpp``, ``pickler.cpp``, ``python_print.cpp``):
+Layout, one of torch archives (`ckptkit.formats.torch_archive`; ``torch/csrc/jit/serialization`` ``export_module.cpp``,
+``import.cpp``, ``pickler.cpp``, ``python_print.cpp``):
 
 - ``data.pkl``: the module, pickle protocol 2: objects of classes ``__torch__.…`` whose state is a
   dict of attributes (of C++ classes: whatever their ``__getstate__`` gives)
@@ -26,10 +26,10 @@ Classes keep their own name (``torch.nn.modules.conv.Conv1d`` for
 ``__torch__.torch.nn.modules.conv.___torch_mangle_0.Conv1d``, which stays under ``_script_class``);
 but quantized ones, whose state_dict is another in Python, keep ``__torch__``.
 
-What the state_dict does not hold stands beside it: *attributes* are the modules' other values with
-tensors in them, packed weights among them, and *constants* are those of the code, by their number.
+What the state_dict does not hold is beside it: *attributes* are the modules' other values with tensors in them, packed
+weights among them, and *constants* are those of the code, by their number.
 
-TorchScript of torch 1.0 to 1.3 (``model.json``) is recognised and refused.
+TorchScript of torch 1.0 to 1.3 (``model.json``) is recognized and refused.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def _extra_files(archive: TorchArchive) -> Iterator[Finding]:
 
 
 def _marking(archive: TorchArchive) -> Callable[[object], object]:
-    """Of a pickle that no weights are taken from, the storages are only said to be in use."""
+    """Of a pickle that no weights are taken from, the storages are only declared to be in use."""
 
     def load(pid: object) -> object:
         if isinstance(pid, tuple) and len(pid) > 2 and isinstance(pid[2], str):
@@ -203,7 +203,7 @@ def _flatten(path: str, value: object, found: dict[object, object], seen: set[in
         path: of the attribute.
         value: it.
         found: where what has tensors in it is entered.
-        seen: the lists and dicts that were gone through, by ``id``; each is entered once.
+        seen: the lists and dicts that were processed, by ``id``; each is entered once.
         holding: the nodes with tensors in them, by ``id``.
     """
     stack = [(path, value, 0)]

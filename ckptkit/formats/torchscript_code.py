@@ -9,7 +9,7 @@
       in_features : Final[int] = 3
       def forward(self: __torch__.torch.nn.modules.linear.Linear, ...
 
-Classes with another base, or none, are no modules.  Lines are looked at, never run.
+Classes with another base, or none, are not modules.  Lines are looked at, never run.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class ScriptClass:
 
     Attributes:
         parameters, buffers: names of the attributes that are.
-        constants: name and value of what stands in the source itself.
+        constants: name and value of what is in the source itself.
     """
 
     parameters: frozenset[str] = frozenset()
@@ -111,7 +111,7 @@ class ScriptClasses:
 
 
 def parse_classes(text: str) -> Iterator[tuple[str, ScriptClass | None]]:
-    """The classes in a source text, by name; ``None``: one that is no module's."""
+    """The classes in a source text, by name; ``None``: one that is not a module's."""
     match = _CLASS.search(text)
     while match is not None:
         following = _CLASS.search(text, match.end())

@@ -1,9 +1,9 @@
 """A zip archive whose directory cannot be used: what is left of it, seen from the front.
 
-The directory is the last thing written and the first thing read, so a download that stops early
-leaves an archive that readers refuse whole.  But records stand one behind the other, each behind
-its own header (`ckptkit.formats.zip_archive`), and torch writes ``data.pkl`` first, which says
-the size of every storage.  So the archive can be gone through without a directory:
+The directory is the last thing written and the first thing read, so a download that stops early leaves an archive that
+readers refuse whole.  But records stand one behind the other, each behind its own header
+(`ckptkit.formats.zip_archive`), and torch writes ``data.pkl`` first, which says the size of every storage.  So the
+archive can be processed without a directory:
 
 - a header that states sizes states where the next one is
 - torch's headers state none (flag bit 3): ``data.pkl`` ends at its STOP, a storage has the size
@@ -40,7 +40,7 @@ _ZEROS_NBYTES = 16
 """Bytes before a run of zeros that tell whether it begins inside the record before it."""
 
 _MAX_RECORDS = 100_000
-"""Records that are gone through: the answer is a courtesy, and not worth more than a second."""
+"""Records that are processed: the answer is a courtesy, and not worth more than a second."""
 
 _PICKLE_WINDOWS = (1 << 20, 16 << 20)
 """Bytes of ``data.pkl`` that are tried first, in this order: its end is not known beforehand."""
@@ -52,7 +52,7 @@ _UNFINISHED_ENDINGS = (".part", ".crdownload", ".download", ".incomplete", ".ari
 def unfinished(path: str) -> str:
     """A sentence, with a space before it, where the file's name says that it is still being downloaded; else none."""
     ending = os.path.splitext(path)[1].lower()
-    return f" The extension {ending} means that its download is not finished." if ending in _UNFINISHED_ENDINGS else ""
+    return f". The extension {ending} means that its download is not finished" if ending in _UNFINISHED_ENDINGS else ""
 
 
 def what_is_left(file: Source, limits: Limits) -> str | None:
@@ -97,7 +97,7 @@ class _Remains:
         """The sentence.
 
         Raises:
-            FormatError: the archive is not cut off, or cannot be gone through.
+            FormatError: the archive is not cut off, or cannot be processed.
         """
         try:
             pos = self._records()
@@ -274,7 +274,7 @@ class _Remains:
         )
 
     def _name(self, entry: TensorEntry) -> str:
-        """The name a tensor has in the state_dict, or the storage it lies in."""
+        """The name a tensor has in the state_dict, or the storage it is in."""
         if self._pickle is not None:
             raw = RawCheckpoint(root=self._pickle.root, format="torch-zip")
             for name, other in normalize(raw, self._file).state_dict.items():

@@ -1,4 +1,4 @@
-"""An archive of torch's that was unpacked: each record is a file of its own below one folder.
+"""An archive of torch that was unpacked: each record is a file of its own below one folder.
 
 ``folder/data.pkl`` with ``folder/data/0``, … and ``version`` or ``byteorder`` beside it is what unzip makes of a
 torch-zip (`ckptkit.formats.torch_archive` says what else such archives hold).  The folder and its ``data.pkl`` stand
@@ -22,6 +22,7 @@ from ckptkit.errors import AmbiguousError, CorruptError, FileAccessError, LimitE
 from ckptkit.formats.zip_records import Records
 from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.places import is_url
+from ckptkit.shell import quoted
 
 __all__ = ["UnpackedSource", "is_unpacked", "packing_of", "unpacked_source"]
 
@@ -34,7 +35,7 @@ _Stamp = tuple[int, int, int, int]
 
 
 def is_unpacked(folder: str) -> bool:
-    """Whether a folder is what is left of an archive of torch's, with its pickle and what every writer leaves."""
+    """Whether a folder is what is left of an archive of torch, with its pickle and what every writer leaves."""
     if is_url(folder):
         return False
     beside = any(os.path.isfile(os.path.join(folder, name)) for name in ("version", "byteorder", ".data/version"))
@@ -42,7 +43,7 @@ def is_unpacked(folder: str) -> bool:
 
 
 def packing_of(folder: str) -> str | None:
-    """What a folder is that holds the records of one of torch's archives; ``None``: it does not."""
+    """What a folder is that contains the records of one of torch archives; ``None``: it does not."""
     if is_url(folder):
         return None
 
@@ -51,16 +52,14 @@ def packing_of(folder: str) -> str | None:
 
     if not holds("version", "byteorder", "data") or not holds("data.pkl", ".data", "archive_format"):
         return None
-    import shlex
-
     above, name = os.path.split(os.path.abspath(folder))
     # Not python -m zipfile: unzip gives torch's records the date they have, which is before 1980, and that refuses it.
-    command = f"cd {shlex.quote(above)} && zip -0 -r {shlex.quote(f'{name}.pth')} {shlex.quote(name)}"
+    command = f"cd {quoted(above)} && zip -0 -r {quoted(f'{name}.pth')} {quoted(name)}"
     return f"a torch archive that was unpacked; pack it again, stored: {command}"
 
 
 def unpacked_source(path: str) -> UnpackedSource | None:
-    """What holds the bytes of an archive that was unpacked, by its folder or its pickle; ``None``: it is none.
+    """What contains the bytes of an archive that was unpacked, by its folder or its pickle; ``None``: it is not one.
 
     Raises:
         FileAccessError: the folder cannot be read.

@@ -14,7 +14,7 @@ between records that belong to none, where a reader that goes from header to hea
 others; bytes after the end.  Encryption and patch flags, absolute and ``..`` names are refused too.
 
 Of an archive that is far the directory alone is read at first: where each record's data begins follows from what is
-left between it and the next (`ckptkit.formats.zip_far`).  The records' own headers and data descriptors are held
+left between it and the next (`ckptkit.formats.zip_far`).  The records' own headers and data descriptors are checked
 against it before a record is read here, or before values are given to anyone (`ckptkit.bytesource.Source.settle`).
 
 A CRC-32 of 0 with data behind it means "not recorded" (``set_crc32_options(False)`` in torch).
@@ -107,7 +107,7 @@ def read_directory(file: Source | ByteRange, limits: Limits = DEFAULT_LIMITS) ->
     """Every record by name, in directory order.
 
     Args:
-        file: the archive, or where it lies in a larger file.
+        file: the archive, or where it is in a larger file.
         limits: bounds on what it may ask for.
 
     Raises:
@@ -278,7 +278,7 @@ def _located(area: ByteRange, listed: list[Row], directory_at: int) -> list[int]
 
 
 def _begin(window: _Window, before: _Central | None, record: _Central, end: int) -> int:
-    """Where a record's data begins, once its own header, and what lies before that, are as the directory says.
+    """Where a record's data begins, once its own header, and what is before that, are as the directory says.
 
     Args:
         window: reads them.
@@ -306,7 +306,7 @@ def _begin(window: _Window, before: _Central | None, record: _Central, end: int)
 
 
 class _LeftForLater:
-    """The look at records' own headers, and at what lies between the records, that waits until values are read.
+    """The look at records' own headers, and at what is between the records, that waits until values are read.
 
     Args:
         area: where the archive lies, in a file that is far.
@@ -335,13 +335,13 @@ class _LeftForLater:
         self._is_open = False
 
     def _look(self, number: int, end: int, begin: int, data: bytes) -> None:
-        """Look at what lies between the data of two records.
+        """Look at what is between the data of two records.
 
         Args:
             number: of the second; how many there are: the directory.
             end: where the data of the first ends.
             begin: where that of the second begins.
-            data: what lies between.
+            data: what is between.
         """
         if self._are_all_known:
             return
@@ -405,7 +405,7 @@ def _check_header(window: _Window, record: _Central, start: int) -> int:
     """Hold a record's own header against the directory's.
 
     Args:
-        window: holds the header.
+        window: contains the header.
         record: as the directory has it.
         start: where in the window's data it begins.
 
@@ -445,7 +445,7 @@ def _check_header(window: _Window, record: _Central, start: int) -> int:
 
 
 def _check_gap(before: _Central | None, nbytes: int, window: _Window, at: int) -> None:
-    """What lies behind a record's data must be its data descriptor, and say what the directory says.
+    """What is behind a record's data must be its data descriptor, and say what the directory says.
 
     A descriptor that is announced and left out misleads nobody: the directory counts.
 
@@ -476,7 +476,7 @@ def _check_gap(before: _Central | None, nbytes: int, window: _Window, at: int) -
 def _widened(extra: bytes, name: str, fields: tuple[int, int, int]) -> tuple[int, int, int]:
     """Size, packed size and offset, with those at 0xFFFFFFFF taken from the zip64 extra field.
 
-    The wide values stand in this fixed order, and only those that did not fit are there.
+    The wide values are in this fixed order, and only those that did not fit are there.
     """
     pos = 0
     wide: bytes | None = None

@@ -7,7 +7,7 @@ share what is left, of which torch's own writer (``caffe2/serialize/inline_conta
 extra field of at least four bytes moves the data to a multiple of 64, and the descriptor begins with a signature.
 Where that cannot be so for all records the headers of those that have descriptors are read, many at once.
 
-What is told here is not yet held against the headers themselves.
+What is told here is not yet checked against the headers themselves.
 """
 
 from __future__ import annotations

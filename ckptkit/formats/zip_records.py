@@ -1,8 +1,8 @@
 """The end of a ZIP archive, which says where its directory lies.
 
-The end record (PKWARE APPNOTE 4.3.16) is the last thing in the file but for a comment of at most
-65,535 bytes.  Where its fields are too narrow, a zip64 end record (4.3.14) and its locator (4.3.15)
-stand before it.  `ckptkit.formats.zip_archive` says what is refused, and why.
+The end record (PKWARE APPNOTE 4.3.16) is the last thing in the file but for a comment of at most 65,535 bytes.  Where
+its fields are too narrow, a zip64 end record (4.3.14) and its locator (4.3.15) are before it.
+`ckptkit.formats.zip_archive` says what is refused, and why.
 
 The records of a ZIP archive, and the bytes of one.
 
@@ -44,7 +44,7 @@ TAIL_NBYTES = END.size + MAX16
 """Last bytes of a file, in which an archive's end record begins."""
 
 REPACK = "unpack it (7z x FILE -oOUT) and pack its folder again, stored: cd OUT && zip -0 -r NEW.pth FOLDER"
-"""What helps where an archive holds a checkpoint in a way that is not read."""
+"""What helps where an archive contains a checkpoint in a way that is not read."""
 
 _ODD_NAME = re.compile(r"\A\Z|[\0\\]|\A/|(?:\A|/)\.\.(?:/|\Z)")
 
@@ -65,8 +65,8 @@ UNICODE_PATH = b"\x75\x70"
 """Tag of an extra field that gives a record a second name."""
 
 WINDOW_NBYTES = 4096
-"""Bytes read around a local header: one page, which costs no more than the header alone and holds
-the headers of the small records that follow."""
+"""Bytes read around a local header: one page, which costs no more than the header alone and contains the headers of the
+small records that follow."""
 
 SIGNED_DESCRIPTORS = {16: "4sIII", 24: "4sIQQ"}
 """Data descriptors that begin with a signature, as torch writes them, by their size."""
@@ -168,7 +168,7 @@ class Record(NamedTuple):
 
     Attributes:
         name: full name, root folder included.
-        data: its bytes as they lie in the file, deflated or not.
+        data: its bytes as they are in the file, deflated or not.
         nbytes: size once inflated.
         deflated: whether it is compressed.
         crc32: of the inflated bytes; ``None``: not recorded.
@@ -271,7 +271,7 @@ _make = tuple.__new__
 
 
 def read_record(record: Record, limit: int) -> bytes:
-    """A record's bytes, inflated, and held against its checksum where one is recorded.
+    """A record's bytes, inflated, and checked against its checksum where one is recorded.
 
     Args:
         record: the record.
@@ -386,7 +386,7 @@ def begins_alike(area: ByteRange, listed: list[Row], first: int, count: int, end
         directory_at: where the directory begins.
 
     Returns:
-        Where their data begins; nothing: one of them differs in something, or they lie far apart.
+        Where their data begins; nothing: one of them differs in something, or they are far apart.
     """
     rows = listed[first : first + count]
     places, raw_names, _, _, _, _, packed, _ = zip(*rows, strict=True)
@@ -426,7 +426,7 @@ def _are_own(table: bytes, columns: list[bytes], before: int, rows: list[Row]) -
     Args:
         table: the headers with their names.
         columns: those of its columns that are the headers'.
-        before: how many others stand before them.
+        before: how many others are before them.
         rows: as the directory has them, alike in flags, method, and length of the name.
     """
     joined, name_nbytes = b"".join([row[1] for row in rows]), len(rows[0][1])

@@ -1,4 +1,4 @@
-"""The document of ``ckptkit inspect``, field by field; what documents are, `ckptkit.documents` says."""
+"""The document of ``ckptkit inspect``, field by field; `ckptkit.documents` says what documents are."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class WeightsDocument(TypedDict):
 
 
 class SectionDocument(TypedDict):
-    """A part of a file that holds tensors.
+    """A part of a file that contains tensors.
 
     Attributes:
         path: the keys that lead to it.
@@ -44,7 +44,7 @@ class SectionDocument(TypedDict):
         parameters, buffers: elements; ``None``: it is not weights.
         nbytes: of the storages it uses, shared ones once.
         share: of the file's size, 0 to 1.
-        selected: whether it is the weights that commands take.
+        selected: whether commands use it as the weights.
     """
 
     path: str
@@ -64,8 +64,8 @@ class StorageDocument(TypedDict):
         storages: how many there are.
         nbytes: of all of them.
         unique_tensor_nbytes: of all tensors, tied ones once.
-        tied: tensors that stand under another name too.
-        shared: tensors that are different views of a storage which others view.
+        tied: tensors that also have another name.
+        shared: tensors that are different views of a storage that others view too.
         unused_nbytes: bytes of storages that no tensor uses.
     """
 
@@ -88,11 +88,11 @@ class _Stats(TypedDict):
 
 
 class StatsDocument(_Stats, total=False):
-    """Figures of a tensor's values; ``None`` where they cannot be gone through.
+    """Statistics of a tensor's values; ``None`` if they cannot be computed.
 
     Attributes:
         min, max, mean, std: of the finite values; ``std`` is that of the population.
-        zeros, nan, inf: how many elements are so.
+        zeros, nan, inf: number of such elements.
         histogram: for pages alone; see `ckptkit.stats.Histogram`.
     """
 
@@ -119,16 +119,16 @@ class TensorDocument(_Tensor, total=False):
     Attributes:
         section: the path of the section it is in; ``None``: in none.
         name: in its section.
-        shape, stride: per dimension, in elements; of a nested value a size that differs is -1.
+        shape, stride: per dimension, in elements; a size that varies in a nested value is -1.
         nbytes: of its elements, whatever its storage has.
-        location: the device as the file says it: ``"cpu"``, ``"cuda:1"``; ``""``: it says none.
-        storage: key of its storage; tensors with the same share memory.
+        location: the device tag in the file: ``"cpu"``, ``"cuda:1"``; ``""``: it has none.
+        storage: key of its storage; tensors with the same key share memory.
         role: what it is in its module; ``"unknown"`` outside weights.
-        role_inferred: whether the role is told by name and dtype alone.
-        tied_to: the name under which the same tensor stands already, after its section where that is another.
-        form: ``"storage"``, ``"numpy"`` or ``"quantized"``, ``"sparse"`` and the like: it stands in the file as that.
-        value: of a value that is not a plain tensor, what it is, in words.
-        stats: where they are asked for.
+        role_inferred: whether the role is inferred from name and dtype.
+        tied_to: an earlier name of the same tensor, after its section if that is another.
+        form: ``"storage"``, ``"numpy"`` or ``"quantized"``, ``"sparse"`` and the like: how it is stored in the file.
+        value: for a value that is not a plain tensor, what it is, in words.
+        stats: if requested.
     """
 
     form: str
@@ -141,11 +141,11 @@ class OptimizerDocument(TypedDict):
 
     Attributes:
         path: where it is in the file.
-        kind: its class; ``None``: its options do not tell.
-        inferred: whether the options tell the class; else the pickle does.
+        kind: its class; ``None``: its options do not reveal it.
+        inferred: whether the class is inferred from the options; otherwise the pickle names it.
         groups: of parameters.
         lr: the learning rate of each group.
-        steps: that were taken.
+        steps: number of steps taken.
         tensors, nbytes: of its state.
     """
 
@@ -174,7 +174,7 @@ class TrainingDocument(TypedDict):
 
     Attributes:
         scalars: numbers and short text by name: ``epoch``, ``args.lr``; long text is cut.
-        optimizers, schedulers: what is or looks like one.
+        optimizers, schedulers: everything that is or looks like one.
     """
 
     scalars: dict[str, Any]
@@ -183,14 +183,14 @@ class TrainingDocument(TypedDict):
 
 
 class GlobalDocument(TypedDict):
-    """A Python name in a pickle, never resolved; or a part that matters likewise, such as compiled code.
+    """A Python name in a pickle, never resolved; or a part that matters for trust too, such as compiled code.
 
     Attributes:
         name: ``"module.attribute"``, or what the part is.
-        verdict: what a loader would have to trust it with.
-        count: how often it is called; of parts how many there are.
+        verdict: how much a loader would have to trust it.
+        count: how often it is called; for parts, how many there are.
         where: a few of the places: the record, and the keys in its tree.
-        reason: what is to be known beyond the verdict; ``""``: nothing.
+        reason: what else to know about it; ``""``: nothing.
     """
 
     name: str
@@ -217,7 +217,7 @@ class ModuleDocument(_Class):
 
 
 class PartDocument(TypedDict):
-    """What a file is of a checkpoint that lies in several; see `ckptkit.Part`."""
+    """Which part of a checkpoint stored in several files a file is; see `ckptkit.Part`."""
 
     layout: str
     piece: str
@@ -236,15 +236,15 @@ class SpreadDocument(TypedDict):
 
 
 class ArchitectureDocument(TypedDict):
-    """A known model that the weights are, or are like.
+    """A known model that the weights belong to or resemble.
 
     Attributes:
         reference: as ``ckptkit verify --model`` takes it; ``args`` its arguments.
         exact: whether names and shapes are the same.
-        similarity: 0 to 1; 1 where it is exact.
+        similarity: 0 to 1; 1 if it is exact.
         prefix: what the names have before the model's own, wrappers aside.
-        others: tensors that do not lie under the prefix.
-        differs: in what one thing it is not exact.
+        others: tensors that do not have the prefix.
+        differs: the one thing in which it is not exact.
         label: the model in words.
     """
 
@@ -259,7 +259,7 @@ class ArchitectureDocument(TypedDict):
 
 
 class FileFacts(TypedDict):
-    """All that is told of one file but its tensors; see `InspectedFile`."""
+    """Everything about one file except its tensors; see `InspectedFile`."""
 
     path: str
     size: int
@@ -286,38 +286,38 @@ class FileFacts(TypedDict):
 
 
 class InspectedFile(FileFacts):
-    """What is in one file.
+    """The content of one file.
 
     Attributes:
         size: of the file, with its shards.
         format: the container: ``"torch-zip"``, ``"safetensors"``.
         writer: what wrote it, with its version; ``None``: the file does not say.
-        kind: what it holds.
-        state_dict: the selected weights; ``None``: there are none, or several and none was chosen.
-        sections: the parts that hold tensors, in file order.
+        kind: what it contains.
+        state_dict: the selected weights; ``None``: there are none, or several of which none was chosen.
+        sections: the parts that contain tensors, in file order.
         storage: what the bytes are used for.
-        tensors: every tensor, under each of its names, in the order that was asked for.
+        tensors: every tensor, under each of its names, in the order requested.
         metadata: the container's own text, and the scalars of the training state.
         training: what training left.
-        has_pickle: whether loading it elsewhere unpickles something.
-        trust: what a loader that executes pickles would have to be trusted with.
+        has_pickle: whether loading it with other tools unpickles something.
+        trust: how much a loader that executes pickles would have to trust it.
         globals: the names in its pickles.
-        modules: of a whole model, parents first.
-        part: of what it is a part; ``None``: it is whole.
+        modules: for a whole model, parents first.
+        part: what it is a part of; ``None``: it is whole.
         architecture: known models, best first.
-        adapter: what the weights add to a model; ``None``: they are no adapter, and have none in them.
+        adapter: what the weights add to a model; ``None``: they contain no adapter.
         quantization: how the weights are quantized; ``None``: they are not, or have no scales beside them.
-        layout: of a folder that several processes wrote, how it is spread over files; ``None``: it is none.
-        findings: what is remarkable, gravest first.
-        combined_fix: the one command that does what the findings advise; ``None``: none advises a conversion.
-        error: why it could not be read: it could; see `UnreadFile`.
+        layout: for a folder that several processes wrote, how it is spread over files; ``None``: it is not one.
+        findings: what is remarkable, most severe first.
+        combined_fix: the single command that does what the findings advise; ``None``: none advises a conversion.
+        error: ``None``, because it could be read; see `UnreadFile`.
     """
 
     tensors: list[TensorDocument]
 
 
 class UnreadFile(TypedDict):
-    """A file that could not be read, and why; ``globals`` are names in its pickles, where that is the reason.
+    """A file that could not be read, and why; ``globals`` are names in its pickles, if they are the reason.
 
     Findings are those of a sharded checkpoint that is hostile.
     """
@@ -348,10 +348,10 @@ class UnreadFile(TypedDict):
 
 
 class InspectDocument(TypedDict):
-    """What ``ckptkit inspect`` tells.
+    """The document of ``ckptkit inspect``.
 
     Attributes:
-        passed_over: how many files of each kind the folders hold that are not checkpoints.
+        passed_over: how many files in the folders are not checkpoints, by kind.
         files: in the order they were named; those of a folder by name.
     """
 

@@ -44,8 +44,8 @@ class TensorRow(NamedTuple):
     """One tensor, under one name; the fields are those of the inspect document.
 
     Attributes:
-        entry: the tensor; ``None``: it is an array of numpy's, or another value that is no plain tensor.
-        form: ``"storage"``, ``"numpy"`` or a kind of `ckptkit.normalize.not_plain`: it stands in the file as that;
+        entry: the tensor; ``None``: it is an array of numpy, or another value that is not a plain tensor.
+        form: ``"storage"``, ``"numpy"`` or a kind of `ckptkit.normalize.not_plain`: it is in the file as that;
             ``None``: as a tensor.
         value: what such a value is, in words; what it is made of has rows of its own, whose names begin with its name.
     """
@@ -272,7 +272,7 @@ class Listing(NamedTuple):
 
     Attributes:
         rows: the tensors, in file order.
-        others: storages that stand in the file by themselves, numpy's arrays, and what is made of tensors.
+        others: storages that are in the file by themselves, numpy's arrays, and what is made of tensors.
         several: storages that several of the tensors view, by ``id``.
         partial: the tensors that are not all of their storage, or repeat its elements.
     """
@@ -284,7 +284,7 @@ class Listing(NamedTuple):
 
     @property
     def bare(self) -> list[Storage]:
-        """The storages that stand in the file by themselves, each once."""
+        """The storages that are in the file by themselves, each once."""
         return [found.node for found in self.others if isinstance(found.node, Storage)]
 
     @property
@@ -367,7 +367,7 @@ class _Kinds(dict[tuple[Any, ...], int]):
 
 
 def other_rows(listing: Listing) -> Iterator[TensorRow]:
-    """The rows of storages that stand by themselves, of values made of tensors, and of numpy's arrays.
+    """The rows of storages that stand by themselves, of values made of tensors, and of numpy arrays.
 
     An array that is but a number has none.
     """
@@ -408,7 +408,7 @@ def other_rows(listing: Listing) -> Iterator[TensorRow]:
 def _ties(
     sections: list[str | None], names: list[str], entries: list[TensorEntry], several: set[int]
 ) -> dict[int, str]:
-    """For each tensor that stands elsewhere already, by its index: the name it is tied to."""
+    """For each tensor that is elsewhere already, by its index: the name it is tied to."""
     if not several:
         return {}
     first: dict[tuple[object, ...], int] = {}

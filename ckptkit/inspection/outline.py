@@ -42,7 +42,7 @@ class OutlineLine(NamedTuple):
 
     Attributes:
         level: 0 for the whole.
-        label: name, below what stands above it.
+        label: name, below what is above it.
         copies: how many alike it stands for.
         tensors, parameters, buffers, others, nbytes: of all it stands for; of a line below a folded
             one, of one of them.  Tied tensors count as tensors alone; parameters, buffers and what is
@@ -92,13 +92,13 @@ class _Branch:
 
 
 _Labelled = tuple[str, _Branch]
-"""A branch under its name below what stands above it."""
+"""A branch under its name below what is above it."""
 
 _Group = list[_Labelled]
 """Branches that are one line: siblings alike, or one."""
 
 _Names = list[Any]
-"""What stands below a name, each after its label: tensors' branches, and what stands below further names.
+"""What is below a name, each after its label: tensors' branches, and what is below further names.
 
 Once it is made, the branch of it all is the last item.
 
@@ -112,7 +112,7 @@ class Outline:
     """The tree of some tensors.
 
     Args:
-        rows: the tensors; what a value that is no plain tensor is made of is not shown.
+        rows: the tensors; what a value that is not a plain tensor is made of is not shown.
         modules: of a whole model, as the inspect document lists them.
         sectioned: whether names begin with their section.
         sort: ``"file"``, ``"name"`` or ``"size"``; numbered siblings are in the order of their numbers but in the last.
@@ -145,7 +145,7 @@ class Outline:
 
         Args:
             depth: levels below the whole, and below what all names have in common.
-            modules_only: whether a module that holds tensors alone is one line that names them.
+            modules_only: whether a module that contains tensors alone is one line that names them.
         """
         root = self._root
         groups = self._groups(root)
@@ -254,10 +254,10 @@ def _without_parts(rows: Sequence[TensorRow]) -> Sequence[TensorRow]:
 
 
 def _fill(made: dict[str, _Names], leaves: Iterable[tuple[str, _Branch]], *, packs: bool) -> None:
-    """Put tensors below what stands above them, all of which is made where it is not there yet.
+    """Put tensors below what is above them, all of which is made where it is not there yet.
 
     Args:
-        made: what stands below each name.
+        made: what is below each name.
         leaves: the names, with the tensors' branches.
         packs: whether names two levels below one may stand as they are.
     """
@@ -288,7 +288,7 @@ def _fill(made: dict[str, _Names], leaves: Iterable[tuple[str, _Branch]], *, pac
 
 
 def _unpacked(path: str, made: dict[str, _Names]) -> _Names:
-    """What stands below a path as names two levels below it, level by level."""
+    """What is below a path as names two levels below it, level by level."""
     inside = made[path]
     tails, leaves = inside[1::2], inside[2::2]
     inside.clear()
@@ -303,7 +303,7 @@ def _unpacked(path: str, made: dict[str, _Names]) -> _Names:
 
 
 def _below(path: str, made: dict[str, _Names]) -> _Names:
-    """What stands below a path, made with all above it where it is not there yet."""
+    """What is below a path, made with all above it where it is not there yet."""
     inside = made.get(path)
     if inside is not None:
         return _unpacked(path, made) if len(inside) % 2 else inside
@@ -452,7 +452,7 @@ def _group_label(group: _Group) -> str:
 
 
 def _pieces(branch: _Branch, names_tensors: bool) -> tuple[str, ...]:
-    """What stands at the end of a branch's line but dtypes; of a module without a class, the first tensors it holds."""
+    """What is at the end of a branch's line but dtypes; of a module without a class, the first tensors it holds."""
     row = branch.row
     if row is not None:
         shape = str([*row.shape]) if row.value is None else row.value
@@ -466,7 +466,7 @@ def _pieces(branch: _Branch, names_tensors: bool) -> tuple[str, ...]:
 
 
 def _note(branch: _Branch, dtypes: str, pieces: Sequence[str]) -> str:
-    """All that stands there in a line."""
+    """All that is there in a line."""
     if branch.note or (branch.row is not None and branch.row.value is not None):
         return pieces[0]
     if branch.row is not None:

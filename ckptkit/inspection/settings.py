@@ -189,7 +189,7 @@ _FAMILIES: tuple[tuple[frozenset[str], tuple[_Part, ...]], ...] = tuple(
         ("in_features out_features", _LINEAR),
     )
 )
-"""Attributes that only a class derived from one of torch's has all of, and what it then shows."""
+"""Attributes that only a class derived from one of torch has all of, and what it then shows."""
 
 _CONTAINERS = frozenset({"ParameterList", "ParameterDict"})
 
@@ -209,8 +209,8 @@ def class_name(node: Object) -> str:
 def module_text(node: Object, state: InertDict, *, has_children: bool) -> str:
     """The class with its settings, as ``print`` shows it, without its children.
 
-    ``"Conv2d(3, 64, kernel_size=(7, 7), stride=(2, 2), padding=(3, 3), bias=False)"``.  Settings of several
-    lines (ParameterList) stand between the brackets as ``extra_repr`` gives them.
+    ``"Conv2d(3, 64, kernel_size=(7, 7), stride=(2, 2), padding=(3, 3), bias=False)"``.  Settings of several lines
+    (ParameterList) are between the brackets as ``extra_repr`` gives them.
 
     Args:
         node: the pickled module.
@@ -276,7 +276,7 @@ def is_scalar(node: object) -> bool:
 
 
 def plain_value(node: object, nesting: int = 0) -> object:
-    """An inert node as the Python value it prints like; ``None`` for what is no setting."""
+    """An inert node as the Python value it prints like; ``None`` for what is not a setting."""
     if isinstance(node, str):
         return node[:_MAX_TEXT]
     if is_scalar(node):

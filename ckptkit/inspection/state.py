@@ -1,4 +1,4 @@
-"""What stands beside and around the weights: the training state, and the modules of a pickled model.
+"""What is beside and around the weights: the training state, and the modules of a pickled model.
 
 The training state is scalars, optimizers and schedulers.  An optimizer's state_dict is
 ``{"state": {0: {...}}, "param_groups": [{"lr": ..., "params": [...]}]}`` and does not name its class.  The options in
@@ -36,7 +36,7 @@ _MAX_TEXT = 200
 """Characters of a string scalar that are shown."""
 
 _MAX_VISITS = 100_000
-"""Nodes that are looked at for optimizers and schedulers: they lie near the root."""
+"""Nodes that are looked at for optimizers and schedulers: they are near the root."""
 
 _MAX_FOUND = 64
 """Optimizers, and schedulers, that are listed; and learning rates of one."""
@@ -254,7 +254,7 @@ class _ScalarReader:
         self._left = _MAX_TENSOR_SCALARS
 
     def value(self, node: object) -> Any:
-        """The number a node is; ``None``: it is none, or cannot be read."""
+        """The number a node is; ``None``: it is not one, or cannot be read."""
         if not isinstance(node, TensorEntry):
             return _number(node)
         if not can_be_looked_at(node.storage.source):
@@ -267,7 +267,7 @@ class _ScalarReader:
 
 
 _MAX_MODULES = 50_000
-"""Modules that are listed; one that stands in several places counts in each.  Models have some thousands."""
+"""Modules that are listed; one that is in several places counts in each.  Models have some thousands."""
 
 _MAX_CHARACTERS = 64 << 20
 """Characters of paths and settings in the list: shared modules must not multiply long ones."""

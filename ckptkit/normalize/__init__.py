@@ -5,7 +5,7 @@ Here that part is taken out, the marker `STATE_DICT` put in its place, and what 
 way noted:
 
 - a whole model gives the state_dict that `ckptkit.normalize.modules` walks
-- a bound method such as ``model.state_dict`` holds the whole model, and is read as one
+- a bound method such as ``model.state_dict`` contains the whole model, and is read as one
 - a list of (name, tensor) pairs is a state_dict, and written back as one
 - where several parts could be meant none is taken: the sections are listed, and whoever needs
   weights is asked for ``--section``
@@ -102,7 +102,7 @@ def normalize(raw: RawCheckpoint, file: Source, *, section: str | None = None) -
         section: path of the weights to select, as listed by `Checkpoint.sections`.
 
     Raises:
-        SectionError: there is no section of that path that holds weights.
+        SectionError: there is no section of that path that contains weights.
         CorruptError: a module contains itself.
     """
     findings = list(raw.findings)
@@ -300,7 +300,7 @@ def _same(leaf: object) -> object:
 
 
 def needs_protocol(root: object) -> bool:
-    """Whether anything might mean something else in the protocol of torch's own files; torch refuses every other."""
+    """Whether anything might mean something else in the protocol of torch own files; torch refuses every other."""
     for node in walk(root):
         if isinstance(node, Global):
             if node.module.partition(".")[0] not in ("torch", "collections") or "." in node.name:

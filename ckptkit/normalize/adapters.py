@@ -3,7 +3,7 @@
 Whose names they are:
 
 - peft: ``base_model.model.….q_proj.lora_A.weight``, ``lora_A.default.weight``, ``lora_embedding_A``,
-  ``lora_magnitude_vector`` (DoRA), ``ia3_l``, ``oft_R``, ``vera_lambda_b``; ``adapter_config.json`` lies beside
+  ``lora_magnitude_vector`` (DoRA), ``ia3_l``, ``oft_R``, ``vera_lambda_b``; ``adapter_config.json`` is beside
 - sd-scripts of kohya: ``lora_unet_….lora_down.weight``, ``.alpha``; ``ss_network_dim`` and the like in the metadata
 - diffusers: ``unet.….to_q.lora.down.weight``, ``processor.to_q_lora.up.weight``, ``lora_linear_layer``; AI-toolkit and
   Black Forest Labs: ``transformer.….lora_A.weight``, ``diffusion_model.``; XLabs: ``qkv_lora1.down.weight``
@@ -55,7 +55,7 @@ _PART = re.compile(
     r"(?P<other>ia3_l|b?oft_(?:R|r|s|blocks|diag)|vera_lambda_[bd]|dora_scale)|"
     r"(?:linear|processor)[\w.]{0,99}_lora(?![._](?:down|up)))(?:[._]|$)"
 )
-"""The part of a name that is an adapter's; what stands before it is the module."""
+"""The part of a name that is an adapter's; what is before it is the module."""
 
 _KINDS = {"hada": "loha", "lokr": "lokr", "ia3": "ia3", "oft": "oft", "boft": "boft", "vera": "vera", "dora": "dora"}
 
@@ -176,7 +176,7 @@ def customs(names: Sequence[str]) -> str | None:
 
 
 def adapter_in(checkpoint: Checkpoint, text: str) -> AdapterDocument | None:
-    """What the state_dict adds to a model; ``None``: it is no adapter and has none in it.
+    """What the state_dict adds to a model; ``None``: it is not an adapter and has none in it.
 
     Args:
         checkpoint: as it was read.
@@ -280,7 +280,7 @@ def _base(modules: Mapping[str, _Module]) -> str | None:
 
 
 def _alphas(entries: Mapping[str, TensorEntry | None]) -> set[float]:
-    """The values of alphas that stand beside each module; none where one cannot be read, or they are too many."""
+    """The values of alphas that are beside each module; none where one cannot be read, or they are too many."""
     listed = [entry for entry in entries.values() if entry is not None]
     values = [small_values(entry, 1) for entry in listed] if len(listed) <= _MAX_READ else [None]
     return set() if None in values else {float(value[0]) for value in values if value is not None}
@@ -321,7 +321,7 @@ def _recorded(metadata: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _beside(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The same of peft's configuration, where it lies beside."""
+    """The same of peft's configuration, where it is beside."""
     source = next((entry.storage.source for entry in checkpoint.state_dict.values()), None)
     if not isinstance(source, ByteRange):
         return {}

@@ -63,7 +63,7 @@ class Form(NamedTuple):
 
 
 def form_of(node: object) -> Form:
-    """What a node is that is no tensor, storage or plain value."""
+    """What a node is that is not a tensor, storage or plain value."""
     form, effects = _own_form(node), effects_of(node)
     if not effects:
         return form
@@ -165,7 +165,7 @@ def _attribute(node: object) -> str:
 
 
 def _array(node: Object, name: str, *, is_call: bool) -> Form | None:
-    """An array of numpy's: its type, shape, order and bytes, however its protocol says them."""
+    """An array of numpy: its type, shape, order and bytes, however its protocol says them."""
     if name == "numpy._core.multiarray._reconstruct" and isinstance(node.state, tuple) and len(node.state) == 5:
         cls, *rest = node.args or (None,)
         is_plain = isinstance(cls, Global) and cls.qualified == "numpy.ndarray" and rest == [(0,), b"b"]
@@ -220,7 +220,7 @@ def is_ordered(pairs: list[tuple[object, object]]) -> bool:
 
 
 def content_of(node: object) -> tuple[str, list[object], list[tuple[object, object]]]:
-    """What a node is that is no tensor: its kind, its parts, and its pairs where it is a mapping.
+    """What a node is that is not a tensor: its kind, its parts, and its pairs where it is a mapping.
 
     Of pairs with one key the last counts, and names of tensors are sorted, so that their order is not part of it.
     """

@@ -1,4 +1,4 @@
-"""Values that hold a tensor's bytes and say so in another way become plain tensors; nothing is computed.
+"""Values that contain a tensor's bytes and say so in another way become plain tensors; nothing is computed.
 
 - numpy's arrays (`ckptkit.pickling.arrays`), where a file has no torch tensor: those that a mapping holds
   under its keys, if at least half of what it holds are arrays and the others are plain values or mappings.  detectron2
@@ -8,7 +8,7 @@
   ``torch._utils._rebuild_device_tensor_from_numpy`` and ``_from_cpu_tensor``), of which an array of another dtype is
   cast: numpy has no bfloat16.
 
-An array's bytes lie in the file (`ckptkit.pickling.arrays.LocatedBytes`), or were read from its pickle and stay in
+An array's bytes are in the file (`ckptkit.pickling.arrays.LocatedBytes`), or were read from its pickle and stay in
 memory.  In Fortran's order its first dimension has the stride 1; big-endian ones stay so (`Storage.byteorder`).
 """
 
@@ -35,11 +35,11 @@ _KEY = "array "
 
 
 def array_entry(node: Object, path: str, key: str, *, native: bool = False) -> TensorEntry | None:
-    """The tensor that an array of numpy's is; ``None``: torch has none like it.
+    """The tensor that an array of numpy is; ``None``: torch has none like it.
 
     Args:
         node: see `ckptkit.pickling.arrays.is_array`.
-        path: of the file that it stands in.
+        path: of the file that it is in.
         key: of its storage.
         native: whether the bytes of a big-endian one that is in memory are reversed, as a .pth beside others needs it.
 
@@ -107,7 +107,7 @@ def arrays_made_plain(root: object, path: str, *, everything: bool = False) -> t
 
     Args:
         root: the tree, without a torch tensor.
-        path: of the file that it stands in.
+        path: of the file that it is in.
         everything: whether arrays become tensors wherever they stand.
 
     Raises:

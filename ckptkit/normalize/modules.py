@@ -9,14 +9,13 @@ modules, which keep their weights packed and whose rules `_packed_values` knows.
 What a pickle holds of a module (`module_state`) is its ``__dict__``, in one of these places:
 
 - the state that BUILD applies, or a member of it where ``__getstate__`` gave a tuple
-- an argument of the function that makes it anew: ``torch.fx`` (``reduce_graph_module(dict, code)``
-  and its relatives) and classes with a ``__reduce__`` of their own; StyleGAN's
-  (``torch_utils/persistence.py`` ``_reconstruct_persistent_obj(meta)``) have it in ``meta["state"]``
-- nowhere: ``torch.compile`` saves ``OptimizedModule(module, context)``, and quantized convolutions
-  a tuple of their settings and tensors (torch/ao/nn/quantized/modules/conv.py ``__getstate__``); objects of
-  TorchScript (``__torch__.Net``) in a file without their code, as libtorch's ``pickle_save`` writes them, have
-  attributes alone, of which a tensor that requires a gradient is a parameter and another a buffer.
-  Their ``__dict__`` is put together here.
+- an argument of the function that makes it again: ``torch.fx`` (``reduce_graph_module(dict, code)`` and its relatives)
+  and classes with a ``__reduce__`` of their own; StyleGAN's (``torch_utils/persistence.py``
+  ``_reconstruct_persistent_obj(meta)``) have it in ``meta["state"]``
+- nowhere: ``torch.compile`` saves ``OptimizedModule(module, context)``, and quantized convolutions a tuple of their
+  settings and tensors (torch/ao/nn/quantized/modules/conv.py ``__getstate__``); objects of TorchScript
+  (``__torch__.Net``) in a file without their code, as libtorch's ``pickle_save`` writes them, have attributes alone, of
+  which a tensor that requires a gradient is a parameter and another a buffer. Their ``__dict__`` is combined here.
 
 Wrappers of a model leave prefixes in names.
 `MODULE` and ``_forward_module`` are taken for a wrapper's where they lead a name: further in, ``module`` may be
@@ -38,6 +37,7 @@ from ckptkit.errors import CorruptError, LimitError
 from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.pickling.inert import Global, InertDict, InertSet, Object, mapping_items, named_items, states, tensors_in
 from ckptkit.report import count_of
+from ckptkit.shell import command_line
 
 __all__ = [
     "BUFFER_NAMES",
@@ -120,7 +120,7 @@ _CONV_SAVED = ("weight", "bias", "scale", "zero_point")
 
 
 def module_state(node: object) -> InertDict | None:
-    """The ``__dict__`` of a pickled ``nn.Module``; ``None``: it is none."""
+    """The ``__dict__`` of a pickled ``nn.Module``; ``None``: it is not one."""
     if not isinstance(node, Object):
         return None
     state = node.state
@@ -178,7 +178,7 @@ def _as_module_dict(
 
 
 def _is_quantized(node: object, name: str = "") -> bool:
-    """Whether an object is a quantized module of torch's whose class name begins with ``name``."""
+    """Whether an object is a quantized module of torch whose class name begins with ``name``."""
     cls = node.cls if isinstance(node, Object) else None
     return isinstance(cls, Global) and cls.module.startswith(_QUANTIZED) and cls.name.startswith(name)
 
@@ -196,7 +196,7 @@ def bound_method(node: object) -> tuple[object, str] | None:
 def walk_module(module: object) -> Iterator[tuple[str, object]]:
     """Names and values of a pickled module's state_dict, in the order ``state_dict()`` gives them.
 
-    A child that holds tensors but is pickled as no module is, is given whole, under its own name.
+    A child that contains tensors but is pickled as no module is, is given whole, under its own name.
 
     Raises:
         CorruptError: a module is its own descendant.
@@ -212,7 +212,7 @@ def walk_module(module: object) -> Iterator[tuple[str, object]]:
 
 
 def known_versions(module: object) -> dict[str, object]:
-    """The entries of torch's ``_metadata`` that matter and that the file lets us know, by module path.
+    """The entries of torch ``_metadata`` that matter and that the file lets us know, by module path.
 
     ``state_dict()`` writes each class's ``_version``, which is in the code, not in the file.  For
     torch's own classes whose loading depends on it, what the object holds tells which it was.
@@ -254,7 +254,7 @@ def wrapper_prefixes(module: object) -> list[tuple[str, str]]:
 
 
 _MET_AGAIN = 1000
-"""Modules that stand in a second place, after which a model's size is found out first: each level may double it."""
+"""Modules that are in a second place, after which a model's size is found out first: each level may double it."""
 
 
 def _modules(
@@ -342,8 +342,8 @@ def _saved_values(node: object, state: InertDict) -> list[tuple[str, object]]:
 def _packed_values(node: object, state: InertDict) -> list[tuple[str, object]]:
     """What a quantized module's ``_save_to_state_dict`` adds; scale and zero point as the numbers the file holds.
 
-    Packed weights are objects of C++ classes, whose state is a tuple of the unpacked tensors and the class's name.
-    A class that is not known here, but holds such an object, gives it whole.
+    Packed weights are objects of C++ classes, whose state is a tuple of the unpacked tensors and the class's name. A
+    class that is not known here, but contains such an object, gives it whole.
     """
     if _is_quantized(node, "Conv") and "kernel_size" in state and "weight" in state:
         return [(name, state.get(name)) for name in _CONV_SAVED]
@@ -405,7 +405,7 @@ _FEW = 3
 def unwrapped(name: str) -> str:
     """The name without wrappers.
 
-    Segments of wrappers go in any order and nesting: leading ones, and those of torch's own wrappers anywhere
+    Segments of wrappers go in any order and nesting: leading ones, and those of torch own wrappers anywhere
     (``model._orig_mod.layer``).  The last segment is never taken away.
     """
     return _without(name, _ANYWHERE, _LEADING) if _may_be_wrapped(name) else name
@@ -442,7 +442,7 @@ def unwrapped_path(path: str) -> str:
 
 
 def wrapper_of(name: str) -> str:
-    """What wrappers put into a name: the prefix, else one that stands further in; ``""``: nothing."""
+    """What wrappers put into a name: the prefix, else one that is further in; ``""``: nothing."""
     if not _may_be_wrapped(name):
         return ""
     parents = name.split(".")[:-1]
@@ -451,7 +451,7 @@ def wrapper_of(name: str) -> str:
 
 
 def inner_module_rules(names: Sequence[str]) -> list[str]:
-    r"""The rules ``REGEX=>REPLACEMENT`` that take `MODULE` off names where it stands further in; none do: none.
+    r"""The rules ``REGEX=>REPLACEMENT`` that take `MODULE` off names where it is further in; none if there are none.
 
     Args:
         names: without wrappers: ``features.module.0.weight`` gives ``^features\.module\.=>features.``.
@@ -472,8 +472,6 @@ def inner_module_told(names: Sequence[str]) -> tuple[str, list[str]] | None:
     carrying = [name for name in names if _INNER_MODULE.search(name)]
     if not carrying:
         return None
-    import shlex  # what finds nothing starts faster without
-
     told = (
         f"{len(carrying)} of {count_of(len(names), 'name')} have `{MODULE}.` after their beginning, such as "
         f"{carrying[0]!r:.200}: DataParallel around a part of the model, or an attribute with that name"
@@ -481,4 +479,4 @@ def inner_module_told(names: Sequence[str]) -> tuple[str, list[str]] | None:
     if len({_INNER_MODULE.sub("", name) for name in names}) < len(names):
         return f"{told}; without it two names would be the same", []
     options = [option for rule in inner_module_rules(names) for option in ("--rename", rule)]
-    return f"{told}; {shlex.join(options)} removes it", options
+    return f"{told}; {command_line(options)} removes it", options

@@ -1,16 +1,16 @@
 """State_dicts whose modules are dicts inside dicts, as Megatron and flax save them.
 
-``{"language_model": {"embedding": {"word_embeddings": {"weight": tensor}}}}`` holds the weight
+``{"language_model": {"embedding": {"word_embeddings": {"weight": tensor}}}}`` contains the weight
 ``language_model.embedding.word_embeddings.weight``.  A tree of dicts with string keys is read so where
 
 - all that it holds are tensors (and ``_extra_state``), none of them an optimizer's, and no two get one name
 - some module in it is a dict of its own (its names have no dots): a dict of whole state_dicts, each with dotted
   names, is several models
-- it lies under a customary key, or the names are those of parameters, three dicts down
-- no key of its own says that it holds several models, or an optimizer, and none in it that weights lie there
+- it is under a customary key, or the names are those of parameters, three dicts down
+- no key of its own says that it contains several models, or an optimizer, and none in it that weights are there
 
-It is written as it was while every name stays; where names are changed or left out, or nothing stands beside it any
-more (``--weights-only``), as one flat dict under the dotted names.
+It is written as it was while every name stays; where names are changed or left out, or nothing is beside it any more
+(``--weights-only``), as one flat dict under the dotted names.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _MODULES_DEEP = 3
 """Dicts from the top to a tensor where nothing else says that they are a model's."""
 
 _OTHERS = re.compile(r"(?:^|[._])(?:ema|shadow|averaged?|teacher|student|optim\w*|opt)(?:[._]|\d*$)")
-"""Keys of what is no part of a model: copies of it, and optimizers."""
+"""Keys of what is not part of a model: copies of it, and optimizers."""
 
 
 _STATE = ("state_dict", "_state")
@@ -82,7 +82,7 @@ class _Tree:
         values: by dotted name, in order.
         holders: how many dicts hold tensors.
         levels: dicts from the top to the deepest tensor.
-        is_bare: whether some dict below the top holds tensors, and no dotted name.
+        is_bare: whether some dict below the top contains tensors, and no dotted name.
         is_parameters: whether the names in such a dict are those of parameters.
         dicts: the ``id`` of each.
     """
@@ -111,9 +111,9 @@ def is_nested(node: object, key: object, root: object, visit: Callable[[int], bo
 
     Args:
         node: the outermost dict.
-        key: what it lies under; anything but a string for the file's own dict.
-        root: the tree it lies in, which has no other use for the dicts in it.
-        visit: as of `nested_values`.
+        key: what it is under; anything but a string for the file's own dict.
+        root: the tree it is in, which has no other use for the dicts in it.
+        visit: as in `nested_values`.
     """
     keys = [inner for inner, _ in mapping_items(node) or [] if isinstance(inner, str)]
     is_customary = isinstance(key, str) and key in CUSTOMARY_KEYS
@@ -168,7 +168,7 @@ def nested_versions(
 
 
 def _is_value(key: object, value: object) -> bool:
-    """Whether it stands under a name, and is no dict of others."""
+    """Whether it is under a name, and is not a dict of others."""
     return is_tensor_like(value) or (isinstance(key, str) and key.endswith("_extra_state"))
 
 

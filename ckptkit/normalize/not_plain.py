@@ -1,4 +1,4 @@
-"""Values that stand where tensors do and are no plain ones: what they are, in facts and in words; nothing is built.
+"""Values in the places of tensors that are not plain ones: what they are, in facts and in words; nothing is built.
 
 They are tensors that torch makes of other tensors (`ckptkit.pickling.layouts` says which), tensors of a class that has
 no bytes of its own (`ckptkit.pickling.tensors.Wrapped`: DTensor, torchao's), strided ones with hooks or metadata that
@@ -263,7 +263,7 @@ class Dense(NamedTuple):
 
 
 def dense_form(node: object) -> Dense | None:
-    """What dense values can be made of; ``None``: it is a plain tensor, an array, or no tensor at all.
+    """What dense values can be made of; ``None``: it is a plain tensor, an array, or no tensors.
 
     Raises:
         UnsupportedError: it is a tensor and none can be made of it; the message says why.
@@ -301,13 +301,13 @@ def can_be_dense(name: str, value: object) -> bool:
 
 
 PACKED_DTYPE = "_packed_params.dtype"
-"""How names end of what stands beside packed parameters."""
+"""How names end of what is beside packed parameters."""
 
 _PACKED = ("_packed_params._packed_params", "_packed_params._packed_weight")
 
 
 def packed_parts(name: str, value: object) -> dict[str, object] | None:
-    """The weight and bias that a quantized module of torch's packs, under their names; ``None``: it packs none.
+    """The weight and bias that a quantized module of torch packs, under their names; ``None``: it packs none.
 
     ``torch/ao/nn/quantized/modules/linear.py`` ``LinearPackedParams`` and ``embedding_ops.py``: a tuple
     ``(weight, bias or None)`` or the weight alone, with the dtype beside it as ``_packed_params.dtype``.

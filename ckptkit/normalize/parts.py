@@ -10,7 +10,7 @@ Facts of the layouts (torch 2.14, DeepSpeed 0.19, Megatron-LM; each seen in file
   ``flat_param_0``); names and shapes of what is joined are not in the file
 - *DeepSpeed* (``deepspeed/runtime/engine.py`` ``_save_checkpoint``): ``param_shapes`` says the weights' shapes, of
   which ZeRO stage 3 leaves empty stubs under ``module``; optimizer files hold ``single_partition_of_fp32_groups`` or
-  ``fp32_flat_groups``; ``module`` is ``None`` where a pipeline's layers lie in files of their own
+  ``fp32_flat_groups``; ``module`` is ``None`` where a pipeline's layers are in files of their own
 - *Megatron-LM* (``megatron/training/checkpointing.py``): ``args`` says how many ranks share a model
 - *safetensors of torch.distributed.checkpoint* have ``DCP_SHARDING_INFO`` in their metadata
 
@@ -31,6 +31,7 @@ from ckptkit.normalize.modules import unwrapped
 from ckptkit.pickling.inert import InertDict, Object, mapping_items, walk
 from ckptkit.pickling.tensors import Wrapped, shape_of, wrapped_tensor
 from ckptkit.report import Finding, count_of
+from ckptkit.shell import quoted
 
 __all__ = [
     "CODE",
@@ -132,7 +133,7 @@ def is_flat_name(name: str) -> bool:
 
 
 def _own_keys(root: object) -> Mapping[str, object]:
-    """The values of a file's own dict by their keys; nothing of what is no such dict."""
+    """The values of a file's own dict by their keys; nothing of what is not such a dict."""
     pairs = mapping_items(root)
     return {} if pairs is None or len(pairs) > _MOST_KEYS else {k: v for k, v in pairs if isinstance(k, str)}
 
@@ -374,9 +375,7 @@ def part_findings(checkpoint: Checkpoint) -> Iterator[Finding]:
     if part is not None:
         fix: str | None = way_out(part)
         if part.opens and part.instead is not None:
-            import shlex
-
-            fix = f"ckptkit inspect {shlex.quote(part.instead)}"
+            fix = f"ckptkit inspect {quoted(part.instead)}"
         told = part_text(part)
         if part.remedy:
             told, fix = f"{told}; {part.remedy}", None
@@ -391,7 +390,7 @@ def way_findings(checkpoint: Checkpoint) -> Iterator[Finding]:
 
 
 def require_whole(checkpoint: Checkpoint, *, allow_part: bool = False) -> None:
-    """See that a checkpoint is no part of one, or that a part is what is wanted.
+    """See that a checkpoint is not part of one, or that a part is what is wanted.
 
     Raises:
         PartError: it is a part; the message says of what, and what to give instead.

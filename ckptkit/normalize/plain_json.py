@@ -83,10 +83,10 @@ class PlainWriter:
         self._left = _MOST_VALUES
 
     def part(self, node: object, depth: int = 0) -> Any:
-        """A plain value as JSON, at a depth below the top; where it is none, what was seen of it does not count.
+        """A plain value as JSON, at a depth below the top; where it is not one, what was seen of it does not count.
 
         Raises:
-            NotPlainError: it is none, or there are too many.
+            NotPlainError: it is not one, or there are too many.
         """
         left = self._left
         try:
@@ -133,7 +133,7 @@ class PlainWriter:
 
 
 def is_unicode(text: str) -> bool:
-    """Whether a text holds no half of a surrogate pair."""
+    """Whether a text contains no half of a surrogate pair."""
     return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)
 
 
@@ -270,7 +270,7 @@ class PlainReader:
         """The node of an encoded value.
 
         Raises:
-            WrongTextError: it is none, or there are too many.
+            WrongTextError: it is not one, or there are too many.
         """
         self._left -= 1
         if self._left < 0 or depth >= MOST_DEEP:

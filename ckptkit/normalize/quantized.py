@@ -59,7 +59,7 @@ _WIDE = ("int32", "int16", "int64", "uint32", "uint16")
 
 
 _Beside = dict[tuple[str, str | None], list[str]]
-"""Names by what they stand below, and either what they are called or, all of them, ``None``."""
+"""Names by what they are below, and either what they are called or, all of them, ``None``."""
 
 
 def scaled_pairs(state_dict: StateDict) -> dict[str, str]:
@@ -191,10 +191,10 @@ class _Facts(NamedTuple):
 _STATE = ".quant_state.bitsandbytes__"
 
 _KIN = re.compile(r"qzeros|g_idx|perm|weight_format|nbits|group_size")
-"""Names of what belongs to whatever weight is beside it and is no scale."""
+"""Names of what belongs to whatever weight is beside it and is not a scale."""
 
 _SIZED = re.compile(r"(?P<of>.+)_(?:shape|g_idx)")
-"""Names that say which weight they belong to, and are no scales."""
+"""Names that say which weight they belong to, and are not scales."""
 
 _FIRST = re.compile(r"_?scales?|scale_weight|(?!input_|output_|act|.+_global_).+_scales?(?:_inv)?")
 """Names of what a weight is multiplied by, not of scales of scales nor of inputs."""
@@ -304,7 +304,7 @@ def _whose(last: str) -> str | None:
 
 
 class _Shapes:
-    """Tells how weights are quantized, once for all that are alike; sizes that stand in tensors are read for it."""
+    """Tells how weights are quantized, once for all that are alike; sizes that are in tensors are read for it."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[object, ...], _Facts] = {}

@@ -1,4 +1,4 @@
-"""What the parts of a file are: which hold weights, which an optimizer, which something else.
+"""What the parts of a file are: which contain weights, which an optimizer, which something else.
 
 Decided by shape, never by a file's name:
 
@@ -11,9 +11,9 @@ Decided by shape, never by a file's name:
   nested dicts of tensors are values too.  Inside a file's own dict, one in which nothing could be a
   parameter (losses, metrics, random states), or that has the names of a graph (of PyG), is none, unless a
   customary key says so.  Modules may be dicts inside dicts (`ckptkit.normalize.nested`).
-- an *optimizer* is a mapping or object with ``state`` and ``param_groups`` (fastai: ``hypers``),
-  whatever it lies under; never the weights.  Neither are its moments (`ckptkit.normalize.shapes.MOMENTS`).
-- what else holds tensors is a *tensor* or a *collection*; so is a data set of graphs, ``(data, slices)``
+- an *optimizer* is a mapping or object with ``state`` and ``param_groups`` (fastai: ``hypers``), whatever it is under;
+  never the weights.  Neither are its moments (`ckptkit.normalize.shapes.MOMENTS`).
+- what else contains tensors is a *tensor* or a *collection*; so is a data set of graphs, ``(data, slices)``
 
 Parts are looked for in dicts, lists, tuples, and the attributes, items and arguments of objects
 (a Namespace, a Trainer, a named tuple), at most `MAX_SECTION_DEPTH` keys down; never inside a part.
@@ -85,19 +85,19 @@ _ROOT: Final = object()
 
 _SectionKind = Literal["state_dict", "whole_model", "optimizer", "collection", "tensor"]
 _NodeKind = _SectionKind | Literal["parts"]
-"""``"parts"``: something that has tensors somewhere below, and is no section by itself."""
+"""``"parts"``: something that has tensors somewhere below, and is not a section by itself."""
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A part of a file that holds tensors.
+    """A part of a file that contains tensors.
 
     Attributes:
         path: the keys that lead to it, joined with dots, as it is listed and asked for.
         kind: what it is.
         node: it.
         keys: the keys that lead to it, as they are.
-        nested: whether its modules are dicts inside dicts, so that names are put together.
+        nested: whether its modules are dicts inside dicts, so that names are combined.
     """
 
     path: str
@@ -162,7 +162,7 @@ class SectionSearch:
         self._nested_left = DEFAULT_LIMITS.entries + DEFAULT_LIMITS.tree_nodes
 
     def sections(self) -> list[Candidate]:
-        """The parts that hold tensors, in file order, no two under one path; parts of a part are not listed."""
+        """The parts that contain tensors, in file order, no two under one path; parts of a part are not listed."""
         taken: dict[str, int] = {}
         found = []
         for candidate in self._below(self._root, "", ()):
@@ -207,7 +207,7 @@ class SectionSearch:
         return known
 
     def _kind(self, node: object, key: object) -> _NodeKind | None:
-        """What a node is that lies under ``key``; ``None``: it has no tensors."""
+        """What a node is that is under ``key``; ``None``: it has no tensors."""
         if isinstance(node, SCALARS):
             return None
         if id(node) not in self._kinds:
@@ -394,7 +394,7 @@ def above_tensors(root: object) -> set[int]:
 
 
 def join(path: str, key: object) -> str:
-    """The path of what lies under ``key`` of what lies at ``path``; see `Section.path`."""
+    """The path of what is under ``key`` of what is at ``path``; see `Section.path`."""
     last = key[:_MAX_PATH_STEP] if isinstance(key, str) else step(key)
     return f"{path}.{last}" if path else last
 

@@ -1,10 +1,10 @@
-"""Which of a file's sections is *the* state_dict, and what stands beside it.
+"""Which of a file's sections is *the* state_dict, and what is beside it.
 
 The state_dict is
 
 1. the one asked for by its path.
-2. The only one that holds weights.  One object, or the same tensors under the same names, in
-   several places is one, and stands where its keys are the most customary.
+2. The only one that contains weights.  One object, or the same tensors under the same names, in several places is one,
+   and is where its keys are the most customary.
 3. The only one left when those are put aside that no model would be (nothing in them is a floating-point tensor
    with at least one dimension: losses, metrics, random states), and those that are the weights under `MASTERS` at a
    lower precision.
@@ -14,7 +14,7 @@ The state_dict is
    choice to be made.
 5. Else none: a generator and a discriminator, a teacher and a student, a list of models.
 
-What stands beside it goes where the weights go only if the container can hold it.  `earlier` gives the receipts in the
+What is beside it goes where the weights go only if the container can hold it.  `earlier` gives the receipts in the
 string metadata; `ckptkit.conversion` says what is in them.
 """
 
@@ -136,7 +136,7 @@ def is_copy(names: Iterable[str], weights: Iterable[str]) -> bool:
 
 
 def other_weights(checkpoint: Checkpoint, found: Iterable[FoundTensor]) -> dict[str, list[FoundTensor]]:
-    """The sections of weights beside the selected ones that are no copies of them, with their own tensors.
+    """The sections of weights beside the selected ones that are not copies of them, with their own tensors.
 
     A model may be in two parts: a network and its ``generator``, ``likelihood`` or queue.
 
@@ -191,7 +191,7 @@ def _bare(name: str) -> str:
 
 
 def require_section(sections: Sequence[Section], path: str) -> None:
-    """See that the section asked for holds weights.
+    """See that the section asked for contains weights.
 
     Raises:
         SectionError: there is none of that path, or it holds something else.
@@ -237,17 +237,17 @@ def require_state_dict(checkpoint: Checkpoint, purpose: str) -> None:
 
 
 def weights_paths(sections: Sequence[Section]) -> tuple[str, ...]:
-    """The paths of the sections that hold weights."""
+    """The paths of the sections that contain weights."""
     return tuple(section.path for section in sections if section.is_weights)
 
 
 def paths_listed(sections: Sequence[Section]) -> str:
-    """The paths of the sections that hold weights; empty where there are none."""
+    """The paths of the sections that contain weights; empty where there are none."""
     return listed((repr(path[:200]) for path in weights_paths(sections)), _MAX_LISTED)
 
 
 def sections_listed(sections: Sequence[Section]) -> str:
-    """The sections that hold weights, as a message names them: path, number of tensors, size."""
+    """The sections that contain weights, as a message names them: path, number of tensors, size."""
     weights = [section for section in sections if section.is_weights]
     told = [
         f"{section.path[:200]!r} ({count_of(section.tensors, 'tensor')}, {human_size(section.nbytes)})"
@@ -302,7 +302,7 @@ BESIDE = "ckptkit_beside"
 
 
 def earlier(metadata: Mapping[str, object]) -> list[object]:
-    """The receipts a file came with; none where what stands there is not a list."""
+    """The receipts a file came with; none where what is there is not a list."""
     text = metadata.get(KEY)
     try:
         receipts = json.loads(text) if isinstance(text, str) else []

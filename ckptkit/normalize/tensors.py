@@ -2,7 +2,7 @@
 
 What shows, compares, digests, checks or counts the tensors of a file goes through `every_tensor`.  It goes to:
 
-- the values of the state_dict, and what they are made of where they are no plain tensors
+- the values of the state_dict, and what they are made of where they are not plain tensors
 - the other sections, each under its path
 - what belongs to no section, whose `FoundTensor.section` is ``None`` and whose name is its path from the top of the
   file: attributes of modules and of tensors, buffers that a module does not save, what hangs on a mapping's class,
@@ -76,7 +76,7 @@ _ONCE = (list, tuple, InertDict, InertSet, Global)
 
 
 class Nameless(str):
-    """A key of a dict that is no text and no number: a parameter, by which old optimizers keep their state.
+    """A key of a dict that is not text or a number: a parameter, by which old optimizers keep their state.
 
     Attributes:
         position: its place in the dict.
@@ -92,11 +92,11 @@ class Nameless(str):
 
 
 class FoundTensor(NamedTuple):
-    """A tensor, a storage, an array or another value that is no plain tensor, under one name.
+    """A tensor, a storage, an array or another value that is not a plain tensor, under one name.
 
     Attributes:
-        section: path of the section it stands in; ``None``: in none.
-        name: in its section; of what stands in none its path from the top of the file.
+        section: path of the section it is in; ``None``: in none.
+        name: in its section; of what is in none its path from the top of the file.
         node: the tensor; a storage that stands by itself; numpy's array; or what makes the value.
         is_own: whether it is one of the section's own values, not somewhere below one.
         keys: those that lead to it from the top of the file, where they are asked for; see `keys_of`.
@@ -149,8 +149,8 @@ def other_tensors(checkpoint: Checkpoint, *, values: bool = False) -> list[Found
 def tensors_with_keys(checkpoint: Checkpoint, top: _Steps) -> Iterator[FoundTensor]:
     """The same, and values made of tensors in place of their parts, each with the keys that lead to it.
 
-    In the order of `every_tensor`.  A tensor is found in every dict or list that it stands in, and what lies deeper in
-    an object that several places share in the first.
+    In the order of `every_tensor`.  A tensor is found in every dict or list that it is in, and what is deeper in an
+    object that several places share in the first.
 
     Args:
         checkpoint: the file.
@@ -278,7 +278,7 @@ class _Place(NamedTuple):
         return ".".join(reversed(parts))[:_MAX_NAME] or self.section or ""
 
     def inside(self, key: object, whole: bool) -> _Place:
-        """The place of what hangs on what stands here, and has no key."""
+        """The place of what hangs on what is here, and has no key."""
         return self._replace(keys=longer(self.keys, key)) if whole else self
 
     def below(self, label: object, key: object, kinds: Mapping[str, str], whole: bool) -> _Place:
@@ -318,7 +318,7 @@ class _Walk:
         self._kept: list[object] = []
 
     def values(self, at: _Place, values: list[tuple[str, object]], own: _Own) -> Iterator[FoundTensor]:
-        """What a section's own values are made of, those that are no plain tensors."""
+        """What a section's own values are made of, those that are not plain tensors."""
         section = at.section
         for name, value in values:
             steps: _Steps = (None, name, 1)
@@ -373,7 +373,7 @@ class _Walk:
             yield (place if isinstance(part, Storage) else place.below(name, name, self._kinds, False)), part
 
     def _weights(self, place: _Place, section: str, kind: str, node: object) -> Generator[FoundTensor, None, _Place]:
-        """The values of a section of weights under their names; returns the place of what else stands there."""
+        """The values of a section of weights under their names; returns the place of what else is there."""
         values = list(state_values(kind, node))
         self._kept.append(values)  # some are made for it, and are known by their ids
         own = _Own([value for _, value in values])
@@ -385,7 +385,7 @@ class _Walk:
         return _Place(None, _further(None, section) if section else None, place.depth, place.path, own, place.keys)
 
     def _again(self, place: _Place, node: object) -> Iterator[FoundTensor]:
-        """The tensors right in a dict or list that stands in another place too: an EMA that is the model itself."""
+        """The tensors right in a dict or list that is in another place too: an EMA that is the model itself."""
         pairs: Iterable[tuple[object, object]] = ()
         if node is STATE_DICT:
             pairs = self._selected.items() if keys_of(place.keys) != keys_of(self._top) else ()
@@ -449,7 +449,7 @@ def _steps(node: object) -> list[tuple[object, object, object]]:
 
 
 def _of_list(node: list[object] | tuple[object, ...]) -> list[tuple[object, object, object]]:
-    """As `_steps`.  A list of ten million numbers is passed over, not copied."""
+    """As `_steps`.  A list of ten million numbers is skipped, not copied."""
     most, met = DEFAULT_LIMITS.entries, set[int]()
 
     def is_new(child: object) -> bool:
@@ -481,7 +481,7 @@ def _of_arguments(node: Object) -> Iterator[tuple[object, object, object]]:
 def _of_pairs(
     pairs: list[tuple[object, object]], hidden: tuple[str, ...] = ()
 ) -> Iterator[tuple[object, object, object]]:
-    """The values of a mapping with their keys, and the keys that are no scalars."""
+    """The values of a mapping with their keys, and the keys that are not scalars."""
     for position, (key, value) in enumerate(pairs):
         shown = key
         if not isinstance(key, _SCALARS):

@@ -2,8 +2,8 @@
 
 `side_by_side` goes through two trees at once, by one of two rules:
 
-- `Identical`: node for node as the files say it, devices, strides and order included; what was one object must still
-  be one.  So an output is held against what it was written from.
+- `Identical`: node for node as the files say it, devices, strides and order included; what was one object must still be
+  one.  So an output is checked against what it was written from.
 - `SameContent`: what two files mean (`ckptkit.normalize.content`).  Tensors are compared by their values, mappings key
   by key.  Whether two places hold one object or two equal ones does not matter.  The order of keys does, but for names
   of tensors, as in a state_dict.
@@ -68,9 +68,9 @@ class Met(NamedTuple):
 
     Attributes:
         place: where; ``a``, ``b``: what is there, `ABSENT` where nothing is.
-        how: ``"differs"``; ``"kinds"``: so much that their parts cannot be compared; ``"order"``: the keys alone stand
-            in another order; ``"parted"``: what was one object is two, or the other way round; ``"bytes"``: what is
-            known of the two agrees, and their bytes are left.
+        how: ``"differs"``; ``"kinds"``: so much that their parts cannot be compared; ``"order"``: the keys alone are in
+            another order; ``"parted"``: what was one object is two, or the other way round; ``"bytes"``: what is known
+            of the two agrees, and their bytes are left.
     """
 
     place: Place
@@ -94,10 +94,10 @@ class _Rule(Protocol):
     by_meaning: bool
 
     def met(self, a: object, b: object) -> bool | None:
-        """Whether two nodes, met before, may stand in one place; ``None``: they were not met."""
+        """Whether two nodes, met before, may be in one place; ``None``: they were not met."""
 
     def compare(self, place: Place, a: object, b: object) -> tuple[Iterable[Met], _Pairs]:
-        """What differs of two nodes themselves, and their parts in pairs: all, once that was gone through."""
+        """What differs of two nodes themselves, and their parts in pairs: all, once that was processed."""
 
 
 def side_by_side(
@@ -268,7 +268,7 @@ def _exact_parts(node: object) -> tuple[int, Iterator[_Part]]:
 
 
 class SameContent:
-    """Two trees by what they mean; tensors by their values, whatever they lie in.
+    """Two trees by what they mean; tensors by their values, whatever they are in.
 
     Nodes that were met are joined (as Hopcroft and Karp compare automata): each pair that is looked at leaves one
     group of nodes less, so that shared nodes and cycles end, in linear time.

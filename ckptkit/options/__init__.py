@@ -1,7 +1,7 @@
 """The options of ``convert``, ``verify``, ``diff`` and ``load_state_dict``, each declared once.
 
-`ckptkit.arguments` says what a declaration is.  `ckptkit.cli.options` makes the command's options of them, and
-`ckptkit.arguments.documented` the list in the function's docstring.  Type checkers see the keywords in the
+`ckptkit.arguments` defines declarations.  `ckptkit.cli.options` turns them into the command's options, and
+`ckptkit.arguments.documented` into the list in the function's docstring.  Type checkers see the keywords in the
 ``TypedDict`` of each class (`ckptkit.options.keywords`).
 """
 

@@ -1,4 +1,4 @@
-"""The keywords of each function that takes `ckptkit.options`, as type checkers see them; never imported when run."""
+"""The keywords of each function that takes `ckptkit.options`, as type checkers see them; never imported at run time."""
 
 from __future__ import annotations
 

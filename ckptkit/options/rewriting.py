@@ -1,4 +1,4 @@
-"""What ``convert`` and ``load_state_dict`` can be asked for, and what several commands are asked alike."""
+"""The options of ``convert`` and ``load_state_dict``, and options that several commands share."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ __all__ = ["ConvertOptions", "LoadOptions", "allow_part_option", "progress_optio
 
 
 def progress_option(meaning: str) -> Option[Progress | None]:
-    """What is told how far it is; ``meaning`` as the docstring says it."""
-    return Option("switch", None, "Progress on stderr; default: on a terminal.", meaning)
+    """The function that is told the progress; ``meaning`` is for the docstring."""
+    return Option("switch", None, "Show progress on stderr; default: on a terminal.", meaning)
 
 
 def allow_part_option(which: str) -> Option[bool]:
-    """Whether a part of a checkpoint is taken; ``which`` is what may be one."""
+    """Whether a part of a checkpoint is accepted; ``which`` is what may be one."""
     line = "Take one part of a sharded checkpoint without the others."
     return flag(line, f"whether {which} may be one part of a checkpoint stored in several files")
 
 
 def section_option(verb: str, told: str = "if the file has several") -> Option[str | None]:
-    """The weights that are meant; ``verb`` is what for."""
-    return text("NAME", f"The weights to {verb}, {told}.", f"path of the weights, {told}")
+    """The weights to use; ``verb`` says what for."""
+    return text("NAME", f"Weights to {verb}, {told}.", f"path of the weights, {told}")
 
 
 def tag_option(which: str) -> Option[str | None]:
-    """The step that is meant, of a training folder; ``which`` is what that is of."""
+    """The step of a training folder; ``which`` is what it belongs to."""
     return text("NAME", "Step to use in a training folder with several.", f"which of several steps, if {which}")
 
 
@@ -54,7 +54,7 @@ def _share(given: Any) -> Share:
 
 
 class ConvertOptions(Options):
-    """What `ckptkit.convert` can be asked for, in the order of ``ckptkit convert --help``."""
+    """The options of `ckptkit.convert`, in the order of ``ckptkit convert --help``."""
 
     command = "convert"
 
@@ -94,7 +94,7 @@ class ConvertOptions(Options):
         "use every tensor of the file as a weight, each named by the keys that lead to it: ``0``, "
         "``optimizer.state.3.exp_avg``; see `ckptkit.AllTensors`",
     )
-    weights_only = flag("Drop all but the state_dict.", "drop all but the state_dict")
+    weights_only = flag("Drop everything except the state_dict.", "drop all but the state_dict")
     keep_beside = flag(
         "Keep plain values beside the weights: in the metadata of a .safetensors.",
         "keep the plain values beside the weights (``epoch``, settings) when the container stores only tensors or "
@@ -177,7 +177,7 @@ class ConvertOptions(Options):
         'bytes per file, as a number or as ``"5GB"``; a larger output becomes shards and an index',
         "SIZE",
     )
-    metadata = pairs("--metadata", "Set in the output's metadata.", "strings to set in the output's metadata")
+    metadata = pairs("--metadata", "Set this in the output's metadata.", "strings to set in the output's metadata")
     allow_part = allow_part_option("the source")
     receipt = flag(
         "Do not record in the metadata what was done.",
@@ -289,7 +289,7 @@ class ConvertOptions(Options):
 
 
 class LoadOptions(Options):
-    """What `ckptkit.load_state_dict` can be asked for: of what `ConvertOptions` declares what is about the weights."""
+    """The options of `ckptkit.load_state_dict`: those of `ConvertOptions` that concern the weights, and more."""
 
     command = "load_state_dict"
 
@@ -339,7 +339,7 @@ class LoadOptions(Options):
 
     @property
     def conversion(self) -> ConvertOptions | None:
-        """What is to be done to the weights, as `ckptkit.convert` is told; ``None``: nothing."""
+        """What to do to the weights, as options of `ckptkit.convert`; ``None``: nothing."""
         shared = {name for name, option in self.declared.items() if ConvertOptions.declared.get(name) is option}
         of_reading = {"section", "tag", "tp_rules", "ignore_checksums", "storage_options"}
         given = {name: vars(self)[name] for name in shared - of_reading}

@@ -1,7 +1,7 @@
-"""``--storage-option`` and ``storage_options``: what file systems of other machines are opened with.
+"""``--storage-option`` and ``storage_options``: options for the file systems of other machines.
 
-They hold for all that a command reads, and for as long as it takes (`ckptkit.remote.session`), so that nothing hands
-them on.  They may be secrets: no message, report or receipt has them, and no command that is printed as a fix.
+They apply to everything that a command reads while it runs (`ckptkit.remote.session`), so they need not be passed on.
+They may be secrets: no message, report, receipt or printed fix contains them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def typed_options(given: Iterable[str]) -> dict[str, Any]:
     Dots in the key lead into mappings: ``client_kwargs.endpoint_url=http://localhost:9000``.
 
     Raises:
-        RewriteError: one is not of that form, or a key is given twice; the message holds no value.
+        RewriteError: one does not have that form, or a key is given twice; the message contains no value.
     """
     made: dict[str, Any] = {}
     for text in given:
@@ -54,10 +54,10 @@ def _value(text: str) -> Any:
 
 
 def taken_options(given: Any) -> dict[str, Any]:
-    """A mapping of options, as one is given in Python.
+    """The mapping of options given in Python.
 
     Raises:
-        RewriteError: it is none, or a name in it is not text.
+        RewriteError: it is not a mapping, or a name in it is not text.
     """
     if given is None:
         return {}
@@ -75,7 +75,7 @@ storage_options: Option[dict[str, Any]] = Option(
     switch="--storage-option",
     taken=taken_options,
 )
-"""For all that read checkpoints; each class of options takes it over."""
+"""For everything that reads checkpoints; each class of options includes it."""
 
 
 def local(given: Any) -> Any:
@@ -95,7 +95,7 @@ def local(given: Any) -> Any:
 
 
 def _is_far(given: Any) -> bool:
-    """Whether it names URLs: they are few, and what is none is no harm."""
+    """Whether it names URLs: they are few, and what is none does no harm."""
     if isinstance(given, list | tuple):
         return any(isinstance(each, str) and "://" in each for each in given)
     return isinstance(given, str) and "://" in given
@@ -105,7 +105,7 @@ def session_of(options: Mapping[str, Any] | None, *given: Any) -> AbstractContex
     """What a command that was given this knows of the servers it asks; nothing is imported where it asks none.
 
     Raises:
-        RewriteError: the options are none.
+        RewriteError: the options are invalid.
     """
     taken = taken_options(options)
     if not taken and not any(map(_is_far, given)):

@@ -1,4 +1,4 @@
-"""What ``verify`` and ``diff`` can be asked for."""
+"""The options of ``verify`` and ``diff``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["DiffOptions", "VerifyOptions"]
 
 
 class VerifyOptions(Options):
-    """What `ckptkit.verify` can be asked for, in the order of ``ckptkit verify --help``."""
+    """The options of `ckptkit.verify`, in the order of ``ckptkit verify --help``."""
 
     command = "verify"
 
@@ -66,10 +66,10 @@ class VerifyOptions(Options):
     tp_rules = ConvertOptions.tp_rules
     strip_module = flag("Remove wrapper prefixes first, as convert does.", "remove wrapper prefixes first")
     allow_missing = texts(
-        "GLOB", "Names that may be missing; repeatable.", "glob patterns of names that may be missing"
+        "GLOB", "Names that may be missing from the file; repeatable.", "glob patterns of names that may be missing"
     )
     allow_unexpected = texts(
-        "GLOB", "Names that may be left over; repeatable.", "glob patterns of names that may be left over"
+        "GLOB", "Names that the file may have in addition; repeatable.", "glob patterns of names that may be left over"
     )
     allow_part = allow_part_option("a file")
     against = path(
@@ -123,7 +123,7 @@ class VerifyOptions(Options):
 
 
 class DiffOptions(Options):
-    """What `ckptkit.diff` can be asked for, in the order of ``ckptkit diff --help``."""
+    """The options of `ckptkit.diff`, in the order of ``ckptkit diff --help``."""
 
     command = "diff"
 

@@ -56,7 +56,7 @@ def elements(
         document: the file.
         sentence: what it is, in words.
         facts: what there is to say of it beyond that, each with its label.
-        combined: what stands above the combined fix; ``None``: it is not shown.
+        combined: what is above the combined fix; ``None``: it is not shown.
     """
     weights = document["state_dict"]
     severities = [finding["severity"] for finding in document["findings"]]

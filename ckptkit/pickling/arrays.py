@@ -110,7 +110,7 @@ class ArrayLayout(NamedTuple):
 
 
 def is_array(node: object) -> TypeGuard[Object]:
-    """Whether a node makes an array of numpy's, or a scalar."""
+    """Whether a node makes an array of numpy, or a scalar."""
     if not isinstance(node, Object) or not isinstance(node.cls, Global) or node.cls.name not in _MAKERS:
         return False
     return node.cls.module.partition(".")[0] == "numpy"
@@ -122,7 +122,7 @@ def is_numpy_scalar(node: object) -> bool:
 
 
 def names_arrays(names: Iterable[str]) -> bool:
-    """Whether a pickle with these names may hold an array."""
+    """Whether a pickle with these names may contain an array."""
     return any(name.startswith("numpy.") and name.endswith(("._reconstruct", "._frombuffer")) for name in names)
 
 

@@ -2,11 +2,11 @@
 
 - ``getattr(a.B, "c")`` is the name ``a.B.c``, and is judged as one: Python pickles bound methods,
   nested classes and enumeration members so, and attackers ``getattr(torch.serialization, "os")``.
-- ``reduce_graph_module(body, imports)`` of ``torch.fx`` runs ``imports + body["_code"]`` as Python
-  text, function body included (``torch/fx/graph_module.py`` traces it).  That is how every FX
-  GraphModule is pickled, so the call needs trust but is not hostile by itself.  It is where the
-  text holds what torch never generates there: anything but imports in the first part, anything but
-  one function (and ``wrap("name")``) in the second, or dangerous names in either.
+- ``reduce_graph_module(body, imports)`` of ``torch.fx`` runs ``imports + body["_code"]`` as Python text, function body
+  included (``torch/fx/graph_module.py`` traces it).  That is how every FX GraphModule is pickled, so the call needs
+  trust but is not hostile by itself.  It is where the text contains what torch never generates there: anything but
+  imports in the first part, anything but one function (and ``wrap("name")``) in the second, or dangerous names in
+  either.
 
   ``reduce_package_graph_module`` of torch.package takes the text from the package's own sources.
 - ``functools.reduce(operator.or_, types)`` is ``int | None``; anything else that is reduced is hostile.
@@ -15,7 +15,7 @@
   itself calls such a function, gives it to something that does, or builds a class around it.
 - ``functools.partial(f, x)`` that is called is the call of ``f``.
 
-The text is held against patterns; it is neither compiled nor parsed.
+The text is checked against patterns; it is neither compiled nor parsed.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class CallsThatReach:
 
     Args:
         name: from module and name to the pickle's node for it; what is reached is listed so.
-        nested: the names in a file of torch's before 1.6 that the pickle holds, and whether it is one and can be read.
+        nested: the names in a file of torch before 1.6 that the pickle holds, and whether it is one and can be read.
 
     Attributes:
         is_watchful: whether there is a name of which it matters what is done with it, and with what it gives.
@@ -160,7 +160,7 @@ class CallsThatReach:
         callee.excused += _is_made_here(args[0]) if args else 0
 
     def _load_from_bytes(self, callee: Global, args: tuple[object, ...]) -> None:
-        """Tensors that ``pickle.dump`` wrote (``torch/storage.py`` ``__reduce__``): a file of torch's in the pickle."""
+        """Tensors that ``pickle.dump`` wrote (``torch/storage.py`` ``__reduce__``): a file of torch in the pickle."""
         found, is_whole = self._nested(_bytes(args[0])) if args and self._nested is not None else ((), False)
         callee.excused += is_whole
         for inner in found:
@@ -275,7 +275,7 @@ class CallsThatReach:
         return None, ()
 
     def _kept_function(self, node: object) -> Global | None:
-        """The name that made a function of its code; ``None``: the node is no such function, given arguments or not."""
+        """The name that made a function of its code; ``None``: the node is not such a function."""
         for _ in range(_MAX_CHAIN):
             if not isinstance(node, Object):
                 return None
@@ -332,7 +332,7 @@ def _imported(node: object) -> str | None:
 
 
 def _calls_back(function: Global) -> bool:
-    """Whether a function of Python's or torch's may call what it is given; classes keep it."""
+    """Whether a function of Python or torch's may call what it is given; classes keep it."""
     root, name = function.module.partition(".")[0], function.name
     if name[:1].isupper() or name in _HOLDERS or is_kept_code(function.module, name):
         return False

@@ -86,7 +86,7 @@ _MODULES = frozenset(
     timeit yaml.constructor yaml.loader
     """)
 )
-"""Modules, but not what lies below them: a package of a user's own may be called ``imp`` or ``nt``."""
+"""Modules, but not what is below them: a package of a user's own may be called ``imp`` or ``nt``."""
 
 _PREFIXES = tuple(
     _words("""
@@ -234,7 +234,7 @@ _ATTRIBUTES = frozenset(
     memmap to_pickle tofile
     """)
 )
-"""Methods that open, write or fetch files: of storages and tensors, of numpy's arrays, of transformers' classes."""
+"""Methods that open, write or fetch files: of storages and tensors, of numpy arrays, of transformers' classes."""
 
 
 _CODE_TYPES = frozenset({"CodeType", "FunctionType", "LambdaType"})

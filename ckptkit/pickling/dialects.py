@@ -16,7 +16,7 @@ Before 1.6:
   ``torch.save`` is ``FloatTensor()`` with ``(storage, offset, size, stride)``.
 - Before 0.4 a tensor of no dimensions had no elements.
 
-A gradient that was saved along is kept as the attribute ``grad`` of its parameter, and is no weight.
+A gradient that was saved along is kept as the attribute ``grad`` of its parameter, and is not a weight.
 
 TorchScript's storages and tensors (``torch/csrc/jit/serialization``, ``pickler.cpp`` and ``unpickler.cpp``):
 
@@ -60,11 +60,11 @@ class LegacyTable(StorageTable):
     """The storages of a file before torch 1.6, whose places are known only after the pickle.
 
     Args:
-        file: what they lie in.
+        file: what they are in.
         limits: bounds on tensor geometry.
 
     Attributes:
-        sources: of each class that came with its source: the class, the file it stood in, the text.
+        sources: of each class that came with its source: the class, the file it was in, the text.
     """
 
     def __init__(self, file: Source, limits: Limits) -> None:
@@ -245,7 +245,7 @@ def _members(args: tuple[object, ...], state: object, is_parameter: bool) -> tup
 
 
 def _variable(node: Object, found: dict[int, TensorEntry]) -> tuple[TensorEntry, object] | None:
-    """The tensor a Variable held, as saved, and its gradient; ``None``: the node is no Variable, or more than one."""
+    """A saved Variable's tensor and its gradient; ``None``: the node is not a Variable, or more than one."""
     cls, args = node.cls, node.args
     if isinstance(cls, Global) and (cls.module, cls.name) in _NEWOBJ and args:
         cls, args = args[0], args[1:]
@@ -351,7 +351,7 @@ def _script_dtype(cls: object) -> str | None:
 
 
 def _sparse(args: tuple[object, ...]) -> object:
-    """The call as Python makes it; it does not say whether places stand twice, and neither does C++."""
+    """The call as Python makes it; it does not say whether places appear twice, and neither does C++."""
     layout = _LAYOUTS.get(args[0]) if args and isinstance(args[0], int) else None
     size = shape_of(args[1]) if len(args) > 1 else None
     parts = args[3:-1]

@@ -76,7 +76,7 @@ class Foreign:
         __args__: what the object was made from, by position; ``None``: the file only names it.
         __kwargs__: the same by keyword.
         __content__: the dict or list of it, ``None`` where it is neither.
-        __state__: what it was filled with, where that are no attributes; else ``None``.
+        __state__: what it was filled with, where that are not attributes; else ``None``.
     """
 
     __slots__ = ("__args__", "__content__", "__dict__", "__kwargs__", "__name__", "__state__", "__weakref__")
@@ -94,7 +94,7 @@ class Foreign:
         self.__state__ = None
 
     def __getattr__(self, name: str) -> Any:
-        """What is no attribute in the file: a key of its content, or a part of a module."""
+        """What is not an attribute in the file: a key of its content, or a part of a module."""
         if not is_dunder(name):
             stores = [self.__content__, *(vars(self).get(store) for store in ("_parameters", "_buffers", "_modules"))]
             for store in stores:
@@ -224,7 +224,7 @@ def _dict(pairs: Sequence[tuple[object, object]], build: Builder) -> dict[Any, A
 
 
 def plain_value(node: Object, build: Builder) -> Any:
-    """A value of a type of Python's own that a call makes; `ABSENT`: it is none.
+    """A value of a type of Python own that a call makes; `ABSENT`: it is not one.
 
     Raises:
         CorruptError: the type takes no such arguments.

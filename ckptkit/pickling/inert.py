@@ -229,7 +229,7 @@ def mapping_items(node: object) -> list[tuple[object, object]] | None:
 
 
 def named_items(node: object) -> list[tuple[str, object]]:
-    """The pairs of a mapping whose keys are text; none where a node is no mapping."""
+    """The pairs of a mapping whose keys are text; none where a node is not a mapping."""
     return [(key, value) for key, value in mapping_items(node) or () if isinstance(key, str)]
 
 
@@ -303,7 +303,7 @@ def children(node: object) -> list[object]:
 
 
 SCALARS = (str, int, float, bytes, type(None))
-"""Types of nodes that have nothing below them and are no placeholders."""
+"""Types of nodes that have nothing below them and are not placeholders."""
 
 
 def walk(root: object, seen: set[int] | None = None) -> Iterator[object]:
@@ -331,7 +331,7 @@ def walk(root: object, seen: set[int] | None = None) -> Iterator[object]:
 
 
 def tensors_in(root: object, seen: set[int] | None = None) -> Iterator[TensorEntry | Storage]:
-    """Every tensor, and every storage that stands by itself, at or below a node; arguments and errors as of `walk`."""
+    """Every tensor, and every storage that stands by itself, at or below a node; arguments and errors as in `walk`."""
     return (node for node in walk(root, seen) if isinstance(node, (TensorEntry, Storage)))
 
 

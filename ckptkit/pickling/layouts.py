@@ -1,7 +1,7 @@
-"""Tensors that are not plain strided ones, as the calls say that torch rebuilds them with; held against their parts.
+"""Tensors that are not plain strided ones, as the calls say that torch rebuilds them with; checked against their parts.
 
-``torch/_utils.py`` has the functions, which check next to nothing: of what they are given a quantizer's axis, a
-sparse tensor's index or a nested tensor's offset may lie anywhere, and whoever uses the tensor reads there.
+``torch/_utils.py`` has the functions, which check next to nothing: of what they are given a quantizer's axis, a sparse
+tensor's index or a nested tensor's offset may point anywhere, and whoever uses the tensor reads there.
 
 - ``_rebuild_qtensor(storage, offset, size, stride, (scheme, scale, zero_point) or (scheme, scales, zero_points, axis),
   requires_grad, hooks)``; the scheme of float zero points is saved as that of whole ones
@@ -14,9 +14,9 @@ sparse tensor's index or a nested tensor's offset may lie anywhere, and whoever 
 - ``_rebuild_device_tensor_from_cpu_tensor`` and ``..._from_numpy(data, dtype, device, requires_grad)``, before called
   ``_rebuild_xla_tensor``
 
-``_rebuild_parameter`` may wrap each, and so may ``_rebuild_from_type_v2(function, class, args, state)``.  What stands
-in the bytes of indices and offsets is for `ckptkit.transfer.values` to hold against it; in words all that
-is told by `ckptkit.normalize.not_plain`.
+``_rebuild_parameter`` may wrap each, and so may ``_rebuild_from_type_v2(function, class, args, state)``.  What is in
+the bytes of indices and offsets is for `ckptkit.transfer.values` to hold against it; in words all that is told by
+`ckptkit.normalize.not_plain`.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class Sparse(NamedTuple):
         indices: of each value in each dimension; of compressed layouts the compressed and the plain ones.
         values: with dense dimensions behind.
         size: of the whole.
-        is_coalesced: whether no place stands twice, and all are in order; ``None``: not known.
+        is_coalesced: whether no place appears twice, and all are in order; ``None``: not known.
     """
 
     layout: str
@@ -123,7 +123,7 @@ class Meta(NamedTuple):
 
 
 class OnDevice(NamedTuple):
-    """A tensor of a device that has no storages, saved as one on the CPU or as an array of numpy's (a node)."""
+    """A tensor of a device that has no storages, saved as one on the CPU or as an array of numpy (a node)."""
 
     data: object
     dtype: str
@@ -210,7 +210,7 @@ def rebuilt(node: object) -> Rebuilt | None:
 
 
 def layout_name(node: object) -> str | None:
-    """The name of a ``torch.layout``; ``None``: it is none."""
+    """The name of a ``torch.layout``; ``None``: it is not one."""
     if isinstance(node, Object) and node.class_name == "torch.serialization._get_layout" and len(node.args) == 1:
         name = node.args[0]
         return name.removeprefix("torch.") if isinstance(name, str) else None
@@ -231,7 +231,7 @@ def _quantized_values(storage: object, offset: object, sizes: object, strides: o
     """The numbers that scales and zero points belong to.
 
     Raises:
-        CorruptError: they do not lie in the storage.
+        CorruptError: they are not in the storage.
     """
     size, stride = _counts(sizes, "size"), _counts(strides, "stride")
     dtype = storage.dtype if isinstance(storage, Storage) else None

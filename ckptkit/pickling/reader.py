@@ -34,7 +34,7 @@ __all__ = [
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_PICKLES = 5
-"""What a file of torch's before 1.6 begins with, and how many pickles it has before its storages' bytes."""
+"""What a file of torch before 1.6 begins with, and how many pickles it has before its storages' bytes."""
 
 _MAGIC = LEGACY_MAGIC.to_bytes(10, "little")
 _MAGICS = (_MAGIC, _MAGIC.decode("latin-1").encode())
@@ -105,7 +105,7 @@ def read_pickle(
         AmbiguousError: readers disagree about them; bytes after STOP where ``whole`` is set.
         UnsupportedError: an opcode that no pickler produces.
         LimitError: a limit was passed.
-        Of each, ``globals`` holds the names that were read before it.
+        Of each, ``globals`` contains the names that were read before it.
     """
     if len(data) - start > limits.pickle_nbytes:
         raise LimitError("bytes of a pickle", limit=limits.pickle_nbytes, actual=len(data) - start)
@@ -162,7 +162,7 @@ def _stopped(error: FormatError, machine: Machine) -> FormatError:
 
 
 def holds_legacy(data: bytes) -> bool:
-    """Whether a file of torch's before 1.6 begins in the bytes of a pickle, as bytes or as text."""
+    """Whether a file of torch before 1.6 begins in the bytes of a pickle, as bytes or as text."""
     return any(magic in data for magic in _MAGICS)
 
 
@@ -180,7 +180,7 @@ def _one_storage() -> re.Pattern[bytes]:
 
 
 def storage_pickles(data: bytes) -> tuple[str, str, int, int] | None:
-    """What the pickles of a file of torch's before 1.6 say where it holds one storage and is as torch writes it.
+    """What the pickles of a file of torch before 1.6 say where it contains one storage and is as torch writes it.
 
     Returns:
         The class's name in ``torch``, the location, how many elements, and the position after the pickles; ``None``: it
@@ -197,7 +197,7 @@ def storage_pickles(data: bytes) -> tuple[str, str, int, int] | None:
 
 
 def _nested(limits: Limits, left: list[int], data: bytes) -> tuple[list[Global], bool]:
-    """The names in a file of torch's before 1.6, and whether it is one: five pickles, then its storages' bytes.
+    """The names in a file of torch before 1.6, and whether it is one: five pickles, then its storages' bytes.
 
     Args:
         limits: bounds on it; those on what it holds in turn are tighter, so that it ends.
@@ -235,7 +235,7 @@ _BYTE_ARGUMENT = b"hqK\x8c"
 def _run_on(machine: Machine, more: Callable[[int], bytes] | None) -> object:
     """The value on the stack at STOP, from as many of the bytes as that takes.
 
-    An opcode that the bytes cut off has changed nothing yet: it is carried out anew with more of them.
+    An opcode that the bytes cut off has changed nothing yet: it is carried out again with more of them.
     """
     while True:
         try:

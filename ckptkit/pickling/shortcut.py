@@ -290,7 +290,7 @@ class TensorShortcut:
         return number
 
     def _there(self, index: int, memo: dict[int, object]) -> object:
-        """What stands in the memo, or would if the tensor that spelled sizes last had been left to the opcodes."""
+        """What is in the memo, or would if the tensor that spelled sizes last had been left to the opcodes."""
         for spelled, puts in self._spelled.items() if index not in memo else ():
             for put, sizes in zip(puts, self._geometries.get(spelled, ()), strict=False):
                 if put and int.from_bytes(put, "little") == index:
@@ -341,7 +341,7 @@ class _Names:
 
 
 def _key(text: bytes, size: bytes) -> str | None:
-    """A storage's key; ``None``: it is longer or shorter than it is said to be, and names no storage."""
+    """A storage's key; ``None``: it is longer or shorter than it is declared to be, and names no storage."""
     return text.decode("ascii") if size[0] == len(text) else None
 
 
@@ -357,7 +357,7 @@ def _keep_sizes(memo: dict[int, object], put_shape: bytes | None, put_stride: by
 
 
 def _sizes(known: object) -> tuple[int, ...] | None:
-    """What stands in the memo, where it is a tuple of whole numbers that sizes can be."""
+    """What is in the memo, where it is a tuple of whole numbers that sizes can be."""
     if isinstance(known, tuple) and all(n.__class__ is int and -_HUGE < n < _HUGE for n in known):
         return known
     return None
@@ -369,7 +369,7 @@ def _index(get: bytes) -> int:
 
 
 def whole_numbers(opcodes: bytes) -> tuple[int, ...]:
-    """The numbers that BININT1, BININT2, BININT and LONG1 push; other opcodes are passed over."""
+    """The numbers that BININT1, BININT2, BININT and LONG1 push; other opcodes are skipped."""
     numbers = []
     at, end = 0, len(opcodes)
     while at < end:

@@ -5,8 +5,8 @@ persistent id ``('storage', class, key, location, numel[, view_metadata])`` (``t
 ``torch/_tensor.py`` ``_reduce_ex_internal``, ``torch/serialization.py`` ``persistent_id``):
 
 - ``_rebuild_tensor(storage, offset, size, stride)``: before 0.4
-- ``_rebuild_tensor_v2(storage, offset, size, stride, requires_grad, hooks[, metadata])``: dtype is
-  the storage class's, ``metadata`` holds the ``conj`` and ``neg`` bits
+- ``_rebuild_tensor_v2(storage, offset, size, stride, requires_grad, hooks[, metadata])``: dtype is the storage class's,
+  ``metadata`` contains the ``conj`` and ``neg`` bits
 - ``_rebuild_tensor_v3(storage, ..., hooks, dtype[, metadata])``: untyped storage, whose ``numel``
   counts bytes (float8, uint16/32/64, complex32, bits)
 - ``_rebuild_parameter(data, requires_grad, hooks)``, and ``_rebuild_parameter_with_state``
@@ -95,7 +95,7 @@ class StorageTable:
         """The `Storage` a persistent id names.
 
         Raises:
-            CorruptError: one key with two types, sizes or locations, or an id that is no storage's.
+            CorruptError: one key with two types, sizes or locations, or an id that is not a storage's.
             UnsupportedError: a storage class that is not torch's.
         """
         if isinstance(pid, tuple) and len(pid) == 5 and pid[0] == "storage":
@@ -244,7 +244,7 @@ class StorageTable:
 
 
 def is_tensor_like(node: object) -> bool:
-    """Whether a node is a tensor, or a tensor torch rebuilds that is no plain strided one."""
+    """Whether a node is a tensor, or a tensor torch rebuilds that is not a plain strided one."""
     if isinstance(node, TensorEntry):
         return True
     return isinstance(node, Object) and isinstance(node.cls, Global) and (

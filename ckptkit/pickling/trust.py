@@ -92,7 +92,7 @@ def assess(name: Global, record: str = "") -> GlobalUse:
 
     Args:
         name: in a pickle.
-        record: that the pickle is, or lies in.
+        record: that the pickle is, or is in.
     """
     qualified = name.qualified
     verdict: Verdict = "unknown"
@@ -119,7 +119,7 @@ def global_uses(names: Iterable[Global], record: str = "") -> tuple[GlobalUse, .
 
     Args:
         names: as `ckptkit.pickling.reader.PickleResult` lists them.
-        record: that the pickle is, or lies in: ``"data.pkl"``.
+        record: that the pickle is, or is in: ``"data.pkl"``.
     """
     return tuple(assess(name, record) for name in names)
 
@@ -127,7 +127,7 @@ def global_uses(names: Iterable[Global], record: str = "") -> tuple[GlobalUse, .
 def merge_uses(*groups: Iterable[GlobalUse]) -> tuple[GlobalUse, ...]:
     """The names of several pickles, records, members or shards, each once.
 
-    With the gravest verdict on it, why it is given, and first where.
+    With the most severe verdict on it, why it is given, and first where.
     """
     merged: dict[str, GlobalUse] = {}
     for use in (use for group in groups for use in group):
@@ -141,7 +141,7 @@ def merge_uses(*groups: Iterable[GlobalUse]) -> tuple[GlobalUse, ...]:
 
 
 def with_places(uses: tuple[GlobalUse, ...], root: object) -> tuple[GlobalUse, ...]:
-    """The uses with the keys under which each name stands in the tree.
+    """The uses with the keys under which each name is in the tree.
 
     Names that torch's own loader runs stand everywhere, and get none.  What is in an object is told
     by the keys that lead to the object.
@@ -165,7 +165,7 @@ def with_places(uses: tuple[GlobalUse, ...], root: object) -> tuple[GlobalUse, .
 
 
 def _places(root: object, wanted: set[str]) -> dict[str, list[str]]:
-    """For each of the names the first places in the tree; each node is gone through once."""
+    """For each of the names the first places in the tree; each node is processed once."""
     found: dict[str, list[str]] = {name: [] for name in wanted}
     seen: set[int] = set()
     stack: list[tuple[object, tuple[str, ...], bool]] = [(root, (), True)]

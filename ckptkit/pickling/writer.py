@@ -41,9 +41,9 @@ def write_pickle(
 
     Args:
         root: an inert tree.
-        lower: from a node that is no inert node (a tensor, a storage, a marker) to the inert node
-            that stands for it in the pickle; called once for each object.  A `TensorEntry` that `REBUILD` makes of
-            its storage and sizes alone may stand for itself as its `Storage`.
+        lower: from a node that is not an inert node (a tensor, a storage, a marker) to the inert node that stands for
+            it in the pickle; called once for each object.  A `TensorEntry` that `REBUILD` makes of its storage and
+            sizes alone may represent itself as its `Storage`.
         protocol: the one the tree was read with, at least 2; names are understood by it.
         common_sizes: whether many tensors may have their shape and stride in common.
 
@@ -420,10 +420,10 @@ class _Writer:
     def _forget_unfinished(self, owner: object) -> dict[int, int]:
         """Where an object's arguments led back to it, the memo entries of what its call would find unfinished.
 
-        ``set([b])`` whose member ``b`` holds that set: when the set is met inside ``b``, the list is
-        not filled yet, and a call reads its arguments at once.  As a pickler asks the object for
-        new arguments then, the list is written anew.  That ends because ``b`` is remembered; where
-        nothing on the way is, the arguments themselves lead back, and are meant to be unfinished.
+        ``set([b])`` whose member ``b`` holds that set: when the set is met inside ``b``, the list is not filled yet,
+        and a call reads its arguments at once.  As a pickler asks the object for new arguments then, the list is
+        written again.  That ends because ``b`` is remembered; where nothing on the way is, the arguments themselves
+        lead back, and are meant to be unfinished.
         """
         unfinished: dict[int, int] = {}
         for place in range(self.begun.get(id(owner), len(self.path)) + 1, len(self.path)):

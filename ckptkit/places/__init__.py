@@ -1,9 +1,9 @@
-"""Paths of any street: what lies at one and below it is asked of the system, or, of a URL, of the server that has it.
+"""Paths of any street: what is at one and below it is asked of the system, or, of a URL, of the server that has it.
 
 Walks of folders, and whoever asks what a path is, go through here and not through `os`.  A path is text; between the
-segments of a URL there are slashes on every system.  A server is asked once for all that lies below a URL, in one
-listing for a whole command (`ckptkit.places.far`); one that gives none (http) has files and no folders.  Of a
-local path everything is what `os` says, links included.
+segments of a URL there are slashes on every system.  A server is asked once for all that is below a URL, in one listing
+for a whole command (`ckptkit.places.far`); one that gives none (http) has files and no folders.  Of a local path
+everything is what `os` says, links included.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ __all__ = [
     "asked_once",
     "below",
     "exists",
+    "expanded",
     "head",
     "identity",
     "identity_of",
@@ -63,7 +64,7 @@ def is_url(path: str | bytes) -> bool:
 
 
 def asked_once(*paths: object) -> AbstractContextManager[object]:
-    """Within it no server is asked twice what lies at a URL, or below it; nothing where none of the paths is one."""
+    """Within it no server is asked twice what is at a URL, or below it; nothing where none of the paths is one."""
     if not any(isinstance(path, (str, os.PathLike)) and is_url(os.fspath(path)) for path in paths):
         return nullcontext()
     from ckptkit.remote import session
@@ -109,11 +110,27 @@ def split(path: str) -> tuple[str, str]:
 def own_name(path: str) -> str:
     """The last segment of a path, by the folder that it leads to; a URL's without what is asked for behind it.
 
-    A ``.metadata`` at a URL stands for the folder that it lies in.
+    A ``.metadata`` at a URL stands for the folder that it is in.
     """
     if not is_url(path):
         return os.path.basename(os.path.abspath(path))
     return split(_plain(path).rstrip("/").removesuffix("/.metadata"))[1]
+
+
+def expanded(path: str, system: str = os.name) -> list[str]:
+    """What a pattern stands for where shells leave that to programs, as those of Windows do; elsewhere the path.
+
+    A file of that very name wins, as ``a[1].pth`` may be one; a pattern that nothing fits is left as it is.
+
+    Args:
+        path: as it was typed.
+        system: ``os.name``.
+    """
+    if system != "nt" or not re.search("[*?[]", path) or is_url(path) or os.path.lexists(path):
+        return [path]
+    from glob import glob
+
+    return sorted(glob(path)) or [path]
 
 
 def absolute(path: str) -> str:
@@ -161,7 +178,7 @@ def require_local(destination: str) -> None:
 
 
 def isdir(path: str) -> bool:
-    """Whether a path is that of a folder: at a URL, whether files lie below it."""
+    """Whether a path is that of a folder: at a URL, whether files are below it."""
     if not is_url(path):
         return os.path.isdir(path)
     from ckptkit.places import far
@@ -179,7 +196,7 @@ def isfile(path: str) -> bool:
 
 
 def are_listed(path: str) -> bool:
-    """Whether it can be found out what lies beside a file."""
+    """Whether it can be found out what is beside a file."""
     if not is_url(path):
         return True
     from ckptkit.remote import store_of
@@ -188,7 +205,7 @@ def are_listed(path: str) -> bool:
 
 
 def is_known(folder: str) -> bool:
-    """Whether what lies in a folder can be said without a request."""
+    """Whether what is in a folder can be said without a request."""
     if not is_url(folder):
         return True
     from ckptkit.places import far
@@ -293,7 +310,7 @@ def unreadable_folder(folder: str, error: OSError) -> FileAccessError:
 
 
 def opened(path: str) -> Source:
-    """What holds the bytes of the file at a path.
+    """What contains the bytes of the file at a path.
 
     Raises:
         MissingFileError: there is none.

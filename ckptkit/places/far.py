@@ -1,11 +1,11 @@
-"""What lies below URLs: servers have files and no folders, and say in one listing which are there.
+"""What is below URLs: servers have files and no folders, and say in one listing which are there.
 
-A URL is a folder where files lie below it.  Which of both it is takes one request: one whose name ends as files' do
+A URL is a folder where files are below it.  Which of both it is takes one request: one whose name ends as files' do
 (``.pth``, ``.json``) is opened as a file first, and what came is kept for whoever opens it next; of any other its
 listing is asked for first.  A listing is of all below a URL, however deep, and is kept for the command, so that what is
 asked of any path below takes no further request.
 
-Names are as the server has them.  One that is no path (``a//b``, ``../b``) is that of a file like any other, in the
+Names are as the server has them.  One that is not a path (``a//b``, ``../b``) is that of a file like any other, in the
 listing's root, and never leads out of it.
 """
 
@@ -118,7 +118,7 @@ class Tree:
         return f"{self.root}/{inside}" if inside else self.root
 
     def entries(self, folder: str) -> list[FarEntry]:
-        """What lies in a folder, by name."""
+        """What is in a folder, by name."""
         inside = self.folders.get(folder, {})
         start = f"{self.url(folder)}/"
         return [
@@ -132,7 +132,7 @@ class Tree:
 
 
 def _found(url: str) -> tuple[Tree, str] | None:
-    """The listing that a URL stands in, and its path there; ``None``: there is none yet."""
+    """The listing that a URL is in, and its path there; ``None``: there is none yet."""
     current, url = current_session(), url.rstrip("/")
     for root, tree in list(current.listings.items()) if current is not None else ():
         if tree is not None and tree.files and (url == root or url.startswith(f"{root}/")):
@@ -141,7 +141,7 @@ def _found(url: str) -> tuple[Tree, str] | None:
 
 
 def _listing(url: str) -> tuple[Tree, str] | None:
-    """As `_found`, of a listing that is asked for where there is none; ``None``: nothing lies below the URL.
+    """As `_found`, of a listing that is asked for where there is none; ``None``: nothing is below the URL.
 
     Raises:
         FileAccessError: it cannot be listed.
@@ -164,12 +164,12 @@ def _listing(url: str) -> tuple[Tree, str] | None:
 
 
 def is_known(url: str) -> bool:
-    """Whether a URL stands in a listing that was asked for."""
+    """Whether a URL is in a listing that was asked for."""
     return _found(url) is not None
 
 
 def is_folder(url: str) -> bool:
-    """Whether files lie below a URL; one that cannot be listed is none."""
+    """Whether files are below a URL; one that cannot be listed is none."""
     found = _found(url)
     if found is not None:
         return found[0].is_folder(url, found[1])
@@ -194,7 +194,7 @@ def is_file(url: str) -> bool:
 
 
 def is_untold(url: str) -> bool:
-    """Whether a server did not say what lies at a URL that it was asked for in this session."""
+    """Whether a server did not say what is at a URL that it was asked for in this session."""
     with session() as current:
         told = [current.failed.get(asked) for asked in (url, f"{url.rstrip('/')}/*")]
     return any(error is not None and not isinstance(error, MissingFileError) for error in told)
@@ -297,7 +297,7 @@ def put_back(file: Source, url: str) -> None:
 
 
 def entries(url: str) -> list[FarEntry]:
-    """What lies in a folder, by name.
+    """What is in a folder, by name.
 
     Raises:
         MissingFileError: nothing does.

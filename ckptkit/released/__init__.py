@@ -1,10 +1,10 @@
-"""Released weights: what they must be, and whether they are.
+"""Released weights: what they must be, and checking that they are.
 
 A check goes one way: paths stand for files (`selection`), each file is opened and read once (`examine`, `reading`), and
-held against its record in the manifest (`manifest_file`, `manifest_rules`) and against its policy (`policy`,
+checked against its record in the manifest (`manifest_file`, `manifest_rules`) and against its policy (`policy`,
 `policy_rules`, as `config` has it), which `file_check` does, here or in other processes; what came of them all is a
 report (`results`).  `Run` is that way from its beginning to its end.  `manifest_maker` goes it too, as far as the
-record.  What came of each file can be kept (`lines`), taken over by another run, and put together (`merging`).
+record.  What came of each file can be kept (`lines`), taken over by another run, and combined (`merging`).
 
 A file whose bytes are the manifest's needs no more than its hash.  Of one whose are not, the tensors are digested, so
 that it can be told whether the same weights were written differently or the weights are others: a file of
@@ -56,25 +56,25 @@ __all__ = ["Run", "check"]
 
 
 class Run:
-    """A check of which is known what it looks at; its results come one by one, in the order of paths.
+    """A check with a known list of files; its results come one by one, in the order of paths.
 
     Args:
-        paths: files and folders; none: those of the configuration, or all of the manifest's, and what else lies in the
-            folders it was made of.
+        paths: files and folders; none: those of the configuration, or all of the manifest's, and anything else in the
+            folders it was made from.
         manifest: its path; ``None``: that of the configuration.
         config: path of the configuration; ``None``: there is none.
         tag: which of several steps in the folders is meant.
-        skip_others: whether files that are named and no checkpoint are passed over.
-        is_listed: whether the paths are all that is meant, even where there is none.
-        part: the share of the files to look at: ``"2/8"``.
-        workers: who looks at them.
-        resume: a file of JSON Lines whose results are taken over where they still hold.
-        is_resumable: whether results are to say what they depend on, so that another run can take them over.
-        typed: fields of a `Policy` that go before the configured ones.
-        verify: what holds a file against a model; `ckptkit.verify`.
+        skip_others: whether to skip named files that are not checkpoints.
+        is_listed: whether the paths are complete, even if there are none.
+        part: the share of the files to check: ``"2/8"``.
+        workers: the workers that check them.
+        resume: a JSON Lines file whose results are reused if they are still valid.
+        is_resumable: whether results record what they depend on, so that another run can reuse them.
+        typed: fields of a `Policy` that override the configured ones.
+        verify: the function that checks a file against a model; `ckptkit.verify`.
 
     Attributes:
-        head: what the run is, as the first line of JSON Lines has it.
+        head: a description of the run, as in the first line of JSON Lines.
 
     Raises:
         As `ckptkit.check`.
@@ -136,12 +136,12 @@ class Run:
 
     @property
     def part(self) -> str | None:
-        """The share of the files that it looks at."""
+        """The share of the files that it checks."""
         return None if self._share is None else str(self._share)
 
     @property
     def head(self) -> CheckHead:
-        """What the run is."""
+        """A description of the run."""
         config, released = self._config, self._released
         said = [config.settings, [[each.files, each.settings] for each in config.overrides], config.typed]
         policies = [{}, *(override.settings for override in config.overrides)]
@@ -187,11 +187,11 @@ class Run:
 
     @property
     def passed_over(self) -> dict[str, int]:
-        """How many files of each kind were met that are not checkpoints; known once all results have come."""
+        """How many files are not checkpoints, by kind; known once all results have come."""
         return dict(+self._passed)
 
     def end(self, tally: Tally) -> CheckEnd:
-        """What all results came to, as the last line of JSON Lines has it."""
+        """The outcome of all results, as in the last line of JSON Lines."""
         return end_of(tally, self.passed_over, may_be_empty=self._may_be_empty, part=self.part)
 
     def report(self, results: Iterable[FileResult]) -> CheckReport:
@@ -208,7 +208,7 @@ class Run:
 
 
 def check(paths: Sequence[str], **asked: Any) -> CheckReport:
-    """Hold files against a manifest and policies; arguments as of `Run`, what it does as of `ckptkit.check`."""
+    """Check files against a manifest and policies; arguments as in `Run`, results as in `ckptkit.check`."""
     run = Run(paths, **asked)
     results = tuple(run.results())
     return run.report(results)

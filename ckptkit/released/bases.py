@@ -1,6 +1,6 @@
 """Which folder the paths of a manifest are relative to: its own, or the one at a URL that it was made of.
 
-A manifest lies beside its files.  One of files at URLs cannot: it says where it was made (its ``origin``), and is held
+A manifest is beside its files.  One of files at URLs cannot: it says where it was made (its ``origin``), and is checked
 against that prefix, or against a copy anywhere: what is given then stands for the folder, and files are known by their
 paths below it.
 """
@@ -19,7 +19,7 @@ __all__ = ["based", "common_folder", "require_one_place", "url_of"]
 
 
 def require_one_place(paths: Sequence[str]) -> bool:
-    """Whether what is recorded, or held against a record, lies at URLs: all of it does, or nothing.
+    """Whether what is recorded, or checked against a record, is at URLs: all of it, or nothing.
 
     Raises:
         VerifyError: some of it does.
@@ -44,7 +44,7 @@ def url_of(folder: str) -> str | None:
 def common_folder(paths: Sequence[str]) -> str:
     """The folder that files are recorded relative to where nothing else says so.
 
-    Of local paths it is the working directory, or where files lie elsewhere the folder they have in common; of URLs
+    Of local paths it is the working directory, or where files are elsewhere the folder they have in common; of URLs
     what they have in common.
     """
     if require_one_place(paths):
@@ -93,12 +93,12 @@ def _folder_of(path: str) -> str:
 
 
 def based(manifest: Manifest, path: str, paths: Sequence[str]) -> Manifest:
-    """A manifest whose ``folder`` is the one its files are to lie in, and ``beside`` the one it lies in itself.
+    """A manifest whose ``folder`` is the one its files are to be in, and ``beside`` the one it is in itself.
 
     Args:
         manifest: as it was read.
         path: of the manifest; paths are told as it was given, not from the root of the disk.
-        paths: what is to be held against it; none: where it was made, or beside it where its files are there.
+        paths: what is to be checked against it; none: where it was made, or beside it where its files are there.
 
     Raises:
         VerifyError: some of the paths are URLs and others are not.

@@ -13,9 +13,9 @@ folder the second is taken.  The first found is taken from the working directory
     files = ["*.bin", "legacy/*.pth"]    # with a slash: the path from this file's folder; without: the name
     no-pickle = false
 
-An override can be written as a table named by its glob, too: ``[overrides."*.bin"]``; and all of it can stand in a
-table ``check``, for those who like it apart.  Keys are the options' names, with ``-`` or ``_``.  A key that is none is
-an error: a policy that is misspelled and passed over would let everything pass.
+An override can be written as a table named by its glob, too: ``[overrides."*.bin"]``; and all of it can be in a table
+``check``, for those who like it apart.  Keys are the options' names, with ``-`` or ``_``.  A key that is none is an
+error: a policy that is misspelled and skipped would let everything pass.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class Config:
 
     @property
     def needs_model(self) -> bool:
-        """Whether some file may be held against a model."""
+        """Whether some file may be checked against a model."""
         return any(settings.get("fits") is not None or settings.get("forward") for settings in self._every)
 
     @property

@@ -1,6 +1,6 @@
-"""The documents of ``ckptkit check --json-lines``, a line each; `ckptkit.documents` has the one of ``--json``.
+"""The documents of ``ckptkit check --json-lines``, one per line; `ckptkit.documents` has the one of ``--json``.
 
-Fields are added, never changed or taken away, within one ``schema_version``.
+Within one ``schema_version``, fields are added but never changed or removed.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ class CheckHead(TypedDict):
 
     Attributes:
         ckptkit: the version that checks.
-        policy: digest of what the files are held against.
-        run: what names the run; one that resumes another goes by the other's name.
-        resumed: how many runs by that name came before it.
+        policy: digest of what the files are checked against.
+        run: the name of the run; a run that resumes another has the other's name.
+        resumed: how many runs with that name came before it.
         part: the share of the files that this is: ``"2/8"``.
-        manifest, config: the files that say what must be.
+        manifest, config: the files with the requirements.
         started: when, in UTC, as ISO 8601 without a zone.
     """
 
@@ -42,8 +42,8 @@ class CheckLine(CheckedFile):
     Attributes:
         findings: what the rules found.
         seconds: how long it took.
-        stamp: of the file when it was looked at; ``None``: the result is not taken over by another run.
-        against: digest of all else that the result depends on.
+        stamp: of the file when it was checked; ``None``: another run cannot reuse the result.
+        against: digest of everything else that the result depends on.
     """
 
     findings: list[CheckFindingDocument]
@@ -57,12 +57,12 @@ class CheckEnd(TypedDict):
 
     Attributes:
         ok: whether no finding is an error.
-        exit_code: as of ``ckptkit check``.
+        exit_code: as in ``ckptkit check``.
         verdict: the outcome in a sentence.
-        results: how many files the run has told of.
+        results: how many files the run has reported on.
         checked: how many of them every rule could be applied to.
-        passed_over: how many files of each kind were met that are not checkpoints.
-        may_be_empty: whether it is well that there is no checkpoint among the files.
+        passed_over: how many files are not checkpoints, by kind.
+        may_be_empty: whether it is fine that there is no checkpoint among the files.
     """
 
     ok: bool

@@ -147,7 +147,7 @@ def _all_tensors(checkpoint: Checkpoint, beside: Sequence[FoundTensor]) -> _Weig
 
 
 class _Contents:
-    """What stands in a checkpoint, found when it is first asked for.
+    """What is in a checkpoint, found when it is first asked for.
 
     Raises:
         LimitError: then: the names of its tensors are more, or longer, than those of any checkpoint.
@@ -203,9 +203,9 @@ class Examined:
         kind: what it holds.
         trust: what a loader that executes pickles would have to be trusted with.
         globals: every Python name in its pickles.
-        unvouched: its parts that are code, or could not be looked into.
+        unvouched: its parts that are code, or could not be read.
         has_pickle: whether it has any.
-        is_program: whether it holds a program, of which only the weights can be written.
+        is_program: whether it contains a program, of which only the weights can be written.
         shards: of a sharded checkpoint, in the order of the index; of a folder its own files.
         damage: what recorded checksums show to be damaged; ``None``: nothing, or they were not held.
         unlike: which copies are not what they are copies of; ``None``: none, or they were not compared.
@@ -263,7 +263,7 @@ class Examined:
 
     @property
     def has_optimizer(self) -> bool:
-        """Whether it holds the state of one."""
+        """Whether it contains the state of one."""
         whole = self._contents.checkpoint
         return any(section.kind == "optimizer" for section in whole.sections) or has_optimizer(whole.rest)
 
@@ -284,7 +284,7 @@ class Examined:
 
     @cached_property
     def findings(self) -> tuple[Finding, ...]:
-        """What is remarkable about it, gravest first."""
+        """What is remarkable about it, most severe first."""
         checkpoint = self._contents.checkpoint
         return diagnose(checkpoint, everything_in(checkpoint, self._contents.beside))
 
@@ -484,7 +484,7 @@ def _fact(name: str, entry: TensorEntry, is_parameter: bool | None, reading: Rea
 
 
 def _malformed(values: Sequence[FoundTensor]) -> Iterator[str]:
-    """The values that torch would rebuild without a look at indices, offsets and axes that lie outside of them."""
+    """The values that torch would rebuild without a look at indices, offsets and axes that are outside of them."""
     made = [found for found in values if found.is_value]
     if made:
         from ckptkit.pickling.layouts import rebuilt

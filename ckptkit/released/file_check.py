@@ -1,4 +1,4 @@
-"""One file of a check: what it is held against, what that finds, and what it was when it was looked at.
+"""One file of a check: what it is checked against, what that finds, and what it was when it was looked at.
 
 `held` is called where the file is looked at, in this process or in another: what goes there (a `Task`) and what comes
 back (a `FileResult`, and the model it is of) is plain data.  What needs a model is done by `with_model`, in the process
@@ -54,7 +54,7 @@ __all__ = ["Task", "held", "held_from", "stamp_of", "with_model"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """One file, and what it is held against.
+    """One file, and what it is checked against.
 
     Attributes:
         path: the file.
@@ -261,7 +261,7 @@ def _files_beside(path: str) -> list[str]:
 
 
 def _other_result(task: Task) -> FileResult:
-    """A file that is not a checkpoint, held against what is said of pickles."""
+    """A file that is not a checkpoint, checked against what is said of pickles."""
     begun = time.perf_counter()
     stamp = _stamp(task)
     findings = tuple(_pickles(task))

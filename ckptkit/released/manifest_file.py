@@ -13,14 +13,14 @@ Version 1, one JSON object of ASCII (RFC 8259), files sorted by path, one line a
                 "tensors": {name: {"dtype": str, "shape": [int], "digest": "sha256:…"}} | null}]}
 
 Paths are relative to the manifest's folder, with ``/``, and never lead out of it; where it was made of files at URLs,
-to the ``origin``, a URL, which is left out of others.  ``folders`` are those the manifest
-was made of (``"."`` is its own, which is meant where the key is missing): all that lies in them is released, so that a
-checkpoint there that is not among ``files`` is one too many.  ``size`` is in bytes, of a sharded
-checkpoint with its shards; ``sha256`` is of the file itself, and of an index the index alone; a folder that is one
-checkpoint has none, and its files are its ``shards``.  Digests, and the names of tensors, are those of
-`ckptkit.digests`.  ``tensors`` is ``null`` where they are folded into the content digest.  ``whole_digest``, ``shards``
-(named relative to the index, or to the folder) and ``others`` (values that are not plain tensors) are left out where
-there are none.  A reader ignores keys it does not know, and refuses another version.
+to the ``origin``, a URL, which is left out of others.  ``folders`` are those the manifest was made of (``"."`` is its
+own, which is meant where the key is missing): all that is in them is released, so that a checkpoint there that is not
+among ``files`` is one too many.  ``size`` is in bytes, of a sharded checkpoint with its shards; ``sha256`` is of the
+file itself, and of an index the index alone; a folder that is one checkpoint has none, and its files are its
+``shards``.  Digests, and the names of tensors, are those of `ckptkit.digests`.  ``tensors`` is ``null`` where they are
+folded into the content digest.  ``whole_digest``, ``shards`` (named relative to the index, or to the folder) and
+``others`` (values that are not plain tensors) are left out where there are none.  A reader ignores keys it does not
+know, and refuses another version.
 
 `FileRecord` is one of ``files``; `ckptkit.released.manifest_maker` makes and updates manifests.
 
@@ -102,7 +102,7 @@ class FileRecord:
             there was one.
         tensors: by name; ``None``: folded into the content digest.
         architecture: the known model it is, with arguments that are not the library's own:
-            ``"torchvision:resnet18(num_classes=10)"``; ``None``: it is none.
+            ``"torchvision:resnet18(num_classes=10)"``; ``None``: it is not one.
     """
 
     path: str
@@ -120,7 +120,7 @@ class FileRecord:
     whole_digest: str | None = None
 
     def to_dict(self) -> ManifestFile:
-        """The record as it stands in the manifest."""
+        """The record as it is in the manifest."""
         whole: ManifestOptions = {} if self.whole_digest is None else {"whole_digest": self.whole_digest}
         further: ManifestOptions = {}
         if self.shards:
@@ -169,8 +169,8 @@ class Manifest:
         files: sorted by path.
         folder: the folder that paths are relative to.
         origin: the URL of the folder that it was made of; ``None``: it was made of files beside it.
-        beside: the folder it lies in, which golden files are relative to; ``None``: ``folder``.
-        folders: those it was made of, relative to it: in them no other checkpoint may lie; ``"."`` is itself.
+        beside: the folder it is in, which golden files are relative to; ``None``: ``folder``.
+        folders: those it was made of, relative to it: in them no other checkpoint may be; ``"."`` is itself.
         changes: what `make` did; of a manifest that was read, nothing.
         passed_over: how many files of each kind its folders hold that are not checkpoints; it is not written.
     """

@@ -67,9 +67,9 @@ def make(
 
     Args:
         selected: the checkpoints; named relative to the folder.
-        folder: that paths are relative to: where the manifest will be, or the URL that its files lie below.
+        folder: that paths are relative to: where the manifest will be, or the URL that its files are below.
         beside: where it will be then, for golden files.
-        folders: in which no other checkpoint may lie; named relative to it.  The previous manifest's stay.
+        folders: in which no other checkpoint may be; named relative to it.  The previous manifest's stay.
         digests: whether each tensor is listed; ``None``: as the previous manifest has it, and if it has none, yes.
         golden: golden files by the name of the checkpoint they belong to; named relative to the folder.
         allow_part: whether a file may be a part of a checkpoint.
@@ -130,7 +130,7 @@ class _Task:
 
     Attributes:
         is_listed: whether its tensors are listed.
-        before: its record so far, of which is asked whether it still holds; ``None``: it is recorded anew.
+        before: its record so far, of which is asked whether it still holds; ``None``: it is recorded again.
     """
 
     name: str
@@ -197,7 +197,7 @@ def _renewed(
         wanted: paths by name.
         listed: the names of those whose tensors are listed.
         workers: who reads them.
-        **reading: ``allow_part``, ``tp_rules`` and ``ignore_checksums``, as of `make`.
+        **reading: ``allow_part``, ``tp_rules`` and ``ignore_checksums``, as in `make`.
     """
     tasks = [_Task(name=name, path=path, reading=reading, is_listed=name in listed) for name, path in wanted.items()]
     made = _made(tasks, workers)
@@ -408,7 +408,7 @@ def make_at(
 
 
 def _problem(path: str) -> CkptkitError | None:
-    """The error for what is no file, and no folder, on the disk."""
+    """The error for what is not a file, and no folder, on the disk."""
     if path == STDIN:
         told = f"{path}: a manifest records files by their paths, and standard input has none"
         return FileAccessError(told, path=path)
@@ -436,7 +436,7 @@ def _claimed(name: str) -> str:
 
 
 def _folders_for(paths: Sequence[str], destination: str | None, previous: Manifest | None) -> tuple[str, str]:
-    """The folder that paths are relative to, and the one that the manifest lies in: of local files the same."""
+    """The folder that paths are relative to, and the one that the manifest is in: of local files the same."""
     beside = None if destination is None else os.path.dirname(os.path.abspath(destination))
     is_far = require_one_place(paths)
     if previous is not None and previous.origin is not None and (is_far or not paths):

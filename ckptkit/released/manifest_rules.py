@@ -1,7 +1,7 @@
 """What the manifest and a model say of a file, as findings of a check.
 
-`compare` holds a file against its record: the same bytes, the same tensors, or which are others.  `model_findings` is
-what the verifier finds, under the rules ``fits`` and ``forward``.
+`compare` holds a file against its record: the same bytes, the same tensors, or which are others.  `model_findings`
+is what the verifier finds, under the rules ``fits`` and ``forward``.
 """
 
 from __future__ import annotations
@@ -200,7 +200,7 @@ def _contradictions(examined: Examined, record: FileRecord) -> Iterator[CheckFin
     ):
         is_older = name == "others" and record.whole_digest is None and {*record.others} <= {*examined.others}
         if recorded != found and not is_older:
-            yield _contradiction(examined, name, recorded, found, f"{name} {recorded}, but it is {found}")
+            yield _contradiction(examined, name, recorded, found, f"{name} {recorded}, and it is {found}")
     if record.tensors is None:
         return
     facts = {tensor.name: (tensor.dtype, tensor.shape) for tensor in examined.tensors}

@@ -1,6 +1,6 @@
 """Several runs of a check as one report: shares of a job array, runs that were resumed, documents of machines.
 
-Nothing that is missing is passed over.  A run that was cut short, a share that nobody has told of, and runs by other
+Nothing that is missing is skipped.  A run that was cut short, a share that nobody has told of, and runs by other
 versions or against other policies are findings that no rule could be applied, so that the whole cannot be green.
 
 A file that several runs tell of has the worst of its results.  Of one run that was resumed it has the latest.
@@ -100,7 +100,7 @@ def _worst(runs: Sequence[Sequence[Stream]]) -> dict[str, FileResult]:
 
 
 def _gravity(result: FileResult) -> tuple[bool, bool, bool]:
-    """How grave a result is: that something could not be checked is graver than an error, and that than a warning."""
+    """How severe a result is: what could not be checked is more severe than an error, and that than a warning."""
     findings = result.findings
     unchecked = any(finding.is_unchecked for finding in findings)
     return unchecked, not result.ok, any(at_least(finding.severity, "warning") for finding in findings)

@@ -34,20 +34,20 @@ _UNASKED = _Unasked("needs_trust")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Policy:
-    """What every file is held to.
+    """What every file must meet.
 
     Attributes:
-        no_pickle: whether a file may hold no pickle at all.
-        max_trust: the most a loader may have to be trusted with; a hostile file passes under no policy.
+        no_pickle: whether pickles are forbidden.
+        max_trust: the highest trust level allowed; no policy lets a hostile file pass.
         no_nan: whether no tensor may hold NaN and no parameter Inf; reads the data.
         tp_rules: file of rules by which slices of tensor-parallel ranks are joined.
-        ignore_checksums: whether a file's recorded checksums are not held against its bytes.
+        ignore_checksums: whether a file's recorded checksums are not checked against its bytes.
         max_size: bytes of a file (of a sharded set: of all its files); a number or ``"2GB"``.
         allow_dtype: the dtypes that tensors may have; empty: all.
         no_optimizer: whether an optimizer's state may not be in the file.
-        no_prefix: whether names may not carry a wrapper's prefix.
+        no_prefix: whether names may not have a wrapper's prefix.
         location: the device tags that storages may have; empty: all.
-        allow_part: whether a file may be a part of a checkpoint that lies in several.
+        allow_part: whether a file may be a part of a checkpoint that is in several.
         require_format: the containers that files may be, a sharded set of them included; empty: all.
         fits: the reference model that the weights must load into; see `ckptkit.verify`.
         forward: whether to run the verifier's forward pass; of the model of ``fits``, of the manifest's golden or

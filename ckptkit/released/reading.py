@@ -3,10 +3,10 @@
 `read_through` does it; `other_values_in` says whose NaN and Inf count beside those of the plain tensors of the weights,
 and `is_opaque` which values cannot be looked at.
 
-Where a tensor's values lie in the file as they are (nearly all do), they are taken from the bytes that pass
-by for the file's own hash.  Others (transposed, compressed, big-endian) are read by themselves afterwards.
-Pieces are small enough to stay in a core's own cache, and hashing lets go of the interpreter, so that several files, or
-the two hashes of one, go side by side.
+Where a tensor's values are in the file as they are (nearly always), they are taken from the bytes that pass by for the
+file's own hash.  Others (transposed, compressed, big-endian) are read by themselves afterwards. Pieces are small enough
+to stay in a core's own cache, and hashing lets go of the interpreter, so that several files, or the two hashes of one,
+go side by side.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class Reading:
     Attributes:
         files: the SHA-256 of each file in hexadecimal, by ``id``.
         damages: of the storages whose recorded checksums were held, those whose bytes are others.
-        sums: the CRC-32 of what came of far files for values that do not lie in them as they are.
+        sums: the CRC-32 of what came of far files for values that are not in them as they are.
     """
 
     def __init__(self, digested: Iterable[TensorEntry] = (), counted: Iterable[TensorEntry] = ()) -> None:
@@ -153,15 +153,15 @@ def read_through(
 
     Args:
         files: the file, and its shards.
-        entries: tensors whose bytes lie in them.
+        entries: tensors whose bytes are in them.
         hash_files: whether to hash the files themselves.
         digest: whether to digest the tensors.
         counted: tensors whose NaN and Inf are counted; they need not be among the others.
-        held: storages whose recorded checksums are held against their bytes.
+        held: storages whose recorded checksums are checked against their bytes.
         threads: 2 lets a file's hash and the tensors' run side by side.
 
     Raises:
-        CorruptError: a file became shorter, or was changed meanwhile.
+        CorruptError: a file became shorter, or was changed in the meantime.
         LimitError: the tensors repeat the file's bytes beyond all use.
         FileAccessError: a file cannot be read.
     """
@@ -200,7 +200,7 @@ def read_through(
 def _read_apart(
     reading: Reading, files: Sequence[Source], apart: list[Values], in_order: Mapping[int, InOrder]
 ) -> None:
-    """Read what does not lie in the files as it is; far files that are still to be hashed are, as they come."""
+    """Read what is not in the files as it is; far files that are still to be hashed are, as they come."""
     unreadable = {id(damage.storage) for damage in reading.damages if not isinstance(damage.storage.source, ByteRange)}
 
     def along(file: Source) -> Callable[[int, memoryview], object]:
@@ -250,7 +250,7 @@ def _require_unchanged(files: Sequence[Source]) -> None:
 
 
 def _lying(reading: Reading, files: Sequence[Source]) -> tuple[dict[int, list[_Span]], list[Values]]:
-    """The spans of what lies in files as it is, by the file's ``id``; and what has to be read by itself."""
+    """The spans of what is in files as it is, by the file's ``id``; and what has to be read by itself."""
     spans: dict[int, list[_Span]] = {id(file): [] for file in files}
     apart: list[Values] = []
     shared: dict[tuple[int, int, int, bool, str | None], Values] = {}
@@ -276,7 +276,7 @@ def file_sha256(path: str) -> str:
 
     Raises:
         FileAccessError: it cannot be read.
-        CorruptError: it was changed meanwhile.
+        CorruptError: it was changed in the meantime.
     """
     file = SourceFile(path)
     try:
@@ -384,7 +384,7 @@ def _sweep_with_helper(file: Source, hasher: Any, distributor: _Distributor) -> 
 
 
 _PLAIN_MODULES = ("torch", "collections", "builtins", "__builtin__")
-"""Of classes and functions whose objects hold no values beyond what stands in the tree, but for bytes."""
+"""Of classes and functions whose objects hold no values beyond what is in the tree, but for bytes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -40,7 +40,7 @@ NOT_CHECKED = frozenset(
         *("results-incomplete", "part-missing", "results-differ"),
     )
 )
-"""Codes of what could not be held against anything: neither a pass nor a mismatch."""
+"""Codes of what could not be checked against anything: neither a pass nor a mismatch."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +70,7 @@ class CheckFinding(Finding):
         return f"{self.path}: {super(CheckFinding, self).line}"
 
     def to_dict(self) -> CheckFindingDocument:
-        """The finding as it stands in JSON documents."""
+        """The finding as it is in JSON documents."""
         return {
             "path": self.path,
             "code": self.code,

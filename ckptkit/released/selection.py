@@ -61,7 +61,7 @@ class Selection:
         """Raise where not everything that was meant is known.
 
         Raises:
-            CkptkitError: a folder holds no checkpoint, or something cannot be read; all of it is told.
+            CkptkitError: a folder contains no checkpoint, or something cannot be read; all of it is told.
         """
         errors = [error for _, error in (*self.empty, *self.unreadable)]
         if len(errors) == 1:
@@ -84,7 +84,7 @@ def select(
 ) -> Selection:
     """The checkpoints that paths stand for.
 
-    A file stands for itself, whether it exists or not: that is for whoever opens it to say.  A folder stands for the
+    A file represents itself, whether it exists or not: that is for whoever opens it to say.  A folder stands for the
     checkpoint files in it and below it, as for ``ckptkit inspect``; one that names its last step, or of which a tag
     chooses one, for what that step holds.  A shard is left out where its index is there.
 
@@ -92,8 +92,8 @@ def select(
         paths: files and folders.
         relative_to: the folder that names are relative to.
         tag: which of several steps is meant, in each of the folders.
-        skip_others: whether files that are named and no checkpoint are passed over, as those of folders are.
-        whole: whether a shard that is named stands for all, where its index lies beside it.
+        skip_others: whether files that are named and no checkpoint are skipped, as those of folders are.
+        whole: whether a shard that is named stands for all, where its index is beside it.
         known: names of files that no index stands for, since they are known by their own.
         manifest: the file that says what they must be, which is none of them.
         are_whole: whether each folder is one checkpoint, since rules were given by which its files are joined.
@@ -158,7 +158,7 @@ def select(
 
 
 def _indexes_beside(folder: str, name: str) -> dict[str, str]:
-    """As `indexes_by_shard`; a server is asked what lies beside a file only where its name is that of a shard."""
+    """As `indexes_by_shard`; a server is asked what is beside a file only where its name is that of a shard."""
     return indexes_by_shard(folder) if places.is_known(folder) or "-of-" in name else {}
 
 
@@ -180,7 +180,7 @@ def name_of(path: str, folder: str, seen: dict[str, str] | None = None) -> str:
     Args:
         path: the file.
         folder: what it is relative to.
-        seen: of very many files, gets the names of the folders they lie in, each of which is asked for once.
+        seen: of very many files, gets the names of the folders they are in, each of which is asked for once.
     """
     if not folder and os.sep == "/" and path[:1] not in ("/", ".") and os.path.normpath(path) == path:
         return path  # as most are, of very many

@@ -2,7 +2,7 @@
 
 `store` says what a server is asked for, and there is one module for each kind of server: `http` (http and https), `hub`
 (hf://) and `objects` (all that fsspec knows: s3, gs, az and others).  `source` makes a `ckptkit.bytesource.Source` of a
-file there, which is all that the rest of ckptkit sees of it; what lies below a URL, `ckptkit.places` says.
+file there, which is all that the rest of ckptkit sees of it; what is below a URL, `ckptkit.places` says.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ class Session:
             file.close()
 
     def taken(self, url: str) -> RemoteSource | None:
-        """A file that is open already, and is the caller's from now on; ``None``: it is none.
+        """A file that is open already, and is the caller's from now on; ``None``: it is not one.
 
         Raises:
             FileAccessError: it was asked for, and cannot be opened.
@@ -167,7 +167,7 @@ def _within(made: Session) -> Iterator[None]:
 
 
 _kept: list[Session] = []
-"""That of this process's last task: each would connect anew."""
+"""That of this process's last task: each would connect again."""
 
 
 class _Carried:
@@ -210,7 +210,7 @@ def revealed(url: str) -> str:
 
 
 def opened_at(url: str) -> RemoteSource:
-    """A file that is asked for anew; as `source_at`."""
+    """A file that is asked for again; as `source_at`."""
     return RemoteSource(store_of(url), revealed(url))
 
 
@@ -252,7 +252,7 @@ def _made(scheme: str, current: Session) -> Store:
 
 
 def source_at(url: str) -> Source:
-    """What holds the bytes of the file at a URL.
+    """What contains the bytes of the file at a URL.
 
     Raises:
         MissingFileError: there is none.

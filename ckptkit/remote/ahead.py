@@ -36,7 +36,7 @@ _AHEAD_NBYTES, _KEPT_NBYTES = 80 << 20, 48 << 20
 """Bytes beyond where a file is read that are fetched, and bytes before it that are kept for readers a little behind."""
 
 _LATE_NBYTES = 64 << 10
-"""Bytes of a range that are kept by themselves where it is read long after the block that it lies in."""
+"""Bytes of a range that are kept by themselves where it is read long after the block that it is in."""
 
 _FETCHERS = 4
 """Blocks of a file that are fetched at a time."""

@@ -15,6 +15,7 @@ import re
 import select
 import socket
 import ssl
+import sys
 import threading
 import time
 from collections.abc import Mapping
@@ -77,7 +78,7 @@ class Target(NamedTuple):
             shown: what errors call it.
 
         Raises:
-            FileAccessError: it is no such URL.
+            FileAccessError: it is not such a URL.
         """
         try:
             parts = urlsplit(url.strip())
@@ -322,7 +323,7 @@ def _is_quiet(sock: socket.socket) -> bool:
 def _comes(sock: socket.socket, seconds: float) -> bool:
     """Whether something comes within a while, be it the end."""
     try:
-        if hasattr(select, "poll"):
+        if sys.platform != "win32" and hasattr(select, "poll"):
             poll = select.poll()
             poll.register(sock, select.POLLIN)
             return bool(poll.poll(seconds * 1000))
@@ -342,7 +343,7 @@ if hasattr(os, "register_at_fork"):
 
 @lru_cache(maxsize=4)
 def _context(certificates: tuple[str | None, str | None]) -> ssl.SSLContext:
-    """The system's certificates, or those of ``SSL_CERT_FILE`` and ``SSL_CERT_DIR``, which it is made anew for."""
+    """The system's certificates, or those of ``SSL_CERT_FILE`` and ``SSL_CERT_DIR``, which it is made again for."""
     context = ssl.create_default_context()
     context.set_alpn_protocols(["http/1.1"])
     return context

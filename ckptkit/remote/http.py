@@ -98,7 +98,7 @@ class HttpStore(Store):
         """Where the file of a URL is asked for.
 
         Raises:
-            FileAccessError: it is no URL.
+            FileAccessError: it is not a URL.
         """
         shown = masked(url)
         authorization = Target.of(url, shown).authorization
@@ -112,7 +112,7 @@ class HttpStore(Store):
         return self.opened(url, place, nbytes)
 
     def opened(self, url: str, place: Place, nbytes: int) -> FarFile:
-        """What the file at a place is, whose URL is ``url``; the rest as of `open`."""
+        """What the file at a place is, whose URL is ``url``; the rest as in `open`."""
         file = retried(place.shown, lambda: self._opened(url, place, nbytes))
         came, wanted = len(file.head), min(nbytes, file.size)
         return file if came == wanted else replace(file, head=file.head + self.read(file, came, wanted - came))
@@ -161,7 +161,7 @@ class HttpStore(Store):
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def _part(self, file: FarFile, place: Place, offset: int, nbytes: int) -> tuple[bytes, str | None]:
-        """The first of these bytes, and why there are not all; no bytes and no reason: ask for them anew."""
+        """The first of these bytes, and why there are not all; no bytes and no reason: ask for them again."""
         with self._asked(place, offset, offset + nbytes - 1) as told:
             status, via = told.answer.status, told.via
             is_other = told.size != file.size and (status == _UNSATISFIABLE or told.size is not None)

@@ -185,8 +185,8 @@ class HubStore(HttpStore):
         Args:
             url: as it was given.
             path: what it says.
-            before: what stands in the page's URL between the endpoint and the revision.
-            after: what stands behind that.
+            before: what is in the page's URL between the endpoint and the revision.
+            after: what is behind that.
 
         Raises:
             FileAccessError: the environment says to ask nobody, or whom cannot be asked.
@@ -354,7 +354,7 @@ def _files(entries: Any, url: str) -> Iterator[tuple[str, int]]:
     """Path and size in bytes of each file on a page of a listing.
 
     Raises:
-        FileAccessError: it is none.
+        FileAccessError: it is not one.
     """
     try:
         for entry in entries:

@@ -72,7 +72,7 @@ _SIGN_IN = {
 """What to set where access is refused."""
 
 _HARMLESS = 4
-"""Characters of a text that is no secret: ``anon``."""
+"""Characters of a text that is not a secret: ``anon``."""
 
 _NO_BUCKET = "no such bucket"
 
@@ -194,7 +194,7 @@ class ObjectStore(Store):
     Args:
         scheme: before the ``://``.
         options: what the file system is made with, as its class takes it: ``{"anon": True}``.  Under the name of a
-            scheme may lie a mapping for that one alone.
+            scheme may be a mapping for that one alone.
 
     Raises:
         MissingDependencyError: fsspec is not installed, or what it needs for this scheme.

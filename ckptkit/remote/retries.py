@@ -1,4 +1,4 @@
-"""What fails for the moment is tried again; what is said of a URL holds no credentials.
+"""What fails for the moment is tried again; what is said of a URL contains no credentials.
 
 A server that is busy, a connection that breaks: such are worth another try, after a pause that doubles (RFC 9110,
 section 15.5.9, 15.6; RFC 6585, section 4).  A name that is unknown, a password that is wrong, a file that is not there

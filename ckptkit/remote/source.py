@@ -1,14 +1,14 @@
 """A file on another machine as a source: few requests, and what was read of it once is kept.
 
-A checkpoint's directory lies at the end of a torch-zip, its pickle at the beginning; a safetensors file has a header.
-So the first bytes come with the answer to the question how large the file is, and what is read after them comes with
-some that follow.  An archive that begins with a pickle longer than those has a long directory too: that is asked for at
+A checkpoint's directory is at the end of a torch-zip, its pickle at the beginning; a safetensors file has a header. So
+the first bytes come with the answer to the question how large the file is, and what is read after them comes with some
+that follow.  An archive that begins with a pickle longer than those has a long directory too: that is asked for at
 once.  A file of 300 tensors takes two requests so, one of 5,000 three; one more where a server tells the size alone.
 
 Looking into such a file leaves some of its bytes unread that of a local one are read (`RemoteSource.on_read`): the
 records' own headers beside values, which must say what an archive's directory says, the counts between the storages of
-torch-legacy, and the end of a file that is no zip archive, which must not look like one.  They are looked at where they
-come along with what is read, and all of them before values are given to anyone (`RemoteSource.settle`).
+torch-legacy, and the end of a file that is not a zip archive, which must not look like one.  They are looked at where
+they come along with what is read, and all of them before values are given to anyone (`RemoteSource.settle`).
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ _TOGETHER_NBYTES = 8 << 20
 
 _RECORD = b"PK\x03\x04"
 _LONG_PICKLE = re.compile(rb"PK\x03\x04.{26}[^/]{1,255}/data\.pkl", re.DOTALL)
-"""How an archive of torch's begins."""
+"""How an archive of torch begins."""
 
 _Left = tuple[int, int, Callable[[bytes], object]]
 """What is to be looked at once values are read: offset, size in bytes, and who looks."""
@@ -189,7 +189,7 @@ class RemoteSource(Source):
             first = last
 
     def _fetch(self, wanted: Sequence[tuple[int, int]]) -> None:
-        """Get small ranges that are not kept yet, those that lie close together by one request."""
+        """Get small ranges that are not kept yet, those that are close together by one request."""
         missing = [each for each in map(self._missing, sorted(wanted)) if each[0] < each[1]]
         runs = _merged(missing, _ALONG_NBYTES)
         if sum(end - begin for begin, end in runs) > _KEPT_NBYTES // 2:  # most of the file would come along
@@ -309,7 +309,7 @@ class RemoteSource(Source):
 
     @property
     def folder(self) -> str | None:
-        """As `Source.folder`: a URL, where the server lists what lies below it."""
+        """As `Source.folder`: a URL, where the server lists what is below it."""
         return self.path.rpartition("/")[0] if self.store.has_listings else None
 
     # What lies beside it.

@@ -34,7 +34,7 @@ class Store:
     """A kind of server.  What fails for the moment is tried again in here; errors name the file as it may be shown."""
 
     has_listings = True
-    """Whether it says what lies below a URL."""
+    """Whether it says what is below a URL."""
 
     def open(self, url: str, nbytes: int) -> FarFile:
         """What a file is; with up to ``nbytes`` of its first bytes where they take no request of their own.

@@ -1,12 +1,12 @@
-"""Plain values beside the weights, kept as text where a container holds tensors and strings alone, and brought back.
+"""Plain values beside the weights, kept as text where a container holds only tensors and strings, and brought back.
 
-They stand in the string metadata under `BESIDE`, as JSON::
+They are in the string metadata under `BESIDE`, as JSON::
 
     {"version": 1, "tree": {"dims": {"n_mels": 80}, "model_state_dict": {"$weights": true}}, "among": [[2, "size", 64]]}
 
-``tree`` is the file's own dict; ``{"$weights": true}`` stands where the state_dict stood.  ``among`` are values that
-stood among the tensors of the state_dict: the place that each had in it, its name and it.  ``attributes`` are those of
-the module that the weights were walked from (``names``, ``yaml``); they have no place in a state_dict, and stay in the
+``tree`` is the file's own dict; ``{"$weights": true}`` is where the state_dict stood.  ``among`` are values that stood
+among the tensors of the state_dict: the place that each had in it, its name and it.  ``attributes`` are those of the
+module that the weights were walked from (``names``, ``yaml``); they have no place in a state_dict, and stay in the
 metadata of a ``.pth`` too.  How values are spelled says `ckptkit.normalize.plain_json`.
 
 A part of the file (a key beside the weights) is kept whole or not at all.  Text that is anything else than described
@@ -51,8 +51,8 @@ __all__ = ["KeepBeside", "PutUnder", "restored", "without_plain_values"]
 class KeepBeside:
     """Move the plain values beside the weights into the metadata, as text; see `ckptkit.rewrite.beside`.
 
-    What is no plain value (tensors, an optimizer's state, objects) stays where it is.  A ``.pth`` that is written from
-    the result, or from a file that holds it, has the values in their places again.
+    What is not a plain value (tensors, an optimizer's state, objects) stays where it is.  A ``.pth`` that is written
+    from the result, or from a file that holds it, has the values in their places again.
 
     Args:
         among: whether plain values among the tensors of the state_dict are moved, too, and plain attributes of the
@@ -140,7 +140,7 @@ def _own(document: Mapping[str, Any]) -> dict[str, object]:
     """The attributes in a document, as they are there.
 
     Raises:
-        WrongTextError: they are no plain values by name.
+        WrongTextError: they are not plain values by name.
     """
     own: object = document.get("attributes", {})
     reader = PlainReader()
@@ -165,7 +165,7 @@ class _Room:
         """A plain value as JSON, at a depth below the top.
 
         Raises:
-            NotPlainError: it is none, or there is no room for it.
+            NotPlainError: it is not one, or there is no room for it.
         """
         made = self.writer.part(node, depth)
         nbytes = len(json.dumps(made, separators=(",", ":")))
@@ -178,7 +178,7 @@ class _Room:
 def _around(
     node: object, path: str, room: _Room, parts: list[str], left: dict[str, str], depth: int = 0
 ) -> tuple[object, object]:
-    """What holds the weights, as JSON, and what of it is not kept.
+    """What contains the weights, as JSON, and what of it is not kept.
 
     Raises:
         NotPlainError: it is nothing that can be kept around them.
@@ -218,14 +218,14 @@ def _around(
 class PutUnder:
     """Put the weights under a key of the file's own dict; all else stays.
 
-    From where they stood they are gone.  What stood under the key is replaced: an averaged model, say, takes the place
-    of the raw one.
+    From where they stood they are gone.  What was under the key is replaced: an averaged model, say, takes the place of
+    the raw one.
 
     Args:
         key: where they go; with dots between keys of dicts in dicts, which are made where they are not there.
 
     Raises (when applied):
-        RewriteError: there are no weights, the key is none, something else than a dict stands where one has to, or the
+        RewriteError: there are no weights, the key is none, something other than a dict is where one must be, or the
             file's own dict is a list, a tuple or an object.
     """
 
@@ -258,7 +258,7 @@ class PutUnder:
         return result.replace(rest=rest, sections=sections, origin=origin)
 
     def replaced(self, checkpoint: Checkpoint) -> str | None:
-        """What stands under the key, in words; ``None``: nothing."""
+        """What is under the key, in words; ``None``: nothing."""
         for section in checkpoint.sections:
             if section.path == self.key and not section.selected:
                 kind = "model" if section.kind == "whole_model" else section.kind
@@ -271,7 +271,7 @@ def _taken_out(rest: object, path: str) -> int | None:
     """Take the weights from where they stand; returns the place among the keys of the file's own dict.
 
     Raises:
-        RewriteError: they stand in no dict, or the file's own is none.
+        RewriteError: they are in no dict, or the file's own is none.
     """
     stands = next((place for place in places(rest, "", path, 1, set()) if place.value is STATE_DICT), None)
     for node in (rest, None if stands is None else stands.node):
@@ -293,7 +293,7 @@ def _put(node: object, path: str, at: int | None) -> None:
     """Put the place of the weights into a dict, or one below it.
 
     Raises:
-        RewriteError: something else than a dict stands where one has to.
+        RewriteError: something other than a dict is where one must be.
     """
     lists = list(pair_lists(node))
     known = {pair[0]: (pairs, index) for pairs in lists for index, pair in enumerate(pairs) if isinstance(pair[0], str)}
@@ -331,7 +331,7 @@ def without_plain_values(checkpoint: Checkpoint) -> Checkpoint:
 def restored(checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint with the values that its metadata hold in their places; as it is where there are none.
 
-    Nothing is restored where something stands beside the weights already, or the text is not as described above.
+    Nothing is restored where something is beside the weights already, or the text is not as described above.
     """
     text = checkpoint.metadata.get(BESIDE)
     if text is None or checkpoint.rest is not STATE_DICT or not checkpoint.state_dict:

@@ -1,4 +1,4 @@
-"""Values of the state_dict that are no plain tensors become dense ones, with nothing made before it is written.
+"""Values of the state_dict that are not plain tensors become dense ones, with nothing made before it is written.
 
 What they can be made of, `ckptkit.normalize.not_plain.dense_form` says, and of weights in FP8 with their scales beside
 them `ckptkit.rewrite.dtype.scaled_weights`; how, `ckptkit.transfer.dense`.
@@ -43,7 +43,7 @@ class Densify:
       go (`ckptkit.rewrite.dtype`).
 
     Other values stay as they are, and so do a module's own scales (``scale``, ``zero_point``, ``input_scale``), which
-    are for its inputs and outputs.  What stands beside the weights is not touched.
+    are for its inputs and outputs.  What is beside the weights is not touched.
 
     Args:
         dtype: what the values are cast to that are floating, as ``.to(dtype)`` does; ``None``: they stay as above.
@@ -111,7 +111,7 @@ class _Work:
         }
 
     def of(self, name: str, value: object) -> dict[str, object]:
-        """What stands in a value's place, by name."""
+        """What is in a value's place, by name."""
         if name in self._scales or (name in self._packed and isinstance(value, Global) and name.endswith(PACKED_DTYPE)):
             self._densify.taken.add(name)
             return {}

@@ -54,10 +54,10 @@ class CastDtype:
         dtype: torch's name, with or without ``torch.``: see `ckptkit.casting.CAST_TARGETS`.
         keep: globs (`fnmatch.fnmatchcase`) of names of the state_dict; a storage stays as it is when
             any of the names over it matches.
-        rename: from a name to the one it will have once what follows was applied; a glob may match either.
-            It is no part of what this is.
-        cast_scaled: whether to insist on weights that are values only together with scales beside them, and on
-            such scales; see `ckptkit.normalize.quantized`.
+        rename: from a name to the one it will have once what follows was applied; a glob may match either. It is not
+            part of what this is.
+        cast_scaled: whether to accept weights that are values only together with scales beside them, and on such
+            scales; see `ckptkit.normalize.quantized`.
         scaled: those weights and scales, where some of the names are gone already; ``None``: they are looked for.
 
     Raises:

@@ -29,24 +29,23 @@ __all__ = ["AllTensors"]
 
 @dataclass(frozen=True, slots=True)
 class AllTensors:
-    """Take every tensor of the file, whatever it stands in, for the state_dict; nothing else stays.
+    """Take every tensor of the file, whatever it is in, for the state_dict; nothing else stays.
 
     Each is named by the keys that lead to it: ``{"generator": {"conv.weight": …}, "optimizer": {"state": {3:
     {"exp_avg": …}}}}`` gives ``generator.conv.weight`` and ``optimizer.state.3.exp_avg``, a list ``0``, ``1``, …, and
     what is all of the file is called ``tensor``.  Names are whole: modules have those of their state_dict, attributes
-    are keys, and what a call is given goes by its position.  A tensor has the name of every dict or list that it
-    stands in, and stays tied.
+    are keys, and what a call is given goes by its position.  A tensor has the name of every dict or list that it is in,
+    and stays tied.
 
-    Tensors are plain ones afterwards (no parameters, nothing hangs on them), and those that were tied stay so.
-    Storages that stand by themselves become one-dimensional tensors of the elements that they declare, of bytes where
-    they declare none, and numpy's arrays tensors where torch has their dtype; others are left out.  Values that are
-    no plain tensors (quantized, sparse, …) stay what they are, each under its path: a container that cannot hold them
-    says so.
+    Tensors are plain ones afterwards (no parameters, nothing hangs on them), and those that were tied stay so. Storages
+    that stand by themselves become one-dimensional tensors of the elements that they declare, of bytes where they
+    declare none, and numpy's arrays tensors where torch has their dtype; others are left out.  Values that are not
+    plain tensors (quantized, sparse, …) stay what they are, each under its path: a container that cannot hold them says
+    so.
 
     Raises (when applied):
-        KeyCollisionError: two paths are spelled alike: those of ``{"a": {"b": …}, "a.b": …}``.
-        LimitError: more tensors than any file has.
-        RewriteError: there is no tensor at all.
+        KeyCollisionError: two paths are spelled alike: those of ``{"a": {"b": …}, "a.b": …}``. LimitError: more tensors
+        than any file has. RewriteError: there is no tensors.
     """
 
     def __call__(self, checkpoint: Checkpoint) -> Checkpoint:

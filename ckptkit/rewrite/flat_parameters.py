@@ -6,8 +6,8 @@ dimension, ``_flat_param``, and LOCAL_STATE_DICT saves that.  Facts (torch 2.14
 
 - in it stand the parameters in the order in which ``named_parameters()`` gives them, one that is shared once
 - with ``use_orig_params=True`` each begins at a multiple of 16 bytes, and padding to a multiple of the ranks follows;
-  then their names stand in the file too, as views of it (`ckptkit.formats.distributed.ranks`), without their shapes
-- buffers, and what FSDP was told to ignore, stand beside it under names of their own
+  then their names are in the file too, as views of it (`ckptkit.formats.distributed.ranks`), without their shapes
+- buffers, and what FSDP was told to ignore, are beside it under names of their own
 
 Without such names nothing in the file tells names, shapes or order, so they are the model's; how many elements there
 are must agree.
@@ -167,8 +167,8 @@ def _members(
 
     Args:
         units: paths of the modules that have flat parameters.
-        before: what stands before the model's names.
-        there: names that stand in the file themselves.
+        before: what is before the model's names.
+        there: names that are in the file themselves.
         expected: of the model.
         tied: of the model.
     """

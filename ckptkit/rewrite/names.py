@@ -105,7 +105,7 @@ def wrapper_versions(path: str) -> dict[str, object]:
 
 
 def module_paths(name: str) -> Iterator[str]:
-    """The paths of the modules that a name lies below, outermost first; the root is left out."""
+    """The paths of the modules that a name is below, outermost first; the root is left out."""
     end = name.find(".")
     for _ in range(_MAX_LEVELS):
         if end < 0:
@@ -119,11 +119,10 @@ def moved_versions(
 ) -> dict[str, object]:
     """Module versions under the paths that modules have after their tensors were renamed.
 
-    Where ``a.b.weight`` became ``x.b.weight``, module ``a`` became ``x``, and ``a.b`` became ``x.b``.
-    Where the names below a module do not agree on it, or there are none, its path is renamed like a
-    name; where that changes nothing it goes where the names, each with as many segments taken off
-    its end as stood below the module, agree that it went, and with nothing below it with the
-    module it lies in.  The root stays the root unless everything moved.
+    Where ``a.b.weight`` became ``x.b.weight``, module ``a`` became ``x``, and ``a.b`` became ``x.b``. Where the names
+    below a module do not agree on it, or there are none, its path is renamed like a name; where that changes nothing it
+    goes where the names, each with as many segments taken off its end as was below the module, agree that it went, and
+    with nothing below it with the module it is in.  The root stays the root unless everything moved.
 
     Args:
         versions: by old path.

@@ -8,11 +8,11 @@ The module versions (``_metadata``) and the names an optimizer keeps its state b
 A rule is a regular expression and a replacement, as ``re.sub`` takes them: the expression is searched for
 anywhere in a name, and the replacement may hold ``\1`` and ``\g<name>``.
 
-In Python whole names can be given others by a dict or a function too; they are no expressions.
+In Python whole names can be given others by a dict or a function too; they are not expressions.
 
-As text a rule is ``REGEX=>REPLACEMENT``, split at the first ``=>``.  Nothing is stripped: spaces around
-the arrow belong to the rule.  An expression that must contain ``=>`` itself writes ``=\>``.
-A file of rules has one a line; empty lines and lines that begin with ``#`` are passed over.
+As text a rule is ``REGEX=>REPLACEMENT``, split at the first ``=>``.  Nothing is stripped: spaces around the arrow
+belong to the rule.  An expression that must contain ``=>`` itself writes ``=\>``. A file of rules has one per line;
+empty lines and lines that begin with ``#`` are skipped.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ __all__ = ["AddModule", "AddPrefix", "Rename", "StripModule", "StripPrefix", "pa
 class StripModule:
     """Take every wrapper off the names: ``module.``, ``_orig_mod.`` and others, nested in any order.
 
-    What a wrapper's prefix is says `ckptkit.normalize.modules`.  Names that carry none are left as they are, so it
-    is safe to apply twice.
+    What a wrapper's prefix is says `ckptkit.normalize.modules`.  Names that have none are left as they are, so it is
+    safe to apply twice.
 
     Raises (when applied):
         KeyCollisionError: two names would become one.
@@ -175,7 +175,7 @@ class Rename:
             two.  Or a function from each name to its new one (the same, to keep it); it may be asked several times.
 
     Raises:
-        RewriteError: an expression or replacement is none; a name of the dict is no text; (when applied) a name would
+        RewriteError: an expression or replacement is none; a name of the dict is not text; (when applied) a name would
             be empty, the checkpoint lacks names of the dict, or the function returns no text.
         KeyCollisionError: (when applied) two names would become one.
     """
@@ -204,7 +204,7 @@ class Rename:
                 raise RewriteError(f"rule {_shown(pattern, replacement)}: bad {where}: {reason}") from None
 
     def __repr__(self) -> str:
-        """As it stands in receipts, which the header of each output carries: of a large dict its digest."""
+        """As it is in receipts, which the header of each output carries: of a large dict its digest."""
         rules = self.rules
         if isinstance(rules, Mapping) and len(rules) > _MAX_NAMES:
             from hashlib import sha256
@@ -222,7 +222,7 @@ class Rename:
         """The new name of what is called ``name``.
 
         Raises:
-            RewriteError: it would be empty, or is no text.
+            RewriteError: it would be empty, or is not text.
         """
         if callable(self.rules):
             found: object = self.rules(name)
@@ -296,7 +296,7 @@ def parse_rule(text: str) -> tuple[str, str]:
     """The regular expression and the replacement of a rule ``REGEX=>REPLACEMENT``.
 
     Raises:
-        RewriteError: there is no ``=>``, nothing before it, or what stands there is no rule.
+        RewriteError: there is no ``=>``, nothing before it, or what is there is no rule.
     """
     pattern, arrow, replacement = text.partition(_ARROW)
     if not arrow or not pattern:
@@ -313,7 +313,7 @@ def read_rules(path: str | os.PathLike[str]) -> tuple[tuple[str, str], ...]:
 
     Raises:
         FileAccessError: it cannot be read, or is larger than any file of rules.
-        RewriteError: it is no UTF-8, or a line is no rule; the message names file and line.
+        RewriteError: it is not UTF-8, or a line is not a rule; the message names file and line.
     """
     from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Selecting tensors of the state_dict, and leaving out parts that stand beside it.
+"""Selecting tensors of the state_dict, and leaving out parts that are beside it.
 
 A glob is matched as `fnmatch.fnmatchcase` does: ``*`` crosses dots, and case counts.
 """
@@ -25,6 +25,7 @@ from ckptkit.pickling.tensors import is_tensor_like
 from ckptkit.report import count_of, listed
 from ckptkit.rewrite.names import module_paths
 from ckptkit.rewrite.storages import with_tensors_replaced
+from ckptkit.shell import quoted
 
 __all__ = ["LeaveOut", "Select", "WeightsOnly", "pair_lists", "part_paths", "places"]
 
@@ -42,14 +43,14 @@ _MAX_NAME = 200
 class Select:
     """Keep the values of the state_dict whose name matches; their order stays.
 
-    A pattern matches a name as it is, or as ``rename`` makes it.  What stands beside the weights stays, and so
-    do the versions of modules that keep something.
+    A pattern matches a name as it is, or as ``rename`` makes it.  What is beside the weights stays, and so do the
+    versions of modules that keep something.
 
     Args:
         include: globs; a name is kept if it matches one of them.  None keeps all.
         exclude: globs; a name that matches one of them is dropped all the same.
-        rename: from a name to the one it will have once what follows was applied, as the ``rename``
-            of `ckptkit.Rename` and the others gives it.  It is no part of what this is.
+        rename: from a name to the one it will have once what follows was applied, as the ``rename`` of `ckptkit.Rename`
+            and the others gives it.  It is not part of what this is.
 
     Raises (when applied):
         RewriteError: a pattern of ``include`` matches nothing, nothing is left, or a parameter would be
@@ -134,9 +135,7 @@ def _check_optimizer(checkpoint: Checkpoint, kept: dict[str, object]) -> None:
     ]
     optimizers = list(_optimizers(checkpoint.rest)) if lost else []
     if optimizers:
-        import shlex
-
-        remedy = " ".join(f"--leave-out {shlex.quote(path[:_MAX_NAME])}" for path in optimizers[:_MAX_LISTED])
+        remedy = " ".join(f"--leave-out {quoted(path[:_MAX_NAME])}" for path in optimizers[:_MAX_LISTED])
         raise RewriteError(
             f"{_listed(lost, len(lost))} would be left out, but the optimizer's state is keyed by the position of "
             f"each parameter; {remedy} leaves it out",
@@ -251,7 +250,7 @@ class LeaveOut:
         return result.replace(rest=rest, sections=sections)
 
     def _stays(self, section: str, rest: object) -> bool:
-        """Whether a section is still there; keys hold dots, so one that seems to lie below a path need not."""
+        """Whether a section is still there; keys hold dots, so one that seems to be below a path need not."""
         below = any(section.startswith(f"{path}.") for path in self.paths)
         return section not in self.paths and (not below or any(True for _ in places(rest, "", section, 1, set())))
 
@@ -265,7 +264,7 @@ class _Place(NamedTuple):
 
 
 def _place(checkpoint: Checkpoint, rest: object, path: str) -> _Place:
-    """Where the part of a path stands in ``rest``.
+    """Where the part of a path is in ``rest``.
 
     Raises:
         RewriteError: nowhere, or it is the weights.

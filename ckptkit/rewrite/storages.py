@@ -54,10 +54,10 @@ def with_tensors_replaced(
     """The checkpoint with every `TensorEntry` and bare `Storage` replaced; what is shared stays shared.
 
     Args:
-        checkpoint: its weights, what hangs on their mapping, and everything beside them are gone through.
+        checkpoint: its weights, what hangs on their mapping, and everything beside them are processed.
         leaf: from a tensor or storage to what takes its place; called once for each.
         change: called with the copy of each object, which it may change.
-        module: whether the module that the weights were walked from is gone through too.  It is not written.
+        module: whether the module that the weights were walked from is processed too.  It is not written.
     """
     mapped = TreeMap(leaf)
     state_dict = checkpoint.state_dict.with_values(mapped)
@@ -97,8 +97,8 @@ def _hanging(state_dict: StateDict) -> object:
 class Compact:
     """Cut storages down to what tensors view of them.
 
-    Each run of viewed bytes of a storage that has others too becomes a storage of its own.
-    Storages that stand in the file by themselves are left whole, and so is what all is viewed of.
+    Each run of viewed bytes of a storage that has others too becomes a storage of its own. Storages that are in the
+    file by themselves are left whole, and so is what all is viewed of.
     """
 
     def __call__(self, checkpoint: Checkpoint) -> Checkpoint:
@@ -276,11 +276,10 @@ class MapLocation:
     """Rewrite device tags: of the weights, the optimizer's state, and everything else in the file.
 
     Args:
-        location: as ``torch.load``'s ``map_location``: a string (or ``torch.device``) for everything;
-            a dict, in which tags that are no key stay; or a callable ``f(storage, location)``.
-            The callable gets the `Storage` and its tag, and returns the new tag, ``None`` to keep
-            it, or the storage itself, which (as in torch, where it is given on the CPU) means
-            ``"cpu"``.
+        location: as ``torch.load``'s ``map_location``: a string (or ``torch.device``) for everything; a dict, in which
+            tags that are not keys stay; or a callable ``f(storage, location)``. The callable gets the `Storage` and its
+            tag, and returns the new tag, ``None`` to keep it, or the storage itself, which (as in torch, where it is
+            given on the CPU) means ``"cpu"``.
 
     Attributes:
         met: the tags of what it was applied to, as they were.
@@ -358,7 +357,7 @@ class MapLocation:
         return (*args[:place], new, *args[place + 1 :])
 
     def _mapped(self, tag: str) -> str:
-        """A tag by the forms that are no function."""
+        """A tag by the forms that are not functions."""
         self.met.add(tag)
         if isinstance(self.location, Mapping):
             tags = {str(old): new for old, new in self.location.items()}  # keys may be torch.device, too
@@ -383,7 +382,7 @@ def _tag(given: object) -> str:
     """A location tag, as a file may hold it, from a string or whatever prints as one (``torch.device``).
 
     Raises:
-        RewriteError: it is none, or ``meta``, where tensors have no bytes.
+        RewriteError: it is not one, or ``meta``, where tensors have no bytes.
     """
     text = str(given)
     if not _LOCATION.match(text) or text.startswith("meta"):

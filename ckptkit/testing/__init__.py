@@ -7,12 +7,12 @@
         assert_same_weights("training.pth", "release.safetensors", strip_module=True)
         assert_fits("release.safetensors", "torchvision:resnet18")
 
-Plain functions, no plugin: each returns nothing, or raises `AssertionError` with a message that says what was
-expected of which file and what was found, and then lists the findings.  What could not be checked at all never
-passes: it is a `ckptkit.CkptkitError` (a missing package), or a finding among the others (an unreadable file).
+Plain functions, no plugin: each returns nothing, or raises `AssertionError` with a message that says which file, what
+was expected and what was found, and then lists the findings.  A check that could not run never passes: it raises a
+`ckptkit.CkptkitError` (a missing package), or is one of the findings (an unreadable file).
 
 Weights are given as a path, an open `ckptkit.CheckpointFile` (rewritten ones too), a dict of tensors, or a module.
-torch is needed for the last two, and where a model runs.
+torch is needed for the last two, and to run a model.
 """
 
 from __future__ import annotations
@@ -57,17 +57,17 @@ __all__ = [
 def assert_same_weights(
     a: Weights, b: Weights, *, atol: float = 0.0, rtol: float = 0.0, strip_module: bool = False
 ) -> None:
-    """The same names, shapes, dtypes and values, whatever the containers, the order and the devices.
+    """Assert that names, shapes, dtypes and values are the same, whatever the containers, the order and the devices.
 
     Args:
         a: the weights expected.
         b: the weights found.
-        atol: how far a value may be from the other; with 0 for both, values are compared bit for bit.
-        rtol: the same, as a share of the larger magnitude; what it allows is added.
-        strip_module: take off wrapper prefixes (``module.``, ``_orig_mod.``) on both sides first.
+        atol: absolute difference allowed between values; with 0 for both, values are compared bit for bit.
+        rtol: the same, as a share of the larger magnitude; the two are added.
+        strip_module: remove wrapper prefixes (``module.``, ``_orig_mod.``) on both sides first.
 
     Raises:
-        AssertionError: they differ; the message lists names by kind of difference, changed values with figures.
+        AssertionError: they differ; the message lists names by kind of difference, and figures for changed values.
         CkptkitError: they could not be compared.
     """
     __tracebackhide__ = True
@@ -107,18 +107,18 @@ def assert_fits(
     allow_missing: str | Sequence[str] = (),
     allow_unexpected: str | Sequence[str] = (),
 ) -> None:
-    """The weights load into a model, strictly; nothing is computed.
+    """Assert that the weights load strictly into a model; nothing is computed.
 
     Args:
-        weights: what is to fit.
+        weights: the weights.
         model: a reference such as ``"torchvision:resnet18"`` or ``"package.module:factory"``, or a module.
         model_args: keyword arguments of the reference's factory.
-        strip_module: take off wrapper prefixes first.
+        strip_module: remove wrapper prefixes first.
         allow_missing: glob patterns of names that the weights may lack.
         allow_unexpected: glob patterns of names that the model may lack.
 
     Raises:
-        AssertionError: they do not fit; the message says why, and what fixes it.
+        AssertionError: they do not fit; the message says why and how to fix it.
         CkptkitError: it could not be checked.
     """
     __tracebackhide__ = True
@@ -148,16 +148,16 @@ def assert_runs(
     strip_module: bool = False,
     golden: str | os.PathLike[str] | None = None,
 ) -> None:
-    """The weights fit a model, and what it computes with them is sound: finite, repeatable, no constant.
+    """Assert that the weights fit a model and that its outputs are sound: finite, repeatable, not constant.
 
     Args:
-        weights: what is to run.
-        model: as for `assert_fits`; may be left out where ``golden`` names it.
+        weights: the weights.
+        model: as for `assert_fits`; may be omitted if ``golden`` names it.
         model_args: keyword arguments of the reference's factory.
         device: where it runs; see `ckptkit.verify`.
-        input_shapes: one shape for each input; default from the reference where it is known.
-        strip_module: take off wrapper prefixes first.
-        golden: outputs recorded by ``ckptkit verify --write-golden``, which these must agree with.
+        input_shapes: one shape for each input; default from the reference, if known.
+        strip_module: remove wrapper prefixes first.
+        golden: outputs recorded by ``ckptkit verify --write-golden``, which these must match.
 
     Raises:
         AssertionError: they do not fit, the outputs are not sound, or not those of the golden file.
@@ -188,7 +188,7 @@ def assert_same_outputs(
     atol: float | None = None,
     rtol: float | None = None,
 ) -> None:
-    """A model computes the same with either weights, as far as their dtypes let it.
+    """Assert that a model computes the same with either weights, as far as their dtypes allow.
 
     Args:
         a: the weights expected.
@@ -197,8 +197,8 @@ def assert_same_outputs(
         model_args: keyword arguments of the reference's factory.
         device: where it runs.
         input_shapes: one shape for each input.
-        strip_module: take off wrapper prefixes first.
-        atol: how far outputs may be apart; default by the least precise dtype involved.
+        strip_module: remove wrapper prefixes first.
+        atol: absolute difference allowed between outputs; default by the least precise dtype involved.
         rtol: the same, as a share of their largest magnitude.
 
     Raises:
@@ -214,10 +214,10 @@ def assert_same_outputs(
 
 
 def assert_safe(checkpoint: str | os.PathLike[str] | api.CheckpointFile) -> None:
-    """The file is plain data and torch's own rebuild functions: loading it needs no trust in who made it.
+    """Assert that the file is plain data and torch's own rebuild functions: loading it needs no trust in its author.
 
     Raises:
-        AssertionError: its pickles name something else; the message lists what, and where.
+        AssertionError: its pickles name something else; the message says what, and where.
         CkptkitError: it cannot be read.
     """
     __tracebackhide__ = True
@@ -244,7 +244,7 @@ def assert_safe(checkpoint: str | os.PathLike[str] | api.CheckpointFile) -> None
 
 
 def assert_no_pickle(*checkpoints: str | os.PathLike[str]) -> None:
-    """The files hold no pickle; folders are searched.
+    """Assert that the files contain no pickle; folders are searched.
 
     Raises:
         AssertionError: one does, or cannot be read, or there is none.
@@ -254,10 +254,10 @@ def assert_no_pickle(*checkpoints: str | os.PathLike[str]) -> None:
 
 
 def assert_no_nan(*checkpoints: Weights) -> None:
-    """No tensor holds NaN and no parameter Inf, as of ``ckptkit check --no-nan``; all values are read.
+    """Assert that no tensor contains NaN and no parameter Inf, as ``ckptkit check --no-nan`` does; all values are read.
 
     Raises:
-        AssertionError: one is, or a file cannot be read; the message says in which tensors, and how many.
+        AssertionError: one does, or a file cannot be read; the message says which tensors, and how many values.
         VerifyError: nothing was given.
     """
     __tracebackhide__ = True
@@ -270,16 +270,16 @@ def assert_no_nan(*checkpoints: Weights) -> None:
 
 
 def assert_allowed(*checkpoints: str | os.PathLike[str], **policy: Any) -> None:
-    """The files keep to a policy, as for ``ckptkit check``; folders are searched.
+    """Assert that the files meet a policy, as with ``ckptkit check``; folders are searched.
 
     Args:
         *checkpoints: files and folders.
-        **policy: what `ckptkit.check` takes: ``no_pickle=True``, ``max_size="2GB"``, ``allow_dtype=["float16"]``.
+        **policy: arguments of `ckptkit.check`: ``no_pickle=True``, ``max_size="2GB"``, ``allow_dtype=["float16"]``.
 
     Raises:
         AssertionError: one does not, or cannot be read; the message names the file, the rule, what was expected
             and what was found.
-        CkptkitError: the policy is none.
+        CkptkitError: the policy is invalid.
     """
     __tracebackhide__ = True
     _check("assert_allowed: the policy is not met", checkpoints, **policy)
@@ -288,14 +288,14 @@ def assert_allowed(*checkpoints: str | os.PathLike[str], **policy: Any) -> None:
 def assert_matches_manifest(
     checkpoints: str | os.PathLike[str] | Iterable[str | os.PathLike[str]], manifest: str | os.PathLike[str]
 ) -> None:
-    """The files are those that a manifest describes.
+    """Assert that the files are those that a manifest describes.
 
     Args:
         checkpoints: files and folders; none: all that the manifest names.
         manifest: what ``ckptkit manifest`` wrote.
 
     Raises:
-        AssertionError: a file is missing, is not in the manifest, or is another than the manifest says.
+        AssertionError: a file is missing, is not in the manifest, or differs from the manifest.
         CkptkitError: the manifest cannot be read.
     """
     __tracebackhide__ = True

@@ -1,6 +1,6 @@
-"""Weights as the assertions take them (a path, an open file, a dict of tensors, a module), and what a failed one says.
+"""The weights that assertions accept (a path, an open file, a dict of tensors, a module), and their messages.
 
-A message tells what, where, expected and found; then a line for each finding.
+A message says what, where, expected and found; then comes a line for each finding.
 """
 
 from __future__ import annotations

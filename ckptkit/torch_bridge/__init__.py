@@ -63,7 +63,7 @@ import torch  # noqa: E402 - behind the check, so that its absence is explained
 __all__ = ["TorchLocation", "dtype_of", "state_dict_of", "tensors", "tree_of"]
 
 _MOST_DEPTH = 100
-"""Containers inside one another that are made; a value that is deeper is no honest one."""
+"""Containers inside one another that are made; a value that is deeper is not an honest one."""
 
 _MANY_KEYS = 10_000
 """Keys of a dict from which it matters that they differ in their hashes."""
@@ -101,7 +101,7 @@ def state_dict_of(
     """Every value of a state_dict, in its order, with the module versions that the file has as ``_metadata``.
 
     Args:
-        state_dict: the names and values; the file they lie in must still be open.
+        state_dict: the names and values; the file they are in must still be open.
         path: the file, for messages.
         map_location: as `tensors` takes it.
         mapped: as `tensors` takes it, but that the width of an element is alignment enough, as it is to
@@ -110,7 +110,7 @@ def state_dict_of(
 
     Raises:
         UnsupportedError: values that cannot be made; the message names each.
-        CorruptError: a tensor's indices, offsets, axes or sizes lie outside what it consists of; else as `tensors`.
+        CorruptError: a tensor's indices, offsets, axes or sizes are outside what it consists of; else as `tensors`.
         RewriteError, DTypeError, FileAccessError: as `tensors`.
     """
     require_dtypes(state_dict)
@@ -225,7 +225,7 @@ class _Builder:
     Args:
         loader: makes the tensors.
         map_location: where they go.
-        weights: what stands where the marker `STATE_DICT` is.
+        weights: what is where the marker `STATE_DICT` is.
         stands_in: whether something stands for what only code from elsewhere can make.
     """
 
@@ -309,7 +309,7 @@ class _Builder:
         return stand_in(node, self, lambda made: self._keep(node, made))
 
     def _constant(self, node: Global) -> object:
-        """A dtype, layout, quantization scheme or memory format of torch's."""
+        """A dtype, layout, quantization scheme or memory format of torch."""
         found = vars(torch).get(node.name) if node.module == "torch" else None
         if isinstance(found, (torch.dtype, torch.layout, torch.qscheme, torch.memory_format)):
             return found

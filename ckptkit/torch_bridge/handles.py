@@ -56,7 +56,7 @@ def read(entry: TensorEntry, device: str | torch.device | None) -> torch.Tensor:
 
 
 def node_of(value: object, storages: Storages) -> object:
-    """The node of a tensor, or of what of torch's own has no bytes; ``None`` of anything else.
+    """The node of a tensor, or of what of torch own has no bytes; ``None`` of anything else.
 
     Args:
         value: any object.
@@ -138,7 +138,7 @@ def _problem(tensor: torch.Tensor) -> str | None:
 
 
 def _from_device(memory: torch.UntypedStorage, start: int, nbytes: int) -> bytes:
-    """Some bytes of a storage that lies elsewhere."""
+    """Some bytes of a storage that is elsewhere."""
     nbytes = min(nbytes, CHUNK_NBYTES)
     view = torch.empty((0,), dtype=torch.uint8, device=memory.device).set_(memory, start, (nbytes,), (1,))
     host = view.cpu()

@@ -105,16 +105,16 @@ def tensors(
     Values that are not plain tensors (`StateDict.extra`) are not among them.
 
     Args:
-        state_dict: the names and entries; the file they lie in must still be open.
+        state_dict: the names and entries; the file they are in must still be open.
         map_location: as for ``torch.load``: ``None`` puts each storage where the file says it lay;
             a string or ``torch.device`` puts all there; a dict maps locations; a callable gets the
             storage on the CPU and its location, and returns where it shall lie, or ``None`` for
             the file's own.  ``"meta"`` reads nothing.
-        mapped: let tensors on the CPU lie in a private mapping of the file where its bytes are as torch wants them
-            (not compressed, of this machine's byte order, aligned to 64 bytes), which takes no memory of its own and
-            reads when a value is used.  Writing to such a tensor never reaches the file.  The mapping lives as long
-            as the tensors, also when the file is closed; whoever shortens the file meanwhile ends the process, as
-            with ``torch.load(mmap=True)``.
+        mapped: let tensors on the CPU are in a private mapping of the file where its bytes are as torch wants them (not
+            compressed, of this machine's byte order, aligned to 64 bytes), which takes no memory of its own and reads
+            when a value is used.  Writing to such a tensor never reaches the file.  The mapping lives as long as the
+            tensors, also when the file is closed; whoever shortens the file in the meantime ends the process, as with
+            ``torch.load(mmap=True)``.
         checksums: hold the recorded checksums of the storages that are read; of mapped ones too, all of whose bytes
             are read for it.
 
@@ -145,9 +145,9 @@ class Loader:
 
     Args:
         map_location: as `tensors` takes it.
-        alignment: bytes at a multiple of which a tensor of the CPU must begin in the file to lie in a mapping of it,
-            at least those of an element; ``None``: all are copied.
-        checksums: what holds the recorded checksums of what is read; ``None``: nothing does.
+        alignment: bytes at a multiple of which a tensor of the CPU must begin in the file to be in a mapping of it, at
+            least those of an element; ``None``: all are copied.
+        checksums: what contains the recorded checksums of what is read; ``None``: nothing does.
     """
 
     def __init__(
@@ -289,7 +289,7 @@ class Loader:
         return self._checksums if whole.crc32 is not None else None
 
     def _mapped(self, source: ByteRange, alignment: int) -> torch.UntypedStorage | None:
-        """The bytes where they lie in the file; ``None`` where they have to be read."""
+        """The bytes where they are in the file; ``None`` where they have to be read."""
         source = source.file.located(source)
         if source.offset % alignment or not source.nbytes:
             return None

@@ -1,4 +1,4 @@
-"""Recorded checksums, held against the bytes they were recorded for.
+"""Recorded checksums, checked against the bytes they were recorded for.
 
 torch's archives record the CRC-32 of each storage and ``torch.load`` passes over it: a flipped bit loads as a weight.
 Whoever reads tensors' bytes says which storages are theirs (`Checksums.want`).  Bytes that pass by anyway are summed on
@@ -6,8 +6,8 @@ the way, in pieces of any size and order; what did not pass by is read at the en
 
 Where two runs of bytes are compared, the sum is that of the one that a checksum may be recorded for.
 
-The sums of pieces are put together as zlib's ``crc32_combine`` does (``crc32.c``): a CRC is a polynomial over GF(2),
-which bytes that follow multiply by a power of x.
+The sums of pieces are combined as zlib's ``crc32_combine`` does (``crc32.c``): a CRC is a polynomial over GF(2), which
+bytes that follow multiply by a power of x.
 """
 
 from __future__ import annotations
@@ -247,7 +247,7 @@ class Checksums:
         """Raise where anything is damaged; see `damages`.
 
         Raises:
-            CorruptError: the message names the tensor, and the option that insists.
+            CorruptError: the message names the tensor, and the option that accepts it.
         """
         damages = self.damages()
         if any(damage.storage.source.file.changed() for damage in damages):

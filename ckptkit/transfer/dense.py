@@ -1,10 +1,10 @@
-"""Dense values of tensors that are made of others: sparse, nested, quantized, scaled by blocks; as torch makes them.
+"""Dense values of tensors that are computed from others: sparse, nested, quantized, block-scaled; as torch makes them.
 
 Nothing is held in memory but a block of the values, what it is made of, and of one sparse tensor the rows' beginnings.
 
 - Sparse (``to_dense()``): zeros, to which each value is added in its place, in the order in which they are stored and
-  each sum rounded; so -0.0 becomes 0.0, and what stands twice is added up.
-- Nested (``to_padded_tensor(0)``): each tensor in the corner of a box that holds the largest, zeros behind it.
+  each sum rounded; so -0.0 becomes 0.0, and what appears twice is added up.
+- Nested (``to_padded_tensor(0)``): each tensor in the corner of a box that contains the largest, zeros behind it.
 - Quantized (``dequantize()``, ATen's ``AffineQuantizerBase.cpp`` and ``QuantizedOpKernels.cpp``; values are float32):
   ``(number - zero point) * scale``, where the difference is one of whole numbers of 32 bits and the scale a float32.
   Per channel the product is one of float64, rounded once; with zero points in float32 everything is float32.
@@ -244,7 +244,7 @@ class _ScaledValues:
 class _SparseValues:
     """Zeros with the stored values added in their places.
 
-    A *cell* is a place in the sparse dimensions; dense ones lie inside it.  A stored value of a blocked layout has
+    A *cell* is a place in the sparse dimensions; dense ones are inside it.  A stored value of a blocked layout has
     several cells.
     """
 
@@ -306,7 +306,7 @@ class _SparseValues:
         return out.tobytes()
 
     def _near(self, begin: int, end: int) -> Iterator[tuple[int, int]]:
-        """The runs of stored values of which some may lie in these cells."""
+        """The runs of stored values of which some may be in these cells."""
         with self._lock:
             if self._table is None:
                 self._table = self._checked()
@@ -317,7 +317,7 @@ class _SparseValues:
                 yield start, min(start + self._step, self._stored)
 
     def _checked(self) -> list[tuple[int, int]]:
-        """The first and last cell of each run of stored values, once all indices are known to lie inside.
+        """The first and last cell of each run of stored values, once all indices are known to be inside.
 
         Raises:
             CorruptError: they do not.

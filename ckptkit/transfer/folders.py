@@ -1,6 +1,6 @@
 """Folders that are asked for as a whole: they have a temporary name until all in them is complete.
 
-One that is there may be empty, and nothing else, so that at no moment something of an old one lies beside something of
+One that is there may be empty, and nothing else, so that at no moment something of an old one is beside something of
 the new one.  Like a temporary file (`ckptkit.transfer.names`) a temporary folder is locked while its run is at work,
 and the next run beside it removes what a killed one left.  Folders that outputs are put into are made here, too.
 """
@@ -40,7 +40,7 @@ class OutputFolder:
     Attributes:
         path: where it will be.
         shown: the name that messages use.
-        temporary: where it is meanwhile.
+        temporary: where it is in the meantime.
         fd: open on that, and locked, where that can be; else -1.
         is_ours: whether it has the temporary name still.
     """
@@ -189,7 +189,7 @@ def _is_locked(output: OutputFolder) -> bool:
     """Lock a folder that was just made; whether it is still there, and nobody else's."""
     if fcntl is None:
         return True
-    output.fd = os.open(output.temporary, os.O_RDONLY | os.O_DIRECTORY)
+    output.fd = os.open(output.temporary, os.O_RDONLY | os.O_DIRECTORY)  # type: ignore[attr-defined,unused-ignore]
     try:
         if locked(output.fd) and has_name(os.fstat(output.fd), output.temporary):
             return True

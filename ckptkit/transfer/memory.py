@@ -1,10 +1,10 @@
-"""Tensors in memory: read into it, and the other way round what lies in it as a checkpoint.
+"""Tensors in memory: read into it, and the other way round what is in it as a checkpoint.
 
 `read` is `TensorEntry.numpy`.  What it needs of memory `least` says: the elements of a part that are close together
 are read as they lie, with their strides; those far apart are gathered, so that a column of a table costs no table.
 Elements that are repeated (expanded tensors, whose sizes a stranger may choose) are read once.
 
-`Memory` is a source whose bytes lie in the memory of arrays and tensors, one run after another; they are read where
+`Memory` is a source whose bytes are in the memory of arrays and tensors, one run after another; they are read where
 they are, when they are wanted.  `checkpoint_of` makes a checkpoint of a state over it: what `ckptkit.save` writes.
 """
 
@@ -72,7 +72,7 @@ def read(entry: TensorEntry) -> NDArray[Any]:
 
 
 def least(entry: TensorEntry) -> tuple[TensorEntry, tuple[int, ...]]:
-    """What of a tensor has to be in memory, and how the tensor lies there.
+    """What of a tensor has to be in memory, and how the tensor is there.
 
     Returns:
         The tensor whose values, in C order, are that memory; and the strides of the whole in it, in elements.
@@ -171,7 +171,7 @@ Piece = Callable[[int, int], "bytes | memoryview"]
 class Memory(Source):
     """Runs of bytes in memory, one after another, as a file would have them.
 
-    What they belong to is kept; that it is not written to meanwhile is for its owner to see to.
+    What they belong to is kept; that it is not written to in the meantime is for its owner to see to.
 
     Args:
         path: what messages call it.
@@ -249,7 +249,7 @@ class Storages:
 
 
 def _array_entry(array: Any, storages: Storages) -> TensorEntry:
-    """An array of numpy's as a tensor over its own memory; arrays over the same memory share a storage.
+    """An array of numpy as a tensor over its own memory; arrays over the same memory share a storage.
 
     What torch's strides cannot say (a negative one, elements that are not aligned, the other byte order) is put in
     C order, and in this machine's, as it is read.
@@ -285,7 +285,7 @@ def _array_entry(array: Any, storages: Storages) -> TensorEntry:
 
 
 def _torch_name(dtype: Any) -> str:
-    """The name that torch has for a dtype of numpy's or of ml_dtypes'.
+    """The name that torch has for a dtype of numpy or of ml_dtypes'.
 
     Raises:
         DTypeError: torch has none.
@@ -298,7 +298,7 @@ def _torch_name(dtype: Any) -> str:
 
 
 Tensors = Callable[[object, Storages], object]
-"""Makes nodes of torch's objects: of tensors their `TensorEntry`, of sizes, devices and dtypes what a pickle says of
+"""Makes nodes of torch objects: of tensors their `TensorEntry`, of sizes, devices and dtypes what a pickle says of
 them; ``None`` of anything else.  Of a tensor that is not a plain one it raises an error that says why."""
 
 _MOST_DEPTH = 100
@@ -322,7 +322,7 @@ class _Tree:
         self.problems: dict[str, str] = {}
 
     def node(self, value: Any, place: str, depth: int = 0) -> object:
-        """The node of a value, which stands at ``place``."""
+        """The node of a value, which is at ``place``."""
         if type(value) in (type(None), bool, int, float, str, bytes, bytearray):
             return value
         if id(value) not in self._made:
@@ -356,7 +356,7 @@ class _Tree:
         return found
 
     def _container(self, value: Any, place: str, depth: int) -> object:
-        """The node of a list, dict and the like; ``None``: it is none."""
+        """The node of a list, dict and the like; ``None``: it is not one."""
         kind = type(value)
         if kind not in (list, tuple, set, dict, OrderedDict, Counter):
             return None
@@ -398,12 +398,12 @@ def checkpoint_of(
     Args:
         state: tensors, arrays and entries by name, or a tree of plain values with such in it.
         memory: takes their bytes.
-        tensors: makes nodes of torch's objects.
+        tensors: makes nodes of torch objects.
         format_name: the container that is to hold it.
         alone: what it is called, where it stores named tensors and nothing else.
 
     Raises:
-        RewriteError: it cannot be written; the message names all that stands in the way.
+        RewriteError: it cannot be written; the message names all that is in the way.
     """
     if isinstance(state, Mapping) and type(state) not in (dict, OrderedDict, Counter):
         state = dict(state)

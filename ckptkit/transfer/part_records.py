@@ -4,9 +4,9 @@ All parts make the same plan, and by it alone each knows its own shards (`shares
 (`PlanIdentity`) has nothing in it that two machines do not share: no path, no time, no inode.  A part's record
 (`PartRecord`) says of which plan it is and what each of its shards must be; it is a JSON object in a file of its own.
 
-The SHA-256 of source files, which stand in receipts, are each computed by one part, recorded, and filled in at the end;
-a shard's recorded SHA-256 (`shard_digest`) is that of its bytes with zeros in these fields and in the checksums over
-them (`late_fields`).
+The SHA-256 of source files, which are in receipts, are each computed by one part, recorded, and filled in at the end; a
+shard's recorded SHA-256 (`shard_digest`) is that of its bytes with zeros in these fields and in the checksums over them
+(`late_fields`).
 """
 
 from __future__ import annotations
@@ -329,7 +329,7 @@ def _conversions(plan: Plan) -> list[DTypeConversion]:
 
 
 def losses_of(plan: Plan, tally: Tally) -> list[list[int]]:
-    """What stands in a record of what conversions of the plan lost."""
+    """What is in a record of what conversions of the plan lost."""
     place = {id(conversion): number for number, conversion in enumerate(_conversions(plan))}
     counted = ((place[id(conversion)], losses) for conversion, losses in tally)
     return sorted([at, each.values, each.overflowed, each.rounded, each.underflowed] for at, each in counted)

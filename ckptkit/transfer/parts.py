@@ -4,8 +4,8 @@ All of them make the same plan (`ckptkit.transfer.part_records`).  A part writes
 will have, into a folder beside the destination (`staging_of`), whose own name says that what is in it is not complete.
 There it is a checkpoint of its own: as any other it is compared and gets its names at the end
 (`ckptkit.transfer.writing`), so that of a part that was killed nothing counts.  Its record is written last:
-``part-00002-of-00004.json``.  `Parts.finish` holds the records against its own plan and the shards against the records,
-moves the shards to their places and writes the index: until then a reader sees the old checkpoint, or none.
+``part-00002-of-00004.json``.  `Parts.finish` holds the records against its own plan and the shards against the
+records, moves the shards to their places and writes the index: until then a reader sees the old checkpoint, or none.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar, cast
 
-from ckptkit.bytesource import Source, SourceFile
+from ckptkit.bytesource import Source, SourceFile, flush_to_disk
 from ckptkit.errors import CorruptError, FileAccessError, RewriteError
 from ckptkit.fleet.shares import Share
 from ckptkit.limits import DEFAULT_LIMITS
@@ -90,7 +90,7 @@ def _with_errors(method: F) -> F:
 
 
 class Parts:
-    """The parts of one output, as they lie in their folder.
+    """The parts of one output, as they are in their folder.
 
     Args:
         destination: the index that is to be written.
@@ -142,11 +142,11 @@ class Parts:
 
         Args:
             share: which.
-            force: whether an output that exists may be replaced, and a part that is there is written anew.
-            check: as of `write_atomically`, of an index of this part's shards alone.
+            force: whether an output that exists may be replaced, and a part that is there is written again.
+            check: as in `write_atomically`, of an index of this part's shards alone.
             hashed: whether to record, or to hold against the record, the SHA-256 of the shards.
             source: what the plan reads.
-            passed: as of `write_atomically`.
+            passed: as in `write_atomically`.
             progress: called as bytes are written, and again as they are compared.
 
         Returns:
@@ -419,8 +419,8 @@ class Parts:
             force: whether an output that exists may be replaced.
             flush: whether to wait for the disk.
             opened: called with the path of an index that opens the output as it will be; whatever it raises stops it.
-            replaces: as of `write_atomically`.
-            source: as of `write_atomically`.
+            replaces: as in `write_atomically`.
+            source: as in `write_atomically`.
 
         Returns:
             What conversions lost in all parts.
@@ -449,7 +449,7 @@ class Parts:
                 overwrite(files[-1].fd, index_bytes(self.plan, digests, now))
                 opened(files[-1].temporary)
                 for file in files if flush else ():
-                    os.fsync(file.fd)
+                    flush_to_disk(file.fd)
                 publish(files, index_bytes(self.plan, digests), force=force, flush=flush, source=source)
                 remove_stale_shards(self._folder, replaces, source)
             if self._is_ours:
@@ -469,7 +469,7 @@ class Parts:
                 os.unlink(final)
 
     def _opened(self, name: str, plan: Plan, path: str, shown: str, replaced: os.stat_result | None) -> Output:
-        """A shard that lies in the folder of parts, to be given its place."""
+        """A shard that is in the folder of parts, to be given its place."""
         temporary = os.path.join(self.staging, name)
         fd = os.open(temporary, os.O_RDWR | getattr(os, "O_BINARY", 0) | getattr(os, "O_NOFOLLOW", 0))
         return Output(

@@ -176,7 +176,7 @@ class DigestsInPassing:
 
         Raises:
             FileAccessError: the file could not be read.
-            CorruptError: it became shorter meanwhile.
+            CorruptError: it became shorter in the meantime.
         """
         if self._thread is not None:
             self._thread.wait()
@@ -272,7 +272,7 @@ class Passed:
                         runs.append((start, end))
 
     def same(self, source: ByteSource | TensorEntry, written: ByteRange) -> int | None:
-        """How many bytes of a piece, from the first on, are known to lie in a range of the output.
+        """How many bytes of a piece, from the first on, are known to be in a range of the output.
 
         Args:
             source: the piece, or a tensor that was gathered.

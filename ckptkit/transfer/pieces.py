@@ -32,7 +32,7 @@ _COPIED_NBYTES = 64 << 10
 """Bytes of a run from which on a copy of its own is cheaper than gathering it with others."""
 
 _MOST_PAIRS = 4_000_000
-"""Pairs of pieces that are held against each other where no dimension tells them apart."""
+"""Pairs of pieces that are checked against each other where no dimension tells them apart."""
 
 _Box = tuple[tuple[int, ...], tuple[int, ...]]
 
@@ -41,7 +41,7 @@ class Piece(NamedTuple):
     """A box of a tensor.
 
     Attributes:
-        offsets, sizes: where it lies in the whole and how large it is, in elements, by dimension.
+        offsets, sizes: where it is in the whole and how large it is, in elements, by dimension.
         local: the tensor that it is, of exactly these sizes; or what reads that, called once.
         where: what messages call it: the file, the rank.
     """
@@ -60,7 +60,7 @@ class PiecedValues(DenseValues):
         shape: of the whole.
         dtype: torch name of the elements' type.
         pieces: which cover it once.
-        files: the sources that they lie in.
+        files: the sources that they are in.
     """
 
     __slots__ = ("_dtype", "_first_rows", "_locals", "_pieces", "_read_lock", "_shape", "_tallest")
@@ -83,7 +83,7 @@ class PiecedValues(DenseValues):
 
     @property
     def parts(self) -> tuple[object, ...]:
-        """The storages that the pieces lie in; those that were not read yet are."""
+        """The storages that the pieces are in; those that were not read yet are."""
         found = (self._local(number).storage for number in range(len(self._pieces)))
         return tuple({id(storage): storage for storage in found}.values())
 
@@ -214,7 +214,7 @@ class PiecedValues(DenseValues):
                 self._scatter(part, at, sizes, out)
 
     def _near(self, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Sequence[int]:
-        """The pieces that may have something in common with a box, by where they lie along the first dimension."""
+        """The pieces that may have something in common with a box, by where they are along the first dimension."""
         if not offsets:
             return range(len(self._pieces))
         first = bisect_left(self._first_rows, offsets[0] - self._tallest + 1)
@@ -250,11 +250,11 @@ def pieced(
 
     Args:
         name: of the tensor, for messages.
-        shape: that the pieces lie in.
+        shape: that the pieces are in.
         dtype: torch name of the elements' type.
-        pieces: the boxes; each element lies in exactly one.
+        pieces: the boxes; each element is in exactly one.
         view: the tensor's own shape, of as many elements; ``None``: as the pieces lie.
-        files: the sources that they lie in; to be given where there are pieces that were not read yet.
+        files: the sources that they are in; to be given where there are pieces that were not read yet.
         key: of its storage; ``None``: its name.
         location: device tag; ``None``: that of the first piece, or ``"cpu"``.
         requires_grad: as in `TensorEntry`.
@@ -263,7 +263,7 @@ def pieced(
     Raises:
         CorruptError: a piece reaches outside, is of other sizes or of another dtype than it should be; two have
             elements in common; or they leave some out.
-        UnsupportedError: elements that fill no whole byte are in several pieces.
+        UnsupportedError: elements that are smaller than a byte are in several pieces.
     """
     for piece in pieces:
         if isinstance(piece.local, TensorEntry):
@@ -302,7 +302,7 @@ def pieced(
 
 
 def require_cover(name: str, shape: tuple[int, ...], boxes: Sequence[_Box]) -> None:
-    """See that boxes lie inside a whole, have nothing in common, and leave nothing out.
+    """See that boxes are inside a whole, have nothing in common, and leave nothing out.
 
     Args:
         name: of the tensor, for messages.
@@ -339,7 +339,7 @@ def require_cover(name: str, shape: tuple[int, ...], boxes: Sequence[_Box]) -> N
 def _overlap(boxes: list[_Box], dims: int, what: str) -> tuple[_Box, _Box] | None:
     """Two boxes with an element in common; ``None``: there are none.
 
-    They are split along each dimension in turn where some lie wholly before all others, as those of meshes do.
+    They are split along each dimension in turn where some are wholly before all others, as those of meshes are.
     """
     stack = [(boxes, 0, 0)]
     while stack:

@@ -1,7 +1,7 @@
-"""The comparison of values that lie in several files and must be the same.
+"""The comparison of values that are in several files and must be the same.
 
-What each rank has a copy of, is taken from one and held against the others; and what is stored at two precisions, as
-DeepSpeed's weights and their fp32 masters are, is converted to the lesser and held against that.
+What each rank has a copy of, is taken from one and checked against the others; and what is stored at two precisions, as
+DeepSpeed's weights and their fp32 masters are, is converted to the lesser and checked against that.
 """
 
 from __future__ import annotations

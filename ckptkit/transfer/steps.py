@@ -1,13 +1,12 @@
 """Carries out the steps of a plan on an open file.
 
-Casts, checksums and digests are computed in bounded buffers by several threads.  Bytes that move as they lie are
-copied inside the kernel, by whichever of its ways is the faster as things stand: a page cache takes aligned pieces
-best, and keeps each in one folio.  Tensors lie at another distance from a page in the source than in the output, so a
-long ``copy_file_range`` writes off the grid all the way; through a pipe (``splice``) each piece can end on it.  Hot
-memory takes the latter in 0.8 of the time (ext4, Linux 6.18).  Where a virtual machine has first to get memory back
-from its host, large folios are what comes late, and the former can be twice as fast; where a server copies by itself
-(NFS) or blocks can be shared (XFS, btrfs), it can be faster than any copying.  So the pace of both is measured on the
-way.
+Casts, checksums and digests are computed in bounded buffers by several threads.  Bytes that move as they lie are copied
+inside the kernel, by whichever of its ways is the faster as things stand: a page cache takes aligned pieces best, and
+keeps each in one folio.  Tensors are at another distance from a page in the source than in the output, so a long
+``copy_file_range`` writes off the grid all the way; through a pipe (``splice``) each piece can end on it.  Hot memory
+takes the latter in 0.8 of the time (ext4, Linux 6.18).  Where a virtual machine has first to get memory back from its
+host, large folios are what comes late, and the former can be twice as fast; where a server copies by itself (NFS) or
+blocks can be shared (XFS, btrfs), it can be faster than any copying.  So the pace of both is measured on the way.
 """
 
 from __future__ import annotations
@@ -133,18 +132,20 @@ class Copier:
         while done < wanted:
             place = target + done
             piece = min(wanted - done, _PIECE_NBYTES - place % _PIECE_NBYTES)
-            held = os.splice(fd, start, piece, offset_src=source.offset + done)
+            held = os.splice(fd, start, piece, offset_src=source.offset + done)  # type: ignore[attr-defined,unused-ignore]
             if held == 0:
                 break
             while held:
-                moved = os.splice(end, self._fd, held, offset_dst=target + done)
+                moved = os.splice(end, self._fd, held, offset_dst=target + done)  # type: ignore[attr-defined,unused-ignore]
                 if moved == 0:
                     raise OSError(errno.EINVAL, "a pipe cannot be read here")
                 held, done = held - moved, done + moved
         return done
 
     def _copy_file_range(self, fd: int, source: ByteRange, target: int) -> int:
-        return os.copy_file_range(fd, self._fd, min(source.nbytes, _ONE_CALL), source.offset, target)
+        wanted = min(source.nbytes, _ONE_CALL)
+        moved: int = os.copy_file_range(fd, self._fd, wanted, source.offset, target)  # type: ignore[attr-defined,unused-ignore]
+        return moved
 
     def _read_write(self, fd: int, source: ByteRange, target: int) -> int:
         chunk = source.read(0, min(source.nbytes, CHUNK_NBYTES))
@@ -160,12 +161,12 @@ class Copier:
 
 
 def _pipe() -> tuple[int, int]:
-    """A pipe that holds a piece wherever in a page it begins, where the system grants that."""
+    """A pipe that contains a piece wherever in a page it begins, where the system grants that."""
     import fcntl
 
     ends = os.pipe()
     with contextlib.suppress(OSError):  # above what a user may have: a piece then goes in two parts
-        fcntl.fcntl(ends[1], fcntl.F_SETPIPE_SZ, 2 * _PIECE_NBYTES)
+        fcntl.fcntl(ends[1], fcntl.F_SETPIPE_SZ, 2 * _PIECE_NBYTES)  # type: ignore[attr-defined,unused-ignore]
     return ends
 
 
@@ -304,7 +305,7 @@ class Small:
 
 
 def _joined(steps: Iterable[Step]) -> Iterator[Step]:
-    """The steps; copies of what lies in a row in the source too are one."""
+    """The steps; copies of what is in a row in the source too are one."""
     file, at, nbytes, target = None, 0, 0, 0
     for step in steps:
         if isinstance(step, Copy):
@@ -380,7 +381,7 @@ def fill_file(
         fd: the file.
         digests: of the sources; ``None``: those fields, and checksums over literals, are left for later.
         checksums: whether to fill in the checksums over bytes of the source.
-        alone: whether what lies between fields is not to be written once more, since it was compared.
+        alone: whether what is between fields is not to be written once more, since it was compared.
 
     Raises:
         As `execute`.
@@ -414,7 +415,7 @@ def _checksums(fd: int, steps: list[Checksum], found: list[tuple[int, int]]) -> 
 
 
 def _fill(fd: int, fields: list[tuple[int, int]], few: int) -> None:
-    """Write checksums to their fields in one page; more than a few with what lies between them."""
+    """Write checksums to their fields in one page; more than a few with what is between them."""
     first, nbytes = fields[0][0], fields[-1][0] + 4 - fields[0][0]
     data = bytearray(read_at(fd, nbytes, first) if len(fields) > few else b"")
     if len(data) == nbytes:

@@ -2,10 +2,10 @@
 
 Only here is numpy imported, and only when a tensor is not plain bytes.
 
-What numpy is needed for in values that are no plain tensors: to hold indices against sizes, and to make arrays.
+What numpy is needed for in values that are not plain tensors: to hold indices against sizes, and to make arrays.
 
-torch believes a file's indices: one of 10^9 in a sparse tensor of 4 x 4 ends the process, or reads what lies there.
-The rules are those of ``torch/csrc`` and ATen (``_validate_sparse_coo_tensor_args``,
+torch believes a file's indices: one of 10^9 in a sparse tensor of 4 x 4 ends the process, or reads what is there. The
+rules are those of ``torch/csrc`` and ATen (``_validate_sparse_coo_tensor_args``,
 ``_validate_compressed_sparse_indices``), which are not applied to what is loaded.
 """
 
@@ -147,7 +147,7 @@ def stream(
 
 
 def same_values(a: TensorEntry, b: TensorEntry) -> bool:
-    """Whether two tensors of one dtype and shape hold the same bits in C order."""
+    """Whether two tensors of one dtype and shape have the same bits in C order."""
     right = b""
     others = stream(b)
     for left in stream(a):
@@ -219,11 +219,11 @@ def _gather(entry: TensorEntry) -> Iterator[bytes]:
 def _collect(out: Any, source: ByteRange, start: int, strides: list[int]) -> None:
     """Fill an array with elements that may be spread out widely; two chunks at a time are read.
 
-    A file that becomes shorter meanwhile is an error here.  To touch a page of it that was mapped would be fatal.
+    A file that becomes shorter in the meantime is an error here.  To touch a page of it that was mapped would be fatal.
 
     Args:
         out: the array; its items are bytes.
-        source: what they lie in.
+        source: what they are in.
         start: position of the first one.
         strides: bytes from one to the next, by dimension.
     """
@@ -303,7 +303,7 @@ def check_indices(layout: Layout, values: Callable[[TensorEntry], Any] = values_
         values: gives the array of an entry; default: its bytes are read.
 
     Raises:
-        CorruptError: one lies outside, or they are not in order where torch relies on it.
+        CorruptError: one is outside, or they are not in order where torch relies on it.
     """
     if isinstance(layout, Sparse):
         if layout.layout == "sparse_coo":
@@ -385,7 +385,7 @@ def _require_within(indices: Any, size: int, where: str) -> None:
 
 
 def array_from(layout: arrays.ArrayLayout) -> Any:
-    """The array, or the number, that a pickle of numpy's holds.
+    """The array, or the number, that a pickle of numpy holds.
 
     Args:
         layout: it, and it is plain.

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 
-from ckptkit.bytesource import Source
+from ckptkit.bytesource import Source, flush_to_disk
 from ckptkit.errors import FileAccessError
 from ckptkit.places import require_local
 from ckptkit.plan import Digest, Plan
@@ -218,7 +218,7 @@ def _remove_stale_now_and_then(folder: str) -> None:
 
 
 def remove_stale_shards(folder: str, names: tuple[str, ...], source: Source | None) -> None:
-    """Remove files that new ones made stale; ``source`` as of `ckptkit.transfer.names.replacing`."""
+    """Remove files that new ones made stale; ``source`` as in `ckptkit.transfer.names.replacing`."""
     for path in (os.path.join(folder, name) for name in names):
         with contextlib.suppress(OSError):
             replacing(partial(os.unlink, path), path, source)
@@ -279,7 +279,7 @@ class _Counter:
                 self._progress(self._done, self._nbytes)
 
     def finish(self) -> None:
-        """All is done: what lies between tensors is not counted, nor compared."""
+        """All is done: what is between tensors is not counted, nor compared."""
         self(self._nbytes - self._done)
 
 
@@ -302,7 +302,7 @@ def _flushing(fds: list[int]) -> Iterator[Callable[[], None]]:
                     os.fsync(fd)
             if wanted:
                 for fd in fds:
-                    os.fsync(fd)
+                    flush_to_disk(fd)
         except OSError as error:
             failures.append(error)
 

@@ -66,8 +66,8 @@ def verify(
     """Load a checkpoint's weights into a reference model and examine what it computes.
 
     Args:
-        checkpoint: the checkpoint, wrappers' prefixes taken off where ``strip_module`` asks for it; the file it lies
-            in must still be open.
+        checkpoint: the checkpoint, wrappers' prefixes taken off where ``strip_module`` asks for it; the file it is in
+            must still be open.
         options: what `ckptkit.verify` was asked for.  A module given is copied, not changed.
         file: that file, where advice may come of its other sections.
         against: the checkpoint that ``against`` names, whose outputs must agree; its file must be open.
@@ -77,7 +77,7 @@ def verify(
 
     Raises:
         VerifyError: the reference cannot be built, or a check cannot be run.
-        SectionError: the file holds no state_dict, or several and none was chosen.
+        SectionError: the file contains no state_dict, or several and none was chosen.
         MissingDependencyError: torchvision is needed and not installed.
         DestinationExistsError: ``write_golden`` exists and ``force`` is false.
         CkptkitError: the weights, inputs or golden cannot be read.

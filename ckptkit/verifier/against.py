@@ -1,4 +1,4 @@
-"""Two runs of one model held against each other: another checkpoint's, or another device's.
+"""Two runs of one model checked against each other: another checkpoint's, or another device's.
 
 Outputs are compared in full; where they are not the same, samples of what each leaf module gave say
 where the two part.  The module is the same one, filled twice: there is one model in memory at a time.
@@ -148,7 +148,7 @@ def _followed(
 def _noise(
     model: nn.Module, context: Context, device: torch.device, made: Pass
 ) -> Callable[[], Mapping[str, float]] | None:
-    """What measures the outputs' noise; ``None``: an ``atol`` was asked for, which stands in its place."""
+    """What measures the outputs' noise; ``None``: an ``atol`` was asked for, which is in its place."""
     return None if context.options.atol is not None else lambda: measured_noise(model, context, device, made.outputs)
 
 

@@ -1,4 +1,4 @@
-"""The behaviour check: what a sound model does alike whenever, and beside whatever, it is asked.
+"""The behavior check: what a sound model does alike whenever, and beside whatever, it is asked.
 
 Where all is well it costs one more forward pass: the first one's row 0 is computed again in a batch of
 another size (in a pair where it was alone, alone where it was one of several).  If that gives the same result,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ from ckptkit.errors import DTypeError, VerifyError
 from ckptkit.normalize.selection import holding_suffix, other_parts
 from ckptkit.options import VerifyOptions
 from ckptkit.report import Finding, convert_command
+from ckptkit.shell import command_line
 from ckptkit.torch_bridge import dtype_of
 from ckptkit.verifier.inputs import Inputs
 from ckptkit.verifier.measure import Fit
@@ -50,7 +50,7 @@ class VerifyFinding(Finding):
         return cls(code=finding.code, severity=finding.severity, message=finding.message, fix=finding.fix, check=check)
 
     def to_dict(self) -> VerifyFindingDocument:
-        """The finding as it stands in JSON documents."""
+        """The finding as it is in JSON documents."""
         return {**Finding.to_dict(self), "check": self.check}
 
 
@@ -151,7 +151,7 @@ class Context:
         if spec is None or (self.golden is not None and (model or args)):
             return None
         like = self.model_options("--model", spec, {**(self.reference.args if model is None else {}), **args})
-        return shlex.join(["ckptkit", "verify", *self.reading, *self.asked, path, *like, *self.taken(options)])
+        return command_line(["ckptkit", "verify", *self.reading, *self.asked, path, *like, *self.taken(options)])
 
     @staticmethod
     def model_options(option: str, spec: str, args: Mapping[str, object]) -> list[str]:
@@ -190,6 +190,8 @@ def peak_memory() -> int | None:
         import resource
     except ImportError:  # Windows
         return None
+    if sys.platform == "win32":
+        return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # bytes there, kilobytes elsewhere
 
@@ -198,7 +200,7 @@ def pick_devices(names: str) -> tuple[torch.device, ...]:
     """The devices that names, separated by commas, mean on this machine; see `pick_device`.
 
     Raises:
-        VerifyError: one is no such name, is not here, or is named twice.
+        VerifyError: one is not such a name, is not here, or is named twice.
     """
     devices = tuple(pick_device(name.strip()) for name in names.split(","))
     known = [(device.type, device.index or 0) for device in devices]
@@ -215,7 +217,7 @@ def pick_device(name: str) -> torch.device:
             and the CPU that is here.
 
     Raises:
-        VerifyError: it is no such name, or this machine lacks the device.
+        VerifyError: it is not such a name, or this machine lacks the device.
     """
     if name == "auto":
         here = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -242,7 +244,7 @@ def floating_dtype(name: str) -> torch.dtype:
     """The floating point type a model can be cast to.
 
     Raises:
-        VerifyError: it is none, or this torch lacks it.
+        VerifyError: it is not one, or this torch lacks it.
     """
     try:
         found = dtype_of(name)

@@ -1,11 +1,11 @@
 """A checkpoint's tensors become the model's own, without a copy where that is possible.
 
-A model without values (`ckptkit.verifier.references.without_values`) is filled with
-``load_state_dict(assign=True)``: the file's tensors, which lie in a mapping of the file, take the place of its
-parameters.  What ``assign`` changes besides the values is brought back to what the reference has, as copying
-would have kept it: dtype, stride, ``requires_grad``, and which names are one tensor.
+A model without values (`ckptkit.verifier.references.without_values`) is filled with ``load_state_dict(assign=True)``:
+the file's tensors, which are in a mapping of the file, take the place of its parameters.  What ``assign`` changes
+besides the values is brought back to what the reference has, as copying would have kept it: dtype, stride,
+``requires_grad``, and which names are one tensor.
 
-A model with values is filled by copying into them, so that whoever else holds its parameters sees it too.
+A model with values is filled by copying into them, so that whoever else contains its parameters sees it too.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def fill_model(
         state_dict: the weights.
         values: theirs; tensors become the model's where it has no values.
         fit: how they fit.
-        seeming: gets the names that loading passed over without saying so.
+        seeming: gets the names that loading skipped without saying so.
     """
     assign = has_no_values(model)
     before = model_values(model)
@@ -140,7 +140,7 @@ def _settle(group: list[_Slot], taken: dict[int, list[tuple[int, int]]]) -> None
 
 
 def _take(tensor: torch.Tensor, taken: dict[int, list[tuple[int, int]]]) -> bool:
-    """Note the bytes a tensor lies in; whether nobody has any of them."""
+    """Note the bytes a tensor is in; whether nobody has any of them."""
     if tensor.layout is not torch.strided or not tensor.numel():
         return True
     begin = tensor.data_ptr()

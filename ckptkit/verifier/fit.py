@@ -305,7 +305,7 @@ def _dtypes(fit: Fit, path: str, context: Context) -> Iterator[Finding]:
 
 
 def _remarks(fit: Fit) -> Iterator[Finding]:
-    """What is not an error, and is never passed over in silence."""
+    """What is not an error, and is never skipped in silence."""
     if fit.unloadable:
         yield Finding(
             code="unloadable-value",

@@ -58,7 +58,7 @@ def model_dtype(model: nn.Module) -> str:
 
 
 def run(model: nn.Module, batch: Batch, device: torch.device) -> Pass:
-    """Evaluate the model, which lies on the device; every `Exception` comes through."""
+    """Evaluate the model, which is on the device; every `Exception` comes through."""
     with foreign(), torch.inference_mode(), _full_precision(device):
         _synchronize(device)
         started = time.perf_counter()

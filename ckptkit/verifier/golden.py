@@ -102,7 +102,7 @@ class Golden:
         """The reference to build where none is given.
 
         Raises:
-            VerifyError: it is no library's model.
+            VerifyError: it is not a library's model.
         """
         if self.spec is None or self.spec.partition(":")[0] not in _SOURCES:
             raise VerifyError(

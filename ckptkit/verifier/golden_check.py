@@ -1,4 +1,4 @@
-"""The golden check: outputs held against a golden file, and golden files written; see `ckptkit.verifier.golden`."""
+"""The golden check: outputs checked against a golden file, and golden files written; see `ckptkit.verifier.golden`."""
 
 from __future__ import annotations
 

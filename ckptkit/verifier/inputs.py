@@ -1,8 +1,8 @@
 """What a model takes, and the values it is given: drawn from a seed, or read from a file.
 
-Two batches are made of the same values.  The first is what the reference documents, or what was asked for;
-the other holds one row where that has several, and two different ones where it has one: what tells whether
-a row's result depends on the rows beside it.
+Two batches are made of the same values.  The first is what the reference documents, or what was asked for; the other
+contains one row where that has several, and two different ones where it has one: what tells whether a row's result
+depends on the rows beside it.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class Inputs:
         return self._given(self.values, device, dtype)
 
     def rebatched(self, device: torch.device, dtype: torch.dtype) -> Batch | None:
-        """Row 0 alone where the batch has several rows, else it and another one; ``None``: it is no batch of rows."""
+        """Row 0 alone if the batch has several rows, else it and another one; ``None``: it is not a batch."""
         rows = self.rows
         if rows is None or self.is_list:
             return None
@@ -153,7 +153,7 @@ def wanted_inputs(known: Sequence[Input], shapes: Sequence[Sequence[int]], label
         label: the reference, for messages.
 
     Raises:
-        VerifyError: neither says, or one is no shape.
+        VerifyError: neither says, or one is not a shape.
     """
     for shape in shapes:
         if not shape or any(size < 1 for size in shape):
@@ -210,7 +210,7 @@ def read_inputs(path: str, known: Sequence[Input]) -> Inputs:
         known: what the reference documents; where that is a list of images, it stays one.
 
     Raises:
-        VerifyError: it holds no tensors, or their positions have gaps.
+        VerifyError: it contains no tensors, or their positions have gaps.
         FormatError, FileAccessError: it cannot be read.
     """
     checkpoint, file = formats.read(path)

@@ -77,7 +77,7 @@ def check_load(checkpoint: Checkpoint, model: nn.Module, context: Context) -> It
 
 
 def _other_values(checkpoint: Checkpoint, fit: Fit) -> tuple[dict[str, Any], list[str]]:
-    """What the model has that is no plain tensor, made from the file; and the names of what only foreign code makes."""
+    """The model's values that are not plain tensors, made from the file; and the names that only foreign code makes."""
     state_dict, path = checkpoint.state_dict, checkpoint.origin.path
     made: dict[str, Any] = {}
     left: list[str] = []
@@ -149,14 +149,14 @@ def _compared(
         yield Finding(
             code="load-differs",
             severity="error",
-            message=f"{count_of(len(different), 'tensor')} in the model {'differs' if len(different) == 1 else 'differ'} from the checkpoint: "
+            message=f"{count_of(len(different), 'tensor', 'differs', 'differ')} between the model and the checkpoint: "
             f"{listed(different)}; names that are tied in the reference have different values in the file, or its "
             "loading code changes them",
         )
 
 
 def _equal(loaded: Any, value: Any) -> bool:
-    """Whether the model has a value that is no plain tensor, or several in a tuple."""
+    """Whether the model has a value that is not a plain tensor, or several in a tuple."""
     if isinstance(value, (tuple, list)):
         return len(loaded) == len(value) and all(map(_equal, loaded, value))
     if not isinstance(value, torch.Tensor) or not isinstance(loaded, torch.Tensor):
@@ -172,7 +172,7 @@ def _equal(loaded: Any, value: Any) -> bool:
 
 
 def _same(loaded: torch.Tensor, value: torch.Tensor) -> bool:
-    """Whether the model holds the file's bits, or their cast to its own dtype."""
+    """Whether the model contains the file's bits, or their cast to its own dtype."""
     loaded, value = loaded.detach(), value.detach()
     if _is_same_memory(loaded, value):
         return True

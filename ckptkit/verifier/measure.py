@@ -58,7 +58,7 @@ class Fit:
         allowed_missing, allowed_unexpected: names the caller allows to be so.
         special: names of tensors that are not plain ones in the file (quantized, sparse), and likewise in the model;
             or a number where it has a tensor of no dimension.
-        opaque: names whose value is no tensor in the model; it is made from the file where no code is needed for it.
+        opaque: names whose value is not a tensor in the model; it is made from the file where no code is needed for it.
         unloadable: names of plain tensors whose value in the file is not one, or of another layout or shape.
         tensors, of: how many of the model's tensors get a value from the file.
         parameters_share: share of the parameters' elements among them, 0 to 1.

@@ -66,7 +66,7 @@ class OutputTolerance:
         return dataclasses.replace(self, atol=max(self.atol, 4 * noise))
 
     def to_dict(self) -> dict[str, float]:
-        """As it stands in JSON documents."""
+        """As it is in JSON documents."""
         return {"atol": self.atol, "rtol": self.rtol}
 
 
@@ -107,7 +107,7 @@ class OutputDifference:
         path: where both are in the output.
         is_equal: bit for bit.
         is_close: within the tolerance; whole numbers and truth values only where they are equal.
-        max_abs: largest absolute difference; infinite where one side is no number.
+        max_abs: largest absolute difference; infinite where one side is not a number.
         max_rel: the same, as a share of the largest magnitude in either.
         allowed: the largest absolute difference that is close.
         reason: why they cannot be compared; ``""``: they were.
@@ -122,7 +122,7 @@ class OutputDifference:
     reason: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        """As it stands in JSON documents; what is no finite number is ``None``."""
+        """As it is in JSON documents; what is not a finite number is ``None``."""
         return {
             "path": self.path,
             "equal": self.is_equal,
@@ -265,7 +265,7 @@ def shown(path: str, tensor: torch.Tensor) -> str:
 
 
 def broken_values(path: str, tensor: torch.Tensor) -> str:
-    """How many of an output's values are no numbers, for a message."""
+    """How many of an output's values are not numbers, for a message."""
     nan, infinite = int(torch.isnan(tensor).sum()), int(torch.isinf(tensor).sum())
     return f"{path or 'the output'} ({nan:,} NaN, {infinite:,} Inf of {tensor.numel():,})"
 

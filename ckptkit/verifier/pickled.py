@@ -41,7 +41,7 @@ def load_pickled(checkpoint: Checkpoint) -> tuple[nn.Module, Reference]:
     Prints on stderr every name that will be imported, before it is.
 
     Raises:
-        VerifyError: the file is hostile, holds no pickled model, or cannot be loaded.
+        VerifyError: the file is hostile, contains no pickled model, or cannot be loaded.
         CorruptError: it is damaged.
     """
     path = checkpoint.origin.path
@@ -89,7 +89,7 @@ def _printable(text: str) -> str:
 
 
 def _module(loaded: object, path: str) -> nn.Module | None:
-    """What lies at these keys, joined with dots; keys may hold dots themselves."""
+    """What is at these keys, joined with dots; keys may hold dots themselves."""
     found: Any = loaded
     while path:
         if not isinstance(found, Mapping):
@@ -106,7 +106,7 @@ def _module(loaded: object, path: str) -> nn.Module | None:
 
 
 def unsafe_findings(checkpoint: Checkpoint, module: nn.Module) -> Iterator[Finding]:
-    """What was imported, and whether the module holds the weights that ckptkit read without running anything."""
+    """What was imported, and whether the module contains the weights that ckptkit read without running anything."""
     names = [use.name for use in checkpoint.globals]
     yield Finding(
         code="unsafe-load",
@@ -122,8 +122,8 @@ def unsafe_findings(checkpoint: Checkpoint, module: nn.Module) -> Iterator[Findi
         yield Finding(
             code="pickled-differs",
             severity="error",
-            message=f"{count_of(len(apart), 'tensor')} of the loaded module {'differs' if len(apart) == 1 else 'differ'} from the file: {listed(apart)}; "
-            f"its code changes them while it loads",
+            message=f"{count_of(len(apart), 'tensor', 'differs', 'differ')} between the loaded module and the file: "
+            f"{listed(apart)}; its code changes them while it loads",
         )
 
 

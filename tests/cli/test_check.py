@@ -96,7 +96,7 @@ def test_what_is_passed_over_is_counted() -> None:
     Path("notes").write_text("words")
     Path("a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(9))
     lines = check(".").splitlines()
-    assert lines[-2:] == ["passed over: 3 files (2 text files, 1 PNG image)", "2 files passed"]
+    assert lines[-2:] == ["skipped: 3 files (2 text files, 1 PNG image)", "2 files passed"]
     assert check(".", "-q") == ""
     assert json.loads(check(".", "--json"))["passed_over"] == {"text file": 2, "PNG image": 1}
     for output in ("github", "markdown"):
@@ -110,7 +110,7 @@ def test_others_are_skipped_where_that_is_asked_for() -> None:
     named = ("b.txt", "c.py", "d.bin")
     check(*named, code=2)
     assert check(*named, "--skip-others").splitlines() == [
-        "passed over: 3 files (3 text files)",
+        "skipped: 3 files (3 text files)",
         "there is no checkpoint among the files",
     ]
     assert json.loads(check(*named, "--skip-others", "--json"))["ok"] is True
@@ -169,7 +169,7 @@ def test_manifest() -> None:
     assert check("--manifest", "weights.lock.json").splitlines()[-1] == "2 files passed"
     torch.save({**WEIGHTS, "fc.bias": torch.ones(3)}, "a.pth")
     shown = check("--manifest", "weights.lock.json", code=1)
-    assert "[tensors-differ]" in shown and "1 of other values (fc.bias)" in shown
+    assert "[tensors-differ]" in shown and "1 with different values (fc.bias)" in shown
     Path("a.pth").unlink()
     assert "a.pth: FAILED\n" in check("--manifest", "weights.lock.json", code=1)
 

@@ -21,7 +21,7 @@ def bare(state_dict: dict) -> dict:
 def test_strip_module_to_safetensors(run, ddp_resume: Path, tmp_path: Path, same_bits) -> None:
     refused = run("convert", ddp_resume, "clean.safetensors", "--strip-module")
     assert refused.returncode == 2
-    assert "cannot hold what is beside the weights (epoch, arch, best_acc1, optimizer, scheduler" in refused.stderr
+    assert "cannot store what is beside the weights (epoch, arch, best_acc1, optimizer, scheduler" in refused.stderr
     assert os.listdir(tmp_path) == []
     done = run("convert", ddp_resume, "clean.safetensors", "--strip-module", "--weights-only")
     assert done.returncode == 0, done.stderr

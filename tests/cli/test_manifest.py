@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -24,7 +25,8 @@ def weights(tmp_path: Path) -> Path:
 def test_write_update_and_check(run, weights: Path) -> None:
     lock = weights / "weights.lock.json"
     done = run("manifest", weights, "-o", lock)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert done.returncode == 0
+    assert re.fullmatch(r"ckptkit: 2 files, [\d.]+ kB, in \d\.\d s\n", done.stderr)
     first, second, last = done.stdout.splitlines()
     assert first.startswith("+ legacy.pth  torch-legacy, 3.77 kB, resume, sha256:")
     assert second.startswith("+ tied.pth  torch-zip")
@@ -57,7 +59,7 @@ def test_what_is_passed_over_is_counted_and_not_written(run, weights: Path) -> N
     lock = weights / "weights.lock.json"
     (weights / "README.md").write_text("words")
     done = run("manifest", weights, "-o", lock)
-    assert done.stdout.splitlines()[-2:] == ["passed over: 1 file (1 text file)", f"{lock}: 2 files (2 added)"]
+    assert done.stdout.splitlines()[-2:] == ["skipped: 1 file (1 text file)", f"{lock}: 2 files (2 added)"]
     assert json.loads(run("manifest", "--json", weights).stdout)["passed_over"] == {"text file": 1, "JSON file": 1}
     assert "passed_over" not in lock.read_text()
     (weights / "x.pth").symlink_to("nowhere")

@@ -79,7 +79,7 @@ def test_a_report_that_cannot_be_made() -> None:
         output_of(report, "nope.jsonl")
     lines = output_of(report, runs()[0], code=2).splitlines()
     place = lines.index("1.jsonl: NOT CHECKED")
-    assert lines[place + 1] == "  error: report: no run has told of 1 part of 2: 2/2 [part-missing]"
+    assert lines[place + 1] == "  error: report: no run has reported on 1 part of 2: 2/2 [part-missing]"
     assert re.fullmatch(r"1 of \d files could not be checked, \d passed", lines[-1])
 
 

@@ -177,7 +177,7 @@ def test_what_a_manifest_says_of_changed_files(command: Command, saved: Callable
         shutil.copy(other / name, folder / name)
     shutil.rmtree(other)
     done = command("check", "--manifest", "lock.json")
-    assert done.code == 1 and "1 of other values (bias)" in done.out
+    assert done.code == 1 and "1 with different values (bias)" in done.out
     assert "2 files with different bytes: .metadata, __0_0.distcp" in done.out
     (folder / "__0_0.distcp").unlink()
     done = command("check", "--manifest", "lock.json")

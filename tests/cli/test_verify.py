@@ -150,15 +150,15 @@ def test_inputs_from_a_file(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--device", "cpu,cuda:64"], "is not here"),
+        (["--device", "cpu,cuda:64"], "is not available"),
         (["--device", "cpu,cpu"], "names a device twice"),
         (["--golden", "none.safetensors"], "none.safetensors"),
-        (["--input", "none.pt"], "give one of them"),
+        (["--input", "none.pt"], "give only one of them"),
         (["--against", "none.pt"], "none.pt"),
         (["--atol", "-1"], "expected a finite number of at least 0"),
         (["--rtol", "nan"], "expected a finite number of at least 0"),
         (["--no-forward", "--golden", "g.safetensors"], "nothing is computed"),
-        (["--unsafe-load"], "give one of them"),
+        (["--unsafe-load"], "give only one of them"),
     ],
 )
 def test_what_cannot_be_done_is_told(folder: Path, arguments: list[str], message: str) -> None:

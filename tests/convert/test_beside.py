@@ -360,7 +360,7 @@ def test_an_average_is_promoted(save: Save) -> None:
 @pytest.mark.parametrize(
     ("tree", "key", "reason"),
     [
-        ({"model": SD, "epoch": 3}, "epoch.x", "'epoch' is there and is 3"),
+        ({"model": SD, "epoch": 3}, "epoch.x", "'epoch' exists and is 3"),
         ((SD, 3), "model", "<tuple of 2>, which has no keys; with --weights-only"),
         ({"model": SD}, "a..b", "is not a valid key"),
         ({"model": SD}, "", "is not a valid key"),

@@ -376,7 +376,7 @@ def test_a_pth_of_what_belongs_to_nothing_is_refused(
     findings = [finding for finding in document["findings"] if finding["code"] == "discarded-call"]
     assert [finding["severity"] for finding in findings] == ["warning"]
     line = refused(source, "out.pth")
-    assert "drops the result" in line
+    assert "discards the result" in line
     assert "--weights-only" in line
     for output, options in (("out.pth", ["--weights-only"]), ("out.safetensors", ["--leave-out", "epoch"])):
         done = convert(source, output, *options)

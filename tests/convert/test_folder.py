@@ -67,7 +67,7 @@ def test_each_checkpoint_goes_to_the_same_place(convert, runs: Path, tmp_path: P
     assert whole.keys() == shards.keys() and all(same_bits(whole[name], shards[name]) for name in whole)
     *files, passed, last = done.out.splitlines()
     assert {line.partition(": ")[0] for line in files} == {f"out/new/{name}.safetensors" for name in outputs}
-    assert passed == "passed over: 2 files (1 pickle, 1 text file)"
+    assert passed == "skipped: 2 files (1 pickle, 1 text file)"
     assert last.startswith("5 files converted, ")
     assert "runs/best.pth.tar: 2 of 2 names changed" in done.err
     assert "none of 1 name has the prefix (and likewise in 3 other files) [nothing-to-strip]" in done.err
@@ -127,7 +127,7 @@ def test_one_file_that_cannot_be_converted_stops_no_other(convert, save: Save, t
     assert len(errors) == 4
     for name, why in {
         "in/several.pth": "several sections contain weights",
-        "in/hostile.pth": "cannot hold",
+        "in/hostile.pth": "cannot store",
         "in/bad/flipped.pth": "damaged",
         "in/bad/empty.pth": "the file is empty",
     }.items():
@@ -310,7 +310,7 @@ def test_other_names_of_a_checkpoint_are_counted(convert, save: Save, tmp_path: 
     ("source", "destination", "options", "told"),
     [
         ("runs", "out", [], "a folder's name does not determine the output format; give --to safetensors or --to "),
-        ("runs", "out", ["--to", "onnx"], "no container 'onnx'"),
+        ("runs", "out", ["--to", "onnx"], "unknown container 'onnx'"),
         ("runs", "out", ["--to", "safetensors", "--dtype", "nothing"], "cannot be cast to 'nothing'"),
         ("runs", "out", ["--to", "safetensors", "--rename", "("], "has no '=>'"),
         ("runs", "out", ["--to", "safetensors", "--max-shard-size", "much"], "is not a valid size"),
@@ -318,7 +318,7 @@ def test_other_names_of_a_checkpoint_are_counted(convert, save: Save, tmp_path: 
         ("runs", "runs/notes.txt/out", ["--to", "safetensors"], "runs/notes.txt: is a file"),
         ("runs", "-", ["--to", "safetensors"], "ckptkit cannot write to standard output"),
         ("runs/old.bin", "-", [], "ckptkit cannot write to standard output"),
-        ("bare", "out", ["--to", "safetensors"], "without checkpoint files; passed over: 1 file (1 text"),
+        ("bare", "out", ["--to", "safetensors"], "without checkpoint files; skipped: 1 file (1 text"),
         ("none", "out/", ["--to", "safetensors"], "none: no such file"),
         ("runs/best.pth.tar", "out/", [], "a folder's name does not determine the output format"),
         (

@@ -244,7 +244,7 @@ def test_an_inner_module_that_cannot_go(save, convert, converted) -> None:
     assert convert(*command[2:]).code == 0
     assert list(torch.load(command[3])) == ["a+b.w", "c.d.w", "e.w"]
     both = convert(save({"a.module.w": torch.ones(1), "a.w": torch.ones(1)}), "both.pth", "--strip-module").err
-    assert "two names would be one [inner-module]" in both
+    assert "two names would be the same [inner-module]" in both
     assert "--rename" not in both
     assert convert(save({"a.module.w": torch.ones(1)}), "dry.pth", "--strip-module", "--dry-run").err.count("\n") == 2
 

@@ -120,7 +120,7 @@ def test_sources_that_are_far(tmp_path: Path, source: Path) -> None:
         (hidden,) = (tmp_path / "many").iterdir()
         assert not [path for path in hidden.iterdir() if b"secret" in path.read_bytes()]
         (hidden / "part-00002-of-00003.json").unlink()
-        with pytest.raises(RewriteError, match="part 2 is not there: ckptkit convert") as refused:
+        with pytest.raises(RewriteError, match="part 2 is missing: ckptkit convert") as refused:
             ckptkit.convert(url, tmp_path / "many/model.bin", finish=True, **given)
         assert "secret" not in str(refused.value)
         ckptkit.convert(url, tmp_path / "many/model.bin", part="2/3", **given)
@@ -212,7 +212,7 @@ def test_missing_parts_are_named_with_their_commands(convert, source: Path) -> N
     before = {path: path.read_bytes() for path in hidden.iterdir()}
     done = convert(*arguments, "--finish")
     assert done.code == 2
-    assert "2 of 4 parts are missing or not whole; nothing was changed" in done.err
+    assert "2 of 4 parts are missing or incomplete; nothing was changed" in done.err
     assert {path: path.read_bytes() for path in hidden.iterdir()} == before
     commands = [line.partition(": ")[2] for line in done.err.splitlines() if line.startswith("  part ")]
     assert [command.split()[-1] for command in commands] == ["2/4", "3/4"]
@@ -282,10 +282,10 @@ def other_steps(_: Path, patch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("change", "options", "told"),
     [
-        (lambda *_: None, {"dtype": "float16"}, "--dtype was not given and is float16"),
-        (lambda *_: None, {"receipt": False}, "--no-receipt was not given and is given"),
-        (lambda *_: None, {"rename": ["^a=>b"]}, r"--rename was '\^head=>top' and is '\^a=>b'"),
-        (lambda *_: None, {"part": "2/4"}, "part 1 of 3 is there .* this is one of 4 parts"),
+        (lambda *_: None, {"dtype": "float16"}, "--dtype was not given and is now float16"),
+        (lambda *_: None, {"receipt": False}, "--no-receipt was not given and is now given"),
+        (lambda *_: None, {"rename": ["^a=>b"]}, r"--rename was '\^head=>top' and is now '\^a=>b'"),
+        (lambda *_: None, {"part": "2/4"}, "part 1 of 3 already exists .* this is one of 4 parts"),
         (longer, {}, "source.pth had [0-9,]+ bytes and now has [0-9,]+"),
         (another_state, {}, "the source's file source.pth has different content"),
         (
@@ -375,7 +375,7 @@ def test_what_is_there_is_replaced_at_the_end(convert, save, source: Path, state
 def test_nothing_to_share(source: Path, tmp_path: Path, asked: dict[str, Any]) -> None:
     with pytest.raises(RewriteError, match=r"everything fits into one file of .* so there is nothing to share"):
         ckptkit.convert(source, tmp_path / "m.safetensors", weights_only=True, max_shard_size="1GB", **asked)
-    with pytest.raises(RewriteError, match="there is nothing to share; leave it out"):
+    with pytest.raises(RewriteError, match="there is nothing to share; omit it"):
         ckptkit.convert(source, tmp_path / "m.pth", **asked)
     with pytest.raises(RewriteError, match="a dcp folder is written by one process"):
         ckptkit.convert(source, tmp_path / "folder", to="dcp", ranks=2, **asked)
@@ -389,8 +389,8 @@ def test_nothing_to_share(source: Path, tmp_path: Path, asked: dict[str, Any]) -
         ({"part": "4/3"}, "expected I/N"),
         ({"part": "1"}, "expected I/N"),
         ({"part": "1/2", "finish": True}, "--finish combines the parts; omit --part 1/2"),
-        ({"dry_run": True, "finish": True}, "leave out --dry-run"),
-        ({"part": "1/999999999"}, "--part 1/999999999: there are at most 10,000 shards"),
+        ({"dry_run": True, "finish": True}, "omit --dry-run"),
+        ({"part": "1/999999999"}, "--part 1/999999999: there can be at most 10,000 shards"),
         ({"part": "1/2", "jobs": 2}, "one process writes a part; omit --jobs"),
         ({"jobs": 0}, "--jobs 0: expected a whole number from 1"),
         ({"files_from": "list.txt"}, "--files-from list.txt lists files of a folder, but the source is one checkpoint"),

@@ -169,7 +169,7 @@ def test_the_container(save, convert, agree, name: str, to: str | None, is_zip: 
             ".safetensors, or --to",
         ),
         (["out"], "the extension '' does not belong to a known container"),
-        (["out.pth", "--to", "onnx"], "no container 'onnx'; one of: torch-zip, safetensors"),
+        (["out.pth", "--to", "onnx"], "unknown container 'onnx'; choose from: torch-zip, safetensors"),
         (["folder.pth"], "folder.pth: "),
         (
             ["nowhere/out.pth"],

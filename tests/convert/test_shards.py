@@ -149,7 +149,7 @@ def test_bad_sizes(save, refused, state: dict[str, torch.Tensor], options: list[
 def test_training_state_has_no_place(save, refused, state: dict[str, torch.Tensor], name: str) -> None:
     path = save({"epoch": 3, "model": state})
     line = refused(path, name, "--max-shard-size", "4kB")
-    assert "cannot hold what is beside the weights (epoch): --weights-only leaves it out" in line
+    assert "cannot store what is beside the weights (epoch): --weights-only leaves it out" in line
 
 
 def test_in_python(

@@ -120,7 +120,7 @@ def test_what_could_be_kept_as_text_is_named(save, refused) -> None:
         "text; or" in line
     )
     line = refused(save({"model": weights, "epoch": 3, "stride": torch.ones(3)}, "some.pth"), "out.safetensors")
-    assert "a part, --keep-beside keeps epoch as text; or" in line
+    assert "leaves out one part, --keep-beside keeps epoch as text; or" in line
     line = refused(save({"model": weights, "stride": torch.ones(3)}, "none.pth"), "out.safetensors")
     assert "--keep-beside" not in line
 
@@ -134,7 +134,7 @@ def test_names_are_given_as_they_will_be(save, refused, converted) -> None:
 
 def test_shards_of_safetensors(source: Path, refused, convert) -> None:
     line = refused(source, "out.safetensors", "--max-shard-size", "100")
-    assert "safetensors cannot hold what is beside the weights" in line
+    assert "safetensors cannot store what is beside the weights" in line
     options = ["--weights-only", *remedies(line), "--max-shard-size", "100"]
     assert convert(source, "out.safetensors", *options).code == 0
     shards = [name for name in os.listdir() if re.fullmatch(r"out-\d+-of-\d+\.safetensors", name)]
@@ -143,7 +143,7 @@ def test_shards_of_safetensors(source: Path, refused, convert) -> None:
 
 def test_shards_of_torch_hold_any_value(source: Path, refused, convert) -> None:
     line = refused(source, "out.bin", "--max-shard-size", "2000")
-    assert "a sharded checkpoint cannot hold what is beside the weights (epoch, optimizer, note)" in line
+    assert "a sharded checkpoint cannot store what is beside the weights (epoch, optimizer, note)" in line
     assert remedies(line) == []
     assert convert(source, "out.bin", "--max-shard-size", "2000", "--weights-only").code == 0
     assert convert("out.bin.index.json", "back.pth").code == 0
@@ -153,10 +153,10 @@ def test_shards_of_torch_hold_any_value(source: Path, refused, convert) -> None:
 @pytest.mark.parametrize(
     ("saved", "words"),
     [
-        ({"epoch": 3}, "holds no state_dict"),
-        (torch.ones(3), "holds no state_dict"),
-        ([torch.ones(3), torch.ones(4)], "holds no state_dict"),
-        ({}, "holds no state_dict"),
+        ({"epoch": 3}, "contains no state_dict"),
+        (torch.ones(3), "contains no state_dict"),
+        ([torch.ones(3), torch.ones(4)], "contains no state_dict"),
+        ({}, "contains no state_dict"),
         ({"__metadata__": torch.ones(1)}, "cannot be named '__metadata__'"),
         ({"\ud800": torch.ones(1)}, "not valid Unicode"),
     ],

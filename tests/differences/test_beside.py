@@ -37,7 +37,7 @@ def test_training_state(diff) -> None:
         "optimizer.lr": ([0.1], [0.2]),
     }
     assert (difference.equal, difference.ok, difference.same_beside) == (True, True, False)
-    assert "what stands beside them differs" in diff(resume(), resume(epoch=4), strict=True).summary
+    assert "what is stored beside them differs" in diff(resume(), resume(epoch=4), strict=True).summary
 
 
 def test_sections(diff) -> None:

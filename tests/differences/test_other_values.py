@@ -113,7 +113,7 @@ def test_a_file_that_changes_meanwhile_is_an_error(tmp_path: Path) -> None:
         with (tmp_path / "b.pth").open("ab") as file:
             file.write(b"\0")
 
-    with pytest.raises(ckptkit.CorruptError, match="was changed while it was read"):
+    with pytest.raises(ckptkit.CorruptError, match="was changed while it was being read"):
         ckptkit.diff(tmp_path / "a.pth", tmp_path / "b.pth", progress=touch)
 
 

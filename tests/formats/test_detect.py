@@ -153,7 +153,7 @@ def test_the_destination_chooses_the_container(destination: Any, name: str | Non
             "the extension '.onnx' does not belong to a known container; use .pth, .pt, .*.safetensors, or --to",
         ),
         ("noending", None, "the extension '' does not belong to a known container"),
-        ("a.pth", "onnx", "no container 'onnx'; one of: .*torch-zip.*safetensors"),
+        ("a.pth", "onnx", "unknown container 'onnx'; choose from: .*torch-zip.*safetensors"),
     ],
 )
 def test_a_destination_that_chooses_nothing(destination: str, name: str | None, words: str) -> None:

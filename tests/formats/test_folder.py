@@ -189,7 +189,7 @@ def test_what_is_passed_over_is_counted_by_kind(tmp_path: Path) -> None:
         "text",
     }
     line = passed_over_text(result.passed_over)
-    assert line.startswith("passed over: 15 files (2 pickles, 2 text files, 1 ") and line.endswith(")")
+    assert line.startswith("skipped: 15 files (2 pickles, 2 text files, 1 ") and line.endswith(")")
 
 
 def test_archives_that_were_or_are_torchs(tmp_path: Path) -> None:

@@ -85,7 +85,7 @@ assert (box["checked"], box["plan"]["format"]) == (True, "box"), box
 try:
     ckptkit.convert(resume, "whole.box")
 except ckptkit.RewriteError as error:
-    assert "a box cannot hold what is beside the weights" in str(error), error
+    assert "a box cannot store what is beside the weights" in str(error), error
 else:
     raise SystemExit("training state does not fit into a box")
 with ckptkit.open("clean.box") as file:

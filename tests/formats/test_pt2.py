@@ -236,7 +236,7 @@ def test_compiled_code_is_not_safe_and_is_no_pickle(record: str, data: bytes, pa
     assert [(part.kind, part.where) for part in checkpoint.unvouched] == [("code", (record,))]
     assert ckptkit.check([code], no_pickle=True).ok
     (finding,) = ckptkit.check([code], no_pickle=True, max_trust="safe").findings
-    assert finding.code == "trust-not-allowed" and f"it holds compiled code ({record})" in finding.message
+    assert finding.code == "trust-not-allowed" and f"it contains compiled code ({record})" in finding.message
     assert "pickle" not in finding.message
     assert ckptkit.manifest([code]).files[0].trust == ckptkit.inspect(code)["trust"] == "needs_trust"
 

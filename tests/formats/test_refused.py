@@ -118,7 +118,7 @@ NO_CHECKPOINTS: dict[str, tuple[bytes, str]] = {
     "no such key": (DENIED.replace(b"AccessDenied", b"NoSuchKey"), "NoSuchKey.*there is no file at that address"),
     "xml": (b"<?xml version='1.0'?><svg/>", "an XML document, not a checkpoint"),
     "an error in json": (b'{"error":"Repository not found"}', "'Repository not found'.: there is no file at that addr"),
-    "a login in json": (b'{"error":"Invalid credentials in Authorization header"}', "log in, or give a token"),
+    "a login in json": (b'{"error":"Invalid credentials in Authorization header"}', "log in or give a token"),
     "404": (b"404: Not Found", "an error message instead of the file .'404: Not Found'.: there is no file"),
     "hf, no entry": (b"Entry not found", "'Entry not found'.: there is no file at that address"),
     "hf, no login": (b"Invalid username or password.", "'Invalid username or password.'.: the server requires"),
@@ -146,7 +146,7 @@ NO_CHECKPOINTS: dict[str, tuple[bytes, str]] = {
     "gguf": (b"GGUF" + struct.pack("<I", 3), "a GGUF file, version 3 .llama.cpp., which ckptkit does not read"),
     "ggml": (struct.pack("<I", 0x67676A74), "a GGML file"),
     "lua": (torch7(4, 1, b"V 1", b"nn.Sequential", 3, 2), "Torch7 for Lua .* with a nn.Sequential, .*torchfile"),
-    "lua, ascii": (torch7(4, 1, b"V 1", b"torch.FloatTensor", 2, lines=True), "with a torch.FloatTensor, no PyTorch"),
+    "lua, ascii": (torch7(4, 1, b"V 1", b"torch.FloatTensor", 2, lines=True), "with a torch.FloatTensor, not a Py"),
     "lua table": (torch7(3, 1, 5, 2, b"model", 4, 2), "Torch7 for Lua .* with a table, not a PyTorch checkpoint"),
     "lua table, ascii": (torch7(3, 1, 5, 2, b"model", 4, 2, lines=True), "with a table, not a PyTorch checkpoint"),
     "ctranslate2": (ctranslate("TransformerSpec"), "a CTranslate2 model .TransformerSpec., .*faster-whisper"),
@@ -162,8 +162,8 @@ NO_CHECKPOINTS: dict[str, tuple[bytes, str]] = {
     "png": (b"\x89PNG\r\n\x1a\n", "a PNG image"),
     "jpeg": (b"\xff\xd8\xff\xe0", "a JPEG image"),
     "sqlite": (b"SQLite format 3\x00", "an SQLite database"),
-    "config.json": (b'{"model_type": "bert"}', "a JSON file, it seems a model's configuration, .* give the weights"),
-    "tokenizer.json": (b'{"version": "1.0", "added_tokens": []}', "it seems a tokenizer,"),
+    "config.json": (b'{"model_type": "bert"}', "a JSON file, apparently a model's configuration, .* give the weights"),
+    "tokenizer.json": (b'{"version": "1.0", "added_tokens": []}', "apparently a tokenizer,"),
     "json": (json.dumps({"a": {"b": 1}}).encode(), "a JSON file, not a checkpoint; give the weights"),
     "a json list": (b"[1, 2]", "a JSON file, not a checkpoint"),
     "csv": (b"epoch,loss\n1,0.5\n2,0.25\n", "a table .CSV., not a checkpoint"),
@@ -188,7 +188,7 @@ NO_CHECKPOINTS: dict[str, tuple[bytes, str]] = {
     "joblib": (JOBLIB, "a joblib file, not written by torch.save; joblib.load reads it; .*_pickle.NumpyArrayWrapper"),
     "a dangerous pickle": (b"\x80\x02cposix\nsystem\nq\x00X\x02\x00\x00\x00lsq\x01\x85q\x02Rq\x03.",
                            "a Python pickle of posix.system, .* posix.system .dangerous."),
-    "dcp metadata": (pickled("torch.distributed.checkpoint.metadata", "Metadata"), "what lies in the .distcp files"),
+    "dcp metadata": (pickled("torch.distributed.checkpoint.metadata", "Metadata"), "what is in the .distcp files"),
     "noise": (bytes(range(144, 156)) + b"\x01", "not a known checkpoint container; it begins with the bytes 90 91 92"),
 }  # fmt: skip
 
@@ -249,7 +249,7 @@ def test_any_first_bytes_of_anything_are_described_in_one_line(length: int, tmp_
 def test_a_download_that_is_not_finished(ending: str, tmp_path: Path) -> None:
     path = tmp_path / f"model.pth.{ending}"
     path.write_bytes(bytes(100))
-    with pytest.raises(UnknownFormatError, match=f"The ending .{ending} means that its download is not finished"):
+    with pytest.raises(UnknownFormatError, match=f"The extension .{ending} means that its download is not finished"):
         formats.read(path)
 
 
@@ -287,14 +287,17 @@ def test_folders(names: list[str], words: str, tmp_path: Path) -> None:
         (["[Content_Types].xml", "word/document.xml"], "office document"),
         (["META-INF/MANIFEST.MF", "A.class"], "Java or Android"),
         (["p/__init__.py", "p-1.dist-info/METADATA"], r"Python package \(.whl\), not a checkpoint"),
-        (["p/w.pth", "p-1.dist-info/METADATA"], r"Python package \(.whl\), which holds 'p/w.pth': unpack that first"),
+        (
+            ["p/w.pth", "p-1.dist-info/METADATA"],
+            r"Python package \(.whl\), which contains 'p/w.pth': unpack that first",
+        ),
         (["data.pkl", "data/0", "version"], "without their folder"),
         (
             ["a/model.safetensors", "b.ckpt", "README"],
             "with 2 checkpoints in it",
         ),
-        ([f"f{n}.txt" for n in range(6)], r"it holds 6 files: 'f0.txt', 'f1.txt', 'f2.txt', 'f3.txt' and 2 more"),
-        (["folder/"], "without a file in it"),
+        ([f"f{n}.txt" for n in range(6)], r"it contains 6 files: 'f0.txt', 'f1.txt', 'f2.txt', 'f3.txt' and 2 more"),
+        (["folder/"], "without any files"),
         (["x" * 300 + ".txt"], "x{80}…"),
     ],
 )

@@ -174,7 +174,7 @@ def test_it_is_converted(name: str, ending: str, both: Both, tmp_path: Path) -> 
 
     ours, theirs = both(name, convert)
     assert ours == theirs
-    assert len(set(written)) == 1 or "Error" in ours  # a package holds no state_dict to write
+    assert len(set(written)) == 1 or "Error" in ours  # a package contains no state_dict to write
 
 
 @pytest.mark.parametrize("name", ["ddp_resume.pth", "deflated.pth", "views.pth", "legacy.pth", "old.tar", "linear.pth"])
@@ -621,7 +621,7 @@ def test_a_file_that_changes_between_its_sections(tmp_path: Path, monkeypatch: p
         return real(file, **options)
 
     monkeypatch.setattr("ckptkit.conversion.options.reread", reread)
-    with pytest.raises(CorruptError, match=r"m.pth: the file was changed while it was read"):
+    with pytest.raises(CorruptError, match=r"m.pth: the file was changed while it was being read"):
         ckptkit.convert(path, tmp_path / "out.safetensors", like=tmp_path / "like.pth")
     assert not (tmp_path / "out.safetensors").exists()
 

@@ -50,7 +50,7 @@ def test_a_cut_between_tensors_and_inside_them(kept: int, save: Save) -> None:
         expected = int(message.split("at least ")[1].split(" are")[0].replace(",", ""))
         assert at < expected <= len(data)
         assert len(data) - expected < 3000, "only padding and small records are not counted"
-        assert f"({expected - at:,} missing); {kept} of 10 tensors {'is' if kept == 1 else 'are'} whole" in message
+        assert f"({expected - at:,} missing); {kept} of 10 tensors {'is' if kept == 1 else 'are'} complete" in message
         assert message.endswith(f"the first incomplete one is 'layer{kept}.weight'. Download or copy the file again")
 
 
@@ -149,7 +149,7 @@ def test_other_archives_get_no_count_of_tensors(tmp_path: Path) -> None:
 def test_an_ending_of_a_download(ending: str, save: Save) -> None:
     path = save(state(), f"model.pth.{ending}")
     path.write_bytes(path.read_bytes()[:5000])
-    assert said(path).endswith(f"The ending .{ending} means that its download is not finished.")
+    assert said(path).endswith(f"The extension .{ending} means that its download is not finished")
     assert unfinished("model.pth") == ""
 
 

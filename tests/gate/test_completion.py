@@ -63,7 +63,7 @@ def test_commands_options_and_choices(run, shell: str) -> None:
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_codes(run, shell: str) -> None:
     assert asked(run, shell, "ckptkit", "explain", "module-pre") == ["module-prefix"]
-    assert asked(run, shell, "ckptkit", "explain", "trus") == ["trust", "trust-not-allowed", "trust-worse"]
+    assert asked(run, shell, "ckptkit", "explain", "guar") == ["guarantees"]
 
 
 def test_references(run) -> None:

@@ -177,7 +177,7 @@ def test_fits(clean: Path) -> None:
     assert_fits(clean, "torchvision:mobilenet_v2", model_args=SMALL)
     assert_fits(FIXTURES / "ddp_resume.pth", get_model("mobilenet_v2", **SMALL), strip_module=True)
     lines = failure(assert_fits, FIXTURES / "ddp_resume.pth", "torchvision:mobilenet_v2", model_args=SMALL)
-    assert lines[2] == "  expected: every tensor of torchvision:mobilenet_v2, with its shape, and no other"
+    assert lines[2] == "  expected: every tensor of torchvision:mobilenet_v2, with its shape, and no others"
     assert lines[3] == "  found:    wrapper-prefix"
     assert "--strip-module" in lines[4]
 

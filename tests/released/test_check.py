@@ -210,7 +210,7 @@ def test_one_flipped_bit(folder: Path, digests: Any) -> None:
     finding = only(check(), "w/sub/b.safetensors", "tensors-differ")
     assert finding.expected != finding.found
     if digests == "tensor":
-        assert "1 of other values (" in finding.message and "of 3 tensors" in finding.message
+        assert "1 with different values (" in finding.message and "of 3 tensors" in finding.message
     else:
         assert "--digests tensor" in finding.message
 
@@ -224,8 +224,8 @@ def test_which_tensors_are_others(folder: Path) -> None:
     for part in (
         "1 missing (fc.bias)",
         "1 not recorded (new)",
-        "1 of another dtype or shape (fc.weight (float32 [4, 3] → float16 [4, 3]))",
-        "1 of other values (steps)",
+        "1 with another dtype or shape (fc.weight (float32 [4, 3] → float16 [4, 3]))",
+        "1 with different values (steps)",
     ):
         assert part in message
 

@@ -232,7 +232,7 @@ def test_parts_are_one_report() -> None:
     document = report("3.jsonl", "1.jsonl", code=2)
     assert "part-missing" in codes(document)
     missing = next(finding for finding in document["findings"] if finding["code"] == "part-missing")
-    assert missing["message"] == "no run has told of 1 part of 3: 2/3"
+    assert missing["message"] == "no run has reported on 1 part of 3: 2/3"
 
 
 def test_documents_are_runs_too() -> None:

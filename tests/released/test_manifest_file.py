@@ -59,7 +59,7 @@ SPOILED: list[tuple[Spoil, str]] = [
     (lambda document: document.update(files=[]), "at least one file"),
     (lambda document: document.update(files={}), "at least one file"),
     (lambda document: document["files"].append(None), r"files\[9\]: is None; expected an object"),
-    (lambda document: document["files"].append(document["files"][0]), "stands twice"),
+    (lambda document: document["files"].append(document["files"][0]), "appears twice"),
     *((without(key), f"'{key}' is missing") for key in ("path", "size", "sha256", "format", "kind", "trust")),
     *(
         (file("path", path), "does not leave it")
@@ -115,7 +115,7 @@ def test_another_version(version: object, read) -> None:
         (b"", "not valid JSON"),
         (b"\xff", "not UTF-8"),
         (b"[]", "is not a manifest"),
-        (b'{"schema_version": 1, "schema_version": 1, "files": []}', "stands twice"),
+        (b'{"schema_version": 1, "schema_version": 1, "files": []}', "appears twice"),
         (b"[" * 100_000, "nested too deeply"),
         (b'{"schema_version": 1, "files": [{"path": "\\ud800"}]}', "not Unicode text"),
         (b'{"schema_version": NaN}', "NaN"),

@@ -400,7 +400,7 @@ def test_a_folder_with_pickles_alone_fails_and_one_with_texts_is_nothing_checked
     assert ckptkit.check(tmp_path, no_pickle=True).exit_code == 1
     report = ckptkit.check(tmp_path)
     assert (report.exit_code, codes(report)) == (2, {tmp_path.name: {"nothing-selected"}})
-    assert "passed over: 1 file (1 pickle)" in report.findings[0].message
+    assert "skipped: 1 file (1 pickle)" in report.findings[0].message
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

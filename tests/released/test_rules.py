@@ -100,8 +100,8 @@ def test_max_trust(save) -> None:
 @pytest.mark.parametrize(
     ("record", "data", "words"),
     [
-        ("kernel.so", b"\x7fELF", r"it holds compiled code \(kernel.so\)"),
-        ("notes.gz", b"\x1f\x8b\x08\x00", r"it holds what was not looked into \(notes.gz\)"),
+        ("kernel.so", b"\x7fELF", r"it contains compiled code \(kernel.so\)"),
+        ("notes.gz", b"\x1f\x8b\x08\x00", r"it contains unread content \(notes.gz\)"),
     ],
 )
 def test_max_trust_is_of_all_that_is_in_the_file(save, record: str, data: bytes, words: str) -> None:

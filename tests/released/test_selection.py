@@ -69,7 +69,7 @@ def test_nothing_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "x.txt").write_text("words")
     selection = select([tmp_path], relative_to=str(tmp_path))
     assert selection.checkpoints == ()
-    with pytest.raises(FileAccessError, match=r"without checkpoint files; passed over: 1 file \(1 text file\)"):
+    with pytest.raises(FileAccessError, match=r"without checkpoint files; skipped: 1 file \(1 text file\)"):
         selection.require_all()
 
 

@@ -319,7 +319,7 @@ def test_what_is_not_there(command: Callable[..., Done]) -> None:
             (f"{ROOT}/nothing", "no such file"),
             (f"{ROOT}/nothing/", "there are no files below this URL"),
             (f"{ROOT}/nothing.pth", "no such file"),
-            (ROOT, "a folder without checkpoint files; passed over: 1 file (1 text file)"),
+            (ROOT, "a folder without checkpoint files; skipped: 1 file (1 text file)"),
         ):
             for name in ("inspect", "check"):
                 done = command(name, path)

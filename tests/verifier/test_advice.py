@@ -77,7 +77,7 @@ def test_a_prefix_too_much(run: Run, prefix: str, option: str) -> None:
     report = run({prefix + name: value for name, value in Net().state_dict().items()}, model=Net)
     assert codes(report) == [("info", "fit-coverage"), ("error", "wrapper-prefix"), NOT_LOADED]
     found = finding(report, "wrapper-prefix")
-    assert f"9 of 9 keys carry `{prefix}`; once renamed, all 9 tensors of the reference fit" in found.message
+    assert f"9 of 9 keys have `{prefix}`; once renamed, all 9 tensors of the reference fit" in found.message
     assert found.fix.startswith("ckptkit convert ") and found.fix.endswith(".safetensors " + option)
     assert len(report.details["unexpected_keys"]) == 9
 
@@ -155,7 +155,7 @@ def test_other_shapes(run: Run) -> None:
     report = run(state(body__0__weight=torch.ones(5, 4)), model=Net)
     found = finding(report, "shape-mismatch")
     assert "1 tensor has another shape" in found.message
-    assert "body.0.weight [5, 4] against [5, 3]" in found.message
+    assert "body.0.weight [5, 4] instead of [5, 3]" in found.message
     assert found.fix is None
 
 
@@ -290,7 +290,7 @@ def test_what_fits_equally_is_named(save: Any, tmp_path: Path, monkeypatch: pyte
     monkeypatch.chdir(tmp_path)
     both = {f"{side}.{name}": value.clone() for side in ("q", "k") for name, value in state().items()}
     found = finding(check_file(save(both), model="net.py:Net"), "wrapper-prefix")
-    assert "9 of 18 keys carry `q.`" in found.message
+    assert "9 of 18 keys have `q.`" in found.message
     assert found.message.endswith("all 9 tensors of the reference fit; just as many after --strip-prefix k.")
     assert found.fix.endswith("model.safetensors --strip-prefix q. --like net.py:Net")
     path = save({"a": without("head.bias"), "b": state(), "c": state()})

@@ -193,7 +193,7 @@ def test_the_documented_outputs(run: Run, monkeypatch: pytest.MonkeyPatch) -> No
         ({"": (None, 2)}, None),
         ({"": (1, 3)}, "the output is 1x2, expected 1x3"),
         ({"": (1,)}, "the output is 1x2, expected 1"),
-        ({"logits": (1, 2)}, "logits is missing, a tensor is one too many"),
+        ({"logits": (1, 2)}, "logits is missing, a tensor is unexpected"),
     ):
         outputs.clear()
         outputs.update(expected)

@@ -134,7 +134,7 @@ def test_absent_devices_are_told_before_any_work(save: Any, monkeypatch: pytest.
     built: list[int] = []
     path = save(Net().state_dict())
     for device, message in (
-        ("cpu,cuda", "'cuda' is not here"),
+        ("cpu,cuda", "'cuda' is not available"),
         ("cpu,cpu", "names a device twice"),
         ("cpu,", "'' is not a device"),
         ("cpu,tpu", "'tpu' is not a device"),

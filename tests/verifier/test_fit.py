@@ -146,7 +146,7 @@ def test_whole_models_and_resume_dicts(run: Run) -> None:
 
 
 def test_files_without_weights(run: Run) -> None:
-    with pytest.raises(SectionError, match="holds no state_dict to verify"):
+    with pytest.raises(SectionError, match="contains no state_dict to verify"):
         run({"epoch": 3}, model=Net)
     two = {"generator": Net().state_dict(), "discriminator": Net().state_dict()}
     with pytest.raises(SectionError, match="choose one with --section: generator, discriminator"):

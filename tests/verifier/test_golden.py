@@ -401,5 +401,5 @@ def test_what_is_no_golden(save: Any, weights: dict[str, torch.Tensor], golden: 
     with pytest.raises(ckptkit.MissingFileError):
         held(save, weights, tmp_path / "none.safetensors")
     other = rewritten(golden, put("inputs", "sha256", "0" * 64))
-    with pytest.raises(ckptkit.VerifyError, match="seed 0 gives other inputs"):
+    with pytest.raises(ckptkit.VerifyError, match="seed 0 gives different inputs"):
         held(save, weights, other)

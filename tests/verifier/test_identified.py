@@ -61,5 +61,5 @@ def test_nothing_is_guessed_of_what_nobody_knows(save: Any) -> None:
 
 
 def test_a_pickled_model_is_never_run_unasked(save: Any) -> None:
-    with pytest.raises(VerifyError, match=r"holds a pickled model; give --model REF .* or --unsafe-load"):
+    with pytest.raises(VerifyError, match=r"contains a pickled model; give --model REF .* or --unsafe-load"):
         check_file(save(nn.Sequential(nn.Linear(2, 2), nn.ReLU())))

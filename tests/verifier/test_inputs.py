@@ -160,5 +160,5 @@ def test_a_model_runs_on_the_files_values(verified: Callable[..., ckptkit.Report
     assert report.details["inputs"]["seed"] is None
     failed = verified({"ids": torch.tensor([[10]]), "mask": torch.ones(1, 1)})
     assert [f.code for f in failed.findings if f.severity == "error"] == ["forward-failed"]
-    with pytest.raises(VerifyError, match="give one of them"):
+    with pytest.raises(VerifyError, match="give only one of them"):
         verified({"ids": torch.tensor([[1]])}, input_shapes=[(1, 3)])

@@ -58,7 +58,7 @@ class Doubling(Net):
 def test_load_differs(run: Run) -> None:
     report = run(Net().state_dict(), model=Doubling)
     assert codes(report) == [("info", "fit-coverage"), ("error", "load-differs")]
-    assert "1 tensor in the model differs from the checkpoint: head.bias" in str(report.findings)
+    assert "1 tensor differs between the model and the checkpoint: head.bias" in str(report.findings)
 
 
 class Tied(nn.Module):

@@ -142,9 +142,9 @@ def test_classes_that_are_not_here(save: Any, tmp_path: Path) -> None:
 
 
 def test_what_holds_no_model(save: Any) -> None:
-    with pytest.raises(ckptkit.VerifyError, match="holds no pickled model to run"):
+    with pytest.raises(ckptkit.VerifyError, match="contains no pickled model to run"):
         verify(save(model().state_dict()))
-    with pytest.raises(ckptkit.VerifyError, match="give one of them"):
+    with pytest.raises(ckptkit.VerifyError, match="give only one of them"):
         verify(save(model()), model=model)
     with pytest.raises(ckptkit.VerifyError, match="give --input-shape"):
         verify(save(model()), input_shapes=[])

@@ -73,7 +73,7 @@ def test_a_model_by_name(name: str, args: dict[str, object], shape: tuple[int, .
         ("tinny", {}, "timm has no model 'tinny'; did you mean tiny?"),
         ("hf-hub:someone/tiny", {}, "timm has no model 'hf-hub:someone/tiny'"),
         ("tiny", {"pretrained": "true"}, "without pretrained weights; omit pretrained"),
-        ("tiny", {"checkpoint_path": "a.pth"}, "leave checkpoint_path out"),
+        ("tiny", {"checkpoint_path": "a.pth"}, "omit checkpoint_path"),
         ("tiny", {"drop_rate": "much"}, "--model-arg drop_rate=much: expected float"),
         ("tiny", {"classes": "3"}, "unexpected keyword argument 'classes'"),
     ],

@@ -21,7 +21,7 @@ __all__ = ["folder_source", "unlisted_source"]
 
 
 def folder_source(path: str, tag: str | None = None, tp_rules: str | os.PathLike[str] | None = None) -> Source | None:
-    """What stands for a folder that is one checkpoint, or leads to one; ``None``: there is none, or it is no folder.
+    """What stands for a folder that is one checkpoint, or leads to one; ``None``: there is none, or it is not a folder.
 
     Args:
         path: the folder.
@@ -49,7 +49,7 @@ def unlisted_source(url: str) -> Source | None:
     """What stands for the folder of a ``.metadata`` whose server lists no files: the others are those that it names.
 
     Args:
-        url: of a file; ``None`` is what it stands for where it is none.
+        url: of a file; ``None`` is what it stands for where it is not one.
     """
     folder, name = places.split(url)
     if name != ".metadata" or places.are_listed(url):

@@ -21,7 +21,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import shlex
 from collections.abc import Hashable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -36,6 +35,7 @@ from ckptkit.formats.unpacked import is_unpacked, packing_of
 from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.nearness import did_you_mean
 from ckptkit.report import Finding, count_of, listed
+from ckptkit.shell import quoted
 
 __all__ = ["POINTERS", "Found", "describe_folder", "found_in", "pointed", "sharded_at", "sharded_in"]
 
@@ -46,10 +46,10 @@ _MOST_POINTER = 1024
 """Bytes of such a file; a name has at most 255."""
 
 _DEEPEST = 8
-"""Folders that are gone through from one that points to the next."""
+"""Folders that are processed from one that points to the next."""
 
 _MOST_FOLDERS = 1000
-"""Folders in one that are looked into."""
+"""Folders in one that are searched."""
 
 _MOST_FILES = 1000
 """Files in a folder that are looked at."""
@@ -99,11 +99,11 @@ class Found(NamedTuple):
     """What a folder stands for.
 
     Attributes:
-        root: the folder that the files lie in; of one file, its path.
+        root: the folder that the files are in; of one file, its path.
         layout: name of its format; ``None``: it is one file, or an index.
         names: the files below the folder, by their paths from there, with slashes.
         own: those that belong to the checkpoint.
-        members: what it is put together from beside the folder's own files: folders (with a slash at the end), files.
+        members: what it is combined from beside the folder's own files: folders (with a slash at the end), files.
         tag: the name of the step; ``None``: the folder was not chosen from several.
         findings: what is to be told of the choice.
     """
@@ -121,7 +121,7 @@ class Found(NamedTuple):
 
 
 def sharded_at(folder: str, inside: Sequence[str] | None = None) -> Found | None:
-    """The sharded checkpoint that a folder is by its own files; ``None``: it is none.
+    """The sharded checkpoint that a folder is by its own files; ``None``: it is not one.
 
     Args:
         folder: its path.
@@ -129,7 +129,7 @@ def sharded_at(folder: str, inside: Sequence[str] | None = None) -> Found | None
 
     Raises:
         FileAccessError: it cannot be listed.
-        LimitError: it holds more files than any checkpoint.
+        LimitError: it contains more files than any checkpoint.
     """
     if inside is None:
         try:
@@ -182,7 +182,7 @@ def _shards(folder: str, names: tuple[str, ...]) -> Found | None:
 
 
 def _stems(names: Sequence[str]) -> dict[str, list[str]]:
-    """The shards of each checkpoint, by how it would be called as one file and how many they are said to be."""
+    """The shards of each checkpoint, by how it would be called as one file and how many they are declared to be."""
     stems: dict[str, list[str]] = {}
     for match in filter(None, map(CUSTOMARY.fullmatch, names)):
         is_plain = "/" not in match[0] and os.path.splitext(match[0])[1] in SUFFIXES
@@ -198,7 +198,7 @@ def pointed(folder: str) -> tuple[str, str] | None:
     """The file in a folder that names its last step, and that step's name; ``None``: there is none.
 
     Raises:
-        CorruptError: it names no folder that is there, or one that lies outside.
+        CorruptError: it names no folder that is there, or one that is outside.
     """
     for pointer in POINTERS:
         path = places.below(folder, pointer)
@@ -282,7 +282,7 @@ def sharded_in(path: str, tag: str | None = None, depth: int = 0) -> Found | Non
 
     Args:
         path: the folder.
-        tag: which of several steps is meant; one that is no sharded checkpoint has no layout.
+        tag: which of several steps is meant; one that is not a sharded checkpoint has no layout.
         depth: how many folders lead to it.
 
     Raises:
@@ -385,7 +385,7 @@ def _standing(path: str, depth: int = 0, *, way: str = "", is_inner: bool = Fals
     there = [name for name, _ in choices]
     raise FileAccessError(
         f"{path}: {count_of(len(there), 'checkpoint')} are in this folder: {listed(there, _LISTED)}; "
-        f"give one of them, or choose with --tag: --tag {shlex.quote(way + there[-1])}",
+        f"give one of them, or choose with --tag: --tag {quoted(way + there[-1])}",
         path=path,
         names=there,
     )

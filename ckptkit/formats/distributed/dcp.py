@@ -8,7 +8,7 @@ Layout (``torch/distributed/checkpoint/filesystem.py``):
   one, or with any other object (`ckptkit.formats.distributed.dcp_items`).  Their data are aligned to nothing.
 - an item that went through ``stream.zstd/1`` is one frame of zstd, and such a file inside
 - ``__{rank}.metadata``: without collectives each rank has its own.  Each may be a whole of its own, under the same
-  names; or the ranks share out tensors, and what they say is put together
+  names; or the ranks share out tensors, and what they say is combined
 
 A tensor that several ranks hold is stored once, by any of them.  A chunk's own strides count: it may be transposed, or
 expanded.  ``planner_data`` says where in the nested dicts and lists that were saved each value belongs; without it the
@@ -59,7 +59,7 @@ _LATER_NS = 60 * 10**9
 
 
 class Opened:
-    """A folder whose ``.metadata`` was read and held against its files.
+    """A folder whose ``.metadata`` was read and checked against its files.
 
     Attributes:
         metadata: what it says.
@@ -123,7 +123,7 @@ class Opened:
             yield Finding(
                 code="rank-values",
                 severity="info",
-                message=f"{listed(own, LISTED)} differ from rank to rank; those of the first rank are used",
+                message=f"each rank has its own {listed(own, LISTED)}; the values of the first rank are used",
             )
 
     def _unread(self) -> Iterator[GlobalUse]:
@@ -250,7 +250,7 @@ def _metadata_name(folder: FolderSource, ranks: Mapping[int, str]) -> str:
 
 
 def _files(folder: FolderSource, metadata: Metadata) -> dict[str, Source]:
-    """The files that hold the items, once all are there and long enough.
+    """The files that contain the items, once all are there and long enough.
 
     Raises:
         CorruptError: they are not.

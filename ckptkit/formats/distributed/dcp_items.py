@@ -57,7 +57,7 @@ class ItemReader:
     """Reads the items of one folder, and judges those of tensors.
 
     Args:
-        folder: which they lie in.
+        folder: which they are in.
         items: where.
         files: by path, those that they name.
         limits: bounds on what each may ask for.
@@ -83,7 +83,7 @@ class ItemReader:
         self._wanted = wanted
 
     def judge(self) -> tuple[GlobalUse, ...]:
-        """As `ckptkit.checkpoint.Unread.judge`: file by file, in the order in which they lie there."""
+        """As `ckptkit.checkpoint.Unread.judge`: file by file, in the order in which they are there."""
         items, before = self._items, ""
         wanted = sorted(self._wanted(), key=lambda want: (items.paths[want.row], items.starts[want.row]))
         for path, of_file in groupby(wanted, lambda want: items.paths[want.row]):
@@ -148,7 +148,7 @@ class ItemReader:
 
         Raises:
             FormatError: it is damaged or refused.
-            UnsupportedError: it went through something else than zstd.
+            UnsupportedError: it went through something other than zstd.
             MissingDependencyError: it is compressed, and nothing that decompresses it is installed.
         """
         area, ends, mold = self._known(row)
@@ -232,12 +232,12 @@ class _Mold(NamedTuple):
 
     Attributes:
         raw: what one holds: a tensor, or values that cannot change.
-        head: its bytes before the values; of what is no tensor, those of its pickle.
+        head: its bytes before the values; of what is not a tensor, those of its pickle.
         nbytes: of the item, and of what follows.
         constant: bytes of that which are the same in all, each with where they begin and end.
-        checksums: where the values' checksum stands in it.
-        digits: where its identity stands in it, in how many bytes, and where the checksums of that do; ``None``: it
-            has none.
+        checksums: where the values' checksum is in it.
+        digits: where its identity is in it, in how many bytes, and where the checksums of that are; ``None``: it has
+            none.
     """
 
     raw: RawCheckpoint
@@ -317,12 +317,12 @@ class _Mold(NamedTuple):
 
 
 def _is_constant(root: object) -> bool:
-    """Whether an object may stand in several places: it is a plain value, or a tuple of such."""
+    """Whether an object may be in several places: it is a plain value, or a tuple of such."""
     return all(isinstance(each, (*SCALARS, Global)) for each in (root if isinstance(root, tuple) else (root,)))
 
 
 def _checksums(tail: bytes, area: ByteRange, end: int, records: Records) -> dict[int, tuple[int, int]]:
-    """Where the checksums of records stand in the last bytes of an item: behind their bytes, and in the directory.
+    """Where the checksums of records are in the last bytes of an item: behind their bytes, and in the directory.
 
     Args:
         tail: the bytes from ``end`` on.

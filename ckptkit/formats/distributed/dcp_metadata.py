@@ -6,14 +6,14 @@ that package; Megatron's root is a subclass), and of whose attributes four are r
 - ``state_dict_metadata``: from a tensor's name (fqn) to its properties, its size, and the offsets and sizes of its
   chunks; or to what stands for an object that was pickled
 - ``storage_data``: from a name, and of a chunk its offset, to a file, and the first byte and the number of bytes in it;
-  the ``index`` beside them is a hint, and is passed over
+  the ``index`` beside them is a hint, and is skipped
 - ``planner_data``: from a name to the keys that lead to its value in what was saved: texts are keys of dicts, numbers
   are indices of lists; ``None`` where nothing was flattened, and not there in files of Megatron's
 - ``version``, since torch 2.9
 
-``storage_meta``, ``all_local_plans``, ``mcore_data`` and whatever else there is are passed over; their names are judged
-as all are.  torch 1.12 and 1.13 had the classes in ``torch.distributed._shard``.  Attributes that are ``None`` may be
-left out.  A run of 1,024 processes has some 3.4 million chunks in 480 MB: see `ckptkit.formats.distributed.dcp_runs`.
+``storage_meta``, ``all_local_plans``, ``mcore_data`` and whatever else there is are skipped; their names are judged as
+all are.  torch 1.12 and 1.13 had the classes in ``torch.distributed._shard``.  Attributes that are ``None`` may be left
+out.  A run of 1,024 processes has some 3.4 million chunks in 480 MB: see `ckptkit.formats.distributed.dcp_runs`.
 
 A reader must hold what is written against itself: chunks cover their tensor once (`ckptkit.transfer.pieces`), each that
 holds anything lies somewhere, nothing is stored of no chunk, files have plain names, and no two items share bytes.
@@ -69,7 +69,7 @@ _OWN_NAMES = frozenset(
                                                                                "MEM_FORMAT_ENCODING")}
     | {f"pathlib.{module}{name}" for module in ("", "_local.") for name in ("PosixPath", "WindowsPath")}
 )  # fmt: skip
-"""What torch itself names in a ``.metadata``: records without behaviour, and the path that it was saved to."""
+"""What torch itself names in a ``.metadata``: records without behavior, and the path that it was saved to."""
 
 _WRITERS = ("Metadata", "MCoreMetadata")
 """Names of the root's class."""
@@ -125,7 +125,7 @@ _CONSTRUCTORS = {("torch", "Size"): _size}
 
 
 class _OddError(Exception):
-    """A `Run` does not stand where it belongs, or a node stands for one that was left out."""
+    """A `Run` is not where it belongs, or a node stands for one that was left out."""
 
 
 class _Reader:
@@ -180,7 +180,7 @@ class _Reader:
         )
 
     def _run(self, node: object, kind: str) -> range:
-        """The rows of a run, which stands in one place."""
+        """The rows of a run, which is in one place."""
         if not isinstance(node, Run) or node.kind != kind or id(node) in self._seen:
             raise _OddError
         self._seen.add(id(node))
@@ -243,7 +243,7 @@ class _Reader:
         """A tensor; `ckptkit.transfer.pieces` sees whether its chunks cover it.
 
         Raises:
-            CorruptError: its dtype is none of torch's, or its size no tensor's.
+            CorruptError: its dtype is none of torch, or its size no tensor's.
             UnsupportedError: it is not strided.
         """
         kind = id(row.dtype), id(row.layout)
@@ -304,7 +304,7 @@ class _Reader:
         """Give each chunk and object the row of its item.
 
         Raises:
-            CorruptError: one lies nowhere or in two places, or an item is nobody's.
+            CorruptError: one is nowhere or in two places, or an item is nobody's.
         """
         columns = self._columns
         by_name: dict[str, list[int]] = {}

@@ -1,6 +1,6 @@
 """The names of torch.distributed.checkpoint: a tree as its planner flattens it, and the way back to each value.
 
-Dicts are gone into, and lists that hold a tensor or a dict, in lists of lists too; what is in neither is one value,
+Dicts are gone into, and lists that contain a tensor or a dict, in lists of lists too; what is in neither is one value,
 tuples whatever they hold.  A name is the keys that lead to a value, with dots between them (torch 2.4 and later:
 ``torch/distributed/checkpoint/_nested_dict.py`` and ``_traverse.py``; before, a dict or list without tensors was one
 value).  What this does not keep is told (`Flat.lost`): the classes and attributes of dicts, keys that are not text,
@@ -73,7 +73,7 @@ def flattened(checkpoint: Checkpoint) -> Flat:
 
     Raises:
         KeyCollisionError: two values would have one name.
-        RewriteError: the tree is no dict, holds nothing, or itself; a key has no text of its own.
+        RewriteError: the tree is not a dict, contains nothing, or itself; a key has no text of its own.
     """
     weights = _weights(checkpoint)
     found = Flat()
@@ -118,7 +118,7 @@ def _weights(checkpoint: Checkpoint) -> object:
 
 
 def values_at(checkpoint: Checkpoint, paths: Mapping[str, Path]) -> dict[str, object]:
-    """What stands in a checkpoint's tree where paths lead; nothing of those that lead nowhere."""
+    """What is in a checkpoint's tree where paths lead; nothing of those that lead nowhere."""
     weights, dicts = _weights(checkpoint), dict[int, dict[object, object]]()
     found: dict[str, object] = {}
     for name, path in paths.items():

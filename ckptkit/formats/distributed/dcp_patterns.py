@@ -16,7 +16,7 @@ Match = Callable[[bytes, int], "re.Match[bytes] | None"]
 _INT = rb"(?:K.|M..|J....|\x8a\x05.{5}|\x8a\x06.{6}|\x8a\x07.{7}|\x8a\x08.{8})"
 _GET = rb"(?:h.|j....)"
 _TEXT = rb"(\x8c.[^\x94]*\x94|X....[^\x94]*\x94|h.|j....)"
-"""A string and its PUT, whose length is held against its bytes after the match; or a GET."""
+"""A string and its PUT, whose length is checked against its bytes after the match; or a GET."""
 
 _DIMENSIONS = rb"\)|%(i)s\x85\x94|%(i)s{2}\x86\x94|%(i)s{3}\x87\x94|\(%(i)s{4,64}t\x94" % {b"i": _INT}
 

@@ -1,6 +1,6 @@
 """What the ``.metadata`` of torch.distributed.checkpoint says, as columns: which tensors there are, and where they lie.
 
-`ckptkit.formats.distributed.dcp_metadata` makes it, once it agrees with itself; here it is held against the files.
+`ckptkit.formats.distributed.dcp_metadata` makes it, once it agrees with itself; here it is checked against the files.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class TensorMetadata:
         shape: its size in elements.
         requires_grad: whether it was trained; torch says ``False`` of all that a state_dict holds.
         offsets, sizes: of each chunk, in elements.
-        rows: of each chunk, where among `Items` it lies; -1: a chunk without elements that lies nowhere.
+        rows: of each chunk, where among `Items` it lies; -1: a chunk without elements that is nowhere.
     """
 
     name: str
@@ -94,7 +94,7 @@ class Metadata:
         strings: the checkpoint's string metadata (`STRINGS`).
         protocol: of the pickle.
         globals: the verdicts on all names in it.
-        copies: of several ranks' own metadata put together, the chunks that more than one has.
+        copies: of several ranks' own metadata combined, the chunks that more than one has.
         others: likewise the further rows of what was pickled under one name.
     """
 
@@ -163,7 +163,7 @@ class Metadata:
 def together(parts: Sequence[Metadata]) -> Metadata | None:
     """What the metadata of several ranks say, each of which knows its own chunks alone.
 
-    ``None``: it is no whole, or they contradict each other: each rank saved something of its own.
+    ``None``: it is not a whole, or they contradict each other: each rank saved something of its own.
     """
     first, union, items = parts[0], _Union(), Items([], [], [], [])
     paths: dict[str, tuple[str | int, ...]] = {}

@@ -399,7 +399,7 @@ class Runs:
             return None
 
     def _text(self, raw: bytes) -> str | None:
-        """A text by its opcodes, or of the memo; ``None``: it is none, or longer than it is said to be."""
+        """A text by its opcodes, or of the memo; ``None``: it is not one, or longer than it is declared to be."""
         text: object
         if raw[0] in b"hj":
             text = self._gotten(index_of(raw))

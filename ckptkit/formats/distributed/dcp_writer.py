@@ -1,14 +1,14 @@
 """torch.distributed.checkpoint: a folder that its ``load`` reads, as ranks would have written it.
 
-The folder has a file for each rank, ``__0_0.distcp``, and ``.metadata``, which says what lies where.  What is written
-is what torch 2.14 writes (``torch/distributed/checkpoint/filesystem.py``, ``default_planner.py``), seen in its files:
+The folder has a file for each rank, ``__0_0.distcp``, and ``.metadata``, which says what is where.  What is written is
+what torch 2.14 writes (``torch/distributed/checkpoint/filesystem.py``, ``default_planner.py``), seen in its files:
 
 - The tree of dicts becomes names (`ckptkit.formats.distributed.dcp_names`); the planner's data lead back from them.
 - A tensor is one item or, of several ranks, one for each part along its first dimension, cut as ``torch.chunk`` cuts it
   and as FSDP2 shards it: every part but the last has ⌈rows / ranks⌉ rows, and the last ranks may have none.  What has
   fewer rows than there are ranks is one item, of the rank that has the fewest bytes by then.
-- An item is a torch-zip of its own, and they lie in a row; the first rank's other values come first.  Tensors are
-  contiguous, little-endian and on the CPU.  What is no tensor is pickled as ``torch.save`` does it.
+- An item is a torch-zip of its own, and they are in a row; the first rank's other values come first.  Tensors are
+  contiguous, little-endian and on the CPU.  What is not a tensor is pickled as ``torch.save`` does it.
 - ``.metadata`` is a pickle of protocol 4.  Neither the path nor a random id is in it: the same checkpoint gives the
   same bytes.  The properties of tensors are of the class that torch had for them until 2.2, and still has: so torch
   2.1 reads it, too.  Strings that a checkpoint has as its metadata are an attribute of their own (`STRINGS`), which
@@ -83,7 +83,7 @@ class _Layout(NamedTuple):
     """The item of a contiguous tensor of a dtype and shape, whatever its values are.
 
     Attributes:
-        before, after: what lies around the values.
+        before, after: what is around the values.
         checksums: positions of theirs.
     """
 
@@ -176,7 +176,7 @@ def write(checkpoint: Checkpoint, ranks: int = 1) -> Plan:
     Raises:
         KeyCollisionError, RewriteError: as `flattened`; tensors repeat their elements beyond all use.
         DTypeError: torch has no dtype for a tensor.
-        UnsupportedError: storages of both byte orders in one value that is no tensor.
+        UnsupportedError: storages of both byte orders in one value that is not a tensor.
     """
     flat = flattened(checkpoint)
     entries = flat.tensors

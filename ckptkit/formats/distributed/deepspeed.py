@@ -1,9 +1,9 @@
 """DeepSpeed: the folder of one step, as ``engine.save_checkpoint`` writes it (``runtime/engine.py``, DeepSpeed 0.19.8).
 
-Files, each of torch's own container; ``D`` is a data-parallel rank, ``MM`` a model-parallel one (a pipeline's stage):
+Files, each of torch own container; ``D`` is a data-parallel rank, ``MM`` a model-parallel one (a pipeline's stage):
 
-- ``mp_rank_MM_model_states.pt``; of stage 3 ``zero_pp_rank_D_mp_rank_MM_model_states.pt``, one a rank: ``module`` (the
-  state_dict in the precision of the forward pass; at stage 3 its parameters are empty), ``buffer_names``,
+- ``mp_rank_MM_model_states.pt``; of stage 3 ``zero_pp_rank_D_mp_rank_MM_model_states.pt``, one per rank: ``module``
+  (the state_dict in the precision of the forward pass; at stage 3 its parameters are empty), ``buffer_names``,
   ``param_shapes`` (`ckptkit.formats.distributed.zero`), ``frozen_param_shapes`` and ``frozen_param_fragments`` (of
   stages 2 and 3; at stage 3 a rank's share of each), ``shared_params`` (another name of a tied parameter -> the one
   that has the values), ``optimizer`` (without ZeRO), ``lr_scheduler``, counters, ``ds_config``, ``ds_version``, and

@@ -43,7 +43,7 @@ _OF_THE_LAYOUT = frozenset({
     "module", "optimizer", "param_shapes", "frozen_param_shapes", "frozen_param_fragments", "dp_world_size",
     "mp_world_size", "checkpoint_parallel_dimensions",
 })  # fmt: skip
-"""Keys of a model file that say how the state was spread over ranks, or whose values are put together anew."""
+"""Keys of a model file that say how the state was spread over ranks, or whose values are combined again."""
 
 _OF_THE_BUFFERS = frozenset({
     "single_partition_of_fp32_groups", "base_optimizer_state", "fp32_flat_groups", "optimizer_state_dict",
@@ -68,7 +68,7 @@ class File:
     Attributes:
         name: of it.
         root: its tree.
-        own: the values of its dict by their keys; nothing where it is none.
+        own: the values of its dict by their keys; nothing where it is not one.
     """
 
     __slots__ = ("name", "own", "root")
@@ -163,7 +163,7 @@ def by_rank(parts: Parts, names: Sequence[str], pattern: re.Pattern[str]) -> dic
     """The files of a pattern by model-parallel and data-parallel rank, read.
 
     Raises:
-        CorruptError: one is no dict, or two are of one rank.
+        CorruptError: one is not a dict, or two are of one rank.
     """
     found: dict[int, dict[int, str]] = {}
     for name in names:
@@ -227,7 +227,7 @@ def shapes_of(file: File, key: str = "param_shapes") -> list[Shapes]:
 
 
 def _shape(node: object) -> tuple[int, ...] | None:
-    """A shape that a tensor can have; ``None``: it is none."""
+    """A shape that a tensor can have; ``None``: it is not one."""
     shape = shape_of(node)
     if shape is None or min(shape, default=0) < 0 or len(shape) > DEFAULT_LIMITS.dimensions:
         return None
@@ -235,7 +235,7 @@ def _shape(node: object) -> tuple[int, ...] | None:
 
 
 def frozen_weights(models: Mapping[int, File]) -> dict[str, TensorEntry]:
-    """The weights that no optimizer has, put together of the ranks' shares where there are several.
+    """The weights that no optimizer has, combined of the ranks' shares where there are several.
 
     Raises:
         CorruptError: a rank's share is missing or of another size.
@@ -269,12 +269,12 @@ def plain(own: Mapping[str, object]) -> list[tuple[object, object]]:
 
 
 def unproven(weights: Weights) -> list[Finding]:
-    """What is told of values that cannot be held against a copy."""
+    """What is told of values that cannot be checked against a copy."""
     names = weights.unproven
     found = []
     if weights.own:
         own = listed(weights.own, _LISTED)
-        message = f"{own} differ from rank to rank; those of rank 0 are used"
+        message = f"each rank has its own {own}; the values of rank 0 are used"
         found.append(Finding(code="rank-values", severity="info", message=message))
     if not names:
         return found
@@ -293,7 +293,7 @@ class Weights:
     """The two state_dicts that are made of a module's and of the masters.
 
     Args:
-        masters: the weights that were put together, by name.
+        masters: the weights that were combined, by name.
         holders: by name, in whose files they lie, for messages.
         shared: another name of a tied parameter -> the one that has the values.
 
@@ -328,7 +328,7 @@ class Weights:
             module: it.
             where: the file it is from.
             buffers: the names of those of its values that are none of the weights.
-            stubs: whether its weights may be empty, since the values lie elsewhere (stage 3).
+            stubs: whether its weights may be empty, since the values are elsewhere (stage 3).
 
         Raises:
             CorruptError: a weight is not of the shape that ``param_shapes`` says, or has no values anywhere.

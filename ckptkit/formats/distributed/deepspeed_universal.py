@@ -4,12 +4,12 @@ Layout (``deepspeed/checkpoint/ds_to_universal.py``, DeepSpeed 0.19.8): the ``mo
 made of, and below ``zero/``
 
 - ``NAME/fp32.pt``, ``NAME/exp_avg.pt``, ``NAME/exp_avg_sq.pt``: of stages 1 and 2 a dict whose ``param`` is the whole
-  parameter, put together from all tensor-parallel ranks (``cat_dim`` and the like say how; ``vocab_tensor``: without
-  the rows that pad a vocabulary); of stage 3 its elements in one dimension
+  parameter, combined from all tensor-parallel ranks (``cat_dim`` and the like say how; ``vocab_tensor``: without the
+  rows that pad a vocabulary); of stage 3 its elements in one dimension
 - ``NAME/step.pt``: a number; not of stage 3
 - ``optimizer_state.pt``: what else an optimizer file of rank 0 has, with ``param_groups``, whose parameters are numbers
 
-What lies there under the name of a buffer or a frozen weight was made fp32 on the way: ``module`` has it as it is.
+What is there under the name of a buffer or a frozen weight was made fp32 on the way: ``module`` has it as it is.
 ``ds_to_universal`` puts parameters of ``round_robin_gradients`` together wrongly, which ``module`` shows.
 """
 

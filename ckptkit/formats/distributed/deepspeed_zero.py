@@ -1,6 +1,6 @@
 """DeepSpeed's optimizer files: the flat buffers of all ranks, read together.
 
-What stands in them is in `ckptkit.formats.distributed.deepspeed`, how parameters lie in buffers in
+What is in them is in `ckptkit.formats.distributed.deepspeed`, how parameters are in buffers in
 `ckptkit.formats.distributed.zero`.  With a mixture of experts a group of experts is shared by fewer ranks than there
 are (``partition_count`` has a number for each group): of E sets of ranks each has experts of its own, all called
 ``deepspeed_experts.0`` and on.  Rank r is of set r mod E, or, with ``use_data_before_expert_parallelism``, r div the
@@ -58,7 +58,7 @@ class Zero(NamedTuple):
         moments: what the optimizer keeps of them; ``None``: nothing says how it belongs to them.
         groups: the pairs of each of its ``param_groups``, and the names of their parameters.
         own: what the file of rank 0 has.
-        left: by rank, what could not be put together.
+        left: by rank, what could not be combined.
         told: the stage of ZeRO and its ranks.
     """
 
@@ -280,7 +280,7 @@ def _renamed(shapes: Shapes, experts: int | None) -> Shapes:
 
 
 def _left(moments: Moments, shared: Sequence[_Buffer], kept: Sequence[Kept]) -> list[tuple[object, object]]:
-    """By rank and flat buffer, what an optimizer keeps and that cannot be put together."""
+    """By rank and flat buffer, what an optimizer keeps and that cannot be combined."""
     found: dict[int, dict[int, InertDict]] = {}
     for flat, key in moments.left:
         number = shared[flat].number
@@ -296,7 +296,7 @@ def _left(moments: Moments, shared: Sequence[_Buffer], kept: Sequence[Kept]) -> 
 def _shapes_by_mappings(owns: Sequence[Mapping[str, object]], model: File, layers: Mapping[int, File]) -> list[Shapes]:
     """The parameters in flat order, where ``param_shapes`` is ``None``: of BF16_Optimizer at stage 0.
 
-    Which run of a rank's part is of which parameter stands in ``param_slice_mappings``, and shapes in the module.
+    Which run of a rank's part is of which parameter is in ``param_slice_mappings``, and shapes in the module.
 
     Raises:
         CorruptError: it does not, or the module has no weight of so many elements.

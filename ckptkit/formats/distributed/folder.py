@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -26,7 +27,7 @@ from ckptkit.report import Finding
 __all__ = ["FolderSource", "folder_of", "listing", "read_part"]
 
 _DEEPEST = 4
-"""Folders below the given one that are looked into: ``zero/NAME/fp32.pt``, ``mp_rank_00/model_optim_rng.pt``."""
+"""Folders below the given one that are searched: ``zero/NAME/fp32.pt``, ``mp_rank_00/model_optim_rng.pt``."""
 
 
 _OPENED = 100
@@ -41,6 +42,8 @@ def _let_open(count: int) -> None:
     try:
         import resource
     except ImportError:  # systems without POSIX
+        return
+    if sys.platform == "win32":  # what it has of that is a package that somebody installed
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = count if hard == resource.RLIM_INFINITY else min(count, hard)
@@ -58,12 +61,12 @@ class FolderSource(Source):
 
     Args:
         path: what messages call it: as it was given.
-        root: the folder that the files lie in: the given one, or the one that it points to.
+        root: the folder that the files are in: the given one, or the one that it points to.
         layout: name of its format (`ckptkit.formats.format.Format`).
         names: the files, by their paths below ``root``, with slashes.
-        tag: which of several steps it is, as it is called; ``None``: the folder holds one.
+        tag: which of several steps it is, as it is called; ``None``: the folder contains one.
         own: those of the files that belong to the checkpoint; ``None``: all.
-        members: what it is put together from (`ckptkit.formats.distributed.joined`).
+        members: what it is combined from (`ckptkit.formats.distributed.joined`).
         asked: the tag that was asked for.
         findings: what is to be told of the way to it.
 
@@ -108,7 +111,7 @@ class FolderSource(Source):
 
     @property
     def folder(self) -> str:
-        """As `Source.folder`: its own files lie in it."""
+        """As `Source.folder`: its own files are in it."""
         return self.root
 
     def part(self, name: str) -> Source:

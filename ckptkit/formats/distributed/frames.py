@@ -1,4 +1,4 @@
-"""The tree in which the trees of several ranks are put together: the first rank's, with what others alone have.
+"""The tree in which the trees of several ranks are combined: the first rank's, with what others alone have.
 
 Two things are in some ranks' files alone: DTensors of a mesh of those ranks, such as experts or the layers of a
 pipeline's stage, with the versions of their modules; and what an optimizer keeps for flat parameters of which the

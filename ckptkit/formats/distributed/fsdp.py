@@ -1,4 +1,4 @@
-"""One file a rank: what FSDP's ranks save with ``torch.save``, each its own, put together.
+"""One file a rank: what FSDP's ranks save with ``torch.save``, each its own, combined.
 
 Layout (verl ``fsdp_checkpoint_manager.py``, accelerate ``fsdp_utils.py``, DINOv2 ``fsdp/__init__.py``; torch 2.14):
 
@@ -44,7 +44,7 @@ _SECTIONS = {
     "model": "model", "pytorch_model": "model", "pytorch_model_fsdp": "model", "optim": "optimizer",
     "optimizer": "optimizer", "extra": "extra", "extra_state": "extra",
 }  # fmt: skip
-"""What stands in files' names, and the key of what is in them."""
+"""What is in files' names, and the key of what is in them."""
 
 _STEPS = frozenset(("final", "last", "latest", "best"))
 """Words that tell one step from another, as numbers do."""
@@ -264,7 +264,7 @@ def _findings(sets: Sequence[_Set], merged: Sequence[Ranks], count: int, folder:
         yield Finding(
             code="rank-values",
             severity="info",
-            message=f"{listed(own, _LISTED)} differ from rank to rank; those of rank 0 are used",
+            message=f"each rank has its own {listed(own, _LISTED)}; the values of rank 0 are used",
         )
     if flat := [place for ranks in merged for place in ranks.flat]:
         yield Finding(

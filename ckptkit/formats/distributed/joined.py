@@ -1,4 +1,4 @@
-"""Checkpoints that are put together from several: accelerate's folders, and Lightning's with ``meta.pt``.
+"""Checkpoints that are combined from several: accelerate's folders, and Lightning's with ``meta.pt``.
 
 accelerate's ``pytorch_model_fsdp_0`` holds ``{"model": ...}`` and ``optimizer_0`` holds ``{"optimizer": ...}``, each a
 folder of torch.distributed.checkpoint; of several models the second is ``model_1``.  Lightning has the model and the

@@ -123,7 +123,7 @@ def _is_spread(path: str) -> bool:
 
 _SPREAD = (b"DTensor", b"ShardedTensor", b"flat_param")
 _LOOKED_AT, _PICKLE_NBYTES = 3, 1 << 20
-"""Files whose first so many bytes are looked at: what is pickled stands there, before the tensors."""
+"""Files whose first so many bytes are looked at: what is pickled is there, before the tensors."""
 
 LAYOUTS: tuple[Layout, ...] = (
     Layout("dcp", _dcp),
@@ -135,4 +135,4 @@ LAYOUTS: tuple[Layout, ...] = (
     Layout("fsdp", _fsdp),
     Layout("safetensors-dcp", _named(SHARDED)),
 )
-"""In the order in which a folder is held against them: the first that claims it, reads it."""
+"""In the order in which a folder is checked against them: the first that claims it, reads it."""

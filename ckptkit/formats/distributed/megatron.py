@@ -9,7 +9,7 @@ rank, ``mp_rank_TT[_PPP][_EEE]/model_optim_rng.pt`` for the ranks of tensor, pip
 - ``model``: the rank's state_dict, or dicts inside dicts; of a virtual pipeline ``model0``, ``model1``, ..., whose
   layers follow one another in the order of their numbers and then of the stages
 - ``optimizer`` and what else it takes to go on; with a distributed optimizer the file is ``model_rng.pt``, and buffers
-  lie in ``distrib_optim.pt`` or ``optim.pt`` beside it
+  are in ``distrib_optim.pt`` or ``optim.pt`` beside it
 
 Slices are joined by the rules of `ckptkit.formats.distributed.tensor_parallel`.  Layers are counted from 0 in each
 stage, and experts in each rank: they get the numbers that they have in the whole.  What two stages hold, and the copy
@@ -275,7 +275,7 @@ def _stage(ranks: Mapping[str, object], key: str | None, expert: int, joiner: Jo
 
 
 def _layers(stage: _Stage) -> dict[str, set[int]]:
-    """The numbers of a stage's layers, by what stands before them."""
+    """The numbers of a stage's layers, by what is before them."""
     found: dict[str, set[int]] = {}
     for name in stage.values:
         match = _LAYER.match(name)
@@ -437,7 +437,7 @@ def _order(values: Mapping[str, object], version: float) -> Iterator[Finding]:
 
 
 def _buffers(probe: Probe, name: str) -> Iterator[Finding]:
-    """What lies in the ranks' folders beside the file."""
+    """What is in the ranks' folders beside the file."""
     names = getattr(probe.file, "names", ())
     others = [each for each in names if re.match(r"(?:mp|tp)_rank_\d", each) and os.path.basename(each) != name]
     if others:

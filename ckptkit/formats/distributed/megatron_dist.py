@@ -345,7 +345,7 @@ class _Tree:
 
 
 def _part(name: str, box: Piece, place: tuple[int, ...]) -> TensorEntry:
-    """What stands at a place of the leading dimensions of a chunk.
+    """What is at a place of the leading dimensions of a chunk.
 
     Raises:
         CorruptError: the chunk is not of the sizes that are said.

@@ -1,6 +1,7 @@
 """Where in a whole tensor what one rank has of it lies: a DTensor by its mesh and placements, a ShardedTensor's shards.
 
-Facts (torch 2.14 ``torch/distributed/tensor/_utils.py``, ``placement_types.py``; each held against torch in the tests):
+Facts (torch 2.14 ``torch/distributed/tensor/_utils.py``, ``placement_types.py``; each checked against torch in the
+tests):
 
 - a *DTensor* (``_local_tensor``, ``_spec``) is cut once for each dimension of its mesh, from left to right, or in the
   ``shard_order`` of its spec: by ``Shard(dim)`` as ``torch.chunk`` cuts, in pieces of ⌈n/k⌉ of which the last are
@@ -132,7 +133,7 @@ def share_of(found: Distributed, name: str, rank: int, known: dict[int, Mesh]) -
         known: the meshes of this file that were looked at, by the id of their node.
 
     Raises:
-        UnsupportedError: it is a sum that was not made yet, or its own part is no plain tensor.
+        UnsupportedError: it is a sum that was not made yet, or its own part is not a plain tensor.
         CorruptError: its parts do not fit together.
     """
     try:
@@ -179,7 +180,7 @@ def _mesh(node: object, rank: int) -> Mesh:
     """The mesh, and the place in it of the rank that saved it.
 
     Raises:
-        CorruptError: it is none, or has no such place.
+        CorruptError: it is not one, or has no such place.
     """
     said = members(node)
     sizes = tuple(mesh_sizes(said))
@@ -217,7 +218,7 @@ def _numbers(entry: TensorEntry) -> tuple[int, ...]:
     """The values of a mesh's tensor.
 
     Raises:
-        CorruptError: they are no ranks.
+        CorruptError: they are not ranks.
     """
     from ckptkit.transfer.values import stream
 
@@ -282,7 +283,7 @@ Runs = list[tuple[int, int]]
 
 
 def _runs(shape: tuple[int, ...], cuts: Sequence[_Cut], mesh: Mesh) -> list[Runs]:
-    """The indexes that a rank has along each dimension, in the order in which they lie in its own tensor."""
+    """The indexes that a rank has along each dimension, in the order in which they are in its own tensor."""
     runs: list[Runs] = [[(0, size)] for size in shape]
     for axis, dim, factor in cuts:
         dim = dim + len(shape) if dim < 0 else dim

@@ -1,4 +1,4 @@
-"""The trees of several ranks, put together into the one that a single process would have saved.
+"""The trees of several ranks, combined into the one that a single process would have saved.
 
 All have the same places.  What is at one is a distributed tensor, of which each has parts; a plain tensor, of which
 each has a copy; a value, which must be equal; or something that each rank has of its own.  A DTensor of a mesh of some
@@ -49,14 +49,14 @@ _LISTED = 5
 
 
 class _SamePlaces(SameContent):
-    """Two ranks' trees; what each has a part of is one thing, and not looked into."""
+    """Two ranks' trees; what each has a part of is one thing, and not read."""
 
     def __init__(self) -> None:
         super().__init__(flags=False)
         self._seen: set[int] = set()
 
     def met(self, a: object, b: object) -> bool | None:
-        """As of `SameContent`; a tree is gone through beside itself."""
+        """As of `SameContent`; a tree is processed beside itself."""
         if a is not b:
             return super().met(a, b)
         if id(a) in self._seen:
@@ -94,7 +94,7 @@ class _Copied:
 
 
 class Ranks:
-    """The trees of all ranks, put together into one.
+    """The trees of all ranks, combined into one.
 
     Args:
         trees: of each rank's file, by its name, in the order of the ranks.
@@ -105,10 +105,10 @@ class Ranks:
     Attributes:
         replicas: tensors that must be the same.
         own: places of what each rank has of its own.
-        flat: places of what was put together from runs of flat parameters, and has no shape.
+        flat: places of what was combined from runs of flat parameters, and has no shape.
         shapes: those of its distributed tensors, in order, but for flat parameters.
         ranks: how many the files' content says that there are; 0: it does not say.
-        meshes: those that its tensors lie on.
+        meshes: those that its tensors are on.
 
     Raises:
         FormatError: they do not belong together.

@@ -4,7 +4,7 @@ Layout (torch 2.14 ``torch/distributed/checkpoint/hf_storage.py``, ``_hf_utils.p
 
 - names: ``shard-RRRRR-model-CCCCC-of-NNNNN.safetensors``: of the rank R, from 1, the tensors of the file C of N into
   which they are to be consolidated.  There is no index.  ``consolidate_safetensors_files`` makes one, beside the folder
-  ``sharded`` that these lie in, and it is opened by itself
+  ``sharded`` that these are in, and it is opened by itself
 - each is a safetensors file whose tensors are boxes of wholes.  Its metadata say in ``DCP_SHARDING_INFO``, as JSON, the
   offsets of each: ``{name: {"saved_offsets": [7, 0]}}``; ``DCP_VERSION`` is "1.0"
 - a rank that has nothing of a consolidated file's tensors writes no file of it

@@ -2,8 +2,8 @@
 
 A folder whose files differ in one number of their names alone is read here as it is: Llama's ``consolidated.00.pth``,
 ``consolidated.01.pth``, ... beside ``params.json``, and any for which rules are given
-(`ckptkit.formats.distributed.tensor_parallel`).  The weights are the file's own dict, or what lies under ``module``,
-``model`` or ``state_dict``; what lies beside them is the first rank's, but for an optimizer's state, which is left out.
+(`ckptkit.formats.distributed.tensor_parallel`).  The weights are the file's own dict, or what is under ``module``,
+``model`` or ``state_dict``; what is beside them is the first rank's, but for an optimizer's state, which is left out.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def flat(node: object, where: str) -> tuple[dict[str, object], dict[str, dict[st
         The values; and torch's ``_metadata`` of each dict that has such, by the keys that lead to it.
 
     Raises:
-        CorruptError: it is none, or is nested too deeply.
+        CorruptError: it is not one, or is nested too deeply.
         LimitError: it has more tensors, or longer names, than any model.
     """
     values: dict[str, object] = {}
@@ -146,7 +146,7 @@ def stated(values: Mapping[str, object]) -> tuple[dict[str, object], list[Findin
 def beside(
     root: object, models: Sequence[str | None], joiner: Joiner, *, is_whole: bool = False
 ) -> list[tuple[object, object]]:
-    """What stands in a rank's dict beside its weights and belongs to no rank alone.
+    """What is in a rank's dict beside its weights and belongs to no rank alone.
 
     Tensors of numbers are some rank's share of an optimizer's state, and are left out, which the joiner tells; what
     has others (the state of generators of random numbers) is taken.
@@ -280,9 +280,9 @@ def merged(
 
 
 def numbered(names: Iterable[str]) -> list[str]:
-    """The files of a folder that differ in one number of their names alone, in its order; none where they are no ranks.
+    """The files of a folder whose names differ only in one number, in its order; none if they are not ranks.
 
-    What is no checkpoint by its ending, and files of optimizers and the like, are passed over; and so is all that lies
+    What is not a checkpoint by its ending, and files of optimizers and the like, are skipped; and so is all that is
     beside Llama's.
 
     Raises:

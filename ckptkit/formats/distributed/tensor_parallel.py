@@ -175,7 +175,7 @@ class Joiner:
 
         Raises:
             CorruptError: a name is not in all ranks, or slices do not fit together.
-            UnsupportedError: no rule says how some are joined; or some are no plain tensors.
+            UnsupportedError: no rule says how some are joined; or some are not plain tensors.
         """
         (first, own), *others = ranks.items()
         for rank, values in others:

@@ -1,4 +1,4 @@
-"""DeepSpeed's flat buffers: where each parameter lies in them, and the parameters that they make up.
+"""DeepSpeed's flat buffers: where each parameter is in them, and the parameters that they make up.
 
 ZeRO joins the parameters of an optimizer's group into one flat buffer and gives each rank a part of it.  Names and
 shapes are not in the buffers: ``param_shapes`` of a model file lists them in flat order.  Facts (DeepSpeed 0.19.8,
@@ -11,7 +11,7 @@ shapes are not in the buffers: ``param_shapes`` of a model file lists them in fl
 - stage 3: each parameter is split over all ranks, n elements over W ranks into ⌈n/W⌉ each, the last padded; a rank
   joins its shares of the parameters of a (sub)group
 - an optimizer keeps what it knows of a parameter (``exp_avg``) under the number of a flat buffer, in buffers of the
-  same layout.  The numbers stand in ``params`` of its ``param_groups``, in the order of the buffers
+  same layout.  The numbers are in ``params`` of its ``param_groups``, in the order of the buffers
 - ``param_slice_mappings`` says where parameters lie, too, and is wrong with ``round_robin_gradients``: it is not read
 """
 
@@ -80,7 +80,7 @@ Shapes = Sequence[tuple[str, tuple[int, ...]]]
 
 
 def joined_slots(groups: Sequence[Shapes], paddings: Sequence[Sequence[int]] | None) -> tuple[list[Slot], list[int]]:
-    """Where the parameters lie in buffers of stages 1 and 2, and the elements that each buffer has at least.
+    """Where the parameters are in buffers of stages 1 and 2, and the elements that each buffer has at least.
 
     Args:
         groups: the parameters.
@@ -107,7 +107,7 @@ def joined_slots(groups: Sequence[Shapes], paddings: Sequence[Sequence[int]] | N
 
 
 def split_slots(groups: Sequence[Shapes], sizes: Sequence[int], world: int) -> list[Slot]:
-    """Where the parameters lie in a rank's buffers of stage 3.
+    """Where the parameters are in a rank's buffers of stage 3.
 
     Args:
         groups: the parameters; the groups need not be those of the buffers.
@@ -144,7 +144,7 @@ def share(numel: int, world: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Flats:
-    """Flat buffers that hold one value for each element of every parameter: the masters, or one of the moments.
+    """Flat buffers that contain one value for each element of every parameter: the masters, or one of the moments.
 
     Attributes:
         what: what they hold, for messages and as a storage's key: ``"fp32"``, ``"exp_avg"``.
@@ -274,7 +274,7 @@ def moments_of(states: Sequence[Sequence[Mapping[str, object]]], masters: Flats,
     Args:
         states: by flat buffer and rank that shares it, what is kept of it, by name.
         masters: the buffers of the masters, of the same layout.
-        totals: by buffer, as of `Flats.require`.
+        totals: by buffer, as in `Flats.require`.
 
     Raises:
         CorruptError: ranks do not keep the same, or are of different steps.
@@ -408,5 +408,5 @@ def kept_of(base: object, count: int) -> Kept | None:
 
 
 def named(node: object) -> dict[str, object]:
-    """The values of a mapping whose keys are text; nothing of what is no mapping."""
+    """The values of a mapping whose keys are text; nothing of what is not a mapping."""
     return {key: value for key, value in mapping_items(node) or () if isinstance(key, str)}

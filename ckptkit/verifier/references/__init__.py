@@ -41,7 +41,7 @@ _PACKAGES = {
 
 
 def build(model: ModelLike, args: Mapping[str, object]) -> tuple[nn.Module, Reference]:
-    """The reference model, in eval mode, without values: its parameters lie on the meta device.
+    """The reference model, in eval mode, without values: its parameters are on the meta device.
 
     Where it cannot be built so, it has values, as what `Reference.make` gives always has.
 

@@ -109,7 +109,7 @@ _PLAIN = (bool, int, float, str, list, tuple)
 
 
 class _UnfitError(Exception):
-    """A text is no value of a type."""
+    """A text is not a value of a type."""
 
 
 def literal(value: object) -> object:
@@ -127,11 +127,11 @@ def typed(factory: Any, args: Mapping[str, object], spec: str) -> dict[str, obje
 
     Args:
         factory: what will be called; only its signature counts.
-        args: as the user gave them; what is no string stays as it is.
+        args: as the user gave them; what is not a string stays as it is.
         spec: of the reference, for messages.
 
     Raises:
-        VerifyError: a string is no value of its parameter's type.
+        VerifyError: a string is not a value of its parameter's type.
     """
     wanted = _wanted(factory) if any(isinstance(value, str) for value in args.values()) else {}
     values: dict[str, object] = {}
@@ -189,7 +189,7 @@ def _value(text: str, wanted: Any) -> object:
     """The text as a value of a type.
 
     Raises:
-        _UnfitError: it is none.
+        _UnfitError: it is not one.
     """
     origin = typing.get_origin(wanted)
     if origin in (typing.Union, types.UnionType):

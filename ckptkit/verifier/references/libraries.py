@@ -2,8 +2,8 @@
 
 timm: ``timm/models/_factory.py`` (``create_model``) and ``_pretrained.py`` (``PretrainedCfg``) of timm 1.0.
 
-torchvision: ``torchvision/models/**`` (0.17 to 0.29); the family is the sub-package the builder lies in, and decides
-what a model takes.
+torchvision: ``torchvision/models/**`` (0.17 to 0.29); the family is the sub-package the builder is in, and decides what
+a model takes.
 
 transformers: a model is built from a configuration alone.
 A folder's ``config.json`` names the class under ``architectures``; without that it is the bare model of its type.
@@ -132,7 +132,7 @@ def _torchvision_inputs(family: str, name: str, args: Mapping[str, object], weig
     """What a model of this name takes.
 
     Args:
-        family: the sub-package its builder lies in.
+        family: the sub-package its builder is in.
         name: its name.
         args: the arguments it was built with.
         weights: its default weights entry, which knows the crop its transforms make; never loaded.

@@ -90,7 +90,7 @@ def test_a_link_to_the_last_step(step: Step, tmp_path: Path) -> None:
     (tmp_path / "latest").symlink_to("step-10")
     found = sharded_in(str(tmp_path))
     assert found is not None and found.tag == "step-10" and number(tmp_path) == 10
-    assert "also there: step-20 (" in found.findings[0].message
+    assert "others: step-20 (" in found.findings[0].message
 
 
 @pytest.mark.parametrize("pointer", ["latest", "latest_checkpointed_iteration.txt"])
@@ -166,7 +166,7 @@ def test_several_steps_are_listed(step: Step, tmp_path: Path) -> None:
     assert number(tmp_path, tag="10") == 10, "by the number alone"
     assert number(tmp_path / "checkpoint-2", tag="checkpoint-2") == 2
     with pytest.raises(
-        MissingFileError, match=r"no step '7' is in this folder; there are: checkpoint-2, checkpoint-10"
+        MissingFileError, match=r"no step '7' is in this folder; available: checkpoint-2, checkpoint-10"
     ):
         formats.read(tmp_path, tag="7")
     for tag in ("..", "../x", "/etc", "a//b", ""):

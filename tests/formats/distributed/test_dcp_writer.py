@@ -397,7 +397,7 @@ def test_what_is_no_dict_is_refused(save: Save, tmp_path: Path) -> None:
 def test_a_dict_that_holds_itself_is_refused(save: Save, tmp_path: Path) -> None:
     tree: dict[str, Any] = {"w": torch.rand(2), "a": {}}
     tree["a"]["again"] = tree["a"]
-    with pytest.raises(RewriteError, match=r"a\.again: holds itself"):
+    with pytest.raises(RewriteError, match=r"a\.again: contains itself"):
         ckptkit.convert(save(tree), tmp_path / "out", to="dcp")
     deep: dict[str, Any] = {}
     deep["w"] = torch.rand(2)

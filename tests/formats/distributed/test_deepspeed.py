@@ -61,7 +61,7 @@ def test_stage_3_has_one_copy_of_the_weights(tmp_path: Path, dtype: torch.dtype,
         assert [each.path for each in file.sections] == [section, "optimizer"]
         assert [each.severity for each in file.findings if each.code == "unproven-weights"] == ["info"]
     if section == "fp32":
-        with pytest.raises(SectionError, match="no section 'module' holds weights; sections that do: 'fp32'"):
+        with pytest.raises(SectionError, match="no section 'module' contains weights; sections that do: 'fp32'"):
             ckptkit.load_state_dict(folder, section="module")
 
 
@@ -297,7 +297,7 @@ def _other_rate(files: dict[str, Any]) -> None:
         (_set(MODEL, param_shapes=[{"a": "b"}]), "its param_shapes do not map names to shapes"),
         (
             _set(MODEL, param_shapes=[{"a": torch.Size((1,))}]),
-            "param_shapes has 1 group, and there are 2 flat buffers",
+            "param_shapes has 1 group, but there are 2 flat buffers",
         ),
     ],
 )
@@ -348,7 +348,7 @@ def test_stage_3_that_does_not_fit_together_is_refused(
 def test_two_files_of_one_rank_are_refused(tmp_path: Path) -> None:
     folder = Zero.small().save(tmp_path / "step")
     shutil.copy(folder / OPTIMIZER.format(1), folder / OPTIMIZER.format(1).removeprefix("bf16_"))
-    with pytest.raises(CorruptError, match="are of one rank: files of different runs"):
+    with pytest.raises(CorruptError, match="are from one rank: files of different runs"):
         ckptkit.open(folder)
 
 
@@ -356,7 +356,11 @@ def test_a_rank_that_is_there_twice_is_refused_at_stage_3(tmp_path: Path) -> Non
     zero = Zero(groups=[{"a.weight": torch.randn(4, 5), "b.weight": torch.randn(3)}], stage=3, world=3)
     folder = zero.save(tmp_path / "step")
     shutil.copy(folder / OPTIMIZER.format(0), folder / OPTIMIZER.format(2))
-    with pytest.raises(CorruptError, match=r"zero_pp_rank_0_\w+\.pt and bf16_zero_pp_rank_2_\w+\.pt hold the same va"):
+    with pytest.raises(
+        CorruptError,
+        match=r"zero_pp_rank_0_\w+\.pt and bf16_zero_pp_rank_2_\w+\.pt contain the "
+        r"same va",
+    ):
         ckptkit.open(folder)
     alike = Zero(groups=[{"a.weight": torch.ones(4, 4)}], stage=3, world=2, moments=("momentum_buffer",))
     same(ckptkit.load_state_dict(alike.save(tmp_path / "alike")), alike.full)

@@ -131,7 +131,7 @@ def test_replicas_are_compared_and_what_each_rank_has_of_its_own_is_not(sharded:
     with ckptkit.open(sharded["dtensor_files_4"].folder) as file:
         replicas = file.checkpoint.replicas
         (told,) = [finding.message for finding in file.findings if finding.code == "rank-values"]
-    assert told == "each rank has its own of extra.rng; those of rank 0 are taken"
+    assert told == "each rank has its own extra.rng; the values of rank 0 are used"
     names = {replica.name for replica in replicas}
     assert {"model.norm.running_mean", "optimizer.state.0.step"} <= names
     assert not any("rng" in name for name in names)
@@ -172,7 +172,7 @@ def test_what_a_word_in_a_key_does_not_excuse(tmp_path: Path) -> None:
         names = [replica.name for replica in file.checkpoint.replicas]
         told = [finding.message for finding in file.findings if finding.code == "rank-values"]
     assert names == ["model.time_embed", "model.seed.weight", "criterion_loss.center"]
-    assert told == ["each rank has its own of loss, random_states; those of rank 0 are taken"]
+    assert told == ["each rank has its own loss, random_states; the values of rank 0 are used"]
     tree["model"]["time_embed"] += 1
     torch.save(tree, tmp_path / "rank_1.pt")
     with pytest.raises(CorruptError, match=r"1 tensor .*: model\.time_embed"):
@@ -476,7 +476,7 @@ def test_flat_parameters_are_not_cut_by_another_model(sharded: Samples, tmp_path
     }
     for name, other in others.items():
         torch.save(other, tmp_path / f"{name}.pth")
-        with pytest.raises(RewriteError, match=r"flat parameter '_flat_param' has 229 elements; the parameters of"):
+        with pytest.raises(RewriteError, match=r"flat parameter '_flat_param' has 229 elements, but the parameters of"):
             ckptkit.convert(folder, tmp_path / "w.pth", like=tmp_path / f"{name}.pth")
     save_file(dict(model), tmp_path / "sorted.safetensors")
     with pytest.raises(RewriteError, match=r"in the order of the model's parameters, and .* does not keep it"):

@@ -62,7 +62,7 @@ def test_what_only_other_ranks_have_may_be_missing(copy: Path, run: Callable[...
 
 def test_a_hole_names_the_file_that_may_be_missing(copy: Path) -> None:
     (copy / "shard-00001-model-00002-of-00002.safetensors").unlink()
-    text = r"leave out .*; not there: shard-00001-model-00002-of-00002\.safetensors"
+    text = r"leave out .*; missing: shard-00001-model-00002-of-00002\.safetensors"
     with pytest.raises(CorruptError, match=text):
         ckptkit.open(copy)
 
@@ -108,7 +108,7 @@ DAMAGED: dict[str, tuple[tuple[Any, ...], str]] = {
     "no offsets": ((FIRST, (WHOLE, None)), "shard-00002-.*: its metadata has no DCP_SHARDING_INFO"),
     "other names": ((FIRST, (WHOLE, {"v": [2, 0]})), "describes other tensors than the file has"),
     "too few offsets": ((FIRST, (WHOLE, {"w": [2]})), "does not give 'w' an offset for each of its dimensions"),
-    "offsets that are none": ((FIRST, (WHOLE, {"w": ["2", 0]})), "gives 'w' no offset"),
+    "offsets that are none": ((FIRST, (WHOLE, {"w": ["2", 0]})), "does not give 'w' an offset"),
     "an offset below 0": ((FIRST, (WHOLE, {"w": [-2, 0]})), "reaches outside"),
     "another dtype": ((FIRST, ({"w": torch.ones(2, 2).half()}, {"w": [2, 0]})), "float16"),
     "another tensor": ((FIRST, ({"w": torch.ones(3, 2)}, {"w": [0, 0]})), "is a different tensor there"),
@@ -141,7 +141,7 @@ def test_a_file_of_another_kind_is_refused(copy: Path) -> None:
     path = copy / "shard-00002-model-00001-of-00002.safetensors"
     data = path.read_bytes()
     torch.save({"w": torch.ones(2)}, path)
-    with pytest.raises(CorruptError, match=rf"{path.name}: it is torch-zip, where its name says safetensors"):
+    with pytest.raises(CorruptError, match=rf"{path.name}: it is torch-zip, but its name says safetensors"):
         ckptkit.open(copy)
     path.write_bytes(data[:-4])
     with pytest.raises(CorruptError, match=path.name):
