@@ -82,7 +82,7 @@ def test_each_kind_says_what_it_is(save) -> None:
         "a training checkpoint: ": {"model": {"w": torch.ones(1)}, "epoch": 1},
         "one tensor, float32 [2, 3], ": torch.ones(2, 3),
         "tensors, but not the state_dict": [torch.ones(1)],
-        "no tensor: ": {"epoch": 1},
+        "no tensors: ": {"epoch": 1},
     }
     for sentence, saved in kinds.items():
         assert text(save(saved))[1].startswith(sentence)

@@ -68,7 +68,7 @@ def test_of_several_outputs_one() -> None:
     assert output_of(report, "-", second, stdin=Path(first).read_bytes()) == output_of(report, first, second)
     for other in ("--json", "--format=junit"):
         for command, path in ((check, "."), (report, first)):
-            with pytest.raises(click.UsageError, match=r"--json-lines and --format .*: give one of them"):
+            with pytest.raises(click.UsageError, match=r"--json-lines and --format .*: give only one of them"):
                 output_of(command, path, "--json-lines", other)
 
 
