@@ -8,20 +8,20 @@ The layers, each importing only from those to its right; a test enforces it:
         > inspection, conversion > diagnose, compare, stats, architectures, digests, options > rewrite > formats
         > transfer > normalize > pickling > plan, casting > checkpoint > tensor > computed > places > remote
         > bytesource > codes, documents, fleet, fixes > report, arguments, dtypes, limits, extras > nearness
-        > errors, display
+        > errors, display, shell
 
 Some rooms are more than the first sketch had: `plan`, because writers make plans and `transfer` executes them and
 neither should know the other; `compare`, because the proof that an output is right must go through the readers, which
 the mover of bytes must not know; `inspection` (the document that is shown) apart from `diagnose` (what is remarkable
 about a checkpoint).  `architectures` knows which models have a checkpoint's names and shapes, `arguments` what values
-mean that are given, `nearness` which word was probably meant, and `options` declares what each command can be asked
-for.  `conversion` turns options into rewriters, plans and carries out one output, or those of a folder, and tells what
+mean that are given, `nearness` which word was probably meant, `shell` how a command is typed, and `options` declares what each command can be
+asked for.  `conversion` turns options into rewriters, plans and carries out one output, or those of a folder, and tells what
 came of it; `checkpoint_file` is what `open` gives.  `remote` makes a byte source of a file on another machine, one
 module a kind of server, and `places` answers what a path is, and what is below it, of paths and URLs alike. `fleet` has
 work done for very many tasks in several processes, and knows nothing of checkpoints.  `page` makes self-contained HTML
 pages of documents, with the styles and scripts that they consist of. `documents` has the types of what commands print
 as JSON; `differences` is what `ckptkit.diff` tells; `released` what `ckptkit.manifest` records and `ckptkit.check`
-contains files against; `digests` says when two files contain the same tensors. Inside `normalize` stand the one
+holds files against; `digests` says when two files contain the same tensors. Inside `normalize` stand the one
 enumeration of everything in a file that has bytes (`tensors`) and the one comparison of two trees (`trees`), which
 everything that shows, compares, counts or digests goes through. Bytes that have to be made before they can be moved are
 `computed`, and `casting` is what one way of making them computes; what another does, which reads tensors for it, is in

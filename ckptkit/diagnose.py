@@ -25,6 +25,7 @@ from ckptkit.normalize.shapes import are_data
 from ckptkit.normalize.tensors import FoundTensor, other_tensors
 from ckptkit.pickling.inert import Global, Object, mapping_items, walk
 from ckptkit.report import Finding, apart, convert_command, count_of, gravest_first, human_size, listed, share_of
+from ckptkit.shell import command_line
 from ckptkit.tensor import unordered, unused_nbytes
 
 if TYPE_CHECKING:
@@ -152,11 +153,9 @@ def _copies(checkpoint: Checkpoint, contents: Everything) -> Iterator[Finding]:
 
 def _checked(checkpoint: Checkpoint) -> str:
     """The command that looks into all of a folder."""
-    import shlex
-
     options = checkpoint.origin.options
     typed = [word for name in ("--tag", "--tp-rules") if name in options for word in options[options.index(name) :][:2]]
-    return shlex.join(["ckptkit", "check", checkpoint.origin.path, *typed])
+    return command_line(["ckptkit", "check", checkpoint.origin.path, *typed])
 
 
 def _part(checkpoint: Checkpoint, contents: Everything) -> Iterator[Finding]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any
 
 __all__ = ["MOST_LINES", "TreeLine", "html_block", "human_size", "names_tree", "printable"]
 
@@ -40,6 +40,8 @@ _DOTS = {"ok": "#2da44e", "failed": "#e5484d", "error": "#e5484d", "warning": "#
 
 _TEXT = ' style="white-space:pre-wrap"'
 _CELL = ' style="text-align:left;white-space:pre-wrap;vertical-align:top;min-width:5em"'
+_LIST = ' style="list-style:none;margin:0;padding:{}"'
+_ITEM = ' style="margin:0;padding:0 0 0 {}"'
 _LINE = ' style="display:inline-flex;width:calc(100% - {}em);gap:1em;vertical-align:top"'
 _NAME = ' style="flex:1 1 13em;min-width:8em;font-family:monospace;overflow-wrap:anywhere"'
 _NOTE = ' style="flex:1 1 16em;min-width:0;opacity:.75;overflow:hidden;text-overflow:ellipsis;white-space:nowrap"'
@@ -62,7 +64,7 @@ def human_size(nbytes: int) -> str:
     return f"{nbytes} B"
 
 
-class TreeLine(NamedTuple):
+class TreeLine:
     """A module or a tensor.
 
     Attributes:
@@ -73,12 +75,11 @@ class TreeLine(NamedTuple):
         note: dtype and shape, or class.
     """
 
-    level: int
-    label: str
-    tensors: int
-    elements: int
-    nbytes: int
-    note: str
+    __slots__ = ("elements", "label", "level", "nbytes", "note", "tensors")
+
+    def __init__(self, level: int, label: str, tensors: int, elements: int, nbytes: int, note: str) -> None:
+        self.level, self.label, self.note = level, label, note
+        self.tensors, self.elements, self.nbytes = tensors, elements, nbytes
 
 
 def html_block(
@@ -135,29 +136,24 @@ def _dot(state: str) -> str:
 
 
 def _tree(lines: Sequence[TreeLine]) -> Iterable[str]:
-    """The lines, each with what is in it folded below it; as many levels are open as fit on a screen."""
+    """The lines as a list, what is in each folded below it; as many levels are open as fit on a screen."""
     depth = max((line.level for line in lines), default=0)
     while depth and sum(line.level <= depth for line in lines) > _MOST_OPEN:
         depth -= 1
     whole = max((line.nbytes for line in lines), default=0) or 1
-    indent = "margin-left:1.2em"
-    yield '<div style="margin-top:.6em">'
-    heads = [(_NAME, "module or tensor"), (_NOTE, "kind")]
-    heads += [(_figure(width), head) for width, head in ((4, "tensors"), (8, "elements"), (9, "bytes"))]
-    yield f'<div style="{indent};opacity:.75"><span{_LINE.format(0.4)}>{_spans(heads)}</span></div>'
+    yield f"<ul{_LIST.format('.6em 0 0')}>"
     above: list[int] = []
     for line, after in zip(lines, [*lines[1:], None], strict=True):
         while above and above[-1] >= line.level:
             above.pop()
-            yield "</details>"
-        text = _line(line, whole, 1.4 if after is not None and after.level > line.level else 0.4)
-        margin = f' style="{indent}"' if above or after is None or after.level <= line.level else ""
+            yield "</ul></details></li>"
         if after is not None and after.level > line.level:
             above.append(line.level)
-            yield f"<details{' open' * (line.level < depth)}{margin}><summary>{text}</summary>"
+            inside = f"<summary>{_line(line, whole, 1.4)}</summary><ul{_LIST.format('0 0 0 1.2em')}>"
+            yield f"<li{_ITEM.format(0)}><details{' open' * (line.level < depth)}>{inside}"
         else:
-            yield f"<div{margin}>{text}</div>"
-    yield "</details>" * len(above) + "</div>"
+            yield f"<li{_ITEM.format('1.2em')}>{_line(line, whole, 0.4)}</li>"
+    yield "</ul></details></li>" * len(above) + "</ul>"
 
 
 def _line(line: TreeLine, whole: int, marker: float) -> str:
@@ -167,9 +163,9 @@ def _line(line: TreeLine, whole: int, marker: float) -> str:
     half = _MAX_LABEL // 2
     label = line.label if len(line.label) <= _MAX_LABEL else f"{line.label[:half]}…{line.label[-half:]}"
     figures = [
-        (_figure(4), f"{line.tensors:,}" if line.tensors else ""),
-        (_figure(8), f"{line.elements:,}" if line.elements or line.note else ""),
-        (_figure(9, bar), human_size(line.nbytes) if line.nbytes or line.note else ""),
+        (_figure(8), f"{line.tensors:,} tensor{'s' * (line.tensors != 1)}" if line.tensors else ""),
+        (_figure(12), f"{line.elements:,} element{'s' * (line.elements != 1)}" if line.elements else ""),
+        (_figure(7, bar), human_size(line.nbytes) if line.nbytes else ""),
     ]
     return f"<span{_LINE.format(marker)}>{_spans([(_NAME, label), (_NOTE, line.note), *figures])}</span>"
 
@@ -217,7 +213,7 @@ def names_tree(tensors: Iterable[tuple[str, str, int, int]]) -> tuple[list[TreeL
 def _lines(inside: _Module, level: int, depth: int) -> Iterator[TreeLine]:
     for label, below in islice(inside.items(), _MOST_OPEN):
         if not isinstance(below, _Module):
-            yield below._replace(level=level, label=label)
+            yield TreeLine(level, label, 0, below.elements, below.nbytes, below.note)
             continue
         while len(below) == 1 and isinstance(only := next(iter(below.values())), _Module):  # a name on its own
             label, below = f"{label}.{next(iter(below))}", only

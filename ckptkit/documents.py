@@ -34,8 +34,7 @@ class _Report(TypedDict):
     """What every report has.
 
     Attributes:
-        schema_version: of all documents.
-        ok: whether no finding has severity ``"error"``.
+        schema_version, ok: of all documents; whether no finding has severity ``"error"``.
         findings: everything found, in the order it was found.
     """
 
@@ -162,13 +161,14 @@ class ConvertDetails(ChangesDocument, _PartDetails):
 
     Attributes:
         source, destination: files; for shards the destination is their index.
-        written: whether it was; with ``--dry-run`` nothing is.
-        checked: whether the output was compared with the source.
+        source_nbytes: of the source, with its shards.
+        written, checked: whether it was, and was compared with the source; with ``--dry-run`` nothing is.
         section: path of the weights that were converted.
         plan: how it is, or would be, written.
     """
 
     source: str
+    source_nbytes: int
     destination: str
     written: bool
     checked: bool
@@ -287,7 +287,6 @@ class VerifyDetails(TypedDict):
         seconds, steps: how long each part took; and each check.
         peak_memory_nbytes: the peak memory.
         versions: of ckptkit, Python and the packages that computed.
-        combined_fix: the single conversion that the findings advise; ``None``: they advise none.
     """
 
     path: str
@@ -345,7 +344,6 @@ class CheckedFile(TypedDict):
         sha256: of the file, if it was computed.
         ok, checked: whether it meets all rules; whether every rule could be applied.
         rules: those applied, in order.
-        combined_fix: the single conversion that its findings advise; ``None``: they advise none.
     """
 
     path: str

@@ -15,11 +15,11 @@ together, these rules decide, and what is left out is told:
 from __future__ import annotations
 
 import os
-import shlex
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import NamedTuple
 
 from ckptkit.report import CONVERT, CombinedFix, Finding, convert_command, listed
+from ckptkit.shell import words_in
 
 __all__ = ["combined_fix"]
 
@@ -138,7 +138,7 @@ def _command(every: Sequence[_Advice], options: Sequence[_Option], suffix: str) 
 
 
 def _advice(code: str, command: str) -> _Advice:
-    _, _, path, destination, *words = shlex.split(command)
+    _, _, path, destination, *words = words_in(command)
     options: list[_Option] = []
     rest = iter(words)
     for word in rest:

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from itertools import islice
 
 from ckptkit.errors import FileAccessError, MissingFileError
+from ckptkit.shell import quoted
 
 __all__ = ["did_you_mean", "meant_file", "nearest", "with_meant_file"]
 
@@ -43,13 +43,12 @@ def nearest(given: str, known: Iterable[str], n: int = 3, *, called: Mapping[str
             words.setdefault(_plain(word), []).append(word)
     if wanted in words:
         return words[wanted][:n]
-    begun = [name for word, names in words.items() if len(wanted) > 1 and word.startswith(wanted) for name in names]
-    if 0 < len(begun) <= n:
-        return begun
     from difflib import SequenceMatcher, get_close_matches  # every command starts faster without
 
-    near = get_close_matches(wanted, words, n, cutoff=_ALIKE)
+    begun = [word for word in words if len(wanted) > 1 and word.startswith(wanted)]
+    near = begun if 0 < len(begun) <= n else get_close_matches(wanted, words, n, cutoff=_ALIKE)
     share = {word: SequenceMatcher(None, word, wanted).ratio() for word in near}
+    near = sorted((word for word in words if word in share), key=share.__getitem__, reverse=True)
     return [name for word in near if share[word] > share[near[0]] - _SPREAD for name in words[word]][:n]
 
 
@@ -92,7 +91,7 @@ def meant_file(path: str) -> str:
     """
     file, mark, member = path.partition("!")
     with suppress(OSError, ValueError):
-        return _asked(shlex.quote(near + mark + member) for near in _near_files(file))
+        return _asked(quoted(near + mark + member) for near in _near_files(file))
     return ""
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, TypedDict, 
 
 from ckptkit.display import human_size, printable
 from ckptkit.errors import FailedReportError, RewriteError
+from ckptkit.shell import command_line, quoted, words_in
 
 if TYPE_CHECKING:
     from typing_extensions import TypeVar as TypeVarWithDefault  # of Python 3.13
@@ -241,7 +242,6 @@ def convert_command(
     of ``taken`` and nothing that is there; ``is_clean`` says so in its name, which has it anyway where only that tells
     it from the source.  What is neither a file nor standard input is called FILE.
     """
-    import shlex
     from itertools import chain, count
 
     if path.startswith("-") and path != "-":  # no option
@@ -264,7 +264,7 @@ def convert_command(
     stem = os.path.join(folder, f"{bare}.clean" if is_clean or suffix in endings else bare)
     paths = chain([stem + suffix], (f"{stem}-{number}{suffix}" for number in count(2)))
     destination = next(each for each in paths if each not in taken and not os.path.lexists(each))
-    return shlex.join(["ckptkit", "convert", path, destination, *options])
+    return command_line(["ckptkit", "convert", path, destination, *options])
 
 
 def split_member(path: str) -> tuple[str, str] | None:
@@ -277,7 +277,7 @@ def split_member(path: str) -> tuple[str, str] | None:
     separators = "/!" + (os.sep if os.sep != "/" else "")
     for at in range(len(path) - 2, 0, -1):
         if path[at] in separators and os.path.isfile(path[:at]):
-            return path[:at], path[at + 1 :]
+            return path[:at], path[at + 1 :].replace(os.sep, "/")
     return None
 
 
@@ -294,13 +294,11 @@ def apart(findings: Iterable[_Finding], given: Sequence[str] = ()) -> Iterator[_
         fix = finding.fix
         if fix is not None and fix.startswith(CONVERT):
             if fix not in fixes:
-                import shlex  # inspecting starts faster without
-
-                _, _, path, destination, *options = shlex.split(fix)
+                _, _, path, destination, *options = words_in(fix)
                 kept = given[2:] if "--section" in given and "--section" in options else given
                 suffix = os.path.splitext(destination)[1]
                 fixes[fix] = convert_command(path, *kept, *options, suffix=suffix, taken=taken)
-                taken.add(shlex.split(fixes[fix])[3])
+                taken.add(words_in(fixes[fix])[3])
             finding = replace(finding, fix=fixes[fix])
         yield finding
 
@@ -310,10 +308,9 @@ def glob_of(name: str, before: str = "") -> str:
 
     ``before`` is a pattern of what is before it: ``"*"``.
     """
-    import shlex
     from glob import escape
 
-    return shlex.quote(before + "".join(c if c.isprintable() else "?" for c in escape(name)))
+    return quoted(before + "".join(c if c.isprintable() else "?" for c in escape(name)))
 
 
 def count_of(count: int, thing: str, *verb: str) -> str:

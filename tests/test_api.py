@@ -174,7 +174,7 @@ HOSTILE = "<script>alert(1)</script>\x1b[31m\n\u202e&amp;" + "x" * 5000
 class Tags(html.parser.HTMLParser):
     """The tags and the text of what a notebook is given, which must be well formed."""
 
-    INERT = frozenset(("div", "span", "strong", "details", "summary", "table", "tr", "th", "td"))
+    INERT = frozenset(("div", "span", "strong", "details", "summary", "ul", "li", "table", "tr", "th", "td"))
 
     def __init__(self, text: str) -> None:
         super().__init__(convert_charrefs=True)
@@ -234,7 +234,7 @@ def test_what_a_notebook_shows(ddp_resume: Path, save) -> None:
         shown = "features.0.0.weight float32 [8, 3, 3, 3], features.0.1.weight float32 [8] and 312 more"
         assert repr(stripped) == f"StateDict(314 tensors: {shown})"
         assert (
-            "0 weight float32 [8, 3, 3, 3] 1 216 864 B1 weight float32 [8], bias float32 [8]"
+            "0 weight float32 [8, 3, 3, 3] 1 tensor 216 elements 864 B1 weight float32 [8], bias float32 [8]"
             in Tags(stripped._repr_html_()).text
         )
     assert "torch-zip, resume" in text and "314 tensors, 98,890 parameters" in text and "features" in text
@@ -263,9 +263,12 @@ def test_the_tree_of_a_notebook_folds(tmp_path: Path) -> None:
     with ckptkit.open(tmp_path / "a.pth") as ckpt:
         page = Tags(ckpt.state_dict._repr_html_())
         assert {"details", "summary"} <= page.tags
-        assert "blocks  121 1,922 7.69 kB0 float32 [2]  2 8 B" in page.text and "and 37 more" in page.text
-        assert "1.attention q float32 [4, 4], k float32 [4, 4] 2 32 128 B" in page.text
-        assert "weight float32 [6, 4] = embed.weight 1 0 0 B" in page.text, "what is tied counts once"
+        assert (
+            "blocks  121 tensors 1,922 elements 7.69 kB0 float32 [2]  2 elements 8 B" in page.text
+            and "and 37 more" in page.text
+        )
+        assert "1.attention q float32 [4, 4], k float32 [4, 4] 2 tensors 32 elements 128 B" in page.text
+        assert "weight float32 [6, 4] = embed.weight 1 tensor  " in page.text, "what is tied counts once"
         assert "rewritten: StripModule()" in Tags(ckpt.checkpoint.rewrite(ckptkit.StripModule())._repr_html_()).text
 
 

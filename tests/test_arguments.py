@@ -419,7 +419,7 @@ TYPED_ALONE = {
 }
 """What only the command line has, beside what all commands have."""
 
-COMMON = {"output", "as_json", "quiet", "color", "debug"}
+COMMON = {"output", "output_file", "as_json", "quiet", "color", "debug"}
 
 
 def typed_of(name: str) -> set[str]:

@@ -69,6 +69,8 @@ def test_the_picture_shows_todays_output() -> None:
 
 def test_the_pictures_are_small() -> None:
     assert (FIXTURES / "pictures" / "inspect.svg").stat().st_size < 60_000
+    assert (FIXTURES / "pictures" / "page.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert (FIXTURES / "pictures" / "page.png").stat().st_size < 200_000
 
 
 def test_every_fixture_says_how_it_is_made(make: ModuleType) -> None:

@@ -6,7 +6,7 @@ here moves a file position, so ranges can be read from several threads.  Bytes t
 wanted are in `ckptkit.computed`.
 """
 
-from ckptkit.bytesource.local import SourceFile, fill_from, read_at, spool_room, write_at
+from ckptkit.bytesource.local import SourceFile, fill_from, flush_to_disk, read_at, spool_room, write_at
 from ckptkit.bytesource.source import (
     CHUNK_NBYTES,
     GAP_NBYTES,
@@ -34,6 +34,7 @@ __all__ = [
     "byte_range",
     "fill_from",
     "first_changed",
+    "flush_to_disk",
     "given_up",
     "made_by_position",
     "outside",

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
+import sys
 import threading
 
 from ckptkit.bytesource.source import ByteRange, Source, pace
 from ckptkit.errors import CorruptError, FileAccessError, MissingFileError
 
-__all__ = ["SourceFile", "fill_from", "read_at", "spool_room", "write_at"]
+__all__ = ["SourceFile", "fill_from", "flush_to_disk", "read_at", "spool_room", "write_at"]
 
 _PAGE = 4096
 """What is made of a file begins at a multiple of this in its spool, so that it can be mapped."""
@@ -26,7 +28,8 @@ def read_at(fd: int, nbytes: int, offset: int) -> bytes:
         OSError: it could not be read.
     """
     if hasattr(os, "pread"):
-        return os.pread(fd, nbytes, offset)
+        data: bytes = os.pread(fd, nbytes, offset)
+        return data
     with _position:
         os.lseek(fd, offset, os.SEEK_SET)
         return os.read(fd, nbytes)
@@ -50,6 +53,24 @@ def fill_from(fd: int, buffer: bytearray | memoryview, offset: int) -> int:
             break
         filled += count
     return filled
+
+
+def flush_to_disk(fd: int) -> None:
+    """Wait until what was written to a file, or to a folder, is on the disk.
+
+    macOS's ``fsync`` leaves it in the disk's own memory; ``F_FULLFSYNC`` does not (fcntl(2) there), where there is such
+    a thing: not on a network's disk.
+
+    Raises:
+        OSError: it is not.
+    """
+    if sys.platform == "darwin":
+        import fcntl
+
+        with contextlib.suppress(OSError):
+            fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
+            return
+    os.fsync(fd)
 
 
 def write_at(fd: int, data: bytes | bytearray | memoryview, offset: int) -> None:

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ckptkit import api
-from ckptkit.cli import ending
+from ckptkit.cli import closing, ending
 from ckptkit.cli import options as ui
-from ckptkit.cli.closing import combined_lines
+from ckptkit.cli.closing import combined_lines, read
 from ckptkit.cli.outputs import add_summary, findings_of, github, gitlab, junit, sarif
 from ckptkit.cli.tables import wrapped
 from ckptkit.cli.usage import Choice
@@ -302,10 +302,11 @@ def _echo_text(run: Run, view: ui.View) -> int:
 
     A reader that goes away does not end the check: what it comes to is the exit code.
     """
-    tally = Tally()
+    tally, nbytes = Tally(), 0
     gone: ending.OutputLostError | None = None
     for result in run.results():
         tally.add(result)
+        nbytes += result.size or 0
         findings = [finding.to_dict() for finding in result.findings]
         try:
             for line in () if gone else _lines(result.to_dict(), findings, view):
@@ -318,6 +319,7 @@ def _echo_text(run: Run, view: ui.View) -> int:
     code = ending.verdict(end["exit_code"])
     if gone is not None:
         raise gone
+    closing.summary(f"{read(tally.files, nbytes)}: {end['verdict']}")
     for line in _last_lines(end["passed_over"], end["verdict"], code, view):
         ui.echo(line)
     return code

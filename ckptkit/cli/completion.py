@@ -11,6 +11,7 @@ nothing is offered.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, suppress
 from functools import partial
@@ -123,6 +124,11 @@ def _names() -> Offered:
     return ((name, "") for checkpoint in _checkpoints() for name in checkpoint.state_dict.everything)
 
 
+def _prefixes() -> Offered:
+    """What names begin with, up to each of their dots."""
+    return ((name[: dot.end()], "") for name, _ in _names() for dot in re.finditer(r"\.", name))
+
+
 def _metadata() -> Offered:
     return ((f"{key}=", "") for checkpoint in _checkpoints() for key in checkpoint.metadata if "=" not in key)
 
@@ -142,7 +148,7 @@ def _tags() -> Offered:
 
 _OFFERED: dict[str, Callable[[], Offered]] = {
     **dict.fromkeys(("model", "like", "fits"), _references),
-    **dict.fromkeys(("section", "section_a", "section_b"), _sections),
+    **dict.fromkeys(("section", "section_a", "section_b", "as_key"), _sections),
     **dict.fromkeys(("tag", "tag_a", "tag_b"), _tags),
     **dict.fromkeys(("device", "map_location", "location"), _devices),
     **dict.fromkeys(("filters", "include", "exclude", "keep_dtype", "allow_missing", "allow_unexpected"), _names),
@@ -150,6 +156,7 @@ _OFFERED: dict[str, Callable[[], Offered]] = {
     "to": _containers,
     "dtype": _dtypes,
     "leave_out": _parts,
+    "strip_prefix": _prefixes,
     "metadata": _metadata,
 }
 """What is offered for options and arguments, by their names."""
@@ -169,7 +176,7 @@ def _completed(parameter: click.Parameter, _: click.Context, incomplete: str) ->
     name = parameter.name or ""
     found = {value: told for value, told in _OFFERED[name]() if value.startswith(incomplete)}
     words = [value for value in found if printable(value) == value]
-    if _OFFERED[name] is _names and len(words) > _MOST:
+    if _OFFERED[name] in (_names, _prefixes) and len(words) > _MOST:
         words = _shortened(words, len(incomplete))
     if not words and name in _FILES_TOO:
         return [CompletionItem(incomplete, type="file")]

@@ -11,8 +11,9 @@ import click
 
 from ckptkit import api
 from ckptkit.arguments import device_problem
-from ckptkit.cli import ending
+from ckptkit.cli import closing, ending
 from ckptkit.cli import options as ui
+from ckptkit.cli.closing import converted
 from ckptkit.cli.ending import progress_line
 from ckptkit.cli.tables import columns, wrapped
 from ckptkit.options import ConvertOptions
@@ -226,8 +227,8 @@ def command(
     Several processes can write the shards, on one machine or several: --jobs N, or --part I/N in each of N and then
     --finish, all with the same SRC, DST and options.  Until then readers see none of it.
 
-    On a terminal, convert asks before it replaces files without keeping a copy: with --force, and with --in-place
-    without --backup; --yes skips the question.
+    On a terminal, convert asks before it replaces a file without keeping a copy (--force, or --in-place without
+    --backup); --yes skips the question.
 
     Exit code 0: everything was converted; 2: something could not be.
     """
@@ -257,6 +258,7 @@ def command(
     if output == "text" and not quiet:
         for line in ui.finding_lines(found, view.style, view.width):
             ending.say(line)
+        closing.summary(converted(document))
     return code
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import click
 
 from ckptkit import api
-from ckptkit.cli import ending
+from ckptkit.cli import closing, ending
 from ckptkit.cli import options as ui
 from ckptkit.cli.ending import progress_line
 from ckptkit.cli.tables import Cell, columns, wrapped
@@ -301,8 +301,16 @@ def command(
     as_json = output == "json"
     if a == b == "-":
         raise click.UsageError("only one of the two can be standard input")
+    if output == "html":
+        from ckptkit.page.frame import charts_script
+
+        charts_script()  # before hours of comparing
     with ui.json_errors(as_json), progress_line(progress, quiet=quiet or as_json) as update:
         difference = api.diff(a, b, progress=update, **options)
     code = ending.verdict(0 if difference.ok else 1)
+    if output == "text":
+        a_nbytes, b_nbytes = human_size(difference.a["nbytes"]), human_size(difference.b["nbytes"])
+        tensors = count_of(difference.tensors, "tensor")
+        closing.summary(f"{tensors} of {a_nbytes} in A and {b_nbytes} in B compared in {closing.elapsed()}")
     ui.show(difference.to_dict(), output, RENDERERS, ui.View(ui.styler(color), ui.terminal_width(), top=top))
     return code

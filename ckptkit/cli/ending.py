@@ -250,7 +250,7 @@ def _say(text: str, *, nl: bool = False) -> None:
 
 @contextmanager
 def signals_heard() -> Iterator[None]:
-    """SIGINT, SIGTERM and SIGHUP are raised in the block, so that what is unfinished is cleaned up.
+    """Signals that ask for the end, Windows' Ctrl-Break too, are raised in the block: what is unfinished is removed.
 
     Those that are ignored (as by ``nohup``), or that somebody else handles, are left as they are.
 
@@ -267,7 +267,8 @@ def signals_heard() -> Iterator[None]:
             came.append((number, time.monotonic()))
             raise SignalledError(number)
 
-    defaults = {"SIGINT": signal.default_int_handler, "SIGTERM": signal.SIG_DFL, "SIGHUP": signal.SIG_DFL}
+    defaults: dict[str, Any] = dict.fromkeys(("SIGTERM", "SIGHUP", "SIGBREAK"), signal.SIG_DFL)
+    defaults["SIGINT"] = signal.default_int_handler
     ours = [
         (number, default)
         for name, default in defaults.items()
@@ -297,7 +298,8 @@ def exit_code(error: BaseException) -> int:
         say(f"ckptkit: error: standard output is {state}" + (f"; {_ending.done}" if _ending.done else ""))
         return 2
     number = error.number if isinstance(error, SignalledError) else signal.SIGINT
-    how = {"SIGINT": "interrupted", "SIGTERM": "terminated"}.get(signal.Signals(number).name, "the terminal is gone")
+    told = {"SIGINT": "interrupted", "SIGBREAK": "interrupted", "SIGTERM": "terminated"}
+    how = told.get(signal.Signals(number).name, "the terminal is gone")
     say(f"ckptkit: {how}; {_ending.done or 'no file is half-written'}")
     return 128 + number
 

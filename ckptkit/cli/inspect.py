@@ -11,8 +11,9 @@ import click
 
 from ckptkit import api, places
 from ckptkit.bytesource import pace
-from ckptkit.cli import ending, inspect_text, tensor_tables
+from ckptkit.cli import closing, ending, inspect_text, tensor_tables
 from ckptkit.cli import options as ui
+from ckptkit.cli.closing import read
 from ckptkit.cli.tables import width_of, wrapped
 from ckptkit.cli.usage import Choice
 from ckptkit.errors import CkptkitError, FileAccessError
@@ -144,6 +145,8 @@ def command(
                 ending.say(f"ckptkit: {printable(document['path'])}: no tensor matches --filter")
             if len(seen) == len(files):
                 ending.verdict(_exit_code(seen, fail_on))
+                if output == "text" and not flat and len(seen) > 1:
+                    closing.summary(read(len(seen), sum(each.nbytes for each in seen), len(_unread(seen))))
             yield document
 
     if output == "json":
@@ -279,7 +282,7 @@ def _with_lines(document: Survey | UnreadFile, asked: _Asked) -> dict[str, Any]:
     elif document["error"] is None or asked.output == "html":
         lines = _RENDERERS[asked.output](document, view)
     findings = [{"severity": finding["severity"]} for finding in document["findings"]]
-    told = {"path": document["path"], "error": document["error"], "findings": findings}
+    told = {"path": document["path"], "size": document["size"], "error": document["error"], "findings": findings}
     return {**told, "tensors": [True] * bool(document["tensors"]), "lines": [*lines]}
 
 
@@ -374,6 +377,7 @@ class _Seen(NamedTuple):
     is_read: bool
     is_hostile: bool
     severities: list[Severity]
+    nbytes: int
 
 
 def _told(document: Survey | UnreadFile) -> _Seen:
@@ -384,11 +388,15 @@ def _told(document: Survey | UnreadFile) -> _Seen:
         ending.write()  # what comes before it
         ending.say(f"ckptkit: error: {printable(place + message)}")
     severities = [finding["severity"] for finding in document["findings"]]
-    return _Seen(document["error"] is None, bool(document["findings"]), severities)
+    return _Seen(document["error"] is None, bool(document["findings"]), severities, document["size"] or 0)
+
+
+def _unread(files: list[_Seen]) -> list[_Seen]:
+    return [file for file in files if not file.is_read]
 
 
 def _exit_code(files: list[_Seen], fail_on: str) -> int:
-    unread = [file for file in files if not file.is_read]
+    unread = _unread(files)
     if unread:
         return 1 if all(file.is_hostile for file in unread) else 2
     if fail_on == "never":

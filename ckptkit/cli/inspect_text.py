@@ -82,6 +82,8 @@ def text(document: InspectedFile | Survey, view: View) -> Iterator[str]:
     if rows:
         yield ""
         yield from styled_table(rows, headers, align, style, width, first=range(8, len(align)), last=(2, 5, 4, 3))
+        if width is not None and len(document["sections"]) > len(rows):
+            yield from (style(line, dim=True) for line in wrapped(f"  {_more_sections(document)}", width))
     lines = [(label, line) for label, line in fact_lines(document) if line]
     if lines:
         yield ""
@@ -222,7 +224,12 @@ def _is_training(document: Survey) -> bool:
 
 
 def section_table(document: Survey, *, bars: bool = False) -> tuple[list[list[str]], list[str], str]:
-    """Rows, headers and alignment of the sections; no rows where the file is one section."""
+    """Rows, headers and alignment of the sections; no rows where the file is one section.
+
+    Args:
+        document: of the file.
+        bars: whether shares are bars too, and how many are not shown is told elsewhere.
+    """
     sections = document["sections"]
     if len(sections) == 1 and not sections[0]["path"]:
         return [], [], ""
@@ -240,10 +247,14 @@ def section_table(document: Survey, *, bars: bool = False) -> tuple[list[list[st
         ]
         for section in sections[:_MAX_SECTIONS_SHOWN]
     ]
-    if len(sections) > _MAX_SECTIONS_SHOWN:
-        rows.append(["", f"and {len(sections) - _MAX_SECTIONS_SHOWN:,} more (--json shows all)", *[""] * (6 + bars)])
+    if len(sections) > _MAX_SECTIONS_SHOWN and not bars:
+        rows.append(["", _more_sections(document), *[""] * 6])
     headers = ["", "section", "kind", "tensors", PARAMETERS, "buffers", "bytes", "share", *([BAR] if bars else ())]
     return rows, headers, "lnlrrrrr" + "l" * bars
+
+
+def _more_sections(document: Survey) -> str:
+    return f"and {len(document['sections']) - _MAX_SECTIONS_SHOWN:,} more (--json shows all)"
 
 
 def fact_lines(document: Survey) -> Iterator[tuple[str, str]]:

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from ckptkit import api
-from ckptkit.cli import ending
+from ckptkit.cli import closing, ending
 from ckptkit.cli import options as ui
+from ckptkit.cli.closing import read
 from ckptkit.cli.tables import wrapped
 from ckptkit.cli.usage import Choice
 from ckptkit.errors import FileAccessError
@@ -172,6 +173,8 @@ def command(
             storage_options=storage_options,
             jobs=jobs,
         )
+    if output == "text":
+        closing.summary(read(len(manifest.files), sum(record.size for record in manifest.files)))
     code = ending.verdict(0, f"{printable(destination)} was written" if destination is not None else "")
     ui.show(
         document_of(manifest),

@@ -18,8 +18,9 @@ from typing import Any, NamedTuple, TypeVar, cast
 
 import click
 
+from ckptkit import places
 from ckptkit.arguments import Option, Options, device_problem, tolerance
-from ckptkit.cli import ending
+from ckptkit.cli import closing, ending
 from ckptkit.cli.tables import wrapped
 from ckptkit.cli.usage import Choice
 from ckptkit.errors import CkptkitError
@@ -115,8 +116,20 @@ def later(name: str) -> Renderer:
 COLORS = {"error": "red", "warning": "yellow", "info": "cyan"}
 """Of the severities of findings."""
 
-_SYMBOLS = str.maketrans({"‥": "..", "…": "...", "\N{MULTIPLICATION SIGN}": "x"})
+_SYMBOLS = str.maketrans(
+    {
+        "‥": "..",
+        "…": "...",
+        "\N{MULTIPLICATION SIGN}": "x",
+        "█": "#",
+        **dict.fromkeys("▌▋▊▉", "+"),
+        **dict.fromkeys("▏▎▍", "-"),
+    }
+)
 """What stands for the symbols of our own on a terminal that does not have them."""
+
+_REPLACED = 6
+"""Columns of a line that are kept for what stands for those symbols: it takes more than they do."""
 
 _NARROWEST = 40
 """Columns of a terminal below which nothing is cut: whoever says so is not a terminal."""
@@ -156,13 +169,17 @@ def common_options(
         @functools.wraps(function)
         def command(*args: Any, as_json: bool, output: Any, output_file: str | None = None, **options: Any) -> Any:
             ending.begin(known=None)
+            closing.begin()
             if as_json:
                 output = (*output, "json") if isinstance(output, tuple) else "json"
             with (
                 ending.into_file(output_file, _texts([*args, *options.values()])),
                 ending.watched(quiet=options["quiet"] or "progress" in options),
             ):
-                return function(*args, output=output, **options)
+                code = function(*args, output=output, **options)
+            if not options["quiet"]:
+                closing.sum_up()
+            return code
 
         made = cast(F, command)
         for option in (
@@ -336,7 +353,12 @@ def with_examples(*examples: str) -> str:
 
 def path_argument(name: str, **options: Any) -> Callable[[F], F]:
     """A file name or URL that is left to the command to open, so that every refusal reads alike."""
-    options["callback"] = lambda _, __, value: local(value)
+    several = options.get("nargs") == -1
+
+    def given(_: click.Context, __: click.Parameter, value: Any) -> Any:
+        return tuple(each for path in local(value) for each in places.expanded(path)) if several else local(value)
+
+    options["callback"] = given
     return click.argument(name, type=click.Path(path_type=str, readable=False), **options)
 
 
@@ -353,6 +375,8 @@ def terminal_width() -> int | None:
     import shutil
 
     width = shutil.get_terminal_size().columns
+    if encodable("…") != "…":
+        width -= _REPLACED
     return width if width >= _NARROWEST else None
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -25,6 +26,9 @@ _LONGEST_NAME, _LEAST_NOTE, _LONG_NAME, _LEAST_NAME = 36, 12, 30, 16
 _LONG_NOTE = 28
 """Columns that notes keep as long as there are columns that are spared first."""
 
+_EARLIER = 8
+"""Characters before the first difference at which what is shown of a name may begin."""
+
 _GAP = 2
 """Spaces between columns."""
 
@@ -33,12 +37,15 @@ _INDENT = "    "
 
 _BLOCKS = " ▏▎▍▌▋▊▉█"
 
-_CODE = re.compile(r"\x1b\[[0-9;]*m")
-"""What colors text; from files come none, for their control characters are escaped."""
+_OWN = str.maketrans(dict.fromkeys(f"{_BLOCKS}‥…\N{MULTIPLICATION SIGN}", " "))
+"""Our own symbols, one column each."""
+
+_CODE = r"\x1b\[[0-9;]*m"
+"""What colors text; none comes from files, for their control characters are escaped."""
 
 _RESET = "\x1b[0m"
 
-_WORD = re.compile(r"( *)(\S*\[[\d, ]*\]\S*|[\d.,]+ (?:[kMGT]?B|\N{MULTIPLICATION SIGN})(?!\w)\S*|\S+)")
+_WORD = r"( *)(\S*\[[\d, ]*\]\S*|[\d.,]+ (?:[kMGT]?B|\N{MULTIPLICATION SIGN})(?!\w)\S*|\S+)"
 """Spaces, and what is behind them: a shape, and a number with its unit, are one word."""
 
 
@@ -193,7 +200,7 @@ def _must_stand(cell: str) -> bool:
 
 def width_of(text: str) -> int:
     """Columns that a text takes on a terminal."""
-    if text.isascii():
+    if text.isascii() or text.translate(_OWN).isascii():
         return len(text)
     from wcwidth import wcswidth  # most files do without
 
@@ -202,8 +209,8 @@ def width_of(text: str) -> int:
 
 
 def seen(text: str) -> int:
-    """The same of a text that may be colored."""
-    return width_of(_CODE.sub("", text))
+    """The same, for text that may be colored."""
+    return width_of(re.sub(_CODE, "", text))
 
 
 def padded(cell: str, width: int, side: str = "l") -> str:
@@ -214,7 +221,7 @@ def padded(cell: str, width: int, side: str = "l") -> str:
 
 def _characters(text: str) -> list[str]:
     """What a reader sees as characters."""
-    if text.isascii():
+    if text.isascii() or text.translate(_OWN).isascii():
         return [*text]
     from wcwidth import iter_graphemes
 
@@ -260,33 +267,42 @@ def _names(cells: Sequence[str], width: int) -> list[str]:
     """Names in so many columns: those that differ do so still, as far as there is room for it."""
     cut = {cell: _middle(cell, width) for cell in cells}
     if any(cell != short for cell, short in cut.items()):
-        _tell_apart(cut, [*cut], width, 0)
+        _tell_apart(cut, [*cut], width, 0, Counter(cut.values()))
     return [cut[cell] for cell in cells]
 
 
-def _tell_apart(cut: dict[str, str], names: Sequence[str], width: int, known: int) -> None:
-    """Cut those that look alike where they begin to differ.
+def _tell_apart(cut: dict[str, str], names: Sequence[str], width: int, known: int, shown: Counter[str]) -> None:
+    """Cut those that look alike where they begin to differ, or a little before, where others would look like that.
 
     Args:
         cut: each name, as it is shown.
         names: to look at.
         width: columns of each.
         known: characters they are known to have in common.
+        shown: how many of all are shown as what.
     """
     alike: dict[str, list[str]] = {}
     for name in names:
         alike.setdefault(cut[name], []).append(name)
-    for group in alike.values():
+    for look, group in alike.items():
         characters = [_characters(name) for name in group]
         ends = zip(min(characters), max(characters), strict=False)
         at = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], ends)) if len(group) > 1 else 0
         if at <= known:
             continue
+        shown[look] -= len(group)
         for name, each in zip(group, characters, strict=True):
-            rest = "".join(each[at:])
-            head = _cut(each[:at], max(width - min(width_of(rest), width * 2 // 3), 1), 0)
-            cut[name] = head + _middle(rest, width - width_of(head))
-        _tell_apart(cut, group, width, at)
+            looks = (_windowed(each, start, width) for start in range(at, max(at - _EARLIER, 0), -1))
+            cut[name] = next((each for each in looks if not shown[each]), _windowed(each, at, width))
+        shown.update(cut[name] for name in group)
+        _tell_apart(cut, group, width, at, shown)
+
+
+def _windowed(characters: Sequence[str], at: int, width: int) -> str:
+    """A name in so many columns, of which most show what is there from a place on."""
+    rest = "".join(characters[at:])
+    head = _cut(characters[:at], max(width - min(width_of(rest), width * 2 // 3), 1), 0)
+    return head + _middle(rest, width - width_of(head))
 
 
 def wrapped(text: str, width: int | None, indent: int | None = None) -> Iterator[str]:
@@ -305,7 +321,7 @@ def wrapped(text: str, width: int | None, indent: int | None = None) -> Iterator
         indent = len(text) - len(text.lstrip(" ")) + len(_INDENT)
     for line in _lines(text, width, " " * indent):
         started = colors
-        for code in _CODE.findall(line):
+        for code in re.findall(_CODE, line):
             colors = "" if code == _RESET else colors + code
         yield started + line + _RESET * bool(colors)
 
@@ -314,7 +330,7 @@ def _lines(text: str, width: int, indent: str) -> Iterator[str]:
     bare = text.lstrip(" ")
     line = text[: len(text) - len(bare)]
     used, is_empty = len(line), True
-    for spaces, word in _WORD.findall(bare):
+    for spaces, word in re.findall(_WORD, bare):
         for number, piece in enumerate(_pieces(word, max(width - len(indent), _LEAST_NOTE))):
             gap = "" if is_empty else spaces
             if not is_empty and (number or used + len(gap) + seen(piece) > width):
@@ -330,8 +346,8 @@ def _pieces(word: str, room: int) -> Iterator[str]:
         yield word
         return
     piece, used = "", 0
-    for part in re.split(f"({_CODE.pattern})", word):
-        for character in [part] if _CODE.fullmatch(part) else _characters(part):
+    for part in re.split(f"({_CODE})", word):
+        for character in [part] if re.fullmatch(_CODE, part) else _characters(part):
             wide = seen(character)
             if used and used + wide > room:
                 yield piece

@@ -7,7 +7,6 @@ click finds what is wrong; what was probably meant is said here, for commands, o
 from __future__ import annotations
 
 import os
-import shlex
 from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import suppress
 from itertools import takewhile
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ckptkit.nearness import did_you_mean
+from ckptkit.shell import quoted
 
 if TYPE_CHECKING:
     _Choice = click.Choice[str]
@@ -63,7 +63,7 @@ def fail_command(ctx: click.Context, name: str, commands: Iterable[str]) -> None
     """
     meant = did_you_mean(name, commands, called=_CALLED)
     if not meant and os.path.exists(name):
-        meant = f"; did you mean ckptkit inspect {shlex.quote(name)}?"
+        meant = f"; did you mean ckptkit inspect {quoted(name)}?"
     ctx.fail(f"No such command {name!r}{meant or '.'}")
 
 

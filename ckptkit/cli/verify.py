@@ -9,9 +9,9 @@ import click
 
 from ckptkit import api
 from ckptkit.bytesource import pace
-from ckptkit.cli import ending
+from ckptkit.cli import closing, ending
 from ckptkit.cli import options as ui
-from ckptkit.cli.closing import combined_lines
+from ckptkit.cli.closing import combined_lines, verified
 from ckptkit.cli.tables import padded, wrapped
 from ckptkit.options import VerifyOptions
 from ckptkit.report import printable
@@ -128,5 +128,7 @@ def command(path: str, output: str, quiet: bool, color: str, **given: Any) -> in
         report = api.verify(path, **ui.keywords_of(VerifyOptions, given))
     written = any(finding.code == "golden-written" for finding in report.findings)
     code = ending.verdict(0 if report.ok else 1, f"{printable(given['write_golden'])} was written" if written else "")
+    if output == "text":
+        closing.summary(verified(report.to_dict()))
     ui.show(report.to_dict(), output, RENDERERS, ui.View(ui.styler(color), ui.terminal_width(), quiet))
     return code

@@ -207,6 +207,7 @@ class Outcome:
         changes = cast("ConvertDetails", {} if self.conversion is None else self.conversion.details(plan))
         details: ConvertDetails = {
             "source": self.job.source.path,
+            "source_nbytes": self.job.source.total_size,
             "destination": self.job.path,
             "written": written,
             "checked": written and self.options.check,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -20,6 +19,7 @@ from ckptkit.pickling.reader import read_pickle
 from ckptkit.pickling.trust import global_uses, merge_uses, with_places
 from ckptkit.plan import Gather, LiteralBytes, Plan
 from ckptkit.report import Finding, convert_command, count_of, glob_of, human_size, listed, share_of
+from ckptkit.shell import quoted
 
 if TYPE_CHECKING:
     from ckptkit.casting import Losses
@@ -263,7 +263,7 @@ def diagnose_losses(
                 severity="warning",
                 message=f"{path!r:.200}, {kinds[path]} of {count_of(len(inside), 'tensor')}, is not in the output: "
                 "it also contains weights, under other names",
-                fix=f"--section {shlex.quote(path)}",
+                fix=f"--section {quoted(path)}",
             )
     outside = [f"{found.path:.100} ({brief(found.node)})" for found in lost if found.section is None]
     if outside:

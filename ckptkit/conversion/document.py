@@ -24,12 +24,10 @@ class ConvertedFile(ConvertDocument):
     """A file of a folder that was converted or, with ``--dry-run``, would be.
 
     Attributes:
-        source_nbytes: of the file, with its shards.
         seconds: that it took.
         error: ``None``; this distinguishes the two kinds of files.
     """
 
-    source_nbytes: int
     seconds: float
     error: None
 

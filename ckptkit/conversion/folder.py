@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     Convert = Callable[[str, str, ConvertOptions], Report[ConvertDocument]]
     """Converts one file."""
 
-__all__ = ["common_folder", "convert_files", "convert_folder", "converted_all", "outcome"]
+__all__ = ["convert_files", "convert_folder", "converted_all", "outcome", "shared_folder"]
 
 
 def convert_folder(source: str, destination: str, options: ConvertOptions, convert: Convert) -> Report[Any]:
@@ -91,10 +91,10 @@ def convert_files(sources: Sequence[str], destination: str, options: ConvertOpti
         for path in dict.fromkeys(sources)
     ]
     require_names(items, destination, options)
-    return converted_all(items, options, convert, started, common_folder(sources), destination)
+    return converted_all(items, options, convert, started, shared_folder(sources), destination)
 
 
-def common_folder(paths: Sequence[str]) -> str:
+def shared_folder(paths: Sequence[str]) -> str:
     """The folder that all are below."""
     with contextlib.suppress(ValueError):  # on several drives, or of paths some absolute
         return os.path.commonpath([os.path.dirname(path) for path in paths]) or os.curdir

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import shlex
 import shutil
 import time
 from collections.abc import Iterator
@@ -21,10 +20,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ckptkit import formats, places
 from ckptkit.bytesource import Source, SourceFile
-from ckptkit.conversion.folder import common_folder, converted_all
+from ckptkit.conversion.folder import converted_all, shared_folder
 from ckptkit.conversion.outputs import Item, require_confirmed
 from ckptkit.errors import FileAccessError, RewriteError
 from ckptkit.report import Report
+from ckptkit.shell import quoted
 from ckptkit.transfer.names import beside
 
 if TYPE_CHECKING:
@@ -55,10 +55,10 @@ def convert_in_place(source: object, options: ConvertOptions, convert: Convert) 
         paths = [os.fsdecode(path) for path in source]
         items = [Item(path, path, (path,)) for path in dict.fromkeys(paths)]
         require_confirmed([] if options.backup else paths, options)
-        above = common_folder(paths)
+        above = shared_folder(paths)
         return converted_all(items, options.but(confirm=None), convert, started, above, above)
     if not isinstance(source, (str, os.PathLike)):
-        raise RewriteError(f"--in-place replaces a file, and {type(source).__name__} is not a path")
+        raise RewriteError(f"--in-place replaces a file: expected its path, found {type(source).__name__}")
     path = os.fsdecode(source)
     return convert(path, path, options)
 
@@ -113,7 +113,7 @@ def _require_file(path: str) -> None:
 
 def _instead(path: str) -> str:
     """How to say what to do in place of it."""
-    return "" if os.path.isdir(path) else f"; name a new one: ckptkit convert {shlex.quote(places.shown(path))} NEW"
+    return "" if os.path.isdir(path) else f"; name a new one: ckptkit convert {quoted(places.shown(path))} NEW"
 
 
 def _container(path: str, checkpoint: Checkpoint, file: Source, options: ConvertOptions) -> str:
@@ -135,7 +135,10 @@ def _container(path: str, checkpoint: Checkpoint, file: Source, options: Convert
             return own.name
         told = f"is {own.name}, which ckptkit reads but does not write; --to torch-zip converts it to that"
         raise RewriteError(f"{path}: {told}{_instead(path)}", path=path)
-    asked = formats.target(path, options.to)[1]
+    _, asked, most = formats.target(path, options.to)
+    if most is not None or asked.is_folder:
+        told = f"--to {options.to} writes several files; --in-place replaces one"
+        raise RewriteError(f"{path}: {told}{_instead(path)}", path=path)
     if asked.name != own.name and os.path.splitext(path)[1].lower() not in asked.suffixes:
         told = f"is {own.name}, and its name is not one of {asked.name}"
         raise RewriteError(f"{path}: {told}; --in-place keeps the name{_instead(path)}", path=path)

@@ -5,7 +5,6 @@ Which of a file's weights are those of a model: each section is tried as if it h
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING
@@ -50,6 +49,7 @@ from ckptkit.rewrite.beside import without_plain_values
 from ckptkit.rewrite.dtype import scaled_pairs
 from ckptkit.rewrite.like import Fitting
 from ckptkit.rewrite.storages import dead_bytes
+from ckptkit.shell import command_line
 
 if TYPE_CHECKING:
     from ckptkit.documents import CastDocument, ChangesDocument
@@ -442,7 +442,7 @@ def section_like(checkpoint: Checkpoint, file: Source, options: ConvertOptions) 
             tensors = _tensors(named, fitting)
             if tensors not in found:
                 found[tensors] = path
-                labels.append(shlex.join(["--section", path, *fitting.options]))
+                labels.append(command_line(["--section", path, *fitting.options]))
         problems.append(f"{path!r} {like.misfit(max(fittings, key=lambda fitting: len(fitting.sources)))}")
     if len(set(found.values())) > 1:
         raise RewriteError(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -18,6 +17,7 @@ from ckptkit import formats, places
 from ckptkit.errors import DestinationExistsError, FileAccessError, RewriteError
 from ckptkit.formats.unpacked import is_unpacked
 from ckptkit.report import count_of, listed, without_endings
+from ckptkit.shell import command_line
 from ckptkit.transfer.folders import is_empty_folder, not_empty
 from ckptkit.transfer.names import exists
 from ckptkit.transfer.writing import folder_made
@@ -139,7 +139,7 @@ def told(
         return error
     path, container, _ = formats.target(destination, options.to)
     into = os.path.join(os.path.dirname(path), without_endings(os.path.basename(path)), "")
-    command = shlex.join(["ckptkit", "convert", source, into, "--to", container.name])
+    command = command_line(["ckptkit", "convert", source, into, "--to", container.name])
     return FileAccessError(f"{error}; or convert each checkpoint below it: {command}", path=source)
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -26,6 +25,7 @@ from ckptkit.places import is_url, shown
 from ckptkit.plan import Plan
 from ckptkit.remote import carried
 from ckptkit.report import count_of, human_size, listed
+from ckptkit.shell import command_line
 from ckptkit.transfer.folders import temporary_folder
 from ckptkit.transfer.part_records import modified_of, shares_of, tally_of
 from ckptkit.transfer.parts import Parts
@@ -245,7 +245,7 @@ def _finished(job: _Job, options: ConvertOptions, parts: Parts) -> Tally:
 def _told_missing(job: _Job, options: ConvertOptions, given: str | None, count: int, missing: Mapping[int, str]) -> str:
     """What is missing, and the command that writes each."""
     source = job.source.path if given is None else shown(given)
-    command = shlex.join(["ckptkit", "convert", source, job.asked, *words_of(options.but(finish=False))])
+    command = command_line(["ckptkit", "convert", source, job.asked, *words_of(options.but(finish=False))])
     if not count:
         return f"{job.path}: it has no parts yet; write each of N parts, from 1/N to N/N: {command} --part 1/N"
     lines = [f"part {number} {what}: {command} --part {number}/{count}" for number, what in missing.items()]
@@ -360,7 +360,7 @@ def _as_text(options: ConvertOptions) -> dict[str, str]:
     for name, option in options.declared.items():
         words = [] if name in _OWN else list(_words(option, getattr(options, name)))
         if words:
-            texts[option.typed] = shlex.join(words[1:]) or "given"
+            texts[option.typed] = command_line(words[1:], "posix") or "given"
     return texts
 
 

@@ -7,7 +7,6 @@ sections, scalars, and everything in both files' trees (`rest`).
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal
@@ -34,6 +33,7 @@ from ckptkit.normalize.selection import paths_listed, weights_paths
 from ckptkit.normalize.tensors import storage_names
 from ckptkit.report import Finding, count_of, listed
 from ckptkit.rewrite.names import module_paths
+from ckptkit.shell import command_line
 
 if TYPE_CHECKING:
     from ckptkit.differences.difference import ModuleRow, SectionRow, TieRow
@@ -329,7 +329,7 @@ def _prefixes(
         for side, each in (("a", a), ("b", b))
         for word in each.origin.options
     ]
-    fix = shlex.join(["ckptkit", "diff", a.origin.path, b.origin.path, *options, *given, "--strip-module"])
+    fix = command_line(["ckptkit", "diff", a.origin.path, b.origin.path, *options, *given, "--strip-module"])
     yield Finding(code="prefix-differs", severity="warning", message=message, fix=fix)
 
 

@@ -36,7 +36,9 @@ _GIVEN_BATCH_SECONDS = 0.25
 
 def cores() -> int:
     """How many processors this process may use: those it is bound to, and no more than its control group is allowed."""
-    count = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    count = os.cpu_count() or 1
+    if sys.platform == "linux":
+        count = len(os.sched_getaffinity(0))
     quota = _quota()
     return max(1, count if quota is None else min(count, math.ceil(quota)))
 

@@ -140,7 +140,7 @@ class _Forked:
         self._code: int | None = None
         try:
             driver = os.getpid()
-            self._pid = os.fork()
+            self._pid = os.fork()  # type: ignore[attr-defined,unused-ignore]
             if self._pid == 0:
                 _begin(_Pipes(down[0], up[1]), driver, (down[1], up[0]))
         except OSError:
@@ -157,7 +157,7 @@ class _Forked:
     def exitcode(self) -> int | None:
         if self._code is None:
             try:
-                pid, status = os.waitpid(self._pid, os.WNOHANG)
+                pid, status = os.waitpid(self._pid, os.WNOHANG)  # type: ignore[attr-defined,unused-ignore]
             except ChildProcessError:  # somebody else waits for all children of this process
                 self._code = 255
             else:
@@ -168,7 +168,7 @@ class _Forked:
         self._signal(signal.SIGTERM)
 
     def kill(self) -> None:
-        self._signal(signal.SIGKILL)
+        self._signal(signal.SIGKILL)  # type: ignore[attr-defined,unused-ignore]
 
     def _signal(self, number: int) -> None:
         if self.exitcode is None:
@@ -236,7 +236,7 @@ def ready(processes: Iterable[Process], timeout: float) -> list[Process]:
     """Those that have something to say, or have ended; waits for one, so many seconds at most."""
     forked = {each.channel.source: each for each in processes if isinstance(each, _Forked)}
     spawned = [each for each in processes if isinstance(each, _Spawned)]
-    if spawned:
+    if spawned or sys.platform == "win32":
         from multiprocessing import connection
 
         by_object: dict[Any, Process] = dict(forked)
@@ -254,7 +254,7 @@ def ready(processes: Iterable[Process], timeout: float) -> list[Process]:
 @contextmanager
 def signals_held() -> Iterator[None]:
     """A process that starts hears none before it knows what to do; this one hears them once it has a record of that."""
-    if not hasattr(signal, "pthread_sigmask"):
+    if sys.platform == "win32" or not hasattr(signal, "pthread_sigmask"):
         yield
         return
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
@@ -315,7 +315,7 @@ def _serve(channel: Channel, driver: int) -> None:
         signal.signal(signal.SIGHUP, _stop)
     threading.Thread(target=_watch, args=(driver,), daemon=True).start()
     try:
-        if hasattr(signal, "pthread_sigmask"):
+        if sys.platform != "win32" and hasattr(signal, "pthread_sigmask"):
             signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
         channel.send_bytes(b"")
         while True:

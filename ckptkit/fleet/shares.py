@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from ckptkit.errors import FileAccessError, FormatError, MissingFileError, VerifyError
+from ckptkit.nearness import meant_file
 
 __all__ = ["STDIN", "Share", "paths_from"]
 
@@ -88,7 +89,7 @@ def paths_from(file: str) -> Iterator[str]:
         with open(file, "rb") as stream:  # noqa: PTH123 - a list, and no checkpoint
             yield from _paths(stream, file)
     except FileNotFoundError:
-        raise MissingFileError(f"{file}: no such file", path=file) from None
+        raise MissingFileError(f"{file}: no such file{meant_file(file)}", path=file) from None
     except OSError as error:
         if isinstance(error, FileAccessError):
             raise

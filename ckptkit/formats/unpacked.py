@@ -22,6 +22,7 @@ from ckptkit.errors import AmbiguousError, CorruptError, FileAccessError, LimitE
 from ckptkit.formats.zip_records import Records
 from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.places import is_url
+from ckptkit.shell import quoted
 
 __all__ = ["UnpackedSource", "is_unpacked", "packing_of", "unpacked_source"]
 
@@ -51,11 +52,9 @@ def packing_of(folder: str) -> str | None:
 
     if not holds("version", "byteorder", "data") or not holds("data.pkl", ".data", "archive_format"):
         return None
-    import shlex
-
     above, name = os.path.split(os.path.abspath(folder))
     # Not python -m zipfile: unzip gives torch's records the date they have, which is before 1980, and that refuses it.
-    command = f"cd {shlex.quote(above)} && zip -0 -r {shlex.quote(f'{name}.pth')} {shlex.quote(name)}"
+    command = f"cd {quoted(above)} && zip -0 -r {quoted(f'{name}.pth')} {quoted(name)}"
     return f"a torch archive that was unpacked; pack it again, stored: {command}"
 
 

@@ -11,7 +11,7 @@ it of a document that was written.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, cast
 
 from ckptkit import places
@@ -169,7 +169,11 @@ def _combined_fix(
     if not any((finding.fix or "").startswith(CONVERT) for finding in findings):
         return None
     from ckptkit.fixes import combined_fix  # few files need one, and the others are shown sooner without
-    from ckptkit.normalize.not_plain import can_be_dense
+
+    def are_dense(values: Iterable[tuple[str, object]]) -> bool:
+        from ckptkit.normalize.not_plain import can_be_dense  # the same
+
+        return all(can_be_dense(name, value) for name, value in values)
 
     def needs(section: str) -> Iterator[str]:
         if section == checkpoint.origin.state_path:
@@ -178,16 +182,16 @@ def _combined_fix(
         names = [found.name for found in inside if found.is_own]
         if any(map(wrapper_of, names)) and len(set(map(unwrapped, names))) == len(names):
             yield "--strip-module"
-        values = [found for found in inside if found.is_value]
-        if values and all(can_be_dense(found.name, found.node) for found in values):
+        values = [(found.name, found.node) for found in inside if found.is_value]
+        if values and are_dense(values):
             yield "--densify"
 
-    is_dense = all(can_be_dense(name, value) for name, value in checkpoint.state_dict.extra.items())
+    extra = checkpoint.state_dict.extra
     return combined_fix(
         findings,
         other_parts(checkpoint),
         is_model=checkpoint.module is not None and checkpoint.rest is STATE_DICT,
-        partly=() if is_dense else ("not-a-plain-tensor",),
+        partly=() if not extra or are_dense(extra.items()) else ("not-a-plain-tensor",),
         needs=needs,
     )
 

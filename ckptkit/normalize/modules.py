@@ -37,6 +37,7 @@ from ckptkit.errors import CorruptError, LimitError
 from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.pickling.inert import Global, InertDict, InertSet, Object, mapping_items, named_items, states, tensors_in
 from ckptkit.report import count_of
+from ckptkit.shell import command_line
 
 __all__ = [
     "BUFFER_NAMES",
@@ -471,8 +472,6 @@ def inner_module_told(names: Sequence[str]) -> tuple[str, list[str]] | None:
     carrying = [name for name in names if _INNER_MODULE.search(name)]
     if not carrying:
         return None
-    import shlex  # what finds nothing starts faster without
-
     told = (
         f"{len(carrying)} of {count_of(len(names), 'name')} have `{MODULE}.` after their beginning, such as "
         f"{carrying[0]!r:.200}: DataParallel around a part of the model, or an attribute with that name"
@@ -480,4 +479,4 @@ def inner_module_told(names: Sequence[str]) -> tuple[str, list[str]] | None:
     if len({_INNER_MODULE.sub("", name) for name in names}) < len(names):
         return f"{told}; without it two names would be the same", []
     options = [option for rule in inner_module_rules(names) for option in ("--rename", rule)]
-    return f"{told}; {shlex.join(options)} removes it", options
+    return f"{told}; {command_line(options)} removes it", options

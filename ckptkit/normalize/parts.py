@@ -31,6 +31,7 @@ from ckptkit.normalize.modules import unwrapped
 from ckptkit.pickling.inert import InertDict, Object, mapping_items, walk
 from ckptkit.pickling.tensors import Wrapped, shape_of, wrapped_tensor
 from ckptkit.report import Finding, count_of
+from ckptkit.shell import quoted
 
 __all__ = [
     "CODE",
@@ -374,9 +375,7 @@ def part_findings(checkpoint: Checkpoint) -> Iterator[Finding]:
     if part is not None:
         fix: str | None = way_out(part)
         if part.opens and part.instead is not None:
-            import shlex
-
-            fix = f"ckptkit inspect {shlex.quote(part.instead)}"
+            fix = f"ckptkit inspect {quoted(part.instead)}"
         told = part_text(part)
         if part.remedy:
             told, fix = f"{told}; {part.remedy}", None

@@ -187,12 +187,12 @@ class ConvertOptions(Options):
     dry_run = flag("Show the plan; write nothing.", "make the plan, write nothing")
     force = flag("Overwrite DST if it exists.", "whether an existing destination may be replaced")
     in_place = flag(
-        "Replace each PATH with its converted version: always the old file or the complete new one.",
+        "Convert each SRC in place; there is no DST.",
         "whether to replace the source, in its own container; there is no destination then, and ``source`` may be a "
         "list of paths, which are converted each by itself",
     )
     backup = flag(
-        "With --in-place: keep the old file as PATH.bak.",
+        "With --in-place: keep the old file as SRC.bak.",
         "with ``in_place``: whether to keep the old file beside it, as ``FILE.bak`` or ``FILE.bak.1`` and so on",
     )
     confirm: Option[Callable[[Sequence[str]], bool] | None] = Option(

@@ -35,7 +35,10 @@ Page.chart = (body, { label, caption, draw, height, onclick, isLater }) => {
 Page.treemap = (() => {
   const { el, announce, count } = Page;
   const mostTiles = 500; // at once: more are too small to see, and too slow to draw
-  const mostSiblings = 100; // below one node
+  const mostSiblings = 200; // below one node
+  const groupOf = 100; // of more
+  const mostLevels = 64; // of a name, which may be all dots: below them it is one
+  const mostCrumbs = 12;
   const deepest = 5; // levels below the root that tiles show
 
   // A tree of {name, kids: Map, leaf, sums}, with chains of single names joined.
@@ -45,6 +48,7 @@ Page.treemap = (() => {
       const figures = measures.map((measure) => measure.of(i));
       let node = root;
       const names = path(i);
+      if (names.length > mostLevels) names.push(names.splice(mostLevels).join("."));
       for (let n = 0; ; n++) {
         node.leaves++;
         figures.forEach((figure, m) => { node.sums[m] += figure; });
@@ -70,7 +74,7 @@ Page.treemap = (() => {
   function split(node, measures) {
     const kids = [...node.kids.values()];
     if (kids.length <= mostSiblings) return;
-    const each = mostSiblings ** Math.ceil(Math.log(kids.length) / Math.log(mostSiblings) - 1 - 1e-9);
+    const each = groupOf ** Math.ceil(Math.log(kids.length) / Math.log(groupOf) - 1 - 1e-9);
     node.kids = new Map();
     for (let from = 0; from < kids.length; from += each) {
       const part = kids.slice(from, from + each);
@@ -84,12 +88,13 @@ Page.treemap = (() => {
 
   return function treemap(body, { label, rootName, total, path, measures, leaf, about, tone }) {
     const root = grow(total, path, measures);
+    const shown = [...measures.keys()].filter((m) => measures[m].show && (root.sums[m] || !m));
     let at = root, measure = 0;
     const crumbs = el("ol", { class: "crumbs" });
     const left = el("div", {}), inside = el("ul", { class: "inside", "aria-label": "What is in it" });
     body.append(
       el("div", { class: "tools" }, el("nav", { class: "grow", "aria-label": "Where the map is" }, crumbs),
-        measures.filter((each) => each.show).length > 1 && Page.choice("Measure", measures.map((each, m) => [m, each.name]).filter(([m]) => measures[m].show), 0, (m) => { measure = m; show(); })),
+        shown.length > 1 && Page.choice("Measure", shown.map((m) => [m, measures[m].name]), measure, (m) => { measure = m; show(); })),
       el("div", { class: "map" }, left, inside));
     let drawn = [];
     const value = (node) => node.sums[measure];
@@ -105,7 +110,7 @@ Page.treemap = (() => {
         const [node, depth, id] = queue.shift();
         const kids = kidsOf(node).filter((kid) => value(kid) > 0);
         const least = value(top) / 4000;
-        let fit = kids.filter((kid) => value(kid) >= least).slice(0, Math.max(1, Math.min(room, 120)));
+        let fit = kids.filter((kid) => value(kid) >= least).slice(0, Math.max(1, Math.min(room, mostSiblings)));
         if (fit.length === kids.length - 1) fit = kids;
         fit.forEach((kid, n) => {
           const own = `${id}/${n}`;
@@ -122,7 +127,7 @@ Page.treemap = (() => {
       return { ids, nodes, parents };
     }
 
-    const share = (node) => (value(root) ? `${((100 * value(node)) / value(root)).toPrecision(3)} %` : "");
+    const share = (node) => (value(root) ? `${Number(((100 * value(node)) / value(root)).toPrecision(3))} %` : "none");
     const text = (node) => measures[measure].show(value(node), node.sums);
     const nameOf = (node) => node.name || (node === root ? rootName : "(no name)");
     // Down to where there is more than one thing.
@@ -164,13 +169,14 @@ Page.treemap = (() => {
       if (!node.kids.size) { if (node.leaf !== null && leaf) leaf(node.leaf); return; }
       at = single(node);
       show();
-      announce(`${fullName(at)}: ${text(at)}`);
+      announce(`${Page.cut(fullName(at), 200)}: ${text(at)}`);
     }
 
     function show() {
       const way = [];
       for (let node = at; node; node = node.parent) way.unshift(node);
-      crumbs.replaceChildren(...way.map((node) => el("li", {}, node === at
+      const deep = way.length > mostCrumbs; // the first, and the last
+      crumbs.replaceChildren(...(deep ? [way[0], null, ...way.slice(2 - mostCrumbs)] : way).map((node) => el("li", {}, !node ? "\u2026" : node === at
         ? el("span", { "aria-current": "true" }, Page.cut(nameOf(node), 200))
         : el("button", { type: "button", class: "quiet", onclick: () => { up(node); } }, Page.cut(nameOf(node), 200)))));
       const kids = kidsOf(at), most = value(at) || 1;
@@ -178,7 +184,7 @@ Page.treemap = (() => {
         el("span", { class: "name" }, Page.cut(kid.name || "(no name)", 200)), el("span", { class: "value" }, text(kid)),
         el("span", { class: "share" }, el("i", { style: { width: `${(100 * value(kid)) / most}%`, background: `var(--${tone ? tone(kid.sums) : `series-${(n % 8) + 1}`})` } }))))));
       const told = about && about(namesOf(at));
-      chart.say(`${fullName(at)}: ${text(at)}${at === root ? "" : `, ${share(at)} of all`}${told ? `, ${Page.cut(told, 200)}` : ""}. Choose a tile or a line to go into it.`);
+      chart.say(`${Page.cut(fullName(at), 200)}: ${text(at)}${at === root ? "" : `, ${share(at)} of all`}${told ? `, ${Page.cut(told, 200)}` : ""}. Choose a tile or a line to go into it.`);
       chart.redraw();
     }
     function up(node) { at = node; show(); const first = inside.querySelector("button"); if (first) first.focus(); }

@@ -11,6 +11,7 @@ import base64
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from html import escape
 from importlib import resources
@@ -19,13 +20,15 @@ from typing import Any
 from ckptkit.extras import __version__, package_file
 from ckptkit.report import printable
 
-__all__ = ["element", "page", "plain"]
+__all__ = ["charts_script", "element", "page", "plain"]
 
 _LARGEST = 1 << 53
 """The whole numbers below it are exact in JavaScript."""
 
 _UNSAFE = str.maketrans({"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"})
 """What could end an element or begin one, as JSON has it in strings, where alone it stands."""
+
+_NOT_ASCII = re.compile(r"[^\x00-\x7f]")
 
 _MAX_TEXT = 20_000
 """Characters of one text in a page: a name in a file may have millions."""
@@ -46,7 +49,7 @@ def page(title: str, script: str, elements: Iterable[str], *, has_charts: bool =
     names = ("page.js", "table.js", "charts.js", script) if has_charts else ("page.js", "table.js", script)
     scripts = [_own(name) for name in names]
     if has_charts:
-        scripts.insert(0, _ascii(package_file("plotly", "package_data/plotly.min.js").decode()))
+        scripts.insert(0, charts_script())
     hashes = " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(s.encode()).digest()).decode()}'" for s in scripts)
     policy = (
         f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data: blob:; "
@@ -64,6 +67,15 @@ def page(title: str, script: str, elements: Iterable[str], *, has_charts: bool =
     yield from elements
     yield from (f"<script>{text}</script>" for text in scripts)
     yield "</body></html>"
+
+
+def charts_script() -> str:
+    """plotly.js; whoever computes long for a page with charts asks for it first.
+
+    Raises:
+        MissingDependencyError: plotly is not installed.
+    """
+    return _ascii(package_file("plotly", "package_data/plotly.min.js").decode())
 
 
 def element(name: str, value: Any) -> str:
@@ -103,9 +115,7 @@ def _own(name: str) -> str:
 
 def _ascii(script: str) -> str:
     r"""A script with ``\u`` escapes, which are the same in its strings, for what is not ASCII."""
-    if script.isascii():
-        return script
-    return "".join(c if c.isascii() else json.dumps(c)[1:-1] for c in script)
+    return _NOT_ASCII.sub(lambda found: json.dumps(found[0])[1:-1], script)
 
 
 def _ascii_text(text: str) -> str:

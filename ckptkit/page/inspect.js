@@ -26,7 +26,8 @@
     kind(i) { return this.kinds[this.kindOf[i]]; }
     stat(i, name) { return this.stats[i][STATS.indexOf(name)]; }
     isTied(i) { return i in this.tiedTo; }
-    // Nested values and what they are made of are both listed; the bytes are those of the parts.
+    // Whether its bytes are another's too: it is tied, or is made of tensors that have rows of their own.
+    isCountedElsewhere(i) { return this.isTied(i) || (i in this.values && this.kinds.length > 1); }
     path(i, hasSections) {
       const names = this.names[i].split(".");
       return hasSections ? [this.kind(i).section || "(in no section)", ...names] : names;
@@ -81,16 +82,17 @@
     if (sections.length) sectionTable(file.sections, into);
     if (!tensors.total) { training(file, into); return; }
     let table;
+    const modules = new Map(Object.entries(file.modules));
     const reveal = (i) => { document.getElementById("tensors").scrollIntoView(); table.reveal(i); };
     const map = Page.part("Where the bytes are", {}, into);
     Page.treemap(map, {
       label: "Treemap of bytes and parameters by module", rootName: "all tensors", total: tensors.total,
       path: (i) => tensors.path(i, hasSections),
       measures: [
-        { name: "Bytes", of: (i) => (tensors.isTied(i) ? 0 : tensors.kind(i).nbytes), show: size },
+        { name: "Bytes", of: (i) => (tensors.isCountedElsewhere(i) ? 0 : tensors.kind(i).nbytes), show: size },
         { name: "Parameters", of: (i) => (tensors.isTied(i) || tensors.kind(i).role !== "parameter" ? 0 : tensors.kind(i).numel), show: (n) => `${short(n)} parameter${n === 1 ? "" : "s"}` },
       ],
-      about: (names) => file.modules[(hasSections ? names.slice(1) : names).join(".")], leaf: reveal,
+      about: (names) => modules.get((hasSections ? names.slice(1) : names).join(".")), leaf: reveal,
     });
     if (tensors.stats) spread(tensors, hasSections, into, reveal);
     table = tensorTable(file, tensors, hasSections, into);
@@ -116,7 +118,7 @@
   const meter = (share) => el("span", {}, `${(100 * share).toFixed(1)} %`, el("span", { class: "meter", "aria-hidden": "true" }, el("i", { style: { width: `${Math.min(100, 100 * share)}%` } })));
 
   function tensorTable(file, tensors, hasSections, into) {
-    const body = Page.part("Tensors", { id: "tensors", note: "Enter or click shows all of one" }, into);
+    const body = Page.part("Tensors", { id: "tensors", note: "choose one to see all of it" }, into);
     const columns = [{ name: "tensor", mono: true, width: 300, show: (i) => tensors.names[i] || "(no name)", key: (i) => tensors.names[i] }];
     if (hasSections) columns.push({ name: "section", mono: true, width: 130, show: (i) => tensors.kind(i).section || "", key: (i) => tensors.kind(i).section });
     columns.push(
@@ -126,7 +128,7 @@
     if (tensors.stats)
       for (const name of STATS)
         columns.push({ name: { nan: "NaN", inf: "Inf" }[name] || name, width: { zeros: 84, nan: 66, inf: 66 }[name] || 94, number: true,
-          show: (i) => figure(tensors.stat(i, name)), key: (i) => { const value = tensors.stat(i, name); return value === null ? null : Number(value); },
+          show: (i) => { const value = tensors.stat(i, name); return figure(value === null ? value : Number(value)); }, key: (i) => { const value = tensors.stat(i, name); return value === null ? null : Number(value); },
           bad: name === "nan" || name === "inf" ? (i) => tensors.stat(i, name) > 0 : null });
     else columns.push({ name: "role", width: 100, show: (i) => (tensors.isTied(i) ? "tied" : tensors.kind(i).form || (tensors.kind(i).role === "unknown" ? "" : tensors.kind(i).role)), key: (i) => tensors.kind(i).role });
     columns[0].width = undefined;

@@ -38,7 +38,7 @@ const Page = (() => {
     if (typeof value !== "number") return value === null || value === undefined ? "" : String(value);
     if (Number.isInteger(value) && Math.abs(value) < 1e7) return count(value);
     const most = Math.abs(value);
-    return most >= 1e-3 && most < 1e6 ? String(Number(value.toPrecision(4))) : value.toExponential(3);
+    return most >= 1e-3 && most < 1e6 ? String(Number(value.toPrecision(4))) : Number(value.toPrecision(4)).toExponential().replace("e+", "e");
   }
   const countOf = (number, thing) => `${count(number)} ${thing}${number === 1 ? "" : "s"}`;
   // The beginning and the end of a long text.

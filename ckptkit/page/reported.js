@@ -34,7 +34,7 @@
   function plainTable(body, label, heads, rows) {
     body.append(el("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": label }, el("table", { class: "compare" },
       el("thead", {}, el("tr", {}, heads.map((head) => el("th", { scope: "col" }, head)))),
-      el("tbody", {}, rows.map(([cells, isApart]) => el("tr", { class: isApart && "apart" }, cells.map((cell) => el("td", {}, cell))))))));
+      el("tbody", {}, rows.map(([cells, isApart]) => el("tr", { class: isApart && "apart" }, cells.map((cell, n) => (n ? el("td", {}, cell) : el("th", { scope: "row" }, cell)))))))));
   }
 
   // ckptkit diff
@@ -54,8 +54,8 @@
     plainTable(sides, "The two files", ["", "A", "B"], [
       [["path", told.a.path, told.b.path], false],
       file("container", (each) => each.format), file("kind", (each) => words(each.kind)), file("written by", (each) => each.writer || ""),
-      file("size", (each) => size(each.size)), file("weights", (each) => (each.section === null ? "none" : each.section || "the whole file")),
-      file("tensors", (each) => count(each.tensors)), file("bytes of them", (each) => size(each.nbytes)),
+      file("size", (each) => size(each.size)), file("weights under", (each) => (each.section === null ? "none" : each.section || "the whole file")),
+      file("tensors", (each) => count(each.tensors)), file("bytes of weights", (each) => size(each.nbytes)),
       file("saved on", (each) => each.locations.join(", ")), file("trust", (each) => words(each.trust)),
     ]);
     if (told.findings.length) Page.findings(Page.part("Findings", { note: severities(told.findings) }), gravestFirst(told.findings), told.meanings);
@@ -88,25 +88,25 @@
     const moved = (each) => { const [sum, weight] = places.get(each.module); return weight ? sum / weight : null; };
 
     let table;
-    const map = Page.part("Where it changed", { note: "tiles are tensors that differ; the colour is by how much" });
+    const map = Page.part("Where it changed", { note: "each tile is a tensor that differs; its colour shows by how much" });
     Page.treemap(map, {
       label: "Treemap of tensors that differ, by module", rootName: "all that differs", total, path: (i) => rows.names[i].split("."),
       measures: [
-        { name: "Tensors", of: () => 1, show: (n, sums) => `${countOf(n, "tensor")}${by(sums)}` },
-        { name: "Elements", of: size1, show: (n, sums) => `${short(n)} element${n === 1 ? "" : "s"}${by(sums)}` },
+        { name: "Tensors", of: () => 1, show: (n, sums) => (n === 1 && by(sums).slice(2)) || `${countOf(n, "tensor")}${by(sums)}` },
+        { name: "Elements", of: size1, show: (n, sums) => (n ? `${short(n)} element${n === 1 ? "" : "s"}${by(sums)}` : countOf(sums[0], "tensor")) },
         { of: (i) => (share(i) === null ? 0 : share(i) * size1(i)) }, { of: (i) => (share(i) === null ? 0 : size1(i)) },
       ],
       tone: (sums) => toneOf(mean(sums)), leaf: (i) => { document.getElementById("tensors").scrollIntoView(); table.reveal(i); },
     });
     map.append(el("ul", { class: "legend" }, AMOUNTS.map(([, tone, text]) => el("li", { class: tone }, el("i", { "aria-hidden": "true" }), text)),
-      el("li", {}, el("i", { "aria-hidden": "true" }), "added, removed, renamed, or not comparable")));
+      el("li", {}, el("i", { "aria-hidden": "true" }), "added, removed, renamed or not comparable")));
 
     const modules = told.modules;
     if (modules.length) {
       const body = Page.part("By module", { note: "Enter or click shows its tensors" });
       Page.table(body, {
         label: "Modules that differ", thing: "module", total: modules.length, height: 360, search: modules.length > 12 && ((i) => modules[i].module),
-        placeholder: "Search modules", open: (i) => { document.getElementById("tensors").scrollIntoView(); table.find(modules[i].module); },
+        placeholder: "Search modules", open: (i) => { document.getElementById("tensors").scrollIntoView(); table.find(modules[i].module); table.focus(); },
         columns: [
           { name: "module", mono: true, show: (i) => modules[i].module || "(whole)", key: (i) => modules[i].module },
           { name: "tensors that differ", width: 200, number: true, show: (i) => meter(modules[i].differing / modules[i].tensors, `${count(modules[i].differing)} of ${count(modules[i].tensors)}`), key: (i) => modules[i].differing },
@@ -170,7 +170,7 @@
     if (told.sections.length) {
       const rows = told.sections, body = Page.part("Other parts of the files", { id: "parts", note: countOf(rows.length, "part") });
       plainTable(body, "Other parts of the files", ["part", "kind", "tensors in A", "tensors in B", ""], rows.map((each) => [[each.path || "(the rest)", words(each.kind), asText(each.a), asText(each.b),
-        each.equal === null ? `only in ${each.a === null ? "B" : "A"}` : each.equal ? "the same" : `${countOf(each.differing, "tensor")} differ`], each.equal !== true]));
+        each.equal === null ? `only in ${each.a === null ? "B" : "A"}` : each.equal ? "the same" : `${countOf(each.differing, "tensor")} ${each.differing === 1 ? "differs" : "differ"}`], each.equal !== true]));
     }
     if (told.tree.length) {
       const rows = told.tree, body = Page.part("Everything else in the files", { id: "tree", note: `${countOf(told.tree_differences, "difference")}${rows.length < told.tree_differences ? `, the first ${count(rows.length)} here` : ""}` });
@@ -192,7 +192,7 @@
   function check(told) {
     const total = told.paths.length, byState = STATES.map((_, n) => told.states.reduce((sum, each) => sum + (each === n), 0));
     const tone = ["good", "error", byState[0] ? "error" : "warning"][told.exit_code];
-    const word = ["Passed", "Failed", byState[0] ? "Failed, and not all could be checked" : "Not all could be checked"][told.exit_code];
+    const word = ["Passed", "Failed", byState[0] ? "Failed, and some files could not be checked" : total ? "Some files could not be checked" : "Nothing was checked"][told.exit_code];
     document.title = `${word} \u2013 ckptkit check`;
     verdict(tone, word, `${told.verdict[0].toUpperCase()}${told.verdict.slice(1)}.`);
     figures([["files", count(total)], ["passed", count(byState[2])], byState[0] && ["failed", count(byState[0])], byState[1] && ["not checked", count(byState[1])], ["findings", count(told.findings.length)]]);
@@ -225,7 +225,7 @@
       Page.table(body, {
         label: "Rules", thing: "rule", total: rules.length, height: 330, columns: [
           { name: "rule", mono: true, show: (n) => rules[n], key: (n) => rules[n] },
-          ...GRAVITY.slice(0, 5).filter((each) => sums.some((counted) => counted[each])).map((each) => ({ name: each === "ok" ? "kept by" : each, width: 130, number: true, show: (n) => (sums[n][each] ? badge(count(sums[n][each]), toneOf[each]) : ""), key: (n) => sums[n][each] || 0 })),
+          ...GRAVITY.slice(0, 5).filter((each) => sums.some((counted) => counted[each])).map((each) => ({ name: each === "ok" ? "passed" : each, width: 130, number: true, show: (n) => (sums[n][each] ? badge(count(sums[n][each]), toneOf[each]) : ""), key: (n) => sums[n][each] || 0 })),
         ],
       });
     }
@@ -236,7 +236,7 @@
       const table = Page.table(body, {
         label: "Files and rules", thing: "file", total, close, search: (i) => told.paths[i], placeholder: "Search: part of a path, or a pattern such as *.pth",
         filters: [{ label: "verdict", value: (i) => STATES[told.states[i]][0] },
-          { label: "breaks", value: (i) => { const found = (of.get(told.paths[i]) || [])[0]; return found && found.severity !== "info" ? found.rule : ""; } }],
+          { label: "breaks rule", value: (i) => { const found = (of.get(told.paths[i]) || [])[0]; return found && found.severity !== "info" ? found.rule : ""; } }],
         open: (i) => {
           const inside = el("div", { class: "detail", role: "region", "aria-label": `File ${Page.cut(told.paths[i], 200)}` },
             el("header", {}, el("h3", {}, told.paths[i]), el("button", { type: "button", class: "quiet", onclick: () => { close(); table.focus(); } }, "Close")),
@@ -256,7 +256,7 @@
     if (told.findings.length) {
       const fixes = [...new Set(told.findings.map((each) => each.fix).filter(Boolean))];
       const body = Page.part("Findings", { note: severities(told.findings) });
-      if (fixes.length > 1) body.append(el("details", { class: "combined" }, el("summary", {}, `All ${count(fixes.length)} fixes, one a line`), Page.copyable(fixes.slice(0, 1000).join("\n"))));
+      if (fixes.length > 1) body.append(el("details", { class: "combined" }, el("summary", {}, `All ${count(fixes.length)} fixes, one per line`), Page.copyable(fixes.slice(0, 1000).join("\n"))));
       Page.findings(body, told.findings.map((each) => ({ ...shownOf(each), where: each.path })), told.meanings);
     }
   }
@@ -271,17 +271,17 @@
     figures([["tensors of the model", count(whole.tensors), `of ${count(whole.of)}`], ["parameters", percent(whole.parameters_share)],
       told.passes > 0 && ["forward passes", count(told.passes)], ["computed in", told.dtype, `on ${told.devices.join(", ")}`], ["time", time(seconds)]]);
 
-    const checks = told.checks, body = Page.part("Checks", { note: `${count(checks.filter((each) => each.run).length)} of ${count(checks.length)} had something to look at` });
+    const checks = told.checks, body = Page.part("Checks", { note: `${count(checks.filter((each) => each.run).length)} of ${count(checks.length)} ran` });
     const spent = new Map(told.steps.map((each) => [each.name, each.seconds]));
     const foundBy = (name) => told.findings.filter((each) => each.check === name);
     const state = (each) => (!each.run ? ["not run", ""] : each.codes.includes("not-loaded") ? ["not loaded", "warning"] : each.severity === "error" ? ["failed", "error"] : each.severity === "warning" ? ["warning", "warning"] : ["ok", "good"]);
     const most = Math.max(...checks.map((each) => spent.get(each.name) || 0), 1e-9);
     body.append(el("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Checks" }, el("table", { class: "compare wide" },
       el("colgroup", {}, ["8rem", "8rem", "", "11rem"].map((width) => el("col", { style: { width } }))),
-      el("thead", {}, el("tr", {}, ["check", "outcome", "what it saw", "time"].map((head) => el("th", { scope: "col" }, head)))),
+      el("thead", {}, el("tr", {}, ["check", "outcome", "result", "time"].map((head) => el("th", { scope: "col" }, head)))),
       el("tbody", {}, checks.map((each) => el("tr", {}, el("th", { scope: "row" }, each.name), el("td", {}, badge(...state(each))),
-        el("td", {}, foundBy(each.name).map((one) => (one.severity === "info" || !told.meanings[one.code] ? one.message : told.meanings[one.code].title)).join("; ") || each.note || (each.run ? "nothing is wrong" : "")),
-        el("td", {}, each.run && spent.has(each.name) ? meter(spent.get(each.name) / most, time(spent.get(each.name))) : "")))))));
+        el("td", {}, foundBy(each.name).map((one) => (one.severity === "info" || !told.meanings[one.code] ? one.message : told.meanings[one.code].title)).join("; ") || each.note || (each.run ? "no findings" : "")),
+        el("td", { class: "number" }, each.run && spent.has(each.name) ? meter(spent.get(each.name) / most, time(spent.get(each.name))) : "")))))));
 
     const wrong = told.findings.filter((each) => each.severity !== "info" || each.fix);
     if (wrong.length) Page.findings(Page.part("Findings", { note: severities(wrong) }), gravestFirst(wrong).map((each) => ({ ...each, where: each.check && `check ${each.check}` })), told.meanings);
@@ -290,7 +290,7 @@
     const inputs = told.inputs ? told.inputs.tensors.map((each) => `${each.name ? `${each.name}: ` : ""}${shapeText(each.shape)} ${each.dtype}`).join(", ") : "";
     Page.part("How it was run", { id: "run" }).append(Page.facts([
       ["checkpoint", told.path], ["model", told.reference], ["inputs", inputs && `${inputs}${told.inputs.path ? ` from ${told.inputs.path}` : told.inputs.seed !== null ? `, drawn with seed ${told.inputs.seed}` : ""}`],
-      ["memory held at most", told.peak_memory_nbytes ? size(told.peak_memory_nbytes) : ""], ["time", Object.entries(told.seconds).map(([name, each]) => `${name} ${time(each)}`).join(", ")],
+      ["peak memory", told.peak_memory_nbytes ? size(told.peak_memory_nbytes) : ""], ["time", Object.entries(told.seconds).map(([name, each]) => `${name} ${time(each)}`).join(", ")],
       ["versions", Object.entries(told.versions).map(([name, each]) => `${name} ${each}`).join(", ")]].filter(([, value]) => value)));
   }
   const time = (seconds) => (seconds < 0.0995 ? `${Number((1000 * seconds).toPrecision(2))} ms` : seconds < 99.5 ? `${Number(seconds.toPrecision(3))} s` : `${Math.floor(seconds / 60)} min ${Math.round(seconds % 60)} s`);
@@ -302,7 +302,7 @@
       ...told.shape_mismatches.map((each) => [each.name, "another shape", shapeText(each.checkpoint), shapeText(each.reference)])];
     const body = Page.part("Names", { note: `${count(tensors)} of the model's ${countOf(of, "tensor")} match` });
     body.append(el("p", {}, `${percent(of ? tensors / of : 1)} of the names, ${percent(told.coverage.parameters_share)} of the parameters.`));
-    if (!rows.length) { body.append(el("p", { class: "none" }, "No name is missing, none is unexpected, and every shape is the model's.")); return; }
+    if (!rows.length) { body.append(el("p", { class: "none" }, "Every name and every shape matches.")); return; }
     const tones = { missing: "error", unexpected: "warning", "another shape": "error" };
     Page.table(body, {
       label: "Names that do not match", thing: "name", total: rows.length, height: 420, search: (i) => rows[i][0], filters: [{ label: "what", value: (i) => rows[i][1] }],
@@ -323,7 +323,7 @@
       });
     }
     if (!told.compared.length) return;
-    const rows = told.compared, body = Page.part("Outputs compared", { id: "compared", note: "the largest difference of an element, and what the tolerance allows" });
+    const rows = told.compared, body = Page.part("Outputs compared", { id: "compared", note: "the largest difference in an element, and what the tolerance allows" });
     const verdictOf = (row) => (row.equal ? ["bit-equal", "good"] : row.close ? ["within tolerance", "good"] : ["differs", "error"]);
     Page.table(body, {
       label: "Outputs compared", thing: "comparison", total: rows.length, height: 420, search: rows.length > 12 && ((i) => rows[i].path), placeholder: "Search outputs",

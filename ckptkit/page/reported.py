@@ -1,7 +1,7 @@
 """The pages of ``ckptkit diff``, ``check`` and ``verify``: each a document as one element, as ``reported.js`` reads it.
 
-What there may be 100,000 of (tensors that differ, files that were checked) is in columns, and what many have in common
-once.  Only the page of a difference has charts.
+What there may be 100,000 of (tensors that differ, files that were checked) is in columns, and what many have in
+common, once.  Only the page of a difference has charts, where there is one.
 """
 
 from __future__ import annotations
@@ -76,7 +76,8 @@ def diff(document: DiffDocument, notes: Callable[[Any], str]) -> Iterator[str]:
     data = plain({**told_of, "meanings": _meanings(document["findings"]), "statuses": _STATUSES})
     data["rows"] = rows.columns()
     sides = " and ".join(document[side]["path"].rpartition("/")[2] for side in ("a", "b"))
-    yield from page(f"{sides} - ckptkit diff", _SCRIPT, [element("diff", data)])
+    has_charts = bool(data["rows"]["names"])
+    yield from page(f"{sides} - ckptkit diff", _SCRIPT, [element("diff", data)], has_charts=has_charts)
 
 
 class _Rows:

@@ -26,6 +26,7 @@ __all__ = [
     "asked_once",
     "below",
     "exists",
+    "expanded",
     "head",
     "identity",
     "identity_of",
@@ -114,6 +115,22 @@ def own_name(path: str) -> str:
     if not is_url(path):
         return os.path.basename(os.path.abspath(path))
     return split(_plain(path).rstrip("/").removesuffix("/.metadata"))[1]
+
+
+def expanded(path: str, system: str = os.name) -> list[str]:
+    """What a pattern stands for where shells leave that to programs, as those of Windows do; elsewhere the path.
+
+    A file of that very name wins, as ``a[1].pth`` may be one; a pattern that nothing fits is left as it is.
+
+    Args:
+        path: as it was typed.
+        system: ``os.name``.
+    """
+    if system != "nt" or not re.search("[*?[]", path) or is_url(path) or os.path.lexists(path):
+        return [path]
+    from glob import glob
+
+    return sorted(glob(path)) or [path]
 
 
 def absolute(path: str) -> str:

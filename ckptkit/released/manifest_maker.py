@@ -22,6 +22,7 @@ from ckptkit.errors import (
     UnsupportedError,
 )
 from ckptkit.formats import STDIN, collector_paused, source_of
+from ckptkit.nearness import did_you_mean
 from ckptkit.plan import LiteralBytes, Plan
 from ckptkit.released.bases import common_folder, require_one_place, url_of
 from ckptkit.released.examine import Examined, examine_file
@@ -119,9 +120,8 @@ def _require_recordable(wanted: Collection[str], golden: Collection[str], folder
         _require_below(name, folder)
     for name in golden:
         if name not in wanted:
-            raise FileAccessError(
-                f"{name}: a golden file is given for it, but it is not among the checkpoints", path=name
-            )
+            told = f"a golden file is given for it, but it is not among the checkpoints{did_you_mean(name, wanted)}"
+            raise FileAccessError(f"{name}: {told}", path=name)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

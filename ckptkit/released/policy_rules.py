@@ -5,7 +5,6 @@ Adding one is a field of `Policy`, a function here and a line in `RULES`.
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,7 @@ from ckptkit.released.examine import Examined, TensorFact
 from ckptkit.released.policy import TRUST_ORDER, Policy
 from ckptkit.released.results import CheckFinding
 from ckptkit.report import Severity, apart, convert_command, count_of, human_size, listed
+from ckptkit.shell import words_in
 
 if TYPE_CHECKING:
     from ckptkit.formats.contents import Inside
@@ -308,7 +308,7 @@ def _convert(examined: Examined, *options: str, pickled: bool = True) -> str | N
 
 def _written_by(command: str) -> Format:
     """The container that a command of `convert_command` writes."""
-    return format_for(shlex.split(command)[3])
+    return format_for(words_in(command)[3])
 
 
 def _tensors(tensors: list[TensorFact]) -> str:

@@ -15,6 +15,7 @@ import re
 import select
 import socket
 import ssl
+import sys
 import threading
 import time
 from collections.abc import Mapping
@@ -322,7 +323,7 @@ def _is_quiet(sock: socket.socket) -> bool:
 def _comes(sock: socket.socket, seconds: float) -> bool:
     """Whether something comes within a while, be it the end."""
     try:
-        if hasattr(select, "poll"):
+        if sys.platform != "win32" and hasattr(select, "poll"):
             poll = select.poll()
             poll.register(sock, select.POLLIN)
             return bool(poll.poll(seconds * 1000))

@@ -18,7 +18,6 @@ model has no module of that path.  Old names, as regular expressions:
 from __future__ import annotations
 
 import re
-import shlex
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -31,6 +30,7 @@ from ckptkit.pickling.inert import mapping_items
 from ckptkit.report import count_of, listed
 from ckptkit.rewrite.names import module_paths, moved_versions
 from ckptkit.rewrite.rename import AddModule, AddPrefix, Rename, StripModule, StripPrefix
+from ckptkit.shell import command_line
 
 __all__ = ["Fitting", "Like"]
 
@@ -119,7 +119,7 @@ class Fitting:
     @property
     def label(self) -> str:
         """The options that change the names."""
-        return shlex.join(self.options) or "the names as they are"
+        return command_line(self.options) or "the names as they are"
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)

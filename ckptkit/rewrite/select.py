@@ -25,6 +25,7 @@ from ckptkit.pickling.tensors import is_tensor_like
 from ckptkit.report import count_of, listed
 from ckptkit.rewrite.names import module_paths
 from ckptkit.rewrite.storages import with_tensors_replaced
+from ckptkit.shell import quoted
 
 __all__ = ["LeaveOut", "Select", "WeightsOnly", "pair_lists", "part_paths", "places"]
 
@@ -134,9 +135,7 @@ def _check_optimizer(checkpoint: Checkpoint, kept: dict[str, object]) -> None:
     ]
     optimizers = list(_optimizers(checkpoint.rest)) if lost else []
     if optimizers:
-        import shlex
-
-        remedy = " ".join(f"--leave-out {shlex.quote(path[:_MAX_NAME])}" for path in optimizers[:_MAX_LISTED])
+        remedy = " ".join(f"--leave-out {quoted(path[:_MAX_NAME])}" for path in optimizers[:_MAX_LISTED])
         raise RewriteError(
             f"{_listed(lost, len(lost))} would be left out, but the optimizer's state is keyed by the position of "
             f"each parameter; {remedy} leaves it out",

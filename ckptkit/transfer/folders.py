@@ -189,7 +189,7 @@ def _is_locked(output: OutputFolder) -> bool:
     """Lock a folder that was just made; whether it is still there, and nobody else's."""
     if fcntl is None:
         return True
-    output.fd = os.open(output.temporary, os.O_RDONLY | os.O_DIRECTORY)
+    output.fd = os.open(output.temporary, os.O_RDONLY | os.O_DIRECTORY)  # type: ignore[attr-defined,unused-ignore]
     try:
         if locked(output.fd) and has_name(os.fstat(output.fd), output.temporary):
             return True

@@ -22,7 +22,6 @@ import functools
 import itertools
 import os
 import re
-import shlex
 import stat
 import time
 import zlib
@@ -32,10 +31,11 @@ from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
 
-from ckptkit.bytesource import Source, SourceFile, write_at
+from ckptkit.bytesource import Source, SourceFile, flush_to_disk, write_at
 from ckptkit.errors import DestinationExistsError, FileAccessError, MissingFileError
 from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.plan import Plan
+from ckptkit.shell import mkdir_command
 from ckptkit.transfer.steps import UNAVAILABLE
 from ckptkit.transfer.workers import uninterrupted
 
@@ -145,7 +145,7 @@ def created(plan: Plan, path: str, shown: str, replaced: os.stat_result | None =
 def no_folder(shown: str) -> MissingFileError:
     """The error for an output in a folder that is not there."""
     folder = os.path.dirname(shown.rstrip("/")) or "."
-    remedy = f"create it first: mkdir -p {shlex.quote(folder)}"
+    remedy = f"create it first: {mkdir_command(folder)}"
     return MissingFileError(f"{shown}: cannot be written: the folder {folder} does not exist; {remedy}", path=shown)
 
 
@@ -153,9 +153,9 @@ def permit(fd: int, old: os.stat_result, bits: int) -> None:
     """Give an output the permissions, and where this process may the owner and group, of what it replaces."""
     for owner, group in ((-1, old.st_gid), (old.st_uid, -1)):
         with contextlib.suppress(OSError, AttributeError):  # Windows has neither
-            os.fchown(fd, owner, group)
+            os.fchown(fd, owner, group)  # type: ignore[attr-defined,unused-ignore]
     with contextlib.suppress(OSError, AttributeError):
-        os.fchmod(fd, old.st_mode & bits)
+        os.fchmod(fd, old.st_mode & bits)  # type: ignore[attr-defined,unused-ignore]
 
 
 def remove_folder(path: str) -> None:
@@ -173,7 +173,7 @@ def this_host() -> str:
 
 @functools.cache
 def _host_digits() -> str:
-    mark = os.uname().nodename.encode(errors="surrogateescape")
+    mark = os.uname().nodename.encode(errors="surrogateescape")  # type: ignore[attr-defined,unused-ignore]
     with contextlib.suppress(OSError), contextlib.closing(SourceFile("/etc/machine-id")) as file:
         mark += file.read(0, min(file.size, 64))
     return f"{zlib.crc32(mark):08x}"
@@ -270,7 +270,7 @@ def _won(path: str, stack: contextlib.ExitStack, held: set[tuple[int, int]]) -> 
     flags = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     with contextlib.suppress(OSError):
         is_folder = stat.S_ISDIR(os.lstat(path).st_mode)
-        fd = os.open(path, flags | (os.O_RDONLY | os.O_DIRECTORY if is_folder else os.O_RDWR))
+        fd = os.open(path, flags | (os.O_RDONLY | os.O_DIRECTORY if is_folder else os.O_RDWR))  # type: ignore[attr-defined,unused-ignore]
         stack.callback(os.close, fd)
         status = os.fstat(fd)
         file = status.st_dev, status.st_ino
@@ -361,7 +361,7 @@ def _publish_shards(
     try:
         overwrite(final.fd, index)
         if flush:
-            os.fsync(final.fd)
+            flush_to_disk(final.fd)
         final.finish()
         if force and any(os.path.lexists(shard.path) for shard in shards):
             _replace(shards, main, final, source, flush=flush)
@@ -492,7 +492,7 @@ def flush_folder(path: str) -> None:
     try:
         folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
         try:
-            os.fsync(folder)
+            flush_to_disk(folder)
         finally:
             os.close(folder)
     except OSError as error:

@@ -21,7 +21,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar, cast
 
-from ckptkit.bytesource import Source, SourceFile
+from ckptkit.bytesource import Source, SourceFile, flush_to_disk
 from ckptkit.errors import CorruptError, FileAccessError, RewriteError
 from ckptkit.fleet.shares import Share
 from ckptkit.limits import DEFAULT_LIMITS
@@ -449,7 +449,7 @@ class Parts:
                 overwrite(files[-1].fd, index_bytes(self.plan, digests, now))
                 opened(files[-1].temporary)
                 for file in files if flush else ():
-                    os.fsync(file.fd)
+                    flush_to_disk(file.fd)
                 publish(files, index_bytes(self.plan, digests), force=force, flush=flush, source=source)
                 remove_stale_shards(self._folder, replaces, source)
             if self._is_ours:

@@ -132,18 +132,20 @@ class Copier:
         while done < wanted:
             place = target + done
             piece = min(wanted - done, _PIECE_NBYTES - place % _PIECE_NBYTES)
-            held = os.splice(fd, start, piece, offset_src=source.offset + done)
+            held = os.splice(fd, start, piece, offset_src=source.offset + done)  # type: ignore[attr-defined,unused-ignore]
             if held == 0:
                 break
             while held:
-                moved = os.splice(end, self._fd, held, offset_dst=target + done)
+                moved = os.splice(end, self._fd, held, offset_dst=target + done)  # type: ignore[attr-defined,unused-ignore]
                 if moved == 0:
                     raise OSError(errno.EINVAL, "a pipe cannot be read here")
                 held, done = held - moved, done + moved
         return done
 
     def _copy_file_range(self, fd: int, source: ByteRange, target: int) -> int:
-        return os.copy_file_range(fd, self._fd, min(source.nbytes, _ONE_CALL), source.offset, target)
+        wanted = min(source.nbytes, _ONE_CALL)
+        moved: int = os.copy_file_range(fd, self._fd, wanted, source.offset, target)  # type: ignore[attr-defined,unused-ignore]
+        return moved
 
     def _read_write(self, fd: int, source: ByteRange, target: int) -> int:
         chunk = source.read(0, min(source.nbytes, CHUNK_NBYTES))
@@ -164,7 +166,7 @@ def _pipe() -> tuple[int, int]:
 
     ends = os.pipe()
     with contextlib.suppress(OSError):  # above what a user may have: a piece then goes in two parts
-        fcntl.fcntl(ends[1], fcntl.F_SETPIPE_SZ, 2 * _PIECE_NBYTES)
+        fcntl.fcntl(ends[1], fcntl.F_SETPIPE_SZ, 2 * _PIECE_NBYTES)  # type: ignore[attr-defined,unused-ignore]
     return ends
 
 

@@ -35,7 +35,8 @@ Progress = Callable[[int, int], object]
 MANY_NBYTES = 32 << 20
 """Bytes from which threads are worth starting."""
 
-SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+_NAMES = "SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"
+SIGNALS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
 """Those that ask a process to end, and let it clean up."""
 
 _kept = threading.local()

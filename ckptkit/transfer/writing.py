@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 
-from ckptkit.bytesource import Source
+from ckptkit.bytesource import Source, flush_to_disk
 from ckptkit.errors import FileAccessError
 from ckptkit.places import require_local
 from ckptkit.plan import Digest, Plan
@@ -302,7 +302,7 @@ def _flushing(fds: list[int]) -> Iterator[Callable[[], None]]:
                     os.fsync(fd)
             if wanted:
                 for fd in fds:
-                    os.fsync(fd)
+                    flush_to_disk(fd)
         except OSError as error:
             failures.append(error)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ from ckptkit.errors import DTypeError, VerifyError
 from ckptkit.normalize.selection import holding_suffix, other_parts
 from ckptkit.options import VerifyOptions
 from ckptkit.report import Finding, convert_command
+from ckptkit.shell import command_line
 from ckptkit.torch_bridge import dtype_of
 from ckptkit.verifier.inputs import Inputs
 from ckptkit.verifier.measure import Fit
@@ -151,7 +151,7 @@ class Context:
         if spec is None or (self.golden is not None and (model or args)):
             return None
         like = self.model_options("--model", spec, {**(self.reference.args if model is None else {}), **args})
-        return shlex.join(["ckptkit", "verify", *self.reading, *self.asked, path, *like, *self.taken(options)])
+        return command_line(["ckptkit", "verify", *self.reading, *self.asked, path, *like, *self.taken(options)])
 
     @staticmethod
     def model_options(option: str, spec: str, args: Mapping[str, object]) -> list[str]:
@@ -189,6 +189,8 @@ def peak_memory() -> int | None:
     try:
         import resource
     except ImportError:  # Windows
+        return None
+    if sys.platform == "win32":
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # bytes there, kilobytes elsewhere

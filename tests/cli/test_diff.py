@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -22,9 +23,13 @@ def files(tmp_path: Path) -> Path:
     return tmp_path
 
 
+SUMMARY = r"ckptkit: 4 tensors of 268 B in A and 268 B in B compared in \d\.\d s\n"
+
+
 def test_equal(run, files: Path) -> None:
     done = run("diff", "a.pth", "same.pth")
-    assert (done.returncode, done.stderr) == (0, "")
+    assert done.returncode == 0
+    assert re.fullmatch(SUMMARY, done.stderr)
     lines = done.stdout.splitlines()
     assert lines[0].startswith("A  a.pth: torch-zip, state dict, ")
     assert lines[1].startswith("B  same.pth: torch-zip, ")
@@ -33,7 +38,8 @@ def test_equal(run, files: Path) -> None:
 
 def test_different(run, files: Path) -> None:
     done = run("diff", "a.pth", "b.pth")
-    assert (done.returncode, done.stderr) == (1, "")
+    assert done.returncode == 1
+    assert re.fullmatch(SUMMARY, done.stderr)
     assert "different: only 1 changed; 2 of 4 tensors are bit-identical" in done.stdout
     rows = [line.split() for line in done.stdout.splitlines()]
     assert ["1", "2", "of", "2", "2", "changed"] in [row[:6] for row in rows]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -308,3 +311,81 @@ def test_several_errors_are_lines(folder: Path) -> None:
     assert len(others) >= 2
     assert all(line.startswith("  ") for line in others)
     assert any("b\\n.pth" in line for line in others)
+
+
+# --output FILE.
+
+
+@pytest.mark.parametrize(
+    ("name", "code"), [(name, code) for name, cases in CASES.items() for code in cases if name != "manifest"]
+)
+def test_the_output_goes_to_a_file(folder: Path, name: str, code: int, run) -> None:
+    """What stdout would get, with the same exit code, in place of what the file held."""
+    arguments = [name, *CASES[name][code]]
+    expected = run(*arguments, cwd=folder)
+    (folder / "told").write_text("what stood here before")
+    done = run(*arguments, "--output", "told", cwd=folder)
+    assert (done.returncode, done.stdout) == (code, "")
+    measured = r"\d+(\.\d+)?(e-\d+)?"  # seconds, bytes of memory
+    told = (folder / "told").read_text()
+    assert re.sub(measured, "0", told) == re.sub(measured, "0", expected.stdout) != ""
+    assert sorted(path.name for path in folder.iterdir() if "told" in path.name) == ["told"]
+
+
+def test_no_input_and_no_checkpoint_is_overwritten_by_the_output(folder: Path, run) -> None:
+    (folder / "link.pth").symlink_to("lin.pth")
+    (folder / "weights").mkdir()
+    (folder / "weights" / "other.pth").write_bytes((folder / "other.pth").read_bytes())
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    for arguments, refused in (
+        (["inspect", "lin.pth", "-o", "./lin.pth"], "the command reads or writes this file itself"),
+        (["inspect", "lin.pth", "-o", "link.pth"], "the command reads or writes this file itself"),
+        (["check", "--manifest", "passed.json", "-o", "passed.json"], "the command reads or writes this file itself"),
+        (["convert", "lin.pth", "new.pth", "-o", "new.pth"], "the command reads or writes this file itself"),
+        (["inspect", "weights", "-o", "weights/other.pth"], "this is a checkpoint"),
+        (["inspect", "lin.pth", "-o", "hostile.pth"], "this is a checkpoint"),
+    ):
+        done = run(*arguments, cwd=folder)
+        assert (done.returncode, done.stdout) == (2, "") and refused in done.stderr, done.stderr
+    for arguments in (
+        ["inspect", "lin.pth", "-o", "no/such/folder.txt"],
+        ["inspect", "lin.pth", "-o", "weights"],
+        ["inspect", "nope*.pth", "--files-from", "nope", "-o", "told"],
+        ["diff", "lin.pth", "nope.pth", "--json", "-o", "told"],
+    ):
+        assert run(*arguments, cwd=folder).returncode == 2
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+# A terminal.
+
+
+class Terminal(io.StringIO):
+    encoding = "utf-8"
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+@pytest.mark.parametrize(
+    ("name", "code"), [(name, code) for name, cases in CASES.items() for code in cases if name != "manifest"]
+)
+def test_lines_fit_the_terminal(
+    folder: Path, name: str, code: int, encoding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of every command, but for commands to copy, which are whole."""
+    arguments = [word for word in CASES[name][code] if word not in ("--json", "--format", "markdown")]
+    terminal = Terminal()
+    monkeypatch.setattr(Terminal, "encoding", encoding)
+    monkeypatch.setattr(ending._ending, "file", terminal)
+    monkeypatch.setenv("COLUMNS", "64")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.chdir(folder)
+    with pytest.raises(SystemExit) as ended:
+        main([name, *arguments])
+    lines = [click.unstyle(line) for line in terminal.getvalue().splitlines()]
+    assert ended.value.code == code and lines
+    assert "\x1b[" in terminal.getvalue() or name == "convert"
+    long = [line for line in lines if len(line) > 64]
+    assert [line for line in long if "ckptkit " not in line and "model.load_state_dict(" not in line] == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -219,3 +220,44 @@ def test_names_that_would_act_on_a_terminal_are_escaped(run, save) -> None:
         assert "\u202e" not in out
         assert "evil\\x1b[31m\\nname" in out
     assert inspect_json(run, path)[0]["tensors"][0]["name"] == "evil\x1b[31m\nname\u202e"
+
+
+def test_brief_is_one_line_a_file(run, save, ddp_resume: Path, tmp_path: Path) -> None:
+    (tmp_path / "runs").mkdir()
+    for name in ("a.pth", "longer-name.pth"):
+        torch.save({"w": torch.ones(3000, 2), "n": torch.ones(1).long()}, tmp_path / "runs" / name)
+    (tmp_path / "runs" / "notes.txt").write_text("x")
+    (tmp_path / "runs" / "broken.pth").write_bytes(ddp_resume.read_bytes()[:-400])
+    done = run("inspect", "--brief", "runs", ddp_resume)
+    assert done.returncode == 2
+    first, second, third = done.stdout.splitlines()
+    assert re.split(r"\s{2,}", first)[:-1] == [
+        "runs/a.pth", "torch-zip", "state dict", "2 tensors", "6,000 parameters", "float32 +1",
+        first.split("+1")[1].split("  safe")[0].strip(), "safe",
+    ]  # fmt: skip
+    assert first.index("torch-zip") == second.index("torch-zip") == third.index("torch-zip")
+    assert third.endswith("needs trust  warning: foreign-objects")
+    assert "runs/broken.pth" in done.stderr
+    assert any(line.endswith("1 file (1 text file)") for line in done.stderr.splitlines())
+    assert run("inspect", "--brief", "--jobs", "2", "runs", ddp_resume).stdout == done.stdout
+    assert json.loads(run("inspect", "--brief", "--json", ddp_resume).stdout)["files"]
+    assert run("inspect", "--brief", "--flat", ddp_resume).returncode == 2
+
+
+def test_top_lists_the_largest_tensors_in_place_of_the_tree(run, save) -> None:
+    tied = torch.ones(50)
+    path = save(
+        {"small": torch.ones(2), "a": tied, "tied": tied, "half": torch.ones(60).half(), "b": torch.ones(2, 10)}
+    )
+    lines = run("inspect", "--top", "3", path).stdout.splitlines()
+    at = next(number for number, line in enumerate(lines) if line.startswith("largest tensors"))
+    assert [re.split(r"\s{2,}", line) for line in lines[at + 1 : at + 4]] == [
+        ["a", "50", "200 B", "49.0%", "float32 [50]"],
+        ["half", "60", "120 B", "29.4%", "float16 [60]"],
+        ["b", "20", "80 B", "19.6%", "float32 [2, 10]"],
+    ]
+    assert lines[at + 4] == ""
+    assert not any(line.startswith("tensors of") for line in lines)
+    stats = run("inspect", "--top", "1", "--stats", path).stdout
+    assert "tensor (float32)" in stats and "half" not in stats
+    assert len(json.loads(run("inspect", "--top", "1", "--json", path).stdout)["files"][0]["tensors"]) == 5

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,11 @@ from torch import nn
 from torchvision.models import resnet18
 
 import ckptkit
-from ckptkit.cli import inspect_text
+from ckptkit.cli import ending, inspect_text
 from ckptkit.cli.inspect_text import TIMES
 from ckptkit.cli.markdown import inspect as as_markdown
 from ckptkit.cli.options import View, encodable
-from ckptkit.cli.tables import columns, wrapped
+from ckptkit.cli.tables import bar, columns, wrapped
 from ckptkit.inspection import json_chunks, survey
 
 
@@ -170,6 +171,8 @@ def test_terminals_without_our_symbols(monkeypatch: pytest.MonkeyPatch, run, sav
     shown = run("inspect", path, env={"PYTHONIOENCODING": "ascii"}).stdout
     assert "layers.0..2.gr\\xf6\\xdfe  3 x" in shown
     assert encodable("0‥1  2") == "0‥1  2"
+    monkeypatch.setattr(ending, "stdout", lambda: io.TextIOWrapper(io.BytesIO(), "cp1252"))
+    assert [encodable(bar(share)) for share in (0, 0.01, 0.4, 0.45, 1)] == ["", "-", "##-", "##+", "######"]
 
 
 # JSON and markdown.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -24,7 +25,8 @@ def weights(tmp_path: Path) -> Path:
 def test_write_update_and_check(run, weights: Path) -> None:
     lock = weights / "weights.lock.json"
     done = run("manifest", weights, "-o", lock)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert done.returncode == 0
+    assert re.fullmatch(r"ckptkit: 2 files, [\d.]+ kB, in \d\.\d s\n", done.stderr)
     first, second, last = done.stdout.splitlines()
     assert first.startswith("+ legacy.pth  torch-legacy, 3.77 kB, resume, sha256:")
     assert second.startswith("+ tied.pth  torch-zip")

@@ -53,7 +53,7 @@ def inspected(path: Any, **options: Any) -> dict[str, Any]:
         found = survey(file.checkpoint, **options)
         size = sum(row.nbytes for row in found["tensors"])
     for section in found["sections"]:
-        section["share"] = section["nbytes"] / size
+        section["share"] = section["nbytes"] / (size or 1)
     return {**found, "path": os.path.basename(found["path"]), "writer": "torch", "size": size}
 
 

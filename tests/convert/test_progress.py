@@ -30,6 +30,9 @@ class Clock:
         monkeypatch.setattr("time.monotonic", lambda: self.now)
 
 
+SUMMARY = re.compile(r"ckptkit: 17\.5 kB to 17 kB in \d\.\d s; 1 tensor compared byte for byte\n")
+
+
 def shown(text: str) -> list[str]:
     """What stood on the line, one after the other; at last it must have been wiped."""
     *lines, wiped, end = text.split("\r")
@@ -145,7 +148,8 @@ def test_an_error_stands_on_a_line_of_its_own(save, convert, monkeypatch) -> Non
 def test_silent_unless_it_is_a_terminal(save, convert) -> None:
     path = save({"w": torch.ones(4000)})
     for number, options in enumerate(([], ["--no-progress"], ["-q"], ["-q", "--progress"])):
-        assert convert(path, f"{number}.pth", *options).err == ""
+        told = convert(path, f"{number}.pth", *options).err
+        assert told == "" if "-q" in options else SUMMARY.fullmatch(told)
 
 
 @pytest.mark.parametrize(("options", "there"), [([], True), (["--no-progress"], False), (["-q"], False)])
@@ -164,9 +168,51 @@ def test_on_a_terminal(save, tmp_path: Path, options: list[str], there: bool) ->
         pass
     os.close(ours)
     assert done.returncode == 0
-    assert bool(text) == there
+    line, _, summary = text.decode().replace("\r\n", "\n").rpartition("\r")
+    assert summary == "" if "-q" in options else SUMMARY.fullmatch(summary), text
+    assert bool(line) == there
     if there:
-        assert shown(text.decode())[-1].startswith("100%  ")
+        assert shown(line + "\r")[-1].startswith("100%  ")
+
+
+# The line at the end.
+
+
+def test_what_a_command_says_last(run, save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    for n in (1, 2):
+        save({"w": torch.ones(n * 1000, 100), "b": torch.ones(9)}, f"runs/{n}.pth")
+    (tmp_path / "net.py").write_text("from torch import nn\ndef build(): return nn.Linear(100, 3)\n")
+    torch.save(torch.nn.Linear(100, 3).state_dict(), "net.pth")
+    verified = "2 of 2 tensors loaded and compared, 2 forward passes on cpu in float32, outputs compared with those of"
+    model = ["--model", "net.py:build", "--input-shape", "2,100", "--device", "cpu"]
+    for words, told in (
+        ("convert runs/1.pth a.safetensors", "402 kB to 400 kB in T; 2 tensors compared byte for byte"),
+        (
+            "convert runs/1.pth b.pth --dtype float16",
+            "402 kB to 201 kB in T; 2 tensors compared byte for byte after the cast",
+        ),
+        ("convert runs/1.pth c.safetensors --no-check", "402 kB to 400 kB in T; 2 tensors not compared"),
+        ("convert runs out --to safetensors", "1.2 MB to 1.2 MB in T; 4 tensors in 2 files compared byte for byte"),
+        ("check runs/1.pth", "1 file, 402 kB, in T: 1 file passed"),
+        ("check runs --max-size 1MB --no-pickle", "2 files, 1.2 MB, in T: 2 of 2 files failed"),
+        ("manifest runs", "2 files, 1.2 MB, in T"),
+        ("inspect runs", "2 files, 1.2 MB, in T"),
+        ("inspect --brief runs", "2 files, 1.2 MB, in T"),
+        ("diff runs/1.pth runs/2.pth", "2 tensors of 400 kB in A and 800 kB in B compared in T"),
+        (f"verify net.pth {' '.join(model)}", f"{verified} other batches, in T"),
+        (f"verify runs/1.pth {' '.join(model)}", "0 of 2 tensors found, in T"),
+        ("inspect runs/1.pth", None),
+        ("inspect --flat runs", None),
+        ("convert runs/1.pth d.pth --dry-run", None),
+    ):
+        done = run(*words.split())
+        last = done.stderr.splitlines()[-1:] if told else [each for each in done.stderr.splitlines() if " in " in each]
+        said = [re.sub(r"\b\d+(\.\d)? s\b", "T", line) for line in last]
+        assert said == ([f"ckptkit: {told}"] if told else []), words
+        again = [*words.split(), *["--force"] * words.startswith("convert")]
+        assert not any("ckptkit: " in run(*again, silent).stderr for silent in ("-q", "--json"))
 
 
 # Commands that are not told how far they are, but leave word of what they read.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 import re
 import subprocess
@@ -9,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from ckptkit.architectures.index import load
 
@@ -61,7 +63,7 @@ def test_commands_options_and_choices(run, shell: str) -> None:
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_codes(run, shell: str) -> None:
     assert asked(run, shell, "ckptkit", "explain", "module-pre") == ["module-prefix"]
-    assert asked(run, shell, "ckptkit", "explain", "trus") == ["trust"]
+    assert asked(run, shell, "ckptkit", "explain", "guar") == ["guarantees"]
 
 
 def test_references(run) -> None:
@@ -86,6 +88,65 @@ def test_a_reference_is_asked_for_without_torch() -> None:
 def test_what_no_index_has_may_be_a_file(run) -> None:
     env = {"COMP_WORDS": "ckptkit\nverify\n--model\nmodels/n", "COMP_CWORD": "3", "_CKPTKIT_COMPLETE": "bash_complete"}
     assert run(env=env).stdout == "file,models/n\n"
+
+
+def test_dtypes_containers_devices(run) -> None:
+    assert asked(run, "bash", "ckptkit", "convert", "a.pth", "b.pth", "--dtype", "bf") == ["bfloat16"]
+    assert asked(run, "zsh", "ckptkit", "verify", "a.pth", "--dtype", "float1") == ["float16"]
+    assert asked(run, "fish", "ckptkit", "check", "--allow-dtype", "int1") == ["int16"]
+    assert asked(run, "bash", "ckptkit", "convert", "a.pth", "b", "--to", "safe") == [
+        "safetensors",
+        "safetensors-sharded",
+    ]
+    assert asked(run, "bash", "ckptkit", "check", "--require-format", "dee") == ["deepspeed"]
+    assert asked(run, "bash", "ckptkit", "inspect", "a.pth", "--format", "ma") == ["markdown"]
+    assert asked(run, "bash", "ckptkit", "convert", "a.pth", "b.pth", "--map-location", "cu") == ["cuda"]
+
+
+@pytest.fixture
+def files(tmp_path: Path, save) -> Path:
+    """Files in the folder that `run` works in."""
+    weights = {"conv.weight": torch.ones(2), "conv.bias": torch.ones(2), "fc.weight": torch.ones(2)}
+    save({"model": weights, "model_ema": weights, "epoch": 3, "optimizer": {}}, "several.pth")
+    save({f"layers.{n}.weight": torch.ones(1) for n in range(150)}, "many.pth")
+    save({"odd\nname": torch.ones(1), "old": torch.ones(1)}, "odd.pth")
+    for step in ("checkpoint-10", "checkpoint-20"):
+        (tmp_path / "run" / step).mkdir(parents=True)
+        save(weights, f"run/{step}/model.pth")
+    (tmp_path / "notes.txt").write_text("words")
+    (tmp_path / "many.pth.gz").write_bytes(gzip.compress((tmp_path / "many.pth").read_bytes()))
+    return tmp_path
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_what_the_files_on_the_line_hold(run, files: Path, shell: str) -> None:
+    def offered(*words: str) -> list[str]:
+        return [*filter(None, asked(run, shell, "ckptkit", *words))]
+
+    assert offered("inspect", "several.pth", "--section", "model") == ["model", "model_ema"]
+    assert offered("convert", "several.pth", "o.pth", "--leave-out", "ep") == ["epoch"]
+    assert offered("convert", "several.pth", "o.pth", "--as", "model") == ["model", "model_ema"]
+    assert offered("convert", "run/checkpoint-10/model.pth", "--strip-prefix", "c") == ["conv."]
+    assert offered("convert", "run/checkpoint-10/model.pth", "--include", "conv.") == ["conv.weight", "conv.bias"]
+    assert offered("convert", "run", "o.pth", "--tag", "check") == ["checkpoint-10", "checkpoint-20"]
+    assert offered("inspect", "odd.pth", "--filter", "o") == ["old"]  # a line is a name
+    for unread in ("none.pth", "notes.txt", "many.pth.gz", "https://host.invalid/a.pth", "-"):
+        assert offered("inspect", unread, "--filter", "l") == []
+
+
+def test_very_many_names_are_offered_by_module(run, files: Path) -> None:
+    offered = asked(run, "bash", "ckptkit", "inspect", "many.pth", "--filter", "la")
+    assert len(offered) == 150 and offered[:2] == ["layers.0.", "layers.1."]
+    assert asked(run, "bash", "ckptkit", "inspect", "many.pth", "--filter", "layers.14")[:2] == [
+        "layers.14.weight",
+        "layers.140.weight",
+    ]
+
+
+def test_a_file_after_the_word_counts_too(run, files: Path) -> None:
+    words = "ckptkit\ninspect\n--section\nmodel_\nseveral.pth"
+    env = {"COMP_WORDS": words, "COMP_CWORD": "3", "_CKPTKIT_COMPLETE": "bash_complete"}
+    assert run(env=env).stdout == "plain,model_ema\n"
 
 
 BASH = """

@@ -19,6 +19,7 @@ from ckptkit.cli.check import command as check_command
 from ckptkit.cli.diff import command as diff_command
 from ckptkit.cli.options import View
 from ckptkit.cli.verify import command as verify_command
+from ckptkit.errors import MissingDependencyError
 from ckptkit.released.results import CheckFinding, CheckReport, FileResult
 
 ENTER, ESCAPE, DOWN, END = "\ue007", "\ue00c", "\ue015", "\ue010"
@@ -110,6 +111,7 @@ def test_a_difference_is_a_verdict_a_map_and_tables(browser: Browser, made: Made
     browser.js("document.querySelector('#by-module tbody tr[data-at]').focus()")
     browser.keys(ENTER)
     assert browser.one("#tensors input[type=search]").get_property("value") == browser.column("by-module")[0]
+    assert browser.js("return document.activeElement.closest('#tensors tr[data-at]') !== null"), "keys go on there"
 
     names, bars = browser.texts("#where-it-changed .inside .name"), "#where-it-changed .inside .share i"
     colors = browser.js("return [...document.querySelectorAll(arguments[0])].map((bar) => bar.style.background)", bars)
@@ -124,7 +126,9 @@ def test_a_difference_is_a_verdict_a_map_and_tables(browser: Browser, made: Made
 
 
 def test_the_same_is_said_so(browser: Browser, made: Made, pair: tuple[Path, Path]) -> None:
-    browser.open(made(diff_command, pair[0], pair[0]), dark=True)
+    page = made(diff_command, pair[0], pair[0])
+    assert page.stat().st_size < 200_000, "there is nothing to draw"
+    browser.open(page, dark=True)
     browser.size(420)
     assert browser.text("h1") == "The same" and browser.texts(".verdict.good")
     assert not browser.all("#tensors") and not browser.all("#where-it-changed")
@@ -164,6 +168,13 @@ def test_what_is_within_tolerance_is_told_apart(pair: tuple[Path, Path]) -> None
     assert text.isascii() and "<script>window" not in text and '"within tolerance"' in text
 
 
+def test_without_plotly_nothing_is_compared(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, package=None: None)
+    monkeypatch.setattr("ckptkit.api.diff", lambda *_, **__: pytest.fail("it was compared"))
+    with pytest.raises(MissingDependencyError, match=r"pip install '\.\[report\]'"):
+        output_of(diff_command, *map(str, pair), "--format", "html")
+
+
 # check
 
 
@@ -194,7 +205,7 @@ def test_a_check_of_10_000_files_is_of_use(browser: Browser, tmp_path: Path) -> 
     page = written(tmp_path / "many.html", html.check(report.to_dict(), View()))
     assert page.stat().st_size < 6_000_000
     browser.open(page)
-    assert browser.text("h1") == "Failed, and not all could be checked"
+    assert browser.text("h1") == "Failed, and some files could not be checked"
     assert "3,334 of 10,000 files failed" in browser.text(".verdict p")
     assert 0 < len(browser.all("#files tbody tr[data-at]")) < 100
     assert browser.column("files", 2)[:3] == ["failed"] * 3, "what is wrong comes first"
@@ -258,7 +269,7 @@ def test_a_verification_that_passes(browser: Browser, made: Made, model: Path) -
     assert browser.text("h1") == "Passed" and browser.texts(".verdict.good")
     assert browser.texts("#checks th[scope=row]")[:4] == ["fit", "load", "weights", "forward"]
     assert "failed" not in browser.texts("#checks td .badge") and browser.texts("#checks td .badge").count("ok") > 4
-    assert "No name is missing" in browser.text("#names")
+    assert "Every name and every shape matches." in browser.text("#names")
     assert browser.column("outputs", 2) == ["2 × 3"]  # noqa: RUF001
     assert "bit-equal" in browser.column("compared", 4)
 

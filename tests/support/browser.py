@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +23,9 @@ class Browser:
         self.emulate(dark=dark)
         self.size(1400)
         if not as_it_is or self.driver.current_url != page.as_uri():
+            self.js("window.isOld = true")  # a driver may be back before the page that it opens
             self.driver.get(page.as_uri())
+            self.until("return !window.isOld && document.readyState === 'complete' && typeof Page === 'object'")
 
     def size(self, width: int, height: int = 900) -> None:
         metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
@@ -44,6 +47,14 @@ class Browser:
 
     def js(self, script: str, *arguments: Any) -> Any:
         return self.driver.execute_script(script, *arguments)
+
+    def until(self, script: str) -> Any:
+        """What a script returns once that is true: charts are drawn anew a while after a page changes its size."""
+        for _ in range(200):
+            if found := self.js(script):
+                return found
+            time.sleep(0.05)
+        raise AssertionError(f"in vain: {script}")
 
     def one(self, css: str) -> Any:
         return self.driver.find_element("css selector", css)

@@ -21,7 +21,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import shlex
 from collections.abc import Hashable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -36,6 +35,7 @@ from ckptkit.formats.unpacked import is_unpacked, packing_of
 from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.nearness import did_you_mean
 from ckptkit.report import Finding, count_of, listed
+from ckptkit.shell import quoted
 
 __all__ = ["POINTERS", "Found", "describe_folder", "found_in", "pointed", "sharded_at", "sharded_in"]
 
@@ -385,7 +385,7 @@ def _standing(path: str, depth: int = 0, *, way: str = "", is_inner: bool = Fals
     there = [name for name, _ in choices]
     raise FileAccessError(
         f"{path}: {count_of(len(there), 'checkpoint')} are in this folder: {listed(there, _LISTED)}; "
-        f"give one of them, or choose with --tag: --tag {shlex.quote(way + there[-1])}",
+        f"give one of them, or choose with --tag: --tag {quoted(way + there[-1])}",
         path=path,
         names=there,
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -41,6 +42,8 @@ def _let_open(count: int) -> None:
     try:
         import resource
     except ImportError:  # systems without POSIX
+        return
+    if sys.platform == "win32":  # what it has of that is a package that somebody installed
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = count if hard == resource.RLIM_INFINITY else min(count, hard)

@@ -29,9 +29,10 @@ from typing import NamedTuple
 
 from ckptkit.bytesource import SourceFile
 from ckptkit.checkpoint import Replica, TensorEntry
-from ckptkit.errors import CorruptError, UnsupportedError
+from ckptkit.errors import CorruptError, FileAccessError, UnsupportedError
 from ckptkit.formats.json_text import parse, shown
 from ckptkit.limits import DEFAULT_LIMITS
+from ckptkit.nearness import with_meant_file
 from ckptkit.pickling.tensors import is_tensor_like
 from ckptkit.report import Finding, count_of, listed
 from ckptkit.transfer.pieces import Piece, pieced
@@ -106,7 +107,10 @@ def rules_in(path: str) -> tuple[Rule, ...]:
         FileAccessError: it cannot be read.
         FormatError: it is not such an object; the message says what is wrong.
     """
-    file = SourceFile(path)
+    try:
+        file = SourceFile(path)
+    except FileAccessError as error:
+        raise with_meant_file(error) from error.__cause__
     try:
         if file.size > DEFAULT_LIMITS.record_nbytes:
             raise CorruptError("a rules file is smaller", path=path)

@@ -82,7 +82,8 @@ def _meant_model(model: str) -> str:
     bare = {each.partition(":")[2]: each for each in reversed(known)}
     if same:
         return f"; did you mean {' or '.join(same)}?"
-    return did_you_mean(model, bare, shown=bare.__getitem__) or did_you_mean(model, known)
+    whole = did_you_mean(model, known)
+    return whole if whole and "." in model else did_you_mean(model, bare, shown=bare.__getitem__) or whole
 
 
 def _meant_factory(path: str) -> str:
