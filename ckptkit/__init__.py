@@ -10,29 +10,29 @@ The layers, each importing only from those to its right; a test enforces it:
         > bytesource > codes, documents, fleet, fixes > report, arguments, dtypes, limits, extras > nearness
         > errors, display, shell
 
-Some rooms are more than the first sketch had: `plan`, because writers make plans and `transfer` executes them and
-neither should know the other; `compare`, because the proof that an output is right must go through the readers, which
-the mover of bytes must not know; `inspection` (the document that is shown) apart from `diagnose` (what is remarkable
-about a checkpoint).  `architectures` knows which models have a checkpoint's names and shapes, `arguments` what values
-mean that are given, `nearness` which word was probably meant, `shell` how a command is typed, and `options` declares what each command can be
-asked for.  `conversion` turns options into rewriters, plans and carries out one output, or those of a folder, and tells what
-came of it; `checkpoint_file` is what `open` gives.  `remote` makes a byte source of a file on another machine, one
-module a kind of server, and `places` answers what a path is, and what is below it, of paths and URLs alike. `fleet` has
-work done for very many tasks in several processes, and knows nothing of checkpoints.  `page` makes self-contained HTML
-pages of documents, with the styles and scripts that they consist of. `documents` has the types of what commands print
-as JSON; `differences` is what `ckptkit.diff` tells; `released` what `ckptkit.manifest` records and `ckptkit.check`
-holds files against; `digests` says when two files contain the same tensors. Inside `normalize` stand the one
-enumeration of everything in a file that has bytes (`tensors`) and the one comparison of two trees (`trees`), which
-everything that shows, compares, counts or digests goes through. Bytes that have to be made before they can be moved are
-`computed`, and `casting` is what one way of making them computes; what another does, which reads tensors for it, is in
-`transfer`, which is why `rewrite` is above that.  Inside `formats` stand the containers, one module each, and all that
-others ask about one in its row of the table (`containers`, `format_named`): no other room compares their names;
-`distributed` are the folders that several processes wrote, one module a layout, and the way from a folder to the one
-that it means; `sources` and `inside` are what may be given in a file's place (open files, what is compressed or is in
-an archive), `tar_archive` and `zip_archive` are tar and zip as such, `folder` says what is in a folder, `contents` what
-pickles and programs are in bytes that no reader reads, and `refused` is what is said of files that are not checkpoints.
-No room has the name of a public function: importing it would put the module in the function's place, which is why what
-does the work of `ckptkit.verify` lives in `verifier`.
+Some rooms need a reason: `plan`, because writers make plans and `transfer` executes them and neither should know the
+other; `compare`, because the proof that an output is right must go through the readers, which the mover of bytes must
+not know; `inspection` (the document that is shown) apart from `diagnose` (what is remarkable about a checkpoint).
+`architectures` knows which models have a checkpoint's names and shapes, `arguments` what values mean that are given,
+`nearness` which word was probably meant, `shell` how a command is typed, and `options` declares what each command can
+be asked for.  `conversion` turns options into rewriters, plans and carries out one output, or those of a folder, and
+tells what came of it; `checkpoint_file` is what `open` gives.  `remote` makes a byte source of a file on another
+machine, one module a kind of server, and `places` answers what a path is, and what is below it, of paths and URLs
+alike.  `fleet` has work done for very many tasks in several processes, and knows nothing of checkpoints.  `page` makes
+self-contained HTML pages of documents, with the styles and scripts that they consist of.  `documents` has the types of
+what commands print as JSON; `differences` is what `ckptkit.diff` tells; `released` what `ckptkit.manifest` records and
+`ckptkit.check` holds files against; `digests` says when two files contain the same tensors.  Inside `normalize` stand
+the one enumeration of everything in a file that has bytes (`tensors`) and the one comparison of two trees (`trees`),
+which everything that shows, compares, counts or digests goes through.  Bytes that have to be made before they can be
+moved are `computed`, and `casting` is what one way of making them computes; what another does, which reads tensors for
+it, is in `transfer`, which is why `rewrite` is above that.  Inside `formats` stand the containers, one module each, and
+all that others ask about one in its row of the table (`containers`, `format_named`): no other room compares their
+names; `distributed` are the folders that several processes wrote, one module a layout, and the way from a folder to the
+one that it means; `sources` and `inside` are what may be given in a file's place (open files, what is compressed or is
+in an archive), `tar_archive` and `zip_archive` are tar and zip as such, `folder` says what is in a folder, `contents`
+what pickles and programs are in bytes that no reader reads, and `refused` is what is said of files that are not
+checkpoints.  No room has the name of a public function: importing it would put the module in the function's place,
+which is why what does the work of `ckptkit.verify` lives in `verifier`.
 """
 
 from typing import TYPE_CHECKING, Any
