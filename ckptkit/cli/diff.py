@@ -121,7 +121,7 @@ def tables(document: DiffDocument, top: int, most: int | None = _MAX_VALUE) -> I
 def _table(
     title: str, found: Sequence[list[str]], headers: str, align: str, *names: int, most: int, unlisted: int = 0
 ) -> Iterator[Table]:
-    """The first of the rows; a column of the kind ``"s"`` holds shapes or dtypes, which are never cut."""
+    """The first of the rows; a column of the kind ``"s"`` holds shapes, dtypes or counts, which are never cut."""
     if found:
         heads = headers.split(",")
         cells = [
@@ -142,7 +142,7 @@ def _module_table(modules: Sequence[ModuleRow]) -> Iterator[Table]:
             ]
             for row in modules
         ]
-        yield from _table("by module", rows, "module,differing,what,max |b-a|", "nrlr", 0, most=_MOST_MODULES)
+        yield from _table("by module", rows, "module,differing,what,max |b-a|", "nrsr", 0, most=_MOST_MODULES)
 
 
 def _other_tensors(document: DiffDocument, top: int) -> Iterator[Table]:

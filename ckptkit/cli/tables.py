@@ -4,10 +4,10 @@ Columns are counted as terminals count them, by ``wcwidth``: two for a wide char
 another, one or two for a whole sequence of emoji; escape codes of colors have none.  Text is cut between what a reader
 sees as characters, never inside of one.
 
-Where a table is wider than the terminal, its columns give way in this order: very long names, notes, columns that are
-spared first (bars), long names, counts (``11.7 M`` for ``11,689,512``), names, columns that are spared last.  What no
-cell gives up is the last of its forms, which for a tensor is its shape: where not even that finds room, it is below its
-row.
+Where a table is wider than the terminal, its columns give way in this order: names that would take nearly half of it,
+notes, columns that are spared first (bars), long names, counts (``11.7 M`` for ``11,689,512``), names, columns that are
+spared last.  What no cell gives up is the last of its forms, which for a tensor is its shape: where not even that finds
+room, it is below its row.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from typing import NamedTuple
 
 __all__ = ["Cell", "bar", "columns", "count_cell", "padded", "seen", "width_of", "wrapped"]
 
-_LONGEST_NAME, _LEAST_NOTE, _LONG_NAME, _LEAST_NAME = 36, 12, 30, 16
-"""Columns that names keep before notes are cut; that notes keep; that names keep before and after counts are."""
+_LEAST_NOTE, _LONG_NAME, _LEAST_NAME = 12, 30, 16
+"""Columns that notes keep; that names keep before and after counts are shortened."""
 
 _LONG_NOTE = 28
 """Columns that notes keep as long as there are columns that are spared first."""
@@ -174,7 +174,7 @@ def _widths(table: Sequence[Sequence[str]], align: str, width: int | None, layou
     least: list[tuple[int, int]] = []
     notes = [i for i in reversed(layout.inside) if align[i] == "l"]
     names = [i for i in layout.inside if align[i] == "n"]
-    least += ((i, _LONGEST_NAME) for i in names)
+    least += ((i, width * 2 // 5) for i in names)
     least += ((i, max(_least(row[i], layout.note, width // 2) for row in table)) for i in notes)
     if layout.stage:
         least += ((i, _LONG_NAME) for i in names)

@@ -1,6 +1,6 @@
 """What the manifest and a model say of a file, as findings of a check.
 
-`compare` contains a file against its record: the same bytes, the same tensors, or which are others.  `model_findings`
+`compare` holds a file against its record: the same bytes, the same tensors, or which are others.  `model_findings`
 is what the verifier finds, under the rules ``fits`` and ``forward``.
 """
 

@@ -1,4 +1,4 @@
-"""Plain values beside the weights, kept as text where a container contains tensors and strings alone, and brought back.
+"""Plain values beside the weights, kept as text where a container holds only tensors and strings, and brought back.
 
 They are in the string metadata under `BESIDE`, as JSON::
 

@@ -4,7 +4,7 @@ All of them make the same plan (`ckptkit.transfer.part_records`).  A part writes
 will have, into a folder beside the destination (`staging_of`), whose own name says that what is in it is not complete.
 There it is a checkpoint of its own: as any other it is compared and gets its names at the end
 (`ckptkit.transfer.writing`), so that of a part that was killed nothing counts.  Its record is written last:
-``part-00002-of-00004.json``.  `Parts.finish` contains the records against its own plan and the shards against the
+``part-00002-of-00004.json``.  `Parts.finish` holds the records against its own plan and the shards against the
 records, moves the shards to their places and writes the index: until then a reader sees the old checkpoint, or none.
 """
 
