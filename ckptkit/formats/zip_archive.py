@@ -188,7 +188,7 @@ def _listed(directory: bytes, count: int, limits: Limits) -> list[Row]:
             signature, flags, method, crc, packed, size, name_nbytes, extra_nbytes, comment_nbytes, disk, at,
         ) = _CENTRAL_BRIEF.unpack_from(directory, pos)  # fmt: skip
         if signature != CENTRAL_SIGNATURE:
-            raise CorruptError("the zip directory has bytes that are not records", where="zip directory", offset=pos)
+            raise CorruptError("the zip directory contains more than records", where="zip directory", offset=pos)
         name_at = pos + CENTRAL.size
         extra_at = name_at + name_nbytes
         end = extra_at + extra_nbytes + comment_nbytes
@@ -418,9 +418,7 @@ def _check_header(window: _Window, record: _Central, start: int) -> int:
     if signature != LOCAL_SIGNATURE:
         raise CorruptError(f"record {record.name!r}: no record begins at byte {record.at:,}")
     if window.data[name_at:extra_at] != record.raw_name or method != record.method:
-        raise AmbiguousError(
-            f"record {record.name!r}: its own header has a different name or method than the directory"
-        )
+        raise AmbiguousError(f"record {record.name!r}: its header has another name or method than the directory")
     if (flags ^ record.flags) & ~(HAS_DESCRIPTOR | UTF8) & 0xFFFF:
         raise AmbiguousError(f"record {record.name!r}: its own header has different flags than the directory")
     extra = window.data[extra_at : extra_at + extra_nbytes]
