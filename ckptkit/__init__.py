@@ -10,30 +10,33 @@ The layers, each importing only from those to its right; a test enforces it:
         > bytesource > codes, documents, fleet, fixes > report, arguments, dtypes, limits, extras > nearness
         > errors, display, shell
 
-Some rooms are more than the first sketch had: `plan`, because writers make plans and `transfer` executes them and
-neither should know the other; `compare`, because the proof that an output is right must go through the readers,
-which the mover of bytes must not know; `inspection` (the document that is shown) apart from `diagnose` (what is
-remarkable about a checkpoint). `architectures` knows which models have a checkpoint's names and shapes, `arguments`
-what values mean that are given, `nearness` which word was probably meant, `shell` how a command is typed, and
-`options` declares what each command can be asked for. `conversion` turns options into rewriters, plans and carries
-out one output, or those of a folder, and tells what came of it; `checkpoint_file` is what `open` gives. `remote`
-makes a byte source of a file on another machine, one module a kind of server, and `places` answers what a path is,
-and what is below it, of paths and URLs alike. `fleet` has work done for very many tasks in several processes, and
-knows nothing of checkpoints. `page` makes self-contained HTML pages of documents, with the styles and scripts that
-they consist of. `documents` has the types of what commands print as JSON; `differences` is what `ckptkit.diff`
-tells; `released` what `ckptkit.manifest` records and `ckptkit.check` holds files against; `digests` says when two
-files contain the same tensors. Inside `normalize` stand the one enumeration of everything in a file that has bytes
-(`tensors`) and the one comparison of two trees (`trees`), which everything that shows, compares, counts or digests
-goes through. Bytes that have to be made before they can be moved are `computed`, and `casting` is what one way of
-making them computes; what another does, which reads tensors for it, is in `transfer`, which is why `rewrite` is
-above that. Inside `formats` stand the containers, one module each, and all that others ask about one in its row of
-the table (`containers`, `format_named`): no other room compares their names; `distributed` are the folders that
-several processes wrote, one module a layout, and the way from a folder to the one that it means; `sources` and
-`inside` are what may be given in a file's place (open files, what is compressed or is in an archive), `tar_archive`
-and `zip_archive` are tar and zip as such, `folder` says what is in a folder, `contents` what pickles and programs
-are in bytes that no reader reads, and `refused` is what is said of files that are not checkpoints. No room has the
-name of a public function: importing it would put the module in the function's place, which is why what does the
-work of `ckptkit.verify` lives in `verifier`.
+What a room is for, where its name does not say it:
+
+- `plan`: what writers make and `transfer` carries out; neither knows the other.
+- `compare`: the proof that an output is right. It reads through the readers, which the mover of bytes must not know.
+- `conversion`: turns options into rewriters, carries out one output or a folder of them, and reports what happened.
+- `inspection` makes the document that is shown; `diagnose` finds what is remarkable about a checkpoint.
+- `computed`: bytes that must be made before they can be moved. `casting` computes one kind. Another kind reads tensors
+  and is in `transfer`, which is why `rewrite` is above that.
+- `normalize`: has the one enumeration of everything in a file that has bytes (`tensors`), and the one comparison of two
+  trees (`trees`). Everything that shows, compares, counts or digests uses them.
+- `formats`: the containers, one module each. Everything others ask about a container is in its row of the table
+  (`containers`, `format_named`); no other room compares their names. `distributed` has the folders that several
+  processes wrote, one module a layout. `sources` and `inside` open what may take a file's place: open files, compressed
+  files, members of archives. `folder` says what is in a folder, `contents` which pickles and programs are in bytes that
+  no reader reads, and `refused` what to say about files that are not checkpoints.
+- `remote` makes a byte source of a file on another machine, one module a kind of server. `places` answers what a path
+  is and what is below it, for paths and URLs alike.
+- `fleet`: runs very many tasks in several processes, and knows nothing about checkpoints.
+- `released`: what `ckptkit.manifest` records and `ckptkit.check` compares files with. `digests` says when two files
+  hold the same tensors. `differences` is what `ckptkit.diff` reports.
+- `architectures` knows which models have given names and shapes. `options` declares the options of every command, and
+  `arguments` checks values. `nearness` finds the word that was meant, `fixes` the one command that does what several
+  findings advise, and `shell` quotes it.
+- `documents` has the types of the JSON documents, `display` escapes text and formats sizes, and `page` makes HTML pages.
+
+No room has the name of a public function: importing it would put the module in the function's place. That is why
+`ckptkit.verify` does its work in `verifier`.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -9,8 +9,7 @@ here, and `ckptkit.cli` renders it.  Within one ``schema_version``, fields are a
 Sizes (``size``, ``nbytes``) are in bytes; shapes, strides and counts of parameters and buffers in elements; times in
 seconds.  ``path`` is a file as it was named; for a section or a module it is the keys joined with dots, and ``""`` is
 the whole.  Dtypes have torch's names without the prefix (``"float32"``).  A number that JSON does not have (NaN, Inf)
-is ``None``, or its name where a file's values are shown.  Only type checkers need this module: commands do not import
-it.
+is ``None``, or its name where a file's values are shown.  Only type checkers import this module; commands do not.
 """
 
 from __future__ import annotations

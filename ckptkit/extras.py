@@ -99,4 +99,4 @@ def _broken(package: str, error: Exception) -> MissingDependencyError:
     )
 
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -16,7 +16,7 @@ from itertools import islice
 from ckptkit.errors import FileAccessError, MissingFileError
 from ckptkit.shell import quoted
 
-__all__ = ["did_you_mean", "meant_file", "nearest", "with_meant_file"]
+__all__ = ["asked_of", "did_you_mean", "meant_file", "near_names", "nearest", "with_meant_file"]
 
 _MOST, _LONGEST = 4096, 200
 """Words that are compared, and characters of each: files may contain any number of any length."""
@@ -69,10 +69,11 @@ def did_you_mean(
         called: what people also call some of them.
         shown: how a word is written: ``repr`` for what files hold.
     """
-    return _asked(map(shown, nearest(given, known, n, called=called)))
+    return asked_of(map(shown, nearest(given, known, n, called=called)))
 
 
-def _asked(words: Iterable[str]) -> str:
+def asked_of(words: Iterable[str]) -> str:
+    """The end of a message that asks whether one of these was meant; ``""`` where there are none."""
     *some, last = ("", *words)
     if not last:
         return ""
@@ -91,8 +92,21 @@ def meant_file(path: str) -> str:
     """
     file, mark, member = path.partition("!")
     with suppress(OSError, ValueError):
-        return _asked(quoted(near + mark + member) for near in _near_files(file))
+        return asked_of(quoted(near + mark + member) for near in _near_files(file))
     return ""
+
+
+def near_names(wanted: str, names: Iterable[str]) -> list[str]:
+    """Names of files that were probably meant: those of the same stem, or of one that is alike; endings count less."""
+    stems: dict[str, list[str]] = {}
+    for name in islice(names, _MOST):
+        stems.setdefault(_stem(name), []).append(name)
+    same = stems.get(_stem(wanted)) or [name for near in nearest(_stem(wanted), stems) for name in stems[near]]
+    return ((len(same) > 1 and nearest(wanted, same)) or same)[:3]
+
+
+def _stem(name: str) -> str:
+    return name.rpartition("/")[2].lstrip(".").partition(".")[0].casefold()
 
 
 def with_meant_file(error: FileAccessError) -> FileAccessError:
@@ -111,12 +125,7 @@ def _near_files(path: str) -> Iterator[str]:
         return
     with os.scandir(folder or os.curdir) as listing:
         names = [each.name for each in islice(listing, _MOST) if each.name[0] != "." or wanted[0] == "."]
-    stems: dict[str, list[str]] = {}
-    for name in sorted(names):
-        stems.setdefault(name.lstrip(".").partition(".")[0].casefold(), []).append(name)
-    stem = wanted.lstrip(".").partition(".")[0].casefold()
-    same = stems.get(stem) or [name for near in nearest(stem, stems) for name in stems[near]]
-    for name in ((len(same) > 1 and nearest(wanted, same)) or same)[:3]:
+    for name in near_names(wanted, sorted(names)):
         near = os.path.join(folder, name, rest.rstrip(os.sep)) if rest else os.path.join(folder, name)
         if os.path.lexists(near):
             yield near

@@ -459,7 +459,7 @@ def test_a_program_on_a_device_is_loaded_with_torch_jit(tmp_path: Path) -> None:
 def test_weights_with_settings_are_no_training_checkpoint(save: Save, run: Any, saved: Any, is_training: bool) -> None:
     shown = run("inspect", save(saved)).stdout
     assert ("a training checkpoint" in shown, "\ntraining state\n" in shown) == (is_training, is_training)
-    assert ("weights, and beside them settings" in shown) != is_training
+    assert ("weights, with settings" in shown) != is_training
 
 
 def test_thousands_of_sections_are_told_in_a_few_words(save: Save, run: Any) -> None:

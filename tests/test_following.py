@@ -324,7 +324,7 @@ def advised(severity: str, code: str, *options: str, suffix: str = ".safetensors
         (
             [("a", "--strip-module", "--weights-only"), ("b", "--map-location", "cpu", ".pth")],
             "x.safetensors --strip-module --weights-only",
-            "keeps the weights, without the prefixes of wrappers; drops epoch and args",
+            "keeps the weights, without wrapper prefixes; drops epoch and args",
             "a b",
         ),
         (
@@ -354,7 +354,7 @@ def advised(severity: str, code: str, *options: str, suffix: str = ".safetensors
         (
             [("a", "--rename", "x=>y"), ("b", "--strip-module", "--rename", "z=>w"), ("c", "--densify", ".pth")],
             "x.clean.safetensors --rename x=>y --strip-module --rename z=>w --densify",
-            "keeps the weights, renamed, without the prefixes of wrappers, as plain tensors",
+            "keeps the weights, renamed, without wrapper prefixes, as plain tensors",
             "a b c",
         ),
     ],

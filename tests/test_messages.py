@@ -314,7 +314,7 @@ def test_weights_are_none(saved: Any, save: Save) -> None:
 def test_sets_of_weights_are_not_a_training_checkpoint(save: Save, run: Any) -> None:
     weights = {"fc.weight": torch.ones(2, 3)}
     shown = run("inspect", save([weights, {"fc.weight": torch.zeros(2, 3)}])).stdout
-    assert "2 sets of weights, none of which is taken for the model's" in shown and "training" not in shown
+    assert "2 sets of weights, none of which is taken as the model's" in shown and "training" not in shown
     shown = run("inspect", save({"model": weights, "generator": {"up.weight": torch.ones(5)}, "name": "a"})).stdout
     assert "the weights are under 'model', others under 'generator'" in shown
     assert "are not weights" not in shown

@@ -49,7 +49,7 @@ from ckptkit.formats.torch_tar import holds_one
 from ckptkit.formats.zip_archive import LOCAL_SIGNATURE, Record
 from ckptkit.formats.zip_records import fetch_beginnings, read_record, record_source
 from ckptkit.limits import Limits
-from ckptkit.nearness import did_you_mean
+from ckptkit.nearness import asked_of, near_names
 from ckptkit.remote import source_at
 from ckptkit.report import Finding, count_of, listed, split_member
 
@@ -411,7 +411,7 @@ def _member(file: Source, wanted: str, path: str, limits: Limits) -> Source:
     what = f"{wanted!r:.200} is a folder in it" if below else f"it has no member {wanted!r:.200}"
     names = below or sorted(archive.members, key=lambda name: os.path.splitext(name)[1].lower() not in SUFFIXES)
     told = listed([f"{name!r:.200}" for name in names], 10) or "nothing"
-    meant = "" if below else did_you_mean(wanted, names, shown=repr)
+    meant = "" if below else asked_of(map(repr, near_names(wanted, names)))
     raise MissingFileError(f"{file.path}: {what}; it contains {told}{meant}", path=file.path, names=names)
 
 

@@ -148,7 +148,7 @@ Page.treemap = (() => {
           let top = node, depth = 0;
           for (; top.parent && top.parent !== stem; top = top.parent) depth++;
           if (!order.has(top)) return colors.raised;
-          return Page.mixed(tone ? Page.color(tone(node.sums)) : colors.series(order.get(top)), colors.ground, node.kids.size || node.isRest ? 0.72 - 0.12 * Math.min(depth, 2) : 0.1);
+          return Page.mixed(tone ? Page.color(tone(node.sums)) : colors.series(order.get(top)), colors.ground, node.kids.size || node.isRest ? 0.72 - 0.07 * Math.min(depth, 2) : 0);
         };
         const isLight = (node) => node.kids.size || node.isRest || node === at;
         return {

@@ -100,7 +100,7 @@ def test_what_is_passed_over_is_counted() -> None:
     assert check(".", "-q") == ""
     assert json.loads(check(".", "--json"))["passed_over"] == {"text file": 2, "PNG image": 1}
     for output in ("github", "markdown"):
-        assert "assed over: 3 files (2 text files, 1 PNG image)" in check(".", "--format", output)
+        assert "kipped: 3 files (2 text files, 1 PNG image)" in check(".", "--format", output)
 
 
 def test_others_are_skipped_where_that_is_asked_for() -> None:

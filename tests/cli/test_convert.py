@@ -137,7 +137,7 @@ def test_a_device_that_nothing_is_on_is_told(run, save) -> None:
     path = save({"a": torch.ones(1)}, device="cuda:0")
     done = run("convert", path, "b.pth", "--map-location", "cuda:1=cpu", "--map-location", "cuda:0=cpu")
     assert done.returncode == 0
-    assert "nothing in the file is on 'cuda:1'; there is cuda:0 [nothing-moved]" in done.stderr
+    assert "nothing in the file is on 'cuda:1'; it has cuda:0 [nothing-moved]" in done.stderr
     assert "'cuda:0';" not in done.stderr.replace("tagged 'cuda:1'", "")
 
 

@@ -82,8 +82,8 @@ def test_each_kind_says_what_it_is(save) -> None:
         "a pickled model of class torch.nn.modules.linear.Linear: ": nn.Linear(1, 1),
         "a training checkpoint: ": {"model": {"w": torch.ones(1)}, "epoch": 1},
         "one tensor, float32 [2, 3], ": torch.ones(2, 3),
-        "tensors, but no state_dict": [torch.ones(1)],
-        "no tensor: ": {"epoch": 1},
+        "tensors, but not the state_dict": [torch.ones(1)],
+        "no tensors: ": {"epoch": 1},
     }
     for sentence, saved in kinds.items():
         assert text(save(saved))[1].startswith(sentence)
@@ -125,7 +125,7 @@ def test_storage_is_accounted_for(save) -> None:
     base = torch.zeros(10_000)
     shown = "\n".join(text(save({"a": base[:10], "b": base[:10], "c": base[20:]})))
     assert (
-        "storage: 1 storage of 40 kB; 1 tensor tied to another name, 2 are views of storages they share, 40 B" in shown
+        "storage: 1 storage of 40 kB; 1 tensor tied to another name, 2 are views of shared storages, 40 B" in shown
     )
     assert "storage:" not in "\n".join(text(save({"a": base})))
 

@@ -68,7 +68,7 @@ def test_of_several_outputs_one() -> None:
     assert output_of(report, "-", second, stdin=Path(first).read_bytes()) == output_of(report, first, second)
     for other in ("--json", "--format=junit"):
         for command, path in ((check, "."), (report, first)):
-            with pytest.raises(click.UsageError, match=r"--json-lines and --format .*: give one of them"):
+            with pytest.raises(click.UsageError, match=r"--json-lines and --format .*: give only one of them"):
                 output_of(command, path, "--json-lines", other)
 
 
@@ -126,7 +126,7 @@ def test_lists_that_cannot_be_read() -> None:
     for command in (check, inspect, manifest):
         with pytest.raises(MissingFileError, match="nope: no such file"):
             output_of(command, "--files-from", "nope")
-        with pytest.raises(click.UsageError, match="standard input is one of them"):
+        with pytest.raises(click.UsageError, match="only one of them can be standard input"):
             output_of(command, "-", "--files-from", "-")
     with pytest.raises(click.MissingParameter):
         output_of(inspect)

@@ -101,9 +101,9 @@ def test_the_same_device_changes_nothing(save, convert) -> None:
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        (["cpu", "cuda:0"], "takes one location for everything, or OLD=NEW pairs, not both"),
+        (["cpu", "cuda:0"], "takes either one location for everything or OLD=NEW pairs"),
         (["cpu", "cuda:0=cpu"], "not both"),
-        (["a=cpu", "a=cuda"], "maps one location twice"),
+        (["a=cpu", "a=cuda"], "maps the same location twice"),
         (["no where"], "'no where' is not a device location"),
         ([""], "'' is not a device location"),
         (["meta"], "'meta' is not a device location"),

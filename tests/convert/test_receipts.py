@@ -176,8 +176,8 @@ def test_a_file_from_elsewhere_keeps_its_metadata(tmp_path: Path, convert) -> No
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ("novalue", "--metadata 'novalue': KEY=VALUE is expected"),
-        ("=v", "--metadata '=v': KEY=VALUE is expected"),
+        ("novalue", "--metadata 'novalue': expected KEY=VALUE"),
+        ("=v", "--metadata '=v': expected KEY=VALUE"),
         ("best=module.w1", "metadata 'best': its value 'module.w1' is a tensor's name"),
     ],
 )

@@ -185,7 +185,8 @@ def result(number: int, *, path: str | None = None) -> FileResult:
         found.append(
             CheckFinding(
                 code="pickle-not-allowed", severity="error", path=path, rule="no-pickle", expected="no pickle",
-                found="torch-zip", message=f"a torch-zip file holds a pickle ({path})", fix=f"ckptkit convert {path} x",
+                found="torch-zip", message=f"a torch-zip file contains a pickle ({path})", fix="ckptkit convert "
+                f"{path} x",
             )
         )  # fmt: skip
     if number % 500 == 1:
