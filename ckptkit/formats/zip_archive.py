@@ -188,9 +188,7 @@ def _listed(directory: bytes, count: int, limits: Limits) -> list[Row]:
             signature, flags, method, crc, packed, size, name_nbytes, extra_nbytes, comment_nbytes, disk, at,
         ) = _CENTRAL_BRIEF.unpack_from(directory, pos)  # fmt: skip
         if signature != CENTRAL_SIGNATURE:
-            raise CorruptError(
-                "the zip directory contains something other than records", where="zip directory", offset=pos
-            )
+            raise CorruptError("the zip directory has bytes that are not records", where="zip directory", offset=pos)
         name_at = pos + CENTRAL.size
         extra_at = name_at + name_nbytes
         end = extra_at + extra_nbytes + comment_nbytes

@@ -124,9 +124,7 @@ def test_a_whole_model_shows_its_classes_and_settings(save) -> None:
 def test_storage_is_accounted_for(save) -> None:
     base = torch.zeros(10_000)
     shown = "\n".join(text(save({"a": base[:10], "b": base[:10], "c": base[20:]})))
-    assert (
-        "storage: 1 storage of 40 kB; 1 tensor tied to another name, 2 are views of shared storages, 40 B" in shown
-    )
+    assert "storage: 1 storage of 40 kB; 1 tensor tied to another name, 2 are views of shared storages, 40 B" in shown
     assert "storage:" not in "\n".join(text(save({"a": base})))
 
 

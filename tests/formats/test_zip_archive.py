@@ -168,7 +168,7 @@ STORED_SIZE = len(b"first")
         (both(ONE, 6, 8, "<H", 0x40), UnsupportedError, "'root/a' is strongly encrypted"),
         (both(ONE, 6, 8, "<H", 0x2000), UnsupportedError, "'root/a' is masked"),
         (both(ONE, 8, 10, "<H", 12), UnsupportedError, r"method 12 \(bzip2\); torch stores .* unpack it"),
-        (patched(ONE, CENTRAL, 0, "<I", 0), CorruptError, "something other than records"),
+        (patched(ONE, CENTRAL, 0, "<I", 0), CorruptError, "bytes that are not records"),
         (patched(ONE, CENTRAL, 28, "<H", 500), CorruptError, "reaches outside the zip directory"),
         (patched(ONE, CENTRAL, 24, "<I", 6), CorruptError, "is stored, but 5 bytes are declared as 6"),
         (patched(ONE, CENTRAL, 42, "<I", 1), CorruptError, "no record begins at byte 1"),
