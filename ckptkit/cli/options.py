@@ -172,7 +172,7 @@ def common_options(
             closing.begin()
             if as_json:
                 output = (*output, "json") if isinstance(output, tuple) else "json"
-            if "html" in output and output_file is None and ending.stdout().isatty():
+            if "html" in (output or ()) and output_file is None and ending.stdout().isatty():
                 raise click.UsageError("--format html: a page is for a browser; give --output FILE, such as page.html")
             with (
                 ending.into_file(output_file, _texts([*args, *options.values()])),
