@@ -242,7 +242,7 @@ def test_a_map_that_meets_nothing_is_told(save: SaveAs, tmp_path: Path) -> None:
         return [finding.message for finding in report.findings if finding.code == "nothing-moved"]
 
     (message,) = told({"cuda": "cpu"})
-    assert "nothing in the file is on 'cuda'; there is cuda:0" in message
+    assert "nothing in the file is on 'cuda'; it has cuda:0" in message
     assert len(told({"gpu": "cpu", "cuda:0": "cpu", "cuda:1": "cpu"})) == 2
     assert told({"cuda:0": "cpu"}) == told("cpu") == told("cuda:0") == told(lambda storage, tag: None) == []
 
