@@ -24,7 +24,7 @@ from typing import Any, TextIO
 
 import click
 
-from ckptkit.report import human_size
+from ckptkit.report import count_of, human_size, share_of
 
 __all__ = [
     "OutputLostError",
@@ -427,9 +427,9 @@ def _told(pace: Any, seconds: float, since: float) -> str:
         parts = [f"{pace.done * 100 // pace.files:3d}%"]
         parts += [f"{_clock((pace.files - pace.done) * seconds / pace.done)} left"] if pace.done else []
     if pace.files > (1 if passed else _FEW):
-        parts.append(f"{pace.done:,} of {pace.files:,} files")
+        parts.append(share_of(pace.done, pace.files, "file"))
     elif pace.looked > _FEW and not pace.files:
-        parts.append(f"{pace.looked:,} files looked at")
+        parts.append(f"{count_of(pace.looked, 'file')} looked at")
     if pace.stage:
         parts += [pace.stage] if passed else [pace.stage, _clock(seconds)]
     return "  ".join(parts)

@@ -49,7 +49,7 @@ def typed(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytes
         ("model.pth", "did you mean ckptkit inspect model.pth?"),
         ("inspect --fliter x model.pth", "No such option '--fliter'; did you mean --filter?"),
         ("convert model.pth o.pth --strip-modul", "did you mean --strip-module?"),
-        ("--json inspect model.pth", "it stands after the command: ckptkit COMMAND --json"),
+        ("--json inspect model.pth", "after the command: ckptkit COMMAND --json"),
         ("--versoin", "did you mean --version?"),
         ("inspect modle.pth", "modle.pth: no such file; did you mean model.pth?"),
         ("inspect model.pt", "did you mean model.pth?"),
