@@ -258,6 +258,4 @@ def _end_is_left(file: Source, names: Sequence[str]) -> bool:
 
 def _require_no_zip_end(file: Source, names: Sequence[str], tail: bytes | None) -> None:
     if ends_like_a_zip(file.whole, tail):
-        raise AmbiguousError(
-            _AT_ONCE.format(" and ".join([*names, "a zip archive, judging by its end"])), path=file.path
-        )
+        raise AmbiguousError(_AT_ONCE.format(" and ".join([*names, "a zip archive (by its end)"])), path=file.path)

@@ -154,7 +154,11 @@ def test_a_member_of_a_far_archive(tmp_path: Path) -> None:
                 assert len(store.asked) <= most
         with ckptkit.open(URL + "v1.0/all.zip!models/a.pth") as file:
             assert len(file.load()) == 50
-        with pytest.raises(CkptkitError, match=r"all\.zip: it has no member 'models/c\.pth'; it holds 'models/a\.pth'"):
+        with pytest.raises(
+            CkptkitError,
+            match=r"all\.zip: it has no member 'models/c\.pth'; it contains "
+            r"'models/a\.pth'",
+        ):
             ckptkit.inspect(URL + "v1.0/all.zip!models/c.pth")
         with pytest.raises(CkptkitError, match=rf"give one of them: {URL}v1.0/all.zip!models/a.pth, "):
             ckptkit.inspect(URL + "v1.0/all.zip")

@@ -129,8 +129,8 @@ def test_counts_of_batches_are_missing_where_torch_says_so(through: Through) -> 
     ("change", "message"),
     [
         ({"head.weight": None, "norm.bias": None}, r"2 of its 13 tensors are not there: norm\.bias, head\.weight"),
-        ({"head.bias": torch.ones(5)}, r"1 tensor has another shape: head\.bias \[5\] against \[3\]"),
-        ({"head.bias": torch.ones(3).to_sparse()}, r"head\.bias is not a plain tensor against \[3\]"),
+        ({"head.bias": torch.ones(5)}, r"1 tensor has another shape: head\.bias \[5\] instead of \[3\]"),
+        ({"head.bias": torch.ones(3).to_sparse()}, r"head\.bias is not a plain tensor instead of \[3\]"),
     ],
 )
 @pytest.mark.parametrize("prefix", ["", "module."])
