@@ -186,7 +186,11 @@ def test_the_section_is_found(folder: Path) -> None:
     assert told["left-out"] == "not in the output: model, model_ema"
     with pytest.raises(RewriteError, match=r"fit nets\.py:Net equally well: those of --section model, of"):
         ckptkit.convert("resume.pth", "out.pth", like="nets.py:Net")
-    with pytest.raises(RewriteError, match=r"no section fits: 'model' .*head.weight \[3, 4\] instead of \[9, 4\].*'gan'"):
+    with pytest.raises(
+        RewriteError,
+        match=r"no section fits: 'model' .*head.weight \[3, 4\] instead of \[9, "
+        r"4\].*'gan'",
+    ):
         ckptkit.convert("resume.pth", "out.pth", like=lambda: Net(9))
     report = ckptkit.convert("resume.pth", "ema.safetensors", section="model_ema", like=Net())
     assert report.details["dropped"] == ["n_averaged"]
