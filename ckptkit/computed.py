@@ -121,13 +121,13 @@ class Held(Source):
         memoryview(buffer)[:] = self._data[offset : offset + len(buffer)]
 
     def close(self) -> None:
-        """As `Source.close`; whoever contains the bytes may resize them again."""
+        """As `Source.close`; the bytes may be resized again."""
         super().close()
         self._data.release()
 
 
 class _Computed:
-    """Bytes that are computed from others at most once, and only when they are asked for."""
+    """Bytes that are computed from others, at most once and only on request."""
 
     __slots__ = ("_lock", "_plain", "file", "name", "nbytes")
 
@@ -222,7 +222,7 @@ class _ComputedRange:
 
     @property
     def file(self) -> Source:
-        """The file that contains what they are made of."""
+        """The file with the bytes they are computed from."""
         return self.whole.file
 
     def plain(self) -> ByteRange:

@@ -55,7 +55,7 @@ class Limits:
     """How often nodes are referred to below one root: what is shared counts each time."""
 
     repeated_calls: int = 1000
-    """Calls that are written again since their arguments lead back to them.  CPython's own pickler recurses for each,
+    """Calls that are written again because their arguments lead back to them.  CPython's own pickler recurses for each,
     and stops before this many; without a bound the output grows with their square."""
 
     attribute_depth: int = 32
@@ -122,7 +122,7 @@ class Limits:
     thousands."""
 
     levels: int = 4
-    """Files inside one another that are processed: ``.tar.gz`` is two; archives can hold themselves."""
+    """How deep files inside one another are opened: ``.tar.gz`` is two; archives can hold themselves."""
 
     overlap: int = 64
     """How many times the bytes of its storage a view may have and still be processed: sliding windows of 64 still

@@ -60,10 +60,10 @@ _MAX_ROWS = 20
 
 
 class FindingDocument(TypedDict):
-    """One thing worth telling.
+    """One fact worth reporting.
 
     Attributes:
-        code: stable, kebab-case; ``ckptkit explain CODE`` says more.
+        code: stable, in kebab-case; ``ckptkit explain CODE`` explains it.
         severity: ``"error"`` fails a report, ``"warning"`` and ``"info"`` do not.
         message: what, where, expected, found.
         fix: the command or option that fixes it.
@@ -91,10 +91,10 @@ class CombinedFix(TypedDict):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """One thing worth telling.
+    """One fact worth reporting.
 
     Attributes:
-        code: stable, kebab-case; ``ckptkit explain CODE`` says more.
+        code: stable, in kebab-case; ``ckptkit explain CODE`` explains it.
         severity: ``"error"`` fails a report, ``"warning"`` and ``"info"`` do not.
         message: what, where, expected, found.
         fix: the command or option that fixes it, or ``None``.
@@ -137,7 +137,7 @@ def worst(findings: Iterable[Finding]) -> Severity | None:
 class Report(Generic[_Document]):
     """The outcome of a command: its findings and its figures.
 
-    To type checkers it is generic in its document: ``Report[ckptkit.ConvertDocument]`` is what `ckptkit.convert` gives.
+    For type checkers it is generic in its document: `ckptkit.convert` returns ``Report[ckptkit.ConvertDocument]``.
 
     Attributes:
         findings: everything found, in the order it was found.
@@ -171,7 +171,7 @@ class Report(Generic[_Document]):
         return html_block(repr(self)[1:-1], lines, headers if rows else (), rows, left_out, state=state)
 
     def raise_if_failed(self) -> None:
-        """Raise when the report is not ok.
+        """Raise if the report is not ok.
 
         Raises:
             FailedReportError: its message lists every finding of severity ``"error"``, with its fix.

@@ -56,10 +56,10 @@ def fill_from(fd: int, buffer: bytearray | memoryview, offset: int) -> int:
 
 
 def flush_to_disk(fd: int) -> None:
-    """Wait until what was written to a file, or to a folder, is on the disk.
+    """Wait until everything written to a file or folder is on the disk.
 
-    macOS's ``fsync`` leaves it in the disk's own memory; ``F_FULLFSYNC`` does not (fcntl(2) there), where there is such
-    a thing: not on a network's disk.
+    macOS's ``fsync`` leaves it in the disk's own memory; ``F_FULLFSYNC`` does not (fcntl(2) there), but network disks
+    do not support it.
 
     Raises:
         OSError: it is not.

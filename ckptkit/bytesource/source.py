@@ -1,4 +1,4 @@
-"""What contains bytes that are read by position, and ranges of them."""
+"""Sources of bytes that are read by position, and ranges of them."""
 
 from __future__ import annotations
 
@@ -39,18 +39,18 @@ _Record = TypeVar("_Record")
 
 
 class _Pace:
-    """How far this process is with what a command asks of it: numbers, which nobody reads where nobody watches.
+    """How far this process is with a command: numbers for whoever watches.
 
     Attributes:
-        read: bytes that were read of files on this machine since something was expected.
-        arrived: bytes that servers gave.
-        total: bytes to go through; 0: nobody knows.
-        finished: bytes of the files that are done with.
-        files, done: how many files there are to deal with, and how many are done with; 0: nobody knows.
-        looked: files that were looked at to see what they are.
-        stage: what is done now, in words.
-        began: when that, or what is expected, began (`time.monotonic`).
-        tell: called when one of these has changed; ``None``: nobody watches.
+        read: bytes read from files on this machine since something was expected.
+        arrived: bytes that servers sent.
+        total: bytes to process; 0: unknown.
+        finished: bytes of the files that are done.
+        files, done: how many files there are to process, and how many are done; 0: unknown.
+        looked: files that were opened to see what they are.
+        stage: the current step, in words.
+        began: when that step, or the expected work, began (`time.monotonic`).
+        tell: called when one of these changes; ``None``: nobody watches.
     """
 
     __slots__ = ("arrived", "began", "done", "files", "finished", "looked", "read", "stage", "tell", "total")
@@ -60,24 +60,24 @@ class _Pace:
         self.watch(None)
 
     def watch(self, tell: Callable[[], object] | None) -> None:
-        """From here on this is called when something has changed; all begins again."""
+        """Call this whenever something changes from now on; all numbers start again."""
         self.read = self.arrived = self.total = self.finished = self.files = self.done = self.looked = 0
         self.stage, self.began, self.tell = "", time.monotonic(), tell
 
     def expect(self, files: int, nbytes: int) -> None:
-        """So many files are to be dealt with, of so many bytes in all (0: nobody knows)."""
+        """Expect so many files, with so many bytes in total (0: unknown)."""
         self.files, self.total, self.began = files, nbytes, time.monotonic()
         self.read = self.finished = self.done = 0
 
     def enter(self, stage: str, nbytes: int = 0) -> None:
-        """Something else begins, of what is one step for whoever deals with several files; so many bytes are read."""
+        """A new step begins, within one file if there are several; it reads so many bytes."""
         if self.tell is not None and not self.files:
             self.expect(0, nbytes)
             self.stage = stage
             self.tell()
 
     def finish(self, nbytes: int) -> None:
-        """A file of so many bytes is done with."""
+        """A file of so many bytes is done."""
         if self.tell is not None:
             self.finished += nbytes
             self.done += 1
@@ -90,7 +90,7 @@ class _Pace:
             self.tell()
 
     def arrive(self, nbytes: int) -> None:
-        """A server gave so many bytes."""
+        """A server sent so many bytes."""
         self.arrived += nbytes
         if self.tell is not None:
             self.tell()
@@ -101,7 +101,7 @@ pace = _Pace()
 
 
 class Source:
-    """What contains the bytes of a file, read by position, from several threads at once.
+    """The bytes of a file, read by position, from several threads at once.
 
     All else reads through this protocol, so that a source of another kind is one subclass in one module.  It says how
     some bytes are got (`_some`); whether it can have changed (`stamp`) and what is beside it (`sibling`), where

@@ -165,7 +165,7 @@ def _block(left: memoryview, right: memoryview, a: str, b: str, tolerance: Toler
 
 
 def _whole(left: memoryview, right: memoryview, a: str, b: str, tolerance: Tolerance) -> Sums:
-    """Whole numbers: their differences are computed as unsigned integers, which contain all there are."""
+    """Whole numbers: their differences are computed as unsigned integers, which can represent all of them."""
     import numpy
 
     wide = numpy.uint64 if a == "uint64" else numpy.int64

@@ -1,12 +1,12 @@
-"""What is done in a worker: a batch of tasks, each with its own result, whatever becomes of the others.
+"""The work of a worker: a batch of tasks, each with its own result, whatever happens to the others.
 
-`run` is called with plain data and answers with plain data, so that it may run in any process, of any machine, that has
-this version of ckptkit.  A batch ends before its last task where it takes longer than was thought, so that no task
-waits for long behind others that are slow: those not begun are handed out again.
+`run` takes and returns plain data, so it can run in any process, on any machine, that has this version of ckptkit.  A
+batch that takes longer than expected ends early, so that no task waits long for slow ones; tasks that have not begun
+are handed out again.
 
-The limit of seconds is kept here: tasks run in a thread of their own, which is abandoned with the task that is late.
-Where nothing of Python runs any more (a library that contains the interpreter's lock, a disk that does not answer), no
-limit can be kept here; whoever handed out the batch has one, too.
+The time limit is enforced here: tasks run in a separate thread, which is abandoned if a task is late.  If Python itself
+is blocked (a library that holds the GIL, a disk that does not respond), no limit works here; whoever handed out the
+batch has one too.
 """
 
 from __future__ import annotations

@@ -76,7 +76,7 @@ class _Zstandard:
 
 
 def _standard(name: str) -> Any:
-    """A module of Python own that it can be built without."""
+    """A module of Python's own that a Python build can lack."""
     try:
         return importlib.import_module(name)
     except ImportError as error:

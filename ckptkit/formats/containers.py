@@ -35,7 +35,7 @@ __all__ = [
 
 
 def _archive(kind: str) -> Callable[[Probe], bool]:
-    """Whether a file is this one of torch zip archives."""
+    """Whether a file is this kind of torch zip archive."""
 
     def claims(probe: Probe) -> bool:
         if not probe.records:

@@ -1,4 +1,4 @@
-"""What is in bytes that no container's reader understands: pickles, archives, compiled code.
+"""The content of bytes that no container's reader understands: pickles, archives, compiled code.
 
 A record that nothing refers to, a resource of a package, a file of the user's in a program, a member of an archive, a
 file that is not a checkpoint: whoever is told to will load it, whatever its name.  So each is known by its first bytes
@@ -7,12 +7,12 @@ file that is not a checkpoint: whoever is told to will load it, whatever its nam
 - a pickle of any protocol, or several one behind the other, torch's row of pickles before 1.6, a numpy array of objects
   (``numpy/lib/_format_impl.py``: a header, then a pickle): the names in it are judged
 - a zip or tar archive: its records are looked at in the same way, one level deep, and where one of them is an archive
-  of torch, those of that too
+  of torch's, those of that too
 - code compiled for a machine
 - anything else is data
 
-What is compressed, encrypted or damaged, is deeper, or is larger than `ckptkit.limits.Limits` has room for is not read,
-and that is said: nobody vouches for it.
+Anything compressed, encrypted or damaged, nested deeper, or larger than `ckptkit.limits.Limits` allows is not read, and
+is reported as unread.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ class ContentSearch:
     Args:
         limits: bounds on what the file may ask for: `Limits.members`, `Limits.looked_nbytes` and `Limits.pickle_nbytes`
             are for all that is looked at.
-        levels: archives that are opened inside one another; one of torch is opened one level deeper.
+        levels: how deep archives inside archives are opened; torch's own are opened one level deeper.
 
     Attributes:
         pickles: where they were found: names of records, ``""`` for the file itself.
@@ -147,7 +147,7 @@ class ContentSearch:
         self._uses.append(GlobalUse(name=what, verdict="unknown", count=1, where=(name,), reason=reason, kind="code"))
 
     def unread(self, name: str, why: str) -> None:
-        """Say that a record was not read."""
+        """Report that a record was not read."""
         what = "unread content"
         self.beyond.append((name, why))
         self._uses.append(GlobalUse(name=what, verdict="unknown", count=1, where=(name,), reason=why, kind="unread"))
@@ -200,7 +200,7 @@ class ContentSearch:
             raise FormatError(str(error)) from error
 
     def _array(self, name: str, head: bytes, held: Record | ByteRange) -> None:
-        """An array file of numpy: its pickle, where its values are objects."""
+        """A numpy array file: its pickle, if its values are objects."""
         width = 2 if head[6:7] == b"\x01" else 4
         start = 8 + width + int.from_bytes(head[8 : 8 + width], "little")
         area = None

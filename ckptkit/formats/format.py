@@ -26,7 +26,7 @@ HEAD_NBYTES = 512
 """First bytes of a file that sniffing looks at."""
 
 TORCH_MARKS = ("/data.pkl", "/model.json", "/archive_format", "/.data/extern_modules")
-"""Records by which the root folder of one of torch archives is known."""
+"""Records that identify the root folder of a torch archive."""
 
 
 def is_folder(file: Source) -> bool:

@@ -1,6 +1,6 @@
-"""What is inside a file: the members of an archive, what they decompress to, and which of them is meant.
+"""The content of a file: the members of an archive, what they decompress to, and which of them is meant.
 
-The members of a zip or tar archive are files; those of torch own archives are records, and none is a file.  Archives
+The members of a zip or tar archive are files; those of torch's own archives are records, not files.  Archives
 that contain several checkpoints of which one is the model are in `_LAYOUTS`:
 
 - ``.nemo`` (NeMo, ``nemo/core/connectors/save_restore_connector.py``): a tar, compressed or not, with
@@ -265,7 +265,7 @@ _KINDS = {"1": "a link", "2": "a link", "3": "a device", "4": "a device", "6": "
 
 
 def _archive_in(probe: Probe) -> _Archive | None:
-    """The archive that a file is; ``None``: it is not one, or one of torch."""
+    """The archive that a file is; ``None``: it is not one, or it is torch's."""
     archive = _Archive(probe.file, probe.limits)
     if probe.records is not None:
         if archive_kind(probe) is not None:

@@ -185,7 +185,7 @@ def _holds(area: ByteRange, marks: tuple[bytes, ...], most: int) -> bool:
 
 
 def _inflated(probe: Probe) -> ByteRange | None:
-    """What a compressed file holds, in the temporary file; all of one that is not; ``None``: nothing of joblib."""
+    """The content of a compressed file, in the temporary file; the whole of any other; ``None``: not joblib's."""
     whole = probe.file.whole
     if probe.head[:1] not in _PACKED:
         return whole

@@ -2,7 +2,7 @@
 
 What a text is that was taken for a checkpoint: error pages, pointers, configurations, source code.
 
-ZIP archives that are not checkpoints of torch: what they are by their records' names, and what to do.
+ZIP archives that are not torch checkpoints: what their records' names say they are, and what to do.
 
 - ``.npz``: arrays as ``.npy`` records (``numpy/lib/_npyio_impl.py``)
 - ``.keras``: ``config.json``, ``metadata.json`` and ``model.weights.h5`` (``keras/src/saving/saving_lib.py``)
@@ -83,7 +83,7 @@ def describe_pickle(probe: Probe) -> tuple[str, tuple[GlobalUse, ...]]:
 
 
 def names_joblib(names: Iterable[GlobalUse]) -> bool:
-    """Whether a pickle with these names is one of joblib, which puts arrays between the opcodes."""
+    """Whether a pickle with these names is a joblib pickle, which puts arrays between the opcodes."""
     return any(use.name.startswith(("joblib.numpy_pickle", "sklearn.externals.joblib.numpy_pickle")) for use in names)
 
 
@@ -260,7 +260,7 @@ def describe_zip(records: Mapping[str, Record]) -> str:
     """One sentence: what the archive is, and the remedy where there is one.
 
     Args:
-        records: by their full names; none of torch containers claims them.
+        records: by their full names; no torch container claims them.
     """
     names = [name for name in records if not name.endswith("/")]
     inside = [name for name in names if name.lower().endswith(_CHECKPOINTS)]

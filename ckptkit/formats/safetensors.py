@@ -118,7 +118,7 @@ def _as_torch(row: DType, shape: list[int]) -> tuple[DType, tuple[int, ...]]:
 
 
 def header_shape(row: DType, shape: tuple[int, ...]) -> list[int]:
-    """The shape that a header gives a tensor of torch."""
+    """The shape of a torch tensor, from the header."""
     return [*shape[:-1], 2 * shape[-1]] if row is _PACKED else list(shape)
 
 

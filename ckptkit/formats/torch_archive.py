@@ -11,9 +11,9 @@ them a file is follows from records that only that one has, as in ``torch/serial
 - ``.data/extern_modules``: torch.package (since 1.8)
 - ``data.pkl`` and none of these: torch-zip
 
-torch refuses an archive with anything outside its root folder, and one whose root is inside another folder, as
-unpacking and packing again makes them.  Here the root is the one folder that has the records of torch; what is outside
-is told, and goes through for its names.  Two such folders are refused.
+torch refuses an archive with anything outside its root folder, and one whose root is inside another folder, as after
+unpacking and packing again.  Here the root is the one folder that has torch's records; everything outside it is
+reported, and searched for names.  Two such folders are refused.
 
 Records beside the data tell who wrote it.  ``version`` counts formats, not releases: 2 is torch 1.4
 and 1.5, 3 since 1.6.  Since 2.1 there are ``byteorder`` and ``.data/serialization_id``, since 2.7
@@ -78,11 +78,11 @@ _OWN_NBYTES = 64
 
 
 _OWN_ROOT = re.compile(r"(.+)/(?:data\.pkl|constants\.pkl|archive_format|\.data/extern_modules)\Z", re.DOTALL)
-"""A record of which an archive has one, and what is above it."""
+"""A record that an archive has only once, and the folders above it."""
 
 
 def archive_kind(probe: Probe) -> ArchiveKind | None:
-    """Which of torch archives a file is; ``None``: none of them."""
+    """Which kind of torch archive a file is; ``None``: none of them."""
     records = probe.records
     if not records:
         return None
@@ -125,7 +125,7 @@ def _root(records: Mapping[str, Record]) -> str | None:
 
 
 def _has_version(records: Mapping[str, Record], root: str) -> bool:
-    """Whether there is what every writer of torch leaves beside the data."""
+    """Whether the records that every torch writer adds beside the data are there."""
     return any(f"{root}{name}" in records for name in ("version", ".data/version", "archive_version"))
 
 
@@ -134,7 +134,7 @@ _STORAGES = re.compile(r"(?:\A|/)(?:data|constants|tensors|weights|traced_inputs
 
 
 class TorchArchive:
-    """One of torch archives, its records by their name below the root folder.
+    """A torch archive of any kind, with its records by their name below the root folder.
 
     Args:
         records: of the zip archive.
@@ -407,7 +407,7 @@ class TorchArchive:
 
     @property
     def is_repacked(self) -> bool:
-        """Whether something is outside the root folder, or that inside another: torch writes and reads neither."""
+        """Whether something is outside the root folder, or the root is in another: torch never writes that."""
         return bool(self._outside) or self._root.count("/") > 1
 
     def findings(self) -> list[Finding]:

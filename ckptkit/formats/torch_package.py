@@ -1,6 +1,6 @@
 """torch.package: objects, the Python code they need, and their storages in one archive.
 
-Layout, one of torch archives (`ckptkit.formats.torch_archive`; ``torch/package/package_exporter.py`` and
+Layout: a torch archive (`ckptkit.formats.torch_archive`; ``torch/package/package_exporter.py`` and
 ``package_importer.py``):
 
 - ``PACKAGE/RESOURCE``: what ``save_pickle`` (pickle protocol 3), ``save_text`` and ``save_binary`` wrote;

@@ -246,7 +246,7 @@ def archive_of(
 
 
 def finished(archive: ZipWriter) -> tuple[tuple[Step, ...], int]:
-    """The steps and the size of an archive of torch, once its last record is in it."""
+    """The steps and the size of a torch archive, once its last record is in it."""
     archive.add_literal("version", b"3\n")
     return archive.finish()
 

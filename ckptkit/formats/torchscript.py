@@ -1,6 +1,6 @@
 """TorchScript: programs that ``torch.jit.save`` and ``_save_for_lite_interpreter`` write.
 
-Layout, one of torch archives (`ckptkit.formats.torch_archive`; ``torch/csrc/jit/serialization`` ``export_module.cpp``,
+Layout: a torch archive (`ckptkit.formats.torch_archive`; ``torch/csrc/jit/serialization`` ``export_module.cpp``,
 ``import.cpp``, ``pickler.cpp``, ``python_print.cpp``):
 
 - ``data.pkl``: the module, pickle protocol 2: objects of classes ``__torch__.…`` whose state is a

@@ -35,7 +35,7 @@ _Stamp = tuple[int, int, int, int]
 
 
 def is_unpacked(folder: str) -> bool:
-    """Whether a folder is what is left of an archive of torch, with its pickle and what every writer leaves."""
+    """Whether a folder is an unpacked torch archive, with its pickle and the records that every writer adds."""
     if is_url(folder):
         return False
     beside = any(os.path.isfile(os.path.join(folder, name)) for name in ("version", "byteorder", ".data/version"))
@@ -43,7 +43,7 @@ def is_unpacked(folder: str) -> bool:
 
 
 def packing_of(folder: str) -> str | None:
-    """What a folder is that contains the records of one of torch archives; ``None``: it does not."""
+    """What to say about a folder with the records of a torch archive; ``None``: it has none."""
     if is_url(folder):
         return None
 

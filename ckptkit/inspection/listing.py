@@ -44,7 +44,7 @@ class TensorRow(NamedTuple):
     """One tensor, under one name; the fields are those of the inspect document.
 
     Attributes:
-        entry: the tensor; ``None``: it is an array of numpy, or another value that is not a plain tensor.
+        entry: the tensor; ``None``: it is a numpy array, or another value that is not a plain tensor.
         form: ``"storage"``, ``"numpy"`` or a kind of `ckptkit.normalize.not_plain`: it is in the file as that;
             ``None``: as a tensor.
         value: what such a value is, in words; what it is made of has rows of its own, whose names begin with its name.

@@ -189,7 +189,7 @@ _FAMILIES: tuple[tuple[frozenset[str], tuple[_Part, ...]], ...] = tuple(
         ("in_features out_features", _LINEAR),
     )
 )
-"""Attributes that only a class derived from one of torch has all of, and what it then shows."""
+"""Attributes that together identify a class derived from one of torch's, and what it then shows."""
 
 _CONTAINERS = frozenset({"ParameterList", "ParameterDict"})
 

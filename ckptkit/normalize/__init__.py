@@ -300,7 +300,7 @@ def _same(leaf: object) -> object:
 
 
 def needs_protocol(root: object) -> bool:
-    """Whether anything might mean something else in the protocol of torch own files; torch refuses every other."""
+    """Whether anything might mean something else in the protocol of torch's own files; torch refuses every other."""
     for node in walk(root):
         if isinstance(node, Global):
             if node.module.partition(".")[0] not in ("torch", "collections") or "." in node.name:

@@ -165,7 +165,7 @@ def _attribute(node: object) -> str:
 
 
 def _array(node: Object, name: str, *, is_call: bool) -> Form | None:
-    """An array of numpy: its type, shape, order and bytes, however its protocol says them."""
+    """A numpy array: its type, shape, order and bytes, however its protocol encodes them."""
     if name == "numpy._core.multiarray._reconstruct" and isinstance(node.state, tuple) and len(node.state) == 5:
         cls, *rest = node.args or (None,)
         is_plain = isinstance(cls, Global) and cls.qualified == "numpy.ndarray" and rest == [(0,), b"b"]

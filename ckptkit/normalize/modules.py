@@ -178,7 +178,7 @@ def _as_module_dict(
 
 
 def _is_quantized(node: object, name: str = "") -> bool:
-    """Whether an object is a quantized module of torch whose class name begins with ``name``."""
+    """Whether an object is one of torch's quantized modules, with a class name that begins with ``name``."""
     cls = node.cls if isinstance(node, Object) else None
     return isinstance(cls, Global) and cls.module.startswith(_QUANTIZED) and cls.name.startswith(name)
 
@@ -405,7 +405,7 @@ _FEW = 3
 def unwrapped(name: str) -> str:
     """The name without wrappers.
 
-    Segments of wrappers go in any order and nesting: leading ones, and those of torch own wrappers anywhere
+    Segments of wrappers go in any order and nesting: leading ones, and those of torch's own wrappers anywhere
     (``model._orig_mod.layer``).  The last segment is never taken away.
     """
     return _without(name, _ANYWHERE, _LEADING) if _may_be_wrapped(name) else name

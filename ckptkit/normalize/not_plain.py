@@ -263,7 +263,7 @@ class Dense(NamedTuple):
 
 
 def dense_form(node: object) -> Dense | None:
-    """What dense values can be made of; ``None``: it is a plain tensor, an array, or no tensors.
+    """The source of dense values; ``None``: it is a plain tensor, an array, or not a tensor.
 
     Raises:
         UnsupportedError: it is a tensor and none can be made of it; the message says why.

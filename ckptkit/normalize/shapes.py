@@ -197,8 +197,8 @@ def is_substantial(value: object) -> bool:
 def is_packed(name: str, node: object) -> bool:
     """Whether it is what torch's quantized modules keep in place of tensors.
 
-    A tuple of weight and bias (``torch/ao/nn/quantized/modules/linear.py`` ``LinearPackedParams``), or an object of
-    torch own C++ classes (``dynamic/modules/rnn.py`` there, ``PackedParameter``).
+    A tuple of weight and bias (``torch/ao/nn/quantized/modules/linear.py`` ``LinearPackedParams``), or an object of one
+    of torch's C++ classes (``dynamic/modules/rnn.py`` there, ``PackedParameter``).
     """
     if isinstance(node, tuple):
         return name.endswith("._packed_params") and any(map(is_tensor_like, node))

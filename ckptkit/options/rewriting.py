@@ -199,8 +199,8 @@ class ConvertOptions(Options):
         "text",
         None,
         "",
-        "called with the paths of files that would be replaced and not kept, before anything is written; where it is "
-        "false, nothing is",
+        "called, before anything is written, with the paths of files that would be replaced and not kept; if it "
+        "returns false, nothing is written",
     )
     part: Option[Share | None] = Option(
         "text",

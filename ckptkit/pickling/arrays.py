@@ -110,7 +110,7 @@ class ArrayLayout(NamedTuple):
 
 
 def is_array(node: object) -> TypeGuard[Object]:
-    """Whether a node makes an array of numpy, or a scalar."""
+    """Whether a node makes a numpy array or scalar."""
     if not isinstance(node, Object) or not isinstance(node.cls, Global) or node.cls.name not in _MAKERS:
         return False
     return node.cls.module.partition(".")[0] == "numpy"

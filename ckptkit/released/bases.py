@@ -1,8 +1,8 @@
-"""Which folder the paths of a manifest are relative to: its own, or the one at a URL that it was made of.
+"""Which folder the paths of a manifest are relative to: its own, or the URL that it was made from.
 
-A manifest is beside its files.  One of files at URLs cannot: it says where it was made (its ``origin``), and is checked
-against that prefix, or against a copy anywhere: what is given then stands for the folder, and files are known by their
-paths below it.
+A manifest of local files is in their folder or above it.  A manifest of files at URLs cannot be: it records where it
+was made (its ``origin``) and is checked against that prefix, or against a copy anywhere.  Then the given path means the
+folder, and files are identified by their paths below it.
 """
 
 from __future__ import annotations

@@ -14,8 +14,8 @@ folder the second is taken.  The first found is taken from the working directory
     no-pickle = false
 
 An override can be written as a table named by its glob, too: ``[overrides."*.bin"]``; and all of it can be in a table
-``check``, for those who like it apart.  Keys are the options' names, with ``-`` or ``_``.  A key that is none is an
-error: a policy that is misspelled and skipped would let everything pass.
+``check``, for those who like it apart.  Keys are the options' names, with ``-`` or ``_``.  An unknown key is an error:
+a misspelled policy that is ignored would let everything pass.
 """
 
 from __future__ import annotations

@@ -168,11 +168,12 @@ class Manifest:
     Attributes:
         files: sorted by path.
         folder: the folder that paths are relative to.
-        origin: the URL of the folder that it was made of; ``None``: it was made of files beside it.
-        beside: the folder it is in, which golden files are relative to; ``None``: ``folder``.
-        folders: those it was made of, relative to it: in them no other checkpoint may be; ``"."`` is itself.
-        changes: what `make` did; of a manifest that was read, nothing.
-        passed_over: how many files of each kind its folders hold that are not checkpoints; it is not written.
+        origin: the URL of the folder that it was made from; ``None``: it was made from local files.
+        beside: the folder of the manifest itself, which golden files are relative to; ``None``: ``folder``.
+        folders: the folders it was made from, relative to ``folder``; they may contain no other checkpoint. ``"."`` is
+            ``folder`` itself.
+        changes: what `make` did; empty for a manifest that was read.
+        passed_over: how many files in its folders are not checkpoints, by kind; it is not written.
     """
 
     files: tuple[FileRecord, ...]

@@ -1,6 +1,6 @@
 """Several runs of a check as one report: shares of a job array, runs that were resumed, documents of machines.
 
-Nothing that is missing is skipped.  A run that was cut short, a share that nobody has told of, and runs by other
+Anything missing is reported.  A run that was cut short, a share that nobody has told of, and runs by other
 versions or against other policies are findings that no rule could be applied, so that the whole cannot be green.
 
 A file that several runs tell of has the worst of its results.  Of one run that was resumed it has the latest.

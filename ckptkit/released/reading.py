@@ -1,12 +1,11 @@
-"""Reads files once for everything that is wanted of their bytes: their own SHA-256, and tensors' digests and counts.
+"""Reads files once for everything computed from their bytes: their own SHA-256, and tensors' digests and counts.
 
-`read_through` does it; `other_values_in` says whose NaN and Inf count beside those of the plain tensors of the weights,
-and `is_opaque` which values cannot be looked at.
+`read_through` does it; `other_values_in` lists the values whose NaN and Inf count besides those of the plain tensors of
+the weights, and `is_opaque` says which values cannot be read.
 
-Where a tensor's values are in the file as they are (nearly always), they are taken from the bytes that pass by for the
-file's own hash.  Others (transposed, compressed, big-endian) are read by themselves afterwards. Pieces are small enough
-to stay in a core's own cache, and hashing lets go of the interpreter, so that several files, or the two hashes of one,
-go side by side.
+A tensor whose values are stored unchanged (nearly every tensor) is digested from the bytes that pass by for the file's
+own hash.  Others (transposed, compressed, big-endian) are read separately afterwards.  Pieces are small enough to stay
+in a core's own cache, and hashing releases the GIL, so several files, or the two hashes of one, run in parallel.
 """
 
 from __future__ import annotations

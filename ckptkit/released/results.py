@@ -45,13 +45,13 @@ NOT_CHECKED = frozenset(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckFinding(Finding):
-    """A file that is not as a rule wants it.
+    """A file that breaks a rule.
 
     Attributes:
-        path: the file, or what was to be one.
+        path: the file, or a path that should be one.
         rule: the policy (``"no-pickle"``), ``"manifest"``, ``"readable"``, ``"whole"`` or ``"selection"``.
-        expected: what the rule wants; text, a number, or a list of these.
-        found: what is there.
+        expected: what the rule requires: text, a number, or a list of these.
+        found: what the file has instead, in the same form.
     """
 
     path: str
@@ -160,8 +160,8 @@ class CheckReport(Report["CheckDocument"]):
     Attributes:
         results: the files.
         started: when, in UTC, as ISO 8601 without a zone.
-        passed_over: how many files of each kind were met that are not checkpoints.
-        may_be_empty: whether it is well that there is no checkpoint among the files.
+        passed_over: how many files are not checkpoints, by kind.
+        may_be_empty: whether it is fine that there is no checkpoint among the files.
     """
 
     findings: tuple[CheckFinding, ...] = ()
@@ -176,17 +176,17 @@ class CheckReport(Report["CheckDocument"]):
 
     @property
     def ok(self) -> bool:
-        """Whether something was checked, or need not be, and no finding is an error."""
+        """Whether no finding is an error, and something was checked unless nothing had to be."""
         return bool(self.results or self.may_be_empty) and super(CheckReport, self).ok
 
     @property
     def is_complete(self) -> bool:
-        """Whether everything that was to be checked could be."""
+        """Whether everything could be checked."""
         return self.exit_code != 2
 
     @property
     def exit_code(self) -> Literal[0, 1, 2]:
-        """As of diff(1): 0 all is as it must be, 1 something is not, 2 something could not be checked."""
+        """As with diff(1): 0: everything passed; 1: something failed; 2: something could not be checked."""
         return exit_code_of(self.to_dict())
 
     @property
@@ -395,7 +395,7 @@ class Tally:
         return not self.failed and not self.unchecked
 
     def exit_code(self, ok: bool) -> Literal[0, 1, 2]:
-        """As of diff(1); ``ok``: whether all is well, as the report says it."""
+        """As with diff(1); ``ok``: whether everything passed, as the report says."""
         if not self.is_complete:
             return 2
         return 0 if ok else 1 if self.files else 2
@@ -436,7 +436,7 @@ def _tally_of(document: CheckDocument) -> Tally:
 
 
 def exit_code_of(document: CheckDocument) -> Literal[0, 1, 2]:
-    """As of diff(1): 0 all is as it must be, 1 something is not, 2 something could not be checked."""
+    """As with diff(1): 0: everything passed; 1: something failed; 2: something could not be checked."""
     return _tally_of(document).exit_code(document["ok"])
 
 

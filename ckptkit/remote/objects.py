@@ -193,8 +193,8 @@ class ObjectStore(Store):
 
     Args:
         scheme: before the ``://``.
-        options: what the file system is made with, as its class takes it: ``{"anon": True}``.  Under the name of a
-            scheme may be a mapping for that one alone.
+        options: what the file system is made with, as its class takes it: ``{"anon": True}``.  The name of a scheme may
+            have a mapping for that scheme only.
 
     Raises:
         MissingDependencyError: fsspec is not installed, or what it needs for this scheme.

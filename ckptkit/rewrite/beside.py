@@ -51,12 +51,12 @@ __all__ = ["KeepBeside", "PutUnder", "restored", "without_plain_values"]
 class KeepBeside:
     """Move the plain values beside the weights into the metadata, as text; see `ckptkit.rewrite.beside`.
 
-    What is not a plain value (tensors, an optimizer's state, objects) stays where it is.  A ``.pth`` that is written
-    from the result, or from a file that holds it, has the values in their places again.
+    Values that are not plain (tensors, optimizer state, objects) stay in place.  A ``.pth`` written from the result, or
+    from a file that contains it, has the values back in their places.
 
     Args:
-        among: whether plain values among the tensors of the state_dict are moved, too, and plain attributes of the
-            module that it was walked from.
+        among: whether to move plain values among the tensors of the state_dict too, and plain attributes of the module
+            that it was walked from.
     """
 
     among: bool = True
@@ -73,7 +73,7 @@ class KeepBeside:
         return checkpoint.replace(state_dict=state_dict, rest=kept.rest, metadata=metadata)
 
     def kept_of(self, checkpoint: Checkpoint) -> tuple[list[str], dict[str, str]]:
-        """The parts of a checkpoint that are moved, and those that are not with what they hold."""
+        """The parts of a checkpoint that are moved, and those that are not, with their content."""
         kept = _Kept.of(checkpoint, among=self.among)
         return [*kept.parts, *kept.among], kept.left
 
@@ -216,17 +216,17 @@ def _around(
 
 @dataclass(frozen=True, slots=True)
 class PutUnder:
-    """Put the weights under a key of the file's own dict; all else stays.
+    """Put the weights under a key of the file's own dict; everything else stays.
 
-    From where they stood they are gone.  What was under the key is replaced: an averaged model, say, takes the place of
+    They are removed from their old place, and the key's old value is replaced: for example, an averaged model replaces
     the raw one.
 
     Args:
-        key: where they go; with dots between keys of dicts in dicts, which are made where they are not there.
+        key: where they go, with dots between the keys of nested dicts, which are created if needed.
 
     Raises (when applied):
-        RewriteError: there are no weights, the key is none, something other than a dict is where one must be, or the
-            file's own dict is a list, a tuple or an object.
+        RewriteError: there are no weights, the key is invalid, a value on the way is not a dict, or the file's own dict
+            is a list, a tuple or an object.
     """
 
     key: str

@@ -309,7 +309,7 @@ class _Builder:
         return stand_in(node, self, lambda made: self._keep(node, made))
 
     def _constant(self, node: Global) -> object:
-        """A dtype, layout, quantization scheme or memory format of torch."""
+        """A dtype, layout, quantization scheme or memory format that torch has."""
         found = vars(torch).get(node.name) if node.module == "torch" else None
         if isinstance(found, (torch.dtype, torch.layout, torch.qscheme, torch.memory_format)):
             return found

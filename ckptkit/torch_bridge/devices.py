@@ -39,7 +39,7 @@ _APART = 512
 
 
 def allocated(nbytes: int, device: str = "cpu") -> torch.UntypedStorage:
-    """Memory of torch own, not yet filled."""
+    """Memory that torch owns, not yet filled."""
     return torch.UntypedStorage(nbytes, device=device)  # type: ignore[no-untyped-call]
 
 

@@ -106,17 +106,16 @@ def tensors(
 
     Args:
         state_dict: the names and entries; the file they are in must still be open.
-        map_location: as for ``torch.load``: ``None`` puts each storage where the file says it lay;
-            a string or ``torch.device`` puts all there; a dict maps locations; a callable gets the
-            storage on the CPU and its location, and returns where it shall lie, or ``None`` for
-            the file's own.  ``"meta"`` reads nothing.
-        mapped: let tensors on the CPU are in a private mapping of the file where its bytes are as torch wants them (not
-            compressed, of this machine's byte order, aligned to 64 bytes), which takes no memory of its own and reads
-            when a value is used.  Writing to such a tensor never reaches the file.  The mapping lives as long as the
-            tensors, also when the file is closed; whoever shortens the file in the meantime ends the process, as with
+        map_location: as for ``torch.load``: ``None`` uses the device recorded in the file; a string or ``torch.device``
+            is used for all; a dict maps locations; a callable gets the storage on the CPU and its location, and returns
+            the new location, or ``None`` for the recorded one.  ``"meta"`` reads nothing.
+        mapped: use a private mapping of the file for tensors on the CPU if its bytes are as torch needs them (not
+            compressed, in this machine's byte order, aligned to 64 bytes).  A mapping takes no memory of its own and
+            reads when a value is used; writing to such a tensor never changes the file.  It lives as long as the
+            tensors, even after the file is closed; shortening the file in the meantime ends the process, as with
             ``torch.load(mmap=True)``.
-        checksums: hold the recorded checksums of the storages that are read; of mapped ones too, all of whose bytes
-            are read for it.
+        checksums: check the recorded checksums of the storages that are read, and of mapped ones, whose bytes are all
+            read for this.
 
     Returns:
         Tensors in the mapping's order.  Entries saved as ``nn.Parameter`` become one.

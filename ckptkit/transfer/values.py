@@ -4,8 +4,8 @@ Only here is numpy imported, and only when a tensor is not plain bytes.
 
 What numpy is needed for in values that are not plain tensors: to hold indices against sizes, and to make arrays.
 
-torch believes a file's indices: one of 10^9 in a sparse tensor of 4 x 4 ends the process, or reads what is there. The
-rules are those of ``torch/csrc`` and ATen (``_validate_sparse_coo_tensor_args``,
+torch believes a file's indices: an index of 10^9 in a 4 x 4 sparse tensor ends the process, or reads whatever is there.
+The rules are those of ``torch/csrc`` and ATen (``_validate_sparse_coo_tensor_args``,
 ``_validate_compressed_sparse_indices``), which are not applied to what is loaded.
 """
 
@@ -385,7 +385,7 @@ def _require_within(indices: Any, size: int, where: str) -> None:
 
 
 def array_from(layout: arrays.ArrayLayout) -> Any:
-    """The array, or the number, that a pickle of numpy holds.
+    """The array or number in a numpy pickle.
 
     Args:
         layout: it, and it is plain.

@@ -1,4 +1,4 @@
-"""Two runs of one model checked against each other: another checkpoint's, or another device's.
+"""Two runs of one model, compared: with another checkpoint, or on another device.
 
 Outputs are compared in full; where they are not the same, samples of what each leaf module gave say
 where the two part.  The module is the same one, filled twice: there is one model in memory at a time.

@@ -1,11 +1,11 @@
-"""A checkpoint's tensors become the model's own, without a copy where that is possible.
+"""A checkpoint's tensors become the model's own, without a copy if possible.
 
 A model without values (`ckptkit.verifier.references.without_values`) is filled with ``load_state_dict(assign=True)``:
 the file's tensors, which are in a mapping of the file, take the place of its parameters.  What ``assign`` changes
 besides the values is brought back to what the reference has, as copying would have kept it: dtype, stride,
 ``requires_grad``, and which names are one tensor.
 
-A model with values is filled by copying into them, so that whoever else contains its parameters sees it too.
+A model with values is filled by copying into them, so that anything else that holds its parameters sees the change.
 """
 
 from __future__ import annotations

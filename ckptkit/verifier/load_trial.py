@@ -42,10 +42,10 @@ class LoadTrial:
 
 
 def loadable(state_dict: StateDict, values: Mapping[str, Any], expected: Mapping[str, Any]) -> OrderedDict[str, Any]:
-    """What is given to ``load_state_dict``: the tensors, with the module versions the file recorded.
+    """The argument for ``load_state_dict``: the tensors, with the module versions that the file recorded.
 
-    An object that is not a tensor (``_extra_state``) is never made from the file; where the model has one of that name,
-    its own is in.
+    An object that is not a tensor (``_extra_state``) is never built from the file; if the model has one of that name,
+    its own is used.
     """
     state: OrderedDict[str, Any] = OrderedDict()
     for name in state_dict.everything:
@@ -79,7 +79,7 @@ def is_extra_state(name: str) -> bool:
 
 
 class _Noting(TorchFunctionMode):  # type: ignore[misc, unused-ignore]
-    """Notes every ``target.copy_(source)`` and has none out."""
+    """Records every ``target.copy_(source)`` and executes none."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call, unused-ignore]

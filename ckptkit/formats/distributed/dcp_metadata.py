@@ -243,7 +243,7 @@ class _Reader:
         """A tensor; `ckptkit.transfer.pieces` sees whether its chunks cover it.
 
         Raises:
-            CorruptError: its dtype is none of torch, or its size no tensor's.
+            CorruptError: torch has no such dtype, or no tensor such a size.
             UnsupportedError: it is not strided.
         """
         kind = id(row.dtype), id(row.layout)

@@ -35,7 +35,7 @@ from ckptkit.verifier.foreign import foreign
 __all__ = ["without_values"]
 
 _CHECKED_REFERRERS = 4
-"""Parameters whose other owners are looked up; each costs a walk over all of Python objects."""
+"""Parameters whose other owners are looked up; each costs a walk over all Python objects."""
 
 
 def without_values(make: Callable[[], nn.Module]) -> nn.Module:
@@ -125,7 +125,7 @@ class _Shells:
         )
 
     def _left_over(self, owned: dict[int, nn.Parameter]) -> bool:
-        """Whether somebody contains a parameter that was replaced, its memory, or one that is not in the model."""
+        """Whether anything holds a parameter that was replaced, its memory, or a parameter that is not in the model."""
 
         def is_alive() -> bool:
             kept = not all(weak.expired() for weak, _ in self._storages.values())  # type: ignore[no-untyped-call]
@@ -138,7 +138,7 @@ class _Shells:
 
 
 def _has_derived(module: nn.Module, owned: dict[int, nn.Parameter]) -> bool:
-    """Whether a plain attribute contains a parameter, or a tensor computed from one.
+    """Whether a plain attribute holds a parameter, or a tensor computed from one.
 
     The flat list of a recurrent layer is kept up to date by its ``__setattr__``.
     """
@@ -182,7 +182,7 @@ def _overlap(owned: dict[int, nn.Parameter]) -> bool:
 
 
 def _held_elsewhere(modules: list[nn.Module], owned: dict[int, nn.Parameter]) -> bool:
-    """Whether anything but the modules contains a parameter, and would go on holding one without values."""
+    """Whether anything but the modules holds a parameter, and would keep one without values."""
     lists: list[Any] = [module._parameters for module in modules]
     lists += [module._flat_weights for module in modules if isinstance(module, nn.RNNBase)]
     holders = Counter(map(id, _entries(lists)))
