@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from ckptkit.architectures.index import (
     LIBRARIES,
@@ -112,8 +112,7 @@ class Architecture:
         return ", ".join(parts)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _View:
+class _View(NamedTuple):
     """Names under a prefix, without it, sorted."""
 
     prefix: str

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from ckptkit.bytesource import Source
 from ckptkit.checkpoint import Checkpoint, GlobalUse
@@ -82,8 +82,7 @@ class Probe:
         return self.file.read(0, self.file.size) if begins and self.file.size <= self.limits.index_nbytes else None
 
 
-@dataclass(frozen=True, slots=True)
-class Around:
+class Around(NamedTuple):
     """What a checkpoint was found in.
 
     Attributes:
@@ -119,7 +118,7 @@ class Around:
         return error
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
 class Format:
     """One container, and everything about it that others ask: no name of one is compared anywhere else.
 

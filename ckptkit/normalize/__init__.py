@@ -56,7 +56,7 @@ from ckptkit.report import listed as enumerated
 __all__ = ["RawCheckpoint", "lower_state_dict", "needs_protocol", "normalize", "origin_alone"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
 class RawCheckpoint:
     """What a container's reader hands over: the tree and the container's own facts.
 
