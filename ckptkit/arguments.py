@@ -3,9 +3,9 @@
 A string given where several are accepted is one value, not its letters.  A tolerance is a finite number of at least 0.
 A device is one that torch has.
 
-A declaration of an `Option` says how it is typed, what ``--help`` and what the docstring say of it, its default, and
-what a value given in Python becomes.  A command's `Options` are a class of them (`ckptkit.options`): the command line
-is made of it, and a function takes one.
+A declaration of an `Option` has its type, its text in ``--help`` and in the docstring, its default, and the conversion
+of a value given in Python.  A command's `Options` are a class of them (`ckptkit.options`): the command line is made of
+it, and a function takes one.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ def check_output(
         path: the output; it is opened and read.
         compared: called as bytes are compared.
         passed: what passed by when it was written; ``None``: the source is read again.
-        values: whether to compare them; else only what is said of them: names, dtypes, shapes.
+        values: whether to compare them; otherwise only names, dtypes and shapes.
 
     Returns:
         Bytes of tensor data that were compared.

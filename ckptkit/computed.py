@@ -115,7 +115,7 @@ class Held(Source):
         return bytes(self._data[offset : offset + nbytes])
 
     def read_into(self, offset: int, buffer: bytearray | memoryview) -> None:
-        """As `Source.read_into`; no memory is taken for the bytes."""
+        """As `Source.read_into`, without allocating memory."""
         if self._closed or offset < 0 or offset + len(buffer) > self.size:
             self.read(offset, len(buffer))  # raises
         memoryview(buffer)[:] = self._data[offset : offset + len(buffer)]
@@ -263,12 +263,12 @@ class Function(Protocol):
         ...
 
     def into(self, values: Buffer, out: bytearray | memoryview) -> None:
-        """The same into a buffer of the right size, so that no memory is taken for them."""
+        """The same into a buffer of the right size, without allocating memory."""
         ...
 
 
 class DTypeConversion(_Computed):
-    """Values that are converted to another dtype as they are read; nothing of them is kept.
+    """Values that are converted to another dtype as they are read; none are kept.
 
     Args:
         original: the values as they are in the file.

@@ -58,7 +58,7 @@ class Everything:
 Diagnosis = Callable[[Checkpoint, Everything], Iterator[Finding]]
 
 _SAMPLED = 32
-"""Names by which a state_dict is told from what else has names and tensors."""
+"""Names that distinguish a state_dict from other mappings of names to tensors."""
 
 _SCALES = ("scale", "absmax", "SCB", "codebook", "Qidxs")
 """Of these one is in the names of every state_dict that has scales."""
@@ -108,7 +108,7 @@ def everything_in(
 
 
 def _may_be_quantized(state_dict: StateDict, names: str) -> bool:
-    """Whether it is worth looking: nearly all files have nothing of these dtypes, or under these names."""
+    """Whether to search at all: nearly all files have nothing with these dtypes or names."""
     if len(state_dict) != len(state_dict.everything):
         return True
     rows = [DTYPES[dtype] for dtype in {entry.dtype for entry in state_dict.values()}]

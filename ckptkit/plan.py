@@ -109,7 +109,7 @@ def moved(target: int, source: ByteSource) -> list[Copy | Cast]:
 
 
 def _is_gathered(step: Step) -> bool:
-    """Whether what a step makes of others is their values in another order, as of a tensor in pieces."""
+    """Whether a step only puts values in another order, as for a tensor in pieces."""
     return isinstance(step, Cast) and isinstance(step.source, DenseRange) and step.source.whole.is_gathered
 
 

@@ -24,7 +24,7 @@ __all__ = ["Shell", "at_hand", "command_line", "mkdir_command", "named", "quoted
 Shell = Literal["posix", "cmd", "powershell"]
 
 _QUOTES = "'\u2018\u2019\u201a\u201b"
-"""What PowerShell takes for a single quote."""
+"""The characters that PowerShell treats as a single quote."""
 
 
 def named(system: str, environment: Mapping[str, str]) -> Shell:

@@ -183,7 +183,7 @@ class SourceFile(Source):
         return data
 
     def read_into(self, offset: int, buffer: bytearray | memoryview) -> None:
-        """As `Source.read_into`; no memory is taken for the bytes."""
+        """As `Source.read_into`, without allocating memory."""
         if not hasattr(os, "preadv"):
             super().read_into(offset, buffer)
             return

@@ -263,8 +263,8 @@ class Source:
     ) -> None:
         """These ranges, offset and size in bytes of each, are about to be read, in about this order.
 
-        A source that is far fetches them ahead of whoever reads; others need no word.  What is read beside them, or out
-        of order, is read as ever.
+        A source on another machine fetches them ahead of the reader; others ignore this.  What is read beside them, or
+        out of order, is read as ever.
 
         Args:
             areas: the ranges; they take the place of those that were told before.
@@ -437,7 +437,7 @@ def require_wanted() -> None:
 
 
 def at_once(trips: Sequence[Callable[[], _Record]]) -> list[_Record]:
-    """Make trips to other machines at the same time, and give what comes of them.
+    """Make requests to other machines at the same time, and return their results.
 
     Raises:
         Exception: the first error of them, in their order, once all are back.

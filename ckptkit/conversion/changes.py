@@ -99,7 +99,7 @@ def diagnose_wrappers(
         result: as it is written.
         changed: the names that are not those of the source.
         written: where; ``None``: nowhere.
-        stripped: whether wrappers were taken off, or another prefix alone, which may have hidden some.
+        stripped: whether wrappers or another prefix were removed, which may have hidden some.
     """
     names = list(result.state_dict.everything)
     code, told = "inner-module", inner_module_told(names) if stripped else None
@@ -230,7 +230,7 @@ def diagnose_losses(
         result: as it is written.
         plan: of the output.
         leave_out: paths of parts that were to be left out.
-        beside: the checkpoint without what of it the metadata hold; ``None``: they contain nothing of it.
+        beside: the checkpoint without the values that are in the metadata; ``None``: none are.
     """
     if source.origin.is_program:
         pairs = mapping_items(source.rest) or []

@@ -43,9 +43,8 @@ def convert_in_place(source: object, options: ConvertOptions, convert: Convert) 
         options: for each.
         convert: converts one file into itself.
 
-    Returns:
-        A report as of a conversion, whose ``details`` also hold the path of the ``backup``, ``None`` where none is
-        kept; of a list as of a folder.
+    Returns: A report as for a conversion, whose ``details`` also contain the path of the ``backup``, ``None`` if none
+        is kept; for a list, as for a folder.
 
     Raises:
         As `ckptkit.convert`; RewriteError: what is meant is not one file that can be replaced.
@@ -112,7 +111,7 @@ def _require_file(path: str) -> None:
 
 
 def _instead(path: str) -> str:
-    """How to say what to do in place of it."""
+    """The end of a message: what to do instead."""
     return "" if os.path.isdir(path) else f"; name a new one: ckptkit convert {quoted(places.shown(path))} NEW"
 
 

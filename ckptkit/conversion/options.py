@@ -1,4 +1,4 @@
-"""What ``convert`` does: options become rewriters, in a fixed order, and what came of them is told.
+"""Runs ``convert``: options become rewriters, in a fixed order, and their results are reported.
 
 Which of a file's weights are those of a model: each section is tried as if it had been chosen.
 """
@@ -414,7 +414,7 @@ def read_others(
 
 
 def section_like(checkpoint: Checkpoint, file: Source, options: ConvertOptions) -> str | None:
-    """The section whose weights are those of the model of ``options.like``; where none is, the selected one.
+    """The section whose weights are those of the model in ``options.like``; if there is none, the selected one.
 
     Args:
         checkpoint: what the file holds.
@@ -422,7 +422,7 @@ def section_like(checkpoint: Checkpoint, file: Source, options: ConvertOptions) 
         options: what is asked for.
 
     Raises:
-        RewriteError: several are, of different tensors; or none is, and none is selected.
+        RewriteError: several sections fit, with different tensors; or none fits, and none is selected.
     """
     like, selected = options.like, checkpoint.origin.state_path
     if like is None or options.all_tensors or not unselected_weights(checkpoint):

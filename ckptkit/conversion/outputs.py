@@ -144,7 +144,7 @@ def told(
 
 
 def require_confirmed(paths: Iterable[str], options: ConvertOptions) -> None:
-    """Ask, where somebody is to be asked, whether what has one of these paths may be replaced.
+    """Ask, if there is someone to ask, whether existing files at these paths may be replaced.
 
     Raises:
         DestinationExistsError: it may not.
@@ -217,7 +217,7 @@ class Item(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of these files; nothing of what cannot be asked, which opening it will tell."""
+        """Bytes of these files, without those whose size is unknown; opening them reports the error."""
         sizes = 0
         for path in self.files:
             with suppress(OSError):

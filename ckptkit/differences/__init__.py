@@ -1,8 +1,8 @@
 """What changed between two checkpoints, whatever their containers: `differ` makes a `Difference`.
 
 The weights are compared name by name; renamed tensors are found by content and by shape (`pairs`).  Bits decide
-(`bits`); figures are computed only for tensors that differ (`figures`).  What is beside the weights is compared too:
-sections, scalars, and everything in both files' trees (`rest`).
+(`bits`); figures are computed only for tensors that differ (`figures`).  Everything beside the weights is compared too:
+sections, scalars, and both files' trees (`rest`).
 """
 
 from __future__ import annotations
@@ -313,7 +313,7 @@ def _names(names: Sequence[str]) -> str:
 def _prefixes(
     a: Checkpoint, b: Checkpoint, ours: Mapping[str, object], theirs: Mapping[str, object], given: Sequence[str]
 ) -> Iterator[Finding]:
-    """Whether names would agree that do not, if wrappers were taken off."""
+    """Whether names that differ would be equal without wrapper prefixes."""
     agreeing = sum(name in theirs for name in ours)
     if agreeing == len(ours) == len(theirs):
         return

@@ -228,7 +228,7 @@ def all_sums(
 
 
 Pair = tuple[object, ...]
-"""What a pair of tensors is known by."""
+"""The identity of a pair of tensors."""
 
 _Waiting = list[tuple[Pair, TensorEntry, TensorEntry, int]]
 """Pairs, and the bytes of one of the two."""
@@ -238,8 +238,8 @@ class PairReader:
     """Pairs of tensors to compare, collected first so that several threads can share them.
 
     Args:
-        progress: called with the bytes processed so far, and those to go through in all.
-        tolerance: by which what differs is measured.
+        progress: called with the bytes processed so far and the total.
+        tolerance: for measuring differences.
 
     Attributes:
         checksums: those recorded for the storages of every tensor that is read.

@@ -1,4 +1,4 @@
-"""The driver: tasks are handed out and their results given back, in order, whatever becomes of each.
+"""The driver hands out tasks and returns their results in order, whatever happens to each.
 
 A task is pulled from the iterable when there is room for it, so many batches are under way as workers take, and
 results wait in pickled form for those before them.  A batch is one task at first, and grows while batches come back
@@ -149,7 +149,7 @@ class _Driver(Generic[T, R]):
         self._error: Exception | None = None
 
     def outcomes(self) -> Iterator[tuple[T, Outcome[R]]]:
-        """Each task with what came of it, in order."""
+        """Each task with its result, in order."""
         number, looked = 0, 0.0
         while True:
             is_all = self._hand_out()

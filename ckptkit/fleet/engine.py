@@ -31,7 +31,7 @@ _BATCH_SECONDS = 0.05
 """What a batch is to take: a trip to a process takes some hundredths of that."""
 
 _GIVEN_BATCH_SECONDS = 0.25
-"""The same with an executor of somebody else, which may be of other machines."""
+"""The same with an external executor, which may use other machines."""
 
 
 def cores() -> int:
@@ -94,7 +94,7 @@ def each(
         tasks: plain data that can be pickled; any iterable.
         work: a function of a module, or a `functools.partial` of one, which others can import.
         jobs: how many processes; ``None``: as `cores` counts them.
-        executor: any `concurrent.futures.Executor`, in place of processes of our own; it is not shut down.
+        executor: any `concurrent.futures.Executor` to use instead of local processes; it is not shut down.
         seconds: the limit of one task; ``None``: none.
         worth: number of tasks from which processes of our own are worth starting.  Without ``jobs``, a limit makes
             them worth it always: only another process can be stopped.
@@ -151,7 +151,7 @@ def _raised(error: Exception) -> Iterator[NoReturn]:
 
 
 def _may_start() -> bool:
-    """Whether this process may have others: a worker may not, be it ours or of `multiprocessing`."""
+    """Whether this process may have workers: a worker, ours or `multiprocessing`'s, may not."""
     ours, process = sys.modules.get("ckptkit.fleet.worker"), sys.modules.get("multiprocessing.process")
     return not (getattr(ours, "is_one", False) or (process is not None and process.current_process().daemon))
 

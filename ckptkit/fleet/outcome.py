@@ -1,4 +1,4 @@
-"""What comes of a task; and the work in this process, which needs nothing else."""
+"""The result of a task; and running tasks in this process, which needs nothing else."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Problem = Literal["died", "timed-out", "failed", "version"]
 
 @dataclass(frozen=True, kw_only=True)  # with slots, `Outcome[int](...)` is an error of Python's
 class Outcome(Generic[R]):
-    """What came of a task.
+    """The result of a task.
 
     Attributes:
         value: what the work returned; ``None`` where there is a problem.
@@ -59,7 +59,7 @@ def told(error: BaseException) -> str:
 
 
 def late(seconds: float) -> str:
-    """What is told of a task that took longer than it may."""
+    """The message for a task that exceeded its time limit."""
     return f"it took longer than the limit of {seconds:g} s"
 
 

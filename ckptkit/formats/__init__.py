@@ -88,9 +88,9 @@ def read(
         source: what it is read from; see `source_of`.  A source is closed where it cannot be read.
         section: path of the weights to select, where the file contains several.
         tag: which of several steps is meant, where a folder contains such.
-        tp_rules: the file of rules by which slices of ranks in a folder are joined
+        tp_rules: the file with the rules for joining slices of ranks in a folder
             (`ckptkit.formats.distributed.tensor_parallel`).
-        ignore_checksums: whether to forget those that are recorded for the storages, so that none is held.
+        ignore_checksums: whether to discard the recorded checksums of the storages, so none is checked.
         limits: bounds on what the file may ask for.
 
     Returns:
@@ -198,7 +198,7 @@ def _read(probe: Probe) -> RawCheckpoint:
 def _part_instead(
     file: Source, seen: tuple[GlobalUse, ...], error: FormatError
 ) -> tuple[tuple[GlobalUse, ...], FormatError, FormatError]:
-    """What is told of archives end to end, one per tensor, compressed ones too: names, cause and error."""
+    """The error for archives end to end, one per tensor, compressed ones too: names, cause and error."""
     from ckptkit.formats.shard_parts import part_error
 
     return (*seen, *error.globals), error, part_error(file)

@@ -1,6 +1,6 @@
 """Files that are compressed as a whole.
 
-They are known by their first bytes, whatever they are called, and decompressed once, into a temporary file:
+They are identified by their first bytes, whatever their names, and decompressed once, into a temporary file:
 
 - gzip (RFC 1952): members one behind the other; zeros may follow the last
 - xz (``xz-file-format.txt``): streams, with zeros in fours between and behind them
@@ -36,10 +36,10 @@ _PACKED_NBYTES = 256 << 10
 """Bytes that are given to a decompressor at a time."""
 
 FRAME_NBYTES = 8 << 10
-"""The same where what comes of them cannot be bounded: zstd makes at most 32,768 of one (RFC 8878, RLE_Block)."""
+"""The same if the size of the result has no bound: zstd makes at most 32,768 bytes of one (RFC 8878, RLE_Block)."""
 
 _MEMORY_NBYTES = 256 << 20
-"""Memory that a decompressor may take for what it looks back to: xz -9 takes 65 MiB, zstd --long 128 MiB."""
+"""Memory that a decompressor may use for its window: xz -9 uses 65 MiB, zstd --long 128 MiB."""
 
 
 class _Zlib:

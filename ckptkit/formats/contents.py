@@ -1,7 +1,7 @@
 """The content of bytes that no container's reader understands: pickles, archives, compiled code.
 
-A record that nothing refers to, a resource of a package, a file of the user's in a program, a member of an archive, a
-file that is not a checkpoint: whoever is told to will load it, whatever its name.  So each is known by its first bytes
+A record that nothing refers to, a resource of a package, a user's file in a program, a member of an archive, a file
+that is not a checkpoint: someone may load any of them, whatever its name.  So each is identified by its first bytes
 (`ckptkit.formats.magic`):
 
 - a pickle of any protocol, or several one behind the other, torch's row of pickles before 1.6, a numpy array of objects
@@ -129,7 +129,7 @@ class ContentSearch:
         """Look at a record, or at a file as a whole.
 
         Args:
-            name: that it has in what is told of it; ``""``: it is the file.
+            name: its name in messages; ``""``: it is the file.
             held: its bytes.
             is_program: whether it is code, or a part of it, whatever it looks like.
         """

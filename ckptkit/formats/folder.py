@@ -1,16 +1,16 @@
 """What is in folders: each file is a checkpoint, or is skipped and counted by kind, or cannot be read.
 
-A checkpoint is known by its first bytes (`ckptkit.formats.containers`), whatever its name.  A name decides in one case
-alone: a file that is none and is called ``.safetensors``, ``.pth`` and the like is a checkpoint that cannot be read (a
-git-lfs pointer, an error page, an interrupted download), not a file of another kind.  Others are called ``.bin``,
-``.pkl`` and ``.jit``, too: one that is known to be something else is skipped.
+A checkpoint is identified by its first bytes (`ckptkit.formats.containers`), whatever its name.  The name decides in
+only one case: a file that is called ``.safetensors``, ``.pth`` and so on but is none of these is a checkpoint that
+cannot be read (a git-lfs pointer, an error page, an interrupted download), not a file of another kind.  Other files
+have the extensions ``.bin``, ``.pkl`` and ``.jit`` too: one that is known to be something else is skipped.
 
 - An index stands for its shards.  A folder that several processes wrote is one checkpoint, and stands for the files
   that are its own (`ckptkit.formats.distributed`); others in it are met as anywhere.
 - Only regular files are opened.  Links are followed, those to folders after the folders themselves, and each file and
   each folder is met once, by device and inode: in a cache of the hub the blob and its name are one file.
 - ``.git`` is not entered.  AppleDouble files (``._name``, RFC 1740) and outputs that ckptkit did not complete are none.
-- What may hold pickles that are not torch's is listed: whoever allows none looks into these
+- A file that may contain pickles that are not torch's is listed; policies against pickles search it
   (`ckptkit.formats.contents`).
 """
 

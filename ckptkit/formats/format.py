@@ -35,15 +35,15 @@ def is_folder(file: Source) -> bool:
 
 
 class Probe:
-    """A file as it is seen by whoever must say what it is: its first bytes, and once only, its directory.
+    """A file for those who must say what it is: its first bytes and, read once, its directory.
 
     Attributes:
         file: the file.
         limits: bounds on what it may ask for.
         prefix: what is before the key of each storage: the name of a shard, and a colon.
         head: its first `HEAD_NBYTES` bytes, or all there are.
-        outcomes: of containers that cannot claim a file without reading it: by name what came of it, or the error;
-            ``None``: the file is none of theirs.
+        outcomes: for containers that cannot claim a file without reading it: the result or the error by name; ``None``:
+            the file is none of theirs.
     """
 
     def __init__(self, file: Source, limits: Limits, prefix: str = "") -> None:
@@ -88,7 +88,7 @@ class Around:
 
     Attributes:
         given: the file that was given: one that is compressed, or an archive.
-        findings: what is to be told of the way.
+        findings: about the way to it.
         uses: the names in the pickles beside it, and what could not be read.
         has_pickle: whether there may be any.
         where: the way, for messages.
@@ -141,8 +141,8 @@ class Format:
         maps_location: whether ``loader`` takes a ``map_location``.
         has_classes: whether the classes of its modules are in it, so that loading it needs none of them.
         title: what writes such files, in a line.
-        words: what it is to whoever meets one for the first time, ``{}`` for where its class is named; ``""``: what
-            it holds says that.
+        words: what it is, for a reader who sees one for the first time, with ``{}`` in the place of its class; ``""``:
+            its content says that.
     """
 
     name: str

@@ -68,7 +68,7 @@ class _Layout:
 
     Attributes:
         what: what it is.
-        needs: members by which it is known.
+        needs: members that identify it.
         meant: the one that is opened.
         pickled: members that contain pickles in JSON.
     """
@@ -289,7 +289,7 @@ def _archive_in(probe: Probe) -> _Archive | None:
 
 
 def entered(probe: Probe) -> Probe:
-    """The checkpoint in a file that is compressed or an archive, with what is to be told of the way; else the file.
+    """The checkpoint in a compressed file or an archive, with findings about the way to it; otherwise the file.
 
     Raises:
         FormatError: it is damaged, too large, or an archive of several checkpoints.
@@ -315,7 +315,7 @@ def entered(probe: Probe) -> Probe:
 
 
 def _step(probe: Probe, path: str, around: Around) -> tuple[Inner, Around] | None:
-    """What a file decompresses to, or the member of it that is meant, and the way to it; ``None``: none is."""
+    """What a file decompresses to, or its only meant member, and the way to it; ``None``: there is none."""
     compression = compression_of(probe.head)
     if compression is not None:
         found = decompressed(probe.file, compression, probe.limits)

@@ -1,9 +1,9 @@
 """What bytes are, by the first of them: a pickle, compressed, an archive that is not read, code for a machine.
 
-A pickle need not declare itself.  CPython's unpicklers (``Lib/pickle.py``, ``Modules/_pickle.c``) take any opcode that
-needs nothing on the stack as the first one, and whoever means harm chooses it.  Many of these opcodes are letters, so a
-text can begin like a pickle: it is one where it comes to an end, or to a call, before the first byte that no unpickler
-takes.
+A pickle need not declare itself.  CPython's unpicklers (``Lib/pickle.py``, ``Modules/_pickle.c``) accept any opcode
+that needs nothing on the stack as the first one, and an attacker can choose it.  Many of these opcodes are letters, so
+a text can begin like a pickle: it is one where it comes to an end, or to a call, before the first byte that no
+unpickler takes.
 """
 
 from __future__ import annotations
@@ -182,8 +182,8 @@ def is_plain_pickle(data: bytes) -> bool:
 def passes_over(error: FormatError, data: bytes, size: int, start: int = 0) -> bool:
     """Whether some unpickler may go on where a pickle could not be read further.
 
-    What is refused without being damaged is told by the error's type.  Beside that CPython takes lines of any length,
-    its unpickler in Python a frame that is cut off, and after a STOP whoever reads one pickle may read another.
+    What is refused without being damaged is told by the error's type.  Besides, CPython accepts lines of any length,
+    its Python unpickler a truncated frame, and after a STOP a reader of one pickle may read another.
 
     Args:
         error: of `read_pickle`.

@@ -1,6 +1,6 @@
 """A pickle that torch.save did not write: what it asks for, found without executing it.
 
-What a text is that was taken for a checkpoint: error pages, pointers, configurations, source code.
+What a text file in a checkpoint's place is: an error page, a pointer, a configuration, source code.
 
 ZIP archives that are not torch checkpoints: what their records' names say they are, and what to do.
 
@@ -8,7 +8,7 @@ ZIP archives that are not torch checkpoints: what their records' names say they 
 - ``.keras``: ``config.json``, ``metadata.json`` and ``model.weights.h5`` (``keras/src/saving/saving_lib.py``)
 - ``.mar`` (TorchServe): ``MAR-INF/MANIFEST.json`` (``model_archiver/model_packaging_utils.py``)
 - ``.docx``, ``.xlsx``, ``.pptx``: ``[Content_Types].xml`` (ECMA-376); ``.jar``, ``.apk``, wheels
-- any other: what is inside is for whoever unpacks it; files in it that look like checkpoints are named
+- any other: its content is seen only after unpacking; files in it that look like checkpoints are named
 """
 
 from __future__ import annotations
@@ -205,7 +205,7 @@ _DOCUMENTS = (
     ("peft_type", "an adapter's configuration"),
     ("nbformat", "a notebook"),
 )
-"""Keys by which the JSON files that are beside checkpoints are told."""
+"""Keys that identify the JSON files beside checkpoints."""
 
 
 def _json(text: str, probe: Probe) -> str | None:

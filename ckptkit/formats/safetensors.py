@@ -1,4 +1,4 @@
-"""The header of a safetensors file: what it says of each tensor, and whether that can be.
+"""The header of a safetensors file: its facts about each tensor, and whether they are possible.
 
 Everything here is checked in the header itself and against the number of bytes after it; the layout is described in
 `ckptkit.formats.safetensors`.  Each thing that can be wrong has its message.
@@ -7,7 +7,7 @@ Compared with the safetensors library (0.8, ``safetensors/src/tensor.rs``) this 
 
 - a header that does not begin with ``{``, as the format's description says it must
 - names given twice, of which the library takes the last and other parsers the first
-- a tensor described by a list in place of an object, or a dtype by an object, which serde takes too
+- a tensor described by a list instead of an object, or a dtype by an object, which serde accepts too
 - numbers from 2^62 on (as sizes beside a 0): torch counts in 63 bits
 - more than `Limits.entries` tensors or `Limits.dimensions` dimensions
 - values of fields nobody knows that are nested more than 100 deep; the library stops at 128
@@ -141,7 +141,7 @@ def strings(node: object) -> dict[str, str]:
 
 
 def layout(name: str, info: object, limits: Limits) -> TensorLayout:
-    """What the header says of a tensor, checked in itself.
+    """The header's facts about a tensor, checked for themselves.
 
     Raises:
         CorruptError: a field is missing or not what it must be.
@@ -346,10 +346,10 @@ _FIXED_NBYTES = len('"":{"dtype":"],"data_offsets":[,]},')
 def _customary(raw: bytes, limits: Limits) -> tuple[dict[str, TensorLayout], dict[str, str]] | None:
     """The same, at a quarter of the time, where the header is as the library writes it.
 
-    ``None``: it is not so to the byte, and nothing is said of it.
+    ``None``: it does not have exactly this form, and nothing more is known.
 
     Raises:
-        FormatError: something is wrong with it, perhaps not what is told of it.
+        FormatError: something is wrong with it, perhaps something other than the message says.
     """
     check_count(raw, limits, "the header")
     if len(raw) > _CUSTOMARY_NBYTES or not raw.isascii():

@@ -195,7 +195,7 @@ class TorchArchive:
 
         Args:
             name: below the root folder.
-            limit: the most bytes it may have; the limit of a pickle where none is given.
+            limit: the most bytes it may have; by default the limit of a pickle.
 
         Raises:
             CorruptError: it is not there, or damaged.

@@ -16,9 +16,8 @@ Layout (``torch/serialization.py`` ``_legacy_save`` and ``_legacy_load``; ``torc
 - a pickle of the list of storage keys, sorted; a key is the decimal address the storage had
 - for each key of that list, in its order: the number of elements (8 bytes) and the elements
 
-Counts and elements are little-endian whatever ``little_endian`` says.  Old releases wrote counts,
-and some of them elements, as a big-endian machine has them: such a file says nothing of the order
-of its elements and is refused.
+Counts and elements are little-endian whatever ``little_endian`` says.  Old releases wrote counts, and some of them
+elements, in the order of a big-endian machine: such a file does not record the order of its elements and is refused.
 
 A reader must accept pickles of any protocol, in Python 2's dialect too, views of storages, classes
 with their source, and untyped storages (float8, uint16), which torch writes in this format and does

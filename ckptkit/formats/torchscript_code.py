@@ -1,4 +1,4 @@
-"""The source in a TorchScript archive: what it says of classes, and nothing else.
+"""The source in a TorchScript archive: its facts about classes, and nothing else.
 
 ``torch/csrc/jit/serialization/python_print.cpp`` writes each class of a module so::
 
@@ -47,7 +47,7 @@ class ScriptClass:
 
 
 class ScriptClasses:
-    """What the source in an archive says of its classes; each file is read when it is first asked for.
+    """The facts about classes in an archive's source; each file is read on first use.
 
     Args:
         archive: the archive.

@@ -358,7 +358,7 @@ class _LeftForLater:
             self._look_at_all(error)
 
     def _look_at_all(self, error: FormatError) -> None:
-        """Something is wrong: tell what is told of a local file, of which all headers are read at once, in order."""
+        """Something is wrong: report the error of a local file, whose headers are all read at once, in order."""
         self._are_all_known = True
         try:
             if len(self._listed) <= _MOST_LOOKED_AT:

@@ -142,7 +142,7 @@ def _occurrences(wanted: bytes, data: bytes) -> list[int]:
 
 
 def check_names(names: list[str]) -> None:
-    """Names that leave their folder, or that some file system takes for one another, are refused."""
+    """Names that leave their folder, or that some file system treats as equal, are refused."""
     everything = "\n".join(("", *names))
     if everything.endswith("\n") or any(mark in everything for mark in ("\0", "\\", "..", "\n/", "\n\n")):
         for name in names:
@@ -421,7 +421,7 @@ def begins_alike(area: ByteRange, listed: list[Row], first: int, count: int, end
 
 
 def _are_own(table: bytes, columns: list[bytes], before: int, rows: list[Row]) -> bool:
-    """Whether records' own headers say what the directory says of them.
+    """Whether records' own headers agree with the directory.
 
     Args:
         table: the headers with their names.
@@ -442,6 +442,6 @@ def _are_own(table: bytes, columns: list[bytes], before: int, rows: list[Row]) -
 
 
 def _say(table: bytes, layout: str, rows: list[Row]) -> bool:
-    """Whether each row of a table says of a record's checksum and sizes what the directory says."""
+    """Whether each row of a table has the record's checksum and sizes from the directory."""
     signature = (DESCRIPTOR_SIGNATURE,) if "s" in layout else ()
     return list(Struct("<" + layout).iter_unpack(table)) == [(*signature, *row[5:]) for row in rows]

@@ -160,7 +160,7 @@ class OptimizerDocument(TypedDict):
 
 
 class SchedulerDocument(TypedDict):
-    """A learning rate scheduler's state; ``path``, ``kind``, ``inferred``, ``lr`` as of an optimizer."""
+    """A learning rate scheduler's state; ``path``, ``kind``, ``inferred``, ``lr`` as for an optimizer."""
 
     path: str
     kind: str | None

@@ -1,8 +1,8 @@
 """The tensors of a checkpoint, one row each: where it stands, what it is, what it is tied to.
 
 A row has the fields of one element of the inspect document's ``tensors``; `TensorRow.to_dict` is that
-element and `TensorRow.to_json` its text.  Files have 100,000 of them, of few kinds: `Rows` tells what the tensors
-of a file are from one row of each kind, and makes the others where somebody asks for them.
+element and `TensorRow.to_json` its text.  Files have 100,000 of them, of few kinds: `Rows` describes the tensors of a
+file from one row of each kind, and makes the others on request.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ __all__ = [
 ]
 
 _SAMPLED = 32
-"""Names by which a state_dict is told from what else has names and tensors."""
+"""Names that distinguish a state_dict from other mappings of names to tensors."""
 
 _PART = re.compile(
     r"(?:^|[._])(?:"

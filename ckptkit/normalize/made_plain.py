@@ -103,12 +103,12 @@ def _wanted(root: object, *, everything: bool) -> list[Object]:
 
 
 def arrays_made_plain(root: object, path: str, *, everything: bool = False) -> tuple[object, list[Finding]]:
-    """The tree with its arrays as tensors, and what is to be said of it; of a tree without any the tree itself.
+    """The tree with its arrays as tensors, and the findings; a tree without arrays is returned as it is.
 
     Args:
         root: the tree, without a torch tensor.
         path: of the file that it is in.
-        everything: whether arrays become tensors wherever they stand.
+        everything: whether all arrays become tensors.
 
     Raises:
         CorruptError: of an array that would be one, the bytes do not fit.

@@ -18,9 +18,9 @@ What a pickle holds of a module (`module_state`) is its ``__dict__``, in one of 
   which a tensor that requires a gradient is a parameter and another a buffer. Their ``__dict__`` is combined here.
 
 Wrappers of a model leave prefixes in names.
-`MODULE` and ``_forward_module`` are taken for a wrapper's where they lead a name: further in, ``module`` may be
-somebody's own attribute (``mlp_module.module.weight``), and only who knows the model can tell
-(`inner_module_rules`).  The others are nobody's: they are a wrapper's wherever they stand.
+`MODULE` and ``_forward_module`` are treated as a wrapper's only at the beginning of a name: after it, ``module`` may be
+a model's own attribute (``mlp_module.module.weight``), and only the model can tell (`inner_module_rules`).  The others
+belong to no model: they are a wrapper's wherever they are.
 """
 
 from __future__ import annotations
@@ -465,7 +465,7 @@ def inner_module_rules(names: Sequence[str]) -> list[str]:
 
 
 def inner_module_told(names: Sequence[str]) -> tuple[str, list[str]] | None:
-    """What is said of names with `MODULE` further in, and the options that take it off; ``None``: there are none.
+    """The finding about names with `MODULE` after their beginning, and options to remove it; ``None``: no such names.
 
     No options are given where two names would become one.
     """

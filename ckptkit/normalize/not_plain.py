@@ -44,7 +44,7 @@ _MOST = 100
 """Nodes that are looked at in what one value is made of: a dozen are usual."""
 
 _UNKNOWN = "?"
-"""In place of a dtype, of a value that does not fit its parts."""
+"""The dtype of a value that does not fit its parts."""
 
 _STRIDED = ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor_v3")
 

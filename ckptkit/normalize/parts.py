@@ -1,4 +1,4 @@
-"""What a tree says of being a part: one rank's, one slice's or one stage's share of a checkpoint.
+"""What a tree shows about being a part: the share of one rank, slice or stage of a checkpoint.
 
 Facts of the layouts (torch 2.14, DeepSpeed 0.19, Megatron-LM; each seen in files that they wrote):
 
@@ -133,7 +133,7 @@ def is_flat_name(name: str) -> bool:
 
 
 def _own_keys(root: object) -> Mapping[str, object]:
-    """The values of a file's own dict by their keys; nothing of what is not such a dict."""
+    """The values of a file's own dict by their keys; empty for anything but such a dict."""
     pairs = mapping_items(root)
     return {} if pairs is None or len(pairs) > _MOST_KEYS else {k: v for k, v in pairs if isinstance(k, str)}
 
@@ -342,7 +342,7 @@ def mesh_sizes(mesh: InertDict) -> list[int]:
 
 
 def _numbers(node: object) -> list[int]:
-    """The numbers of a layout's shape, which may be one number, or have several in place of one."""
+    """The numbers of a layout's shape, which may be one number or several nested ones."""
     found = node if isinstance(node, (list, tuple)) else (node,)
     nested = [_product(part) if (part := shape_of(each)) is not None else each for each in found]
     return [number for number in nested if isinstance(number, int)]
@@ -402,7 +402,7 @@ def require_whole(checkpoint: Checkpoint, *, allow_part: bool = False) -> None:
 
 
 def way_out(part: Part) -> str:
-    """What to give in place of a part, or with it."""
+    """What to give instead of a part, or with it."""
     if part.remedy:
         return part.remedy
     if part.instead is None:

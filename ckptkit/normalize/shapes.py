@@ -195,7 +195,7 @@ def is_substantial(value: object) -> bool:
 
 
 def is_packed(name: str, node: object) -> bool:
-    """Whether it is what torch's quantized modules keep in place of tensors.
+    """Whether torch's quantized modules store it instead of tensors.
 
     A tuple of weight and bias (``torch/ao/nn/quantized/modules/linear.py`` ``LinearPackedParams``), or an object of one
     of torch's C++ classes (``dynamic/modules/rnn.py`` there, ``PackedParameter``).

@@ -1,6 +1,6 @@
 """Every tensor of a checkpoint, each with where it stands: the one enumeration.
 
-What shows, compares, digests, checks or counts the tensors of a file goes through `every_tensor`.  It goes to:
+Everything that shows, compares, digests, checks or counts the tensors of a file uses `every_tensor`.  It goes to:
 
 - the values of the state_dict, and what they are made of where they are not plain tensors
 - the other sections, each under its path
@@ -76,7 +76,7 @@ _ONCE = (list, tuple, InertDict, InertSet, Global)
 
 
 class Nameless(str):
-    """A key of a dict that is not text or a number: a parameter, by which old optimizers keep their state.
+    """A key of a dict that is not text or a number: a parameter, as in the state of old optimizers.
 
     Attributes:
         position: its place in the dict.
@@ -147,7 +147,7 @@ def other_tensors(checkpoint: Checkpoint, *, values: bool = False) -> list[Found
 
 
 def tensors_with_keys(checkpoint: Checkpoint, top: _Steps) -> Iterator[FoundTensor]:
-    """The same, and values made of tensors in place of their parts, each with the keys that lead to it.
+    """The same, with values made of tensors instead of their parts, each with the keys that lead to it.
 
     In the order of `every_tensor`.  A tensor is found in every dict or list that it is in, and what is deeper in an
     object that several places share in the first.

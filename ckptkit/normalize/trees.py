@@ -1,6 +1,6 @@
 """Inert trees compared: the one walk that looks at everything that makes up a tree.
 
-`side_by_side` goes through two trees at once, by one of two rules:
+`side_by_side` compares two trees part by part, by one of two rules:
 
 - `Identical`: node for node as the files say it, devices, strides and order included; what was one object must still be
   one.  So an output is checked against what it was written from.
@@ -103,7 +103,7 @@ class _Rule(Protocol):
 def side_by_side(
     roots: Sequence[tuple[Place, object, object]], rule: _Rule, weights: tuple[object, object] = (STATE_DICT,) * 2
 ) -> Iterator[Met]:
-    """Go through pairs of trees in the order of the file.
+    """Compare pairs of trees in the order of the file.
 
     Args:
         roots: the trees, each pair with its place.

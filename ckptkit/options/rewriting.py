@@ -162,8 +162,8 @@ class ConvertOptions(Options):
     )
     to = text(
         "FORMAT",
-        "torch-zip, safetensors, either -sharded, or dcp; overrides DST's ending.",
-        'container name that overrides the ending; ``"dcp"``: a folder for ``torch.distributed.checkpoint.load``',
+        "torch-zip, safetensors, either -sharded, or dcp; overrides DST's extension.",
+        'container name that overrides the extension; ``"dcp"``: a folder for ``torch.distributed.checkpoint.load``',
     )
     ranks = count(
         "--ranks",

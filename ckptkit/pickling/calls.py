@@ -198,7 +198,7 @@ class CallsThatReach:
             watch(given)
 
     def handed(self, cls: object, args: tuple[object, ...]) -> None:
-        """Look at what a call is given, once there is a name that matters wherever it goes."""
+        """Examine a call's arguments, once there is a name that matters wherever it is passed."""
         function, _ = self._callee(cls, ())
         keeps = function is None or not _calls_back(function)
         stack: list[object] = list(args)

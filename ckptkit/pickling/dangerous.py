@@ -1,6 +1,6 @@
 """Names that run, import, open or reach out, however they are spelled.
 
-Whoever executes a pickle calls what it names, with arguments it chooses.  So a module is listed here
+Executing a pickle calls the functions it names, with arguments it chooses.  So a module is listed here
 when a function in it runs a program or text, imports, loads native code, unpickles, opens or removes
 files, or talks to the network, and no checkpoint needs a name from it.  Sources: the block lists of
 picklescan, modelscan and fickling, the bypasses reported against them, and the standard library's
@@ -226,7 +226,7 @@ _ANYWHERE = frozenset(
     spawnlp spawnv spawnve spawnvp start_new_thread symbol_by_name urlopen urlretrieve
     """)
 )
-"""Functions that keep their name wherever a module imports or wraps them."""
+"""Functions that keep their name in every module that imports or wraps them."""
 
 _ATTRIBUTES = frozenset(
     _words("""

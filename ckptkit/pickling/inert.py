@@ -1,4 +1,4 @@
-"""The nodes of an inert tree, and ways to go through one.
+"""The nodes of an inert tree, and ways to walk one.
 
 An inert tree is what a pickle *says*, built from these alone:
 
@@ -180,7 +180,7 @@ class InertDict:
 
 
 class InertSet:
-    """A set (or frozenset) as the pickle builds it: members in order, none hashed; ``effects`` as of an `Object`."""
+    """A set (or frozenset) as the pickle builds it: members in order, none hashed; ``effects`` as in an `Object`."""
 
     __slots__ = ("effects", "frozen", "members")
 
@@ -343,7 +343,7 @@ def holds(root: object, wanted: object) -> bool:
 def check_references(root: object) -> None:
     """Refuse a tree whose nodes refer to each other more often than those of any checkpoint.
 
-    Whoever goes through it goes to each node once, but looks at each reference.
+    A walk visits each node once, but sees each reference.
 
     Raises:
         LimitError: it has more nodes or references than `Limits` allow.

@@ -301,7 +301,7 @@ def _storage_class(dtype: str | None) -> tuple[Global, int]:
 
 
 def is_rebuilt_alone(entry: TensorEntry) -> bool:
-    """Whether `ckptkit.pickling.writer.REBUILD` makes a tensor of its storage and sizes, and nothing else is said."""
+    """Whether `ckptkit.pickling.writer.REBUILD` makes a tensor from its storage and sizes alone."""
     return (
         entry.storage.dtype == entry.dtype
         and not (entry.is_parameter or entry.is_conj or entry.is_neg or entry.effects)

@@ -1,9 +1,9 @@
-"""Paths of any street: what is at one and below it is asked of the system, or, of a URL, of the server that has it.
+"""Paths of every kind: what is at one and below it, from the system or, for a URL, from its server.
 
-Walks of folders, and whoever asks what a path is, go through here and not through `os`.  A path is text; between the
-segments of a URL there are slashes on every system.  A server is asked once for all that is below a URL, in one listing
-for a whole command (`ckptkit.places.far`); one that gives none (http) has files and no folders.  Of a local path
-everything is what `os` says, links included.
+Every walk of a folder, and every question what a path is, uses this room and not `os`.  A path is text; between the
+segments of a URL there are slashes on every system.  A server is asked once for everything below a URL, in one listing
+per command (`ckptkit.places.far`); a server without listings (http) has files and no folders.  For a local path
+everything is as `os` says, links included.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def asked_once(*paths: object) -> AbstractContextManager[object]:
 
 
 def notes() -> dict[str, Any]:
-    """What was found out of URLs, by URL: for whoever asks again; forgotten at the end of the command."""
+    """What is known about URLs, by URL; it is discarded at the end of the command."""
     from ckptkit.remote import current_session
 
     current = current_session()
@@ -324,7 +324,7 @@ def opened(path: str) -> Source:
 
 
 def put_back(file: Source, path: str) -> None:
-    """Close a file that was looked at; one that is far stays open for whoever opens it next."""
+    """Close a file that was examined; a remote one stays open for its next reader."""
     if not is_url(path):
         file.close()
         return

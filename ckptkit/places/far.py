@@ -1,9 +1,9 @@
 """What is below URLs: servers have files and no folders, and say in one listing which are there.
 
-A URL is a folder where files are below it.  Which of both it is takes one request: one whose name ends as files' do
-(``.pth``, ``.json``) is opened as a file first, and what came is kept for whoever opens it next; of any other its
-listing is asked for first.  A listing is of all below a URL, however deep, and is kept for the command, so that what is
-asked of any path below takes no further request.
+A URL is a folder where files are below it.  It takes one request to find out: a URL with a file's extension (``.pth``,
+``.json``) is opened as a file first, and the answer is kept for its next reader; for any other, the listing is
+requested first.  A listing has everything below a URL, however deep, and is kept for the command, so questions about
+paths below it take no further request.
 
 Names are as the server has them.  One that is not a path (``a//b``, ``../b``) is that of a file like any other, in the
 listing's root, and never leads out of it.
@@ -56,7 +56,7 @@ _asking = threading.RLock()
 
 
 class FarEntry:
-    """A file or folder below a URL, as `os.scandir` tells of one.
+    """A file or folder below a URL, like an entry of `os.scandir`.
 
     Attributes:
         name: in its folder.
@@ -201,7 +201,7 @@ def is_untold(url: str) -> bool:
 
 
 def _is_there(url: str) -> bool:
-    """Whether a file can be opened, which is kept for whoever opens it next."""
+    """Whether a file can be opened; it is kept open for its next reader."""
     with session() as current:
         if url in current.opened or url in current.failed:
             return url in current.opened
@@ -227,7 +227,7 @@ def opened(url: str) -> Source:
 
 
 def _nothing_at(url: str) -> FileAccessError | None:
-    """What is to be said of a URL at which there is no file: that its folder cannot be listed, or is empty.
+    """The message for a URL without a file: its folder cannot be listed, or is empty.
 
     Returns:
         ``None``: no more than that there is none.
@@ -274,7 +274,7 @@ def size(url: str) -> int:
 
 
 def head(url: str, nbytes: int) -> bytes:
-    """The first bytes of a file, or all there are; it is kept for whoever opens it next.
+    """The first bytes of a file, or all there are; it is kept open for its next reader.
 
     Raises:
         FileAccessError: it is not there, or cannot be read.
@@ -288,7 +288,7 @@ def head(url: str, nbytes: int) -> bytes:
 
 
 def put_back(file: Source, url: str) -> None:
-    """Keep a file open for whoever opens it next, within this session."""
+    """Keep a file open for its next reader in this session."""
     current = current_session()
     if current is not None and isinstance(file, RemoteSource):
         current.keep(url, file)

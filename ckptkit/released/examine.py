@@ -321,7 +321,7 @@ def examine_file(
         digest: whether to digest the tensors' values.
         values: whether to count NaN and Inf in them.
         checksums: whether to hold recorded checksums against the bytes; what they show is among the findings.
-        tp_rules: file of rules by which slices of tensor-parallel ranks are joined.
+        tp_rules: file with the rules for joining slices of tensor-parallel ranks.
         ignore_checksums: whether to forget them.
         allow_part: whether it may be a part of a checkpoint.
         whole: whether to digest everything else in the file too.

@@ -75,13 +75,13 @@ def make(
         allow_part: whether a file may be a part of a checkpoint.
         previous: the manifest so far.  Files whose sizes and SHA-256 are still the same keep their record; those
             that are not selected do too, as long as they exist.
-        tp_rules: file of rules by which slices of tensor-parallel ranks are joined.
+        tp_rules: file with the rules for joining slices of tensor-parallel ranks.
         ignore_checksums: whether files may be recorded that their own checksums show to be damaged.
         workers: who reads very many files.
 
     Raises:
         FileAccessError: a file is not below the folder, or cannot be read.
-        CkptkitError: as `ckptkit.released.examine.examine_file`, of one file; a `FileAccessError` tells of several.
+        CkptkitError: as `ckptkit.released.examine.examine_file`, for one file; a `FileAccessError` lists several.
     """
     golden = golden or {}
     goldens = set(golden.values())
@@ -206,7 +206,7 @@ def _renewed(
 
 
 def _require_none(errors: Sequence[CkptkitError]) -> None:
-    """Raise the error there is, or one that tells of all."""
+    """Raise the only error, or one that lists all."""
     if len(errors) == 1:
         raise errors[0]
     if errors:

@@ -1,4 +1,4 @@
-"""What the manifest and a model say of a file, as findings of a check.
+"""The rules of a manifest and a model for a file, as findings of a check.
 
 `compare` holds a file against its record: the same bytes, the same tensors, or which are others.  `model_findings`
 is what the verifier finds, under the rules ``fits`` and ``forward``.
@@ -192,7 +192,7 @@ def _told(tensor: TensorFact | TensorRecord) -> str:
 
 
 def _contradictions(examined: Examined, record: FileRecord) -> Iterator[CheckFinding]:
-    """What a record says of a file that the file with its hash is not: whoever edited the manifest made it lie."""
+    """The facts in a record that the file with its hash contradicts: someone edited the manifest."""
     for name, recorded, found in (
         ("format", record.format, examined.format),
         ("kind", record.kind, examined.kind),

@@ -89,7 +89,7 @@ class Reading:
     Attributes:
         files: the SHA-256 of each file in hexadecimal, by ``id``.
         damages: of the storages whose recorded checksums were held, those whose bytes are others.
-        sums: the CRC-32 of what came of far files for values that are not in them as they are.
+        sums: the CRC-32 of remote files' values that are not stored unchanged.
     """
 
     def __init__(self, digested: Iterable[TensorEntry] = (), counted: Iterable[TensorEntry] = ()) -> None:
@@ -227,7 +227,7 @@ def files_of(file: Source) -> tuple[list[Source], dict[str, Source]]:
 
 
 def look_at_ends(files: Sequence[Source]) -> None:
-    """Of files that are far, none of whose values are read: make sure that none is a zip archive by its end, too.
+    """For remote files whose values are not read: make sure that none is also a zip archive, by its end.
 
     Raises:
         AmbiguousError: one is.
@@ -237,7 +237,7 @@ def look_at_ends(files: Sequence[Source]) -> None:
 
 
 def damages_of(storages: Sequence[Storage], known: Checksums) -> list[Damage]:
-    """What is damaged of the storages that others are made of; what is known by now is not read again."""
+    """The damage in the storages that others are made from; what is already known is not read again."""
     checksums = Checksums(known)
     checksums.want(storages)
     return checksums.damages()

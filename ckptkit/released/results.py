@@ -1,4 +1,4 @@
-"""What came of a check: findings that name file, rule, expected and found; a file's result; the report."""
+"""Results of a check: findings with file, rule, expected and found; a file's result; the report."""
 
 from __future__ import annotations
 
@@ -271,7 +271,7 @@ _LOST = {
     "version": ("worker-version", "the same version of ckptkit", "another"),
     "failed": ("worker-failed", "a result", "an error"),
 }
-"""What is said of each way in which others than this process do not come to a result."""
+"""The findings about results that other processes failed to return."""
 
 
 def lost_result(path: str, problem: str, told: str) -> FileResult:

@@ -41,7 +41,7 @@ class Selection:
         passed: the files that were met and are not checkpoints, with their kinds.
         others: those among them that may hold pickles, with their kinds.
         unreadable: files and folders of which nothing is known, and why.
-        empty: folders without a checkpoint, and what is to be said of each.
+        empty: folders without a checkpoint, each with its message.
         shards: shards that were named, by the path of the index that stands for them.
     """
 
@@ -84,7 +84,7 @@ def select(
 ) -> Selection:
     """The checkpoints that paths stand for.
 
-    A file represents itself, whether it exists or not: that is for whoever opens it to say.  A folder stands for the
+    A file represents itself, whether it exists or not: opening it finds out.  A folder stands for the
     checkpoint files in it and below it, as for ``ckptkit inspect``; one that names its last step, or of which a tag
     chooses one, for what that step holds.  A shard is left out where its index is there.
 
@@ -94,10 +94,10 @@ def select(
         tag: which of several steps is meant, in each of the folders.
         skip_others: whether files that are named and no checkpoint are skipped, as those of folders are.
         whole: whether a shard that is named stands for all, where its index is beside it.
-        known: names of files that no index stands for, since they are known by their own.
+        known: names of files that are listed themselves, so no index covers them.
         manifest: the file that says what they must be, which is none of them.
-        are_whole: whether each folder is one checkpoint, since rules were given by which its files are joined.
-        every_pickle: whether outputs that ckptkit did not complete are taken for what is in them.
+        are_whole: whether each folder is one checkpoint, because rules say how to join its files.
+        every_pickle: whether incomplete outputs of ckptkit are treated as their content.
 
     Raises:
         FileAccessError: there are no paths: nothing checked is never well; or there is no such step.

@@ -1,6 +1,6 @@
 """Reading ahead: what is about to be read of a file on another machine is fetched in blocks, several at a time.
 
-Whoever reads values says which (`ckptkit.bytesource.Source.will_read`), in about the order in which they are read.
+Readers of values announce them (`ckptkit.bytesource.Source.will_read`), in about the order in which they are read.
 Ranges that nearly follow one another are made blocks of 8 to 32 MiB, each byte in one; those of which a whole file
 consists are smaller where the file is.  Some threads fetch the blocks that come next, as far as there is room; a reader
 who comes before them fetches the block itself, so that nobody ever waits for room.  A block is let go of once the
@@ -101,7 +101,7 @@ class _Room:
 
 
 class ReadAhead:
-    """The ranges of one file that are about to be read.  It knows nothing of the source, and ends with `close`.
+    """The ranges of one file that are about to be read.  It knows nothing about the source, and ends with `close`.
 
     Args:
         read: gives exactly so many bytes from a position; called from several threads.

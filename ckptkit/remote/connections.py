@@ -1,6 +1,6 @@
 """Connections to web servers: kept alive, for several threads at once, through proxies; one request and its answer.
 
-HTTP/1.1 (RFC 9112) as the standard library speaks it.  What is asked of a server, and what an answer means, is in
+HTTP/1.1 (RFC 9112) as the standard library speaks it.  Requests to a server, and the meaning of its answers, are in
 `ckptkit.remote.http`.
 """
 
@@ -36,7 +36,7 @@ CONNECT_SECONDS, ANSWER_SECONDS = 10.0, 20.0
 """How long to wait for a connection, and for the next bytes on it."""
 
 _LOOK_SECONDS = 0.2
-"""How often whoever waits asks whether to go on."""
+"""How often a waiting reader checks whether to continue."""
 
 _KEPT = 16
 """Connections to one server that are kept while nothing is asked on them."""
@@ -321,7 +321,7 @@ def _is_quiet(sock: socket.socket) -> bool:
 
 
 def _comes(sock: socket.socket, seconds: float) -> bool:
-    """Whether something comes within a while, be it the end."""
+    """Whether something comes within a while, including the end."""
     try:
         if sys.platform != "win32" and hasattr(select, "poll"):
             poll = select.poll()
@@ -422,7 +422,7 @@ def _failing(error: Exception, host: str, shown: str) -> Exception:
 
 
 def ask(target: Target, headers: Mapping[str, str], shown: str) -> Answer:
-    """The answer to a GET request; whoever has it lets go of it (`Answer.release`).
+    """The answer to a GET request; its reader releases it (`Answer.release`).
 
     Raises:
         Passing: there was none.

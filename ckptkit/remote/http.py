@@ -68,7 +68,7 @@ class Place:
 
 
 class Described(NamedTuple):
-    """An answer, and what it says of the file.
+    """An answer, with its facts about the file.
 
     Attributes:
         answer: whose body was not read yet.

@@ -56,7 +56,7 @@ _LASTING = re.compile(r"DNS|gaierror|SSL|Certificate")
 """Of what will not: a name that is unknown, a certificate that is not trusted."""
 
 _REFUSED = re.compile(r"Credential|Auth|TokenRe|SSO|ProfileNotFound|AccessDenied|ExpiredToken|InvalidToken|Forbidden")
-"""Of what somebody must sign in for."""
+"""Names of errors that ask for credentials."""
 
 _DENIED = re.compile(r"(?i)\b(forbidden|unauthorized|access denied|anonymous|invalid credentials)\b")
 """The same, in the words of gcsfs and others."""

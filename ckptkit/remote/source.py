@@ -38,7 +38,7 @@ _LEAST_NBYTES, _MOST_NBYTES = 32 << 10, 4 << 20
 """Bytes that are read where fewer are asked for, and the most that they become while reads follow one another."""
 
 _AT_ONCE_NBYTES = 8 << 20
-"""Of a long range that nobody told of before it was read."""
+"""For a long range that was not announced before it was read."""
 
 _LONG_TAIL_NBYTES = 512 << 10
 """Of a file that begins with a longer pickle than fits into the first bytes."""
@@ -77,7 +77,7 @@ class RemoteSource(Source):
 
     Attributes:
         store: as above.
-        far: what was told of it.
+        far: what the server said about it.
 
     Raises:
         MissingFileError: there is none.
@@ -257,7 +257,7 @@ class RemoteSource(Source):
         self._look(due, (bytes(data[begin - offset : begin - offset + nbytes]) for begin, nbytes, _ in due))
 
     def _look(self, left: Sequence[_Left], parts: Iterable[bytes]) -> None:
-        """Look at what was left; where something is wrong, it stays so for whoever asks again."""
+        """Examine what was left; an error stays for every later reader."""
         done = 0
         try:
             for (_, _, check), data in zip(left, parts, strict=True):
@@ -329,7 +329,7 @@ class RemoteSource(Source):
             self._opened[name] = opened
 
     def _look_ahead(self) -> None:
-        """Read what whoever looks into it reads: the rest of a header, an archive's end."""
+        """Read what opening a checkpoint reads: the rest of a header, an archive's end."""
         try:
             head = self.read(0, min(16, self.size))
             if head.startswith(_RECORD):

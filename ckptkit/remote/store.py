@@ -11,7 +11,7 @@ __all__ = ["FarFile", "Store"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FarFile:
-    """A file as a server told of it.
+    """A file, as a server describes it.
 
     Attributes:
         url: where it is, with credentials: for requests alone.

@@ -66,8 +66,7 @@ def cut_flat(
         tied: groups of names that are one tensor in the model.
         label: the model, for messages.
         is_ordered: whether the order is known to be the model's.
-        rename: from the names in the checkpoint to those that they are to have; of several parts that the model may
-            be it chooses one.
+        rename: from the names in the checkpoint to new ones; it chooses among several parts that the model may be.
 
     Raises:
         RewriteError: the model's parameters are not as many elements, several parts fit, or the order is not known.

@@ -4,8 +4,8 @@ Names and shapes decide, no value is read.  A change of names is up to three ste
 become today's, one prefix comes off or is put on.  What ``verify`` advises and what ``convert --like`` does go by
 the same fittings.
 
-An inner ``module`` (``features.module.0.weight``) may be somebody's own attribute, so it comes off only where the
-model has no module of that path.  Old names, as regular expressions:
+An inner ``module`` (``features.module.0.weight``) may be a model's own attribute, so it is removed only if the model
+has no module at that path.  Old names, as regular expressions:
 
 - torchvision's DenseNets before 0.3 had a dot in ``norm.1`` and ``conv.2``, which their own
   ``_load_state_dict`` rewrote when weights were downloaded (``torchvision/models/densenet.py``)
@@ -283,7 +283,7 @@ def _shape(value: Any) -> tuple[int, ...] | None:
 
 
 def _tensors(state_dict: StateDict, fitting: Fitting) -> tuple[object, ...]:
-    """Equal for fittings by which the model gets the same tensors."""
+    """Equal for fittings that give the model the same tensors."""
     values = {name: state_dict.everything[source] for name, source in fitting.sources.items()}
     same = {name: value.view if isinstance(value, TensorEntry) else id(value) for name, value in values.items()}
     return (*sorted(same.items()), *fitting.differing)
@@ -321,7 +321,7 @@ def _changes(names: Sequence[str], expected: Collection[str]) -> Iterator[tuple[
 
 
 def _unwrappings(names: Sequence[str], expected: Collection[str]) -> Iterator[tuple[_Step, ...]]:
-    """Wrappers left where they are, taken off, and with them inner ones called ``module``."""
+    """Wrappers kept, removed, and removed together with inner ones called ``module``."""
     yield ()
     off: tuple[_Step, ...] = ()
     wrapped = [name for name in names if wrapper_of(name)]

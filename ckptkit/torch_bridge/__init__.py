@@ -1,9 +1,9 @@
-"""All values of a state_dict: what ``torch.load`` gives, as far as torch's, numpy's and Python's own code makes it.
+"""All values of a state_dict that torch's, numpy's and Python's own code can build, as ``torch.load`` returns them.
 
 Plain tensors come from `loading`, the only other place that hands values to torch.
-Tensors of every layout are made by the constructors that torch's ``_rebuild_*`` functions call, once
-`ckptkit.pickling.layouts` and `ckptkit.transfer.values` have held what the file says against itself; arrays and
-plain values as they are.  No name in a file is looked up: what is made is listed here.
+Tensors of every layout are built by the constructors that torch's ``_rebuild_*`` functions call, after
+`ckptkit.pickling.layouts` and `ckptkit.transfer.values` have checked that the file's facts fit together; arrays and
+plain values do not change.  No name in a file is looked up: everything that can be built is listed here.
 """
 
 from __future__ import annotations

@@ -139,8 +139,8 @@ def tensors(
 class Loader:
     """Makes each storage and each tensor once.
 
-    The bytes of storages on the CPU are read all together by `finish`, on several cores; `at_once` is for whoever
-    looks at values before.
+    `finish` reads the bytes of storages on the CPU all together, on several cores; `at_once` is for values needed
+    before.
 
     Args:
         map_location: as `tensors` takes it.

@@ -1,7 +1,7 @@
 """Recorded checksums, checked against the bytes they were recorded for.
 
 torch's archives record the CRC-32 of each storage and ``torch.load`` passes over it: a flipped bit loads as a weight.
-Whoever reads tensors' bytes says which storages are theirs (`Checksums.want`).  Bytes that pass by anyway are summed on
+Readers of tensors' bytes say which storages are theirs (`Checksums.want`).  Bytes that pass by anyway are summed on
 the way, in pieces of any size and order; what did not pass by is read at the end, on every core.
 
 Where two runs of bytes are compared, the sum is that of the one that a checksum may be recorded for.

@@ -43,7 +43,7 @@ _WIDE_NBYTES = 1 << 20
 
 
 def dense_entry(form: Form, name: str) -> tuple[TensorEntry, int]:
-    """The tensor of dense values that a form makes, none of which is made yet; and the bytes by which it may grow.
+    """The tensor of dense values that a form makes, before any is computed; and the bytes by which it may grow.
 
     Args:
         form: what it is made of; the indices of nested tensors are read, since their sizes are in the bytes.

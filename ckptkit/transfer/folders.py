@@ -96,7 +96,7 @@ class OutputFolder:
             flush_names(os.path.dirname(self.path))
 
     def close(self) -> None:
-        """Unlock it; where it did not get its name, nothing of it is left."""
+        """Unlock it; if it did not get its name, it is removed."""
         if self.is_ours:
             remove_folder(self.temporary)
         if self.fd >= 0:

@@ -159,7 +159,7 @@ _READABLE, _WRITABLE = 0x100, 0x200
 
 
 def memory_at(address: int, nbytes: int, *, writable: bool = False) -> memoryview:
-    """So many bytes at an address of this process; whoever asks keeps them there."""
+    """Bytes at an address of this process; the caller keeps them there."""
     view: memoryview = _memory_at(address, nbytes, _WRITABLE if writable else _READABLE)
     return view
 
@@ -215,7 +215,7 @@ class Memory(Source):
         return bytes(self._run(offset, nbytes))
 
     def read_into(self, offset: int, buffer: bytearray | memoryview) -> None:
-        """As `Source.read_into`; no memory is taken for the bytes."""
+        """As `Source.read_into`, without allocating memory."""
         view = memoryview(buffer)
         if offset < 0 or offset + len(view) > self.size or self._closed:
             self.read(offset, len(view))  # raises
@@ -237,7 +237,7 @@ class Storages:
         self._known: dict[object, Storage] = {}
 
     def get(self, key: object, dtype: str, take: Callable[[], ByteRange], location: str = "cpu") -> Storage:
-        """The storage that is known by a key; where none is, one of the bytes that ``take`` gives."""
+        """The storage with a key; if there is none, one of the bytes that ``take`` returns."""
         if key not in self._known:
             source = take()
             declared = dtype if DTYPES[dtype].storage_class else None
@@ -298,8 +298,8 @@ def _torch_name(dtype: Any) -> str:
 
 
 Tensors = Callable[[object, Storages], object]
-"""Makes nodes of torch objects: of tensors their `TensorEntry`, of sizes, devices and dtypes what a pickle says of
-them; ``None`` of anything else.  Of a tensor that is not a plain one it raises an error that says why."""
+"""Makes nodes of torch objects: for tensors their `TensorEntry`, for sizes, devices and dtypes their form in a pickle;
+``None`` for anything else.  Of a tensor that is not a plain one it raises an error that says why."""
 
 _MOST_DEPTH = 100
 """Containers inside one another that are written: as many as are read back."""

@@ -5,10 +5,10 @@ exist already, the index is first replaced by one that names the new shards unde
 get their own names too, then the index that says so takes its place: at every moment the index names one whole
 checkpoint, the old one or the new one.
 
-A temporary file is locked (``flock``) for as long as its run has it open, and the system unlocks it whatever
-becomes of the run.  So the next run into the same folder removes what a killed one left there: the files whose names
-say that they are of this host, whose lock it wins, and that no index names.  Other hosts may share the folder and
-not the locks; where a file system or a system has none, names do not say a host, and such files stay.
+A temporary file is locked (``flock``) while its run has it open, and the system unlocks it whatever happens to the run.
+So the next run into the same folder removes what a killed one left there: the files whose names say that they are of
+this host, whose lock it wins, and that no index names.  Other hosts may share the folder and not the locks; where a
+file system or a system has none, names do not say a host, and such files stay.
 
 Files are closed before they get their names, since Windows renames none that is open, nor over one: a source that is
 about to be replaced is closed there too.  From closing to renaming it is the folder that is locked against removal.
@@ -58,7 +58,7 @@ _AT_ONCE = 256
 """Files of killed runs that are open at a time: a process may have no more than 1,024."""
 
 _PATIENCE = 1.0
-"""Seconds to wait for a run that removes files from the folder; whoever locks it for longer is none of ours."""
+"""Seconds to wait for a run that removes files from the folder; a longer lock is not ours."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -71,7 +71,7 @@ class Output:
         shown: the name that messages use.
         temporary: where it is in the meantime.
         fd: open on that, readable and writable; -1 once it is complete.
-        host: what its temporary name says of this machine; empty where it is not locked.
+        host: the part of its temporary name about this machine; empty if it is not locked.
         replaced: the file whose permissions it gets.
         status: of the complete file.
         is_ours: whether the temporary name is to be removed at the end, and not in use by an index.
@@ -374,7 +374,7 @@ def _publish_shards(
 def _publish_new(shards: list[Output], final: Output, source: Source | None, *, force: bool) -> None:
     """Where no shards of these names are: until the index has its name, an old one names what it always did.
 
-    What has appeared in the meantime is not touched without force, and nothing of ours is left beside it.
+    Files that appeared in the meantime are not touched without force, and nothing of ours is left beside them.
     """
     try:
         for file in (*shards, final):

@@ -2,7 +2,7 @@
 
 All parts make the same plan, and by it alone each knows its own shards (`shares_of`).  What a plan was made of
 (`PlanIdentity`) has nothing in it that two machines do not share: no path, no time, no inode.  A part's record
-(`PartRecord`) says of which plan it is and what each of its shards must be; it is a JSON object in a file of its own.
+(`PartRecord`) names its plan and describes each of its shards; it is a JSON object in a separate file.
 
 The SHA-256 of source files, which are in receipts, are each computed by one part, recorded, and filled in at the end; a
 shard's recorded SHA-256 (`shard_digest`) is that of its bytes with zeros in these fields and in the checksums over them

@@ -69,7 +69,7 @@ _RECORD = re.compile(r"part-([0-9]{5,9})-of-([0-9]{5,9})\.json")
 
 @contextlib.contextmanager
 def _access_told(shown: str) -> Iterator[None]:
-    """What the system refuses in the block is told of the output."""
+    """System errors in the block are reported for the output."""
     try:
         yield
     except OSError as error:
@@ -79,7 +79,7 @@ def _access_told(shown: str) -> Iterator[None]:
 
 
 def _with_errors(method: F) -> F:
-    """The method of `Parts`; what the system refuses it is told of the output."""
+    """The method of `Parts`, with system errors reported for the output."""
 
     @functools.wraps(method)
     def called(self: Parts, *given: Any, **named: Any) -> Any:
@@ -327,7 +327,7 @@ class Parts:
 
     @_with_errors
     def missing(self, *, hashed: bool) -> tuple[int, dict[int, str]]:
-        """How many parts there are to be (0: none is there), and what is wrong with those that are not whole.
+        """How many parts there will be (0: there are none yet), and what is wrong with incomplete ones.
 
         Args:
             hashed: whether to hold shards against the recorded SHA-256; else by their sizes alone.
@@ -484,7 +484,7 @@ class Parts:
         )
 
     def _remove(self) -> None:
-        """Remove the folder of parts, first under a name by which the next run removes what is left of it."""
+        """Remove the folder of parts, first renaming it so that the next run can remove what is left of it."""
         gone = beside(self.staging, this_host())
         with contextlib.suppress(OSError):
             os.rename(self.staging, gone)

@@ -211,8 +211,8 @@ _kept = threading.local()
 class Passed:
     """What passed by on its way to an output: read back from where it was written, and compared with what was read.
 
-    That is of use for what is too far to be read again.  It says of a piece that it is in the output only where nothing
-    else was written, and where all of it was found to be as it came; of everything else it knows nothing.
+    That is of use for what is too far to be read again.  It says that a piece is in the output only if nothing else was
+    written there, and all of it was found unchanged; it knows nothing about anything else.
 
     Args:
         storages: those whose recorded checksums are to be held.

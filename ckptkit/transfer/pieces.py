@@ -5,7 +5,7 @@ flat buffer.  The whole is one plain tensor whose bytes are made as they are rea
 that everything above treats it as any other.  Pieces that are runs of the whole's bytes are copied as they lie
 (`PiecedValues.copies`); of others the rows are gathered, in bounded blocks.
 
-A piece may be known by its place alone, and what it holds be read when its values are first asked for.
+Only the place of a piece may be known at first; its content is then read when its values are first needed.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class PiecedValues(DenseValues):
 
     @parts.setter
     def parts(self, value: tuple[object, ...]) -> None:
-        """What `DenseValues` is given; they are known by the pieces."""
+        """The arguments of `DenseValues`; the pieces identify them."""
 
     @property
     def is_known(self) -> bool:

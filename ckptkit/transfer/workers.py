@@ -60,7 +60,7 @@ def in_parallel(
 
     Args:
         tasks: taken one after the other as threads come free.
-        nbytes: how much they go through in all.
+        nbytes: how much they process in total.
         stop: set when one fails or is interrupted; the others may look at it, and raise `Stopped`.
         most: how many at a time, where there are as many processors.
 
@@ -135,7 +135,7 @@ def near_together(tasks: Iterable[Callable[[], object]], apart: int) -> Iterator
 
 
 def each_file(sizes: Sequence[int], work: Callable[[int, int], T]) -> list[T]:
-    """Deal with several files side by side, the largest first, so that none is left for one processor at the end.
+    """Process several files in parallel, the largest first, so that none is left for one processor at the end.
 
     Args:
         sizes: of each file, in bytes.

@@ -95,7 +95,7 @@ def command_for(checkpoint: Checkpoint, architecture: Architecture, context: Con
 
 
 def folded(names: Collection[str], among: Collection[str]) -> list[str]:
-    """The names, with ``layer4.* (30)`` in place of those of a module all of whose names are among them.
+    """The names, with ``layer4.* (30)`` instead of those of a module all of whose names are among them.
 
     Args:
         names: what is missing, say.

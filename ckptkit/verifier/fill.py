@@ -122,7 +122,7 @@ def _settle(group: list[_Slot], taken: dict[int, list[tuple[int, int]]]) -> None
 
     Args:
         group: the slots.
-        taken: by storage, the bytes that are somebody's already.
+        taken: the bytes that are already in use, by storage.
     """
     _, _, is_parameter, before = group[0]
     loaded = [_in(slot) for slot in group]

@@ -34,7 +34,7 @@ class foreign:  # noqa: N801 - read as a word of the language: ``with foreign():
     - A process that the code forked ends with the block.
 
     Args:
-        failed: what to say of any exception; it becomes a `VerifyError`.  Empty: exceptions come through.
+        failed: the message for any exception; it becomes a `VerifyError`.  Empty: exceptions come through.
     """
 
     _lock = threading.RLock()
@@ -91,7 +91,7 @@ class foreign:  # noqa: N801 - read as a word of the language: ``with foreign():
             raise ForeignExitError(f"the model's own code raised {error_text(error)}") from error
 
     def _exit(self, status: int) -> NoReturn:
-        """In place of ``os._exit``; a process that was forked ends by it, as it must."""
+        """Replaces ``os._exit``; a forked process still ends by it, as it must."""
         if os.getpid() != self._process:
             _leave(status)
         raise SystemExit(status)

@@ -48,7 +48,7 @@ KEY = "ckptkit.golden"
 """The metadata's name."""
 
 VERSION = 1
-"""Of what is said there."""
+"""The version of its content."""
 
 _ATOL_BY_DTYPE = (2.3e-16, 1.2e-7, 9.8e-4, 7.9e-3)
 """What the first releases recorded where no ``atol`` was given; it hid any change of outputs as small as that."""
@@ -99,7 +99,7 @@ class Golden:
     versions: Mapping[str, str]
 
     def model(self) -> str:
-        """The reference to build where none is given.
+        """The reference to build if none is given.
 
         Raises:
             VerifyError: it is not a library's model.

@@ -84,7 +84,7 @@ def _weights(golden: Golden, checkpoint: Checkpoint, context: Context) -> Iterat
 
 
 def _digested(checkpoint: Checkpoint, context: Context) -> tuple[str | None, dict[str, str]]:
-    """The content digest (``None``: some values are not plain tensors), and what a golden says of the weights."""
+    """The content digest (``None``: some values are not plain tensors), and a golden file's facts on weights."""
     state_dict = checkpoint.state_dict
     digests = {name: tensor_digest(entry) for name, entry in state_dict.items()}
     named = zip(unwrapped_names(list(state_dict)), state_dict.items(), strict=True)

@@ -77,7 +77,7 @@ def check_load(checkpoint: Checkpoint, model: nn.Module, context: Context) -> It
 
 
 def _other_values(checkpoint: Checkpoint, fit: Fit) -> tuple[dict[str, Any], list[str]]:
-    """The model's values that are not plain tensors, from the file; and the names of those that only other code builds."""
+    """The model's values that are not plain tensors, from the file; names of those only other code builds."""
     state_dict, path = checkpoint.state_dict, checkpoint.origin.path
     made: dict[str, Any] = {}
     left: list[str] = []

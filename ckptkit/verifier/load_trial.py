@@ -118,7 +118,7 @@ def try_load(model: nn.Module, expected: Mapping[str, Any], state_dict: StateDic
 def _asked(
     model: nn.Module, expected: Mapping[str, Any], state_dict: StateDict, values: Mapping[str, torch.Tensor]
 ) -> LoadTrial | None:
-    """What torch says of these values; ``None``: the model's code does not get to the end."""
+    """What torch answers for these values; ``None``: the model's code fails."""
     # A module may do anything with its extra state, so it is shown its own.
     shown = {name: value for name, value in values.items() if not (name in expected and is_extra_state(name))}
     lists: list[tuple[list[str], list[str]]] = []

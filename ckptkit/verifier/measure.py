@@ -41,7 +41,7 @@ class ShapeMismatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fit:
-    """Every name of the model and of the file, sorted by what becomes of it.
+    """Every name of the model and of the file, sorted by what happens to it.
 
     Attributes:
         sources: names of the model that get a value: from which name of the file, or ``None`` where
@@ -147,7 +147,7 @@ def measure_fit(
 
     Args:
         model: the model; it stays as it is.
-        state_dict: the weights; nothing of their values is read.
+        state_dict: the weights; their values are not read.
         allow_missing: patterns (``fnmatch``) of names the file may lack.
         allow_unexpected: patterns of names the model may lack.
         ties_once: whether the file's container stores tied tensors under one name alone.

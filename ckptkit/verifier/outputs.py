@@ -298,7 +298,7 @@ class Parting:
 
     Attributes:
         differs: the first that is not bit-equal; ``None``: all are.
-        parts: the first beyond the tolerance; ``None``: none is.
+        parts: the first beyond the tolerance; ``None``: there is none.
         calls: how many calls were compared.
         is_whole: whether those are all: ``False`` where memory for samples ran out.
     """
@@ -338,7 +338,7 @@ class Trace:
 
     @contextmanager
     def comparing(self, model: nn.Module, tolerance: OutputTolerance) -> Iterator[Callable[[], Parting]]:
-        """Compare what runs inside the block with what was recorded; what it gives says what came of it."""
+        """Compare what runs inside the block with the recording; the result is in the object that it returns."""
         differs: list[str] = []
         parts: list[str] = []
         calls: set[tuple[str, int]] = set()

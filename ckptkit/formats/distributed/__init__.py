@@ -1,7 +1,7 @@
 """Sharded training checkpoints: folders that several processes wrote, each opened as one checkpoint.
 
-`layouts` says by which names a folder is known; the module of each layout has its specification and reads it.
-`around` finds the folder that is meant by one that was given; `folder` is it as the one file that was given.
+`layouts` has the names that identify a folder; the module of each layout has its specification and reads it.
+`around` finds the folder that a given one refers to; `folder` treats it as one file.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ def folder_source(path: str, tag: str | None = None, tp_rules: str | os.PathLike
     Args:
         path: the folder.
         tag: which of several steps in it is meant.
-        tp_rules: the file of rules by which slices of ranks are joined; with one, files that differ in one number of
-            their names alone are one checkpoint.
+        tp_rules: the file with the rules for joining slices of ranks; with one, files whose names differ only in one
+            number are one checkpoint.
 
     Raises:
         FileAccessError: it cannot be listed; there are several checkpoints in it, or no such step.

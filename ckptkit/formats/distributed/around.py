@@ -13,7 +13,7 @@ Trainers put folders around their checkpoints, and files that say which of them 
   ``meta.pt``
 - torchtitan: ``step-10``; the hub's writer: ``sharded`` beside what was consolidated from it
 
-Of several that no such file chooses from none is taken: they are listed, and ``--tag`` names one.
+If no such file chooses among several, none is chosen: they are listed, and ``--tag`` names one.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ _JOINED = r"(?:pytorch_model_fsdp|optimizer)_\d+"
 """accelerate's folders, each one of torch.distributed.checkpoint."""
 
 _MARKS = (".distcp", "/.metadata")
-"""How the files end by which these are known."""
+"""The extensions that identify these files."""
 
 _OWN = {
     "dcp": r"[^/]*\.distcp|\.metadata(?:\.tmp)?|__\d+\.metadata|meta\.pt|common\.pt",
@@ -105,7 +105,7 @@ class Found(NamedTuple):
         own: those that belong to the checkpoint.
         members: what it is combined from beside the folder's own files: folders (with a slash at the end), files.
         tag: the name of the step; ``None``: the folder was not chosen from several.
-        findings: what is to be told of the choice.
+        findings: about the choice.
     """
 
     root: str

@@ -14,8 +14,8 @@ A tensor that several ranks hold is stored once, by any of them.  A chunk's own 
 expanded.  ``planner_data`` says where in the nested dicts and lists that were saved each value belongs; without it the
 names are the keys, dots and all.  Holes in lists are ``None``, as torch leaves them.
 
-Objects are read when the folder is opened, tensors when their values are wanted: each item is a pickle, and those that
-were not read yet are told, and judged by whoever reads them (`ckptkit.formats.distributed.dcp_items`).
+Objects are read when the folder is opened, tensors when their values are needed.  Each item is a pickle; unread ones
+are reported, and judged when they are read (`ckptkit.formats.distributed.dcp_items`).
 """
 
 from __future__ import annotations

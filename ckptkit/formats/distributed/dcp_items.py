@@ -158,7 +158,7 @@ class ItemReader:
         return self._read(row, name, ends)
 
     def _known(self, row: int) -> tuple[ByteRange, tuple[bytes, bytes] | None, _Mold | None]:
-        """Where an item lies, its first and last bytes, and what one that begins so is known by."""
+        """Where an item is, its first and last bytes, and what identifies an item that begins like this."""
         area = self._lying(row)
         ends = None if self._items.transforms[row] else self._ends(area)
         return area, ends, None if ends is None else self._molds.get(_kind(ends[0]))
@@ -228,7 +228,7 @@ def _kind(head: bytes) -> bytes:
 
 
 class _Mold(NamedTuple):
-    """What an item is known by.
+    """The identity of an item.
 
     Attributes:
         raw: what one holds: a tensor, or values that cannot change.
@@ -249,7 +249,7 @@ class _Mold(NamedTuple):
 
     @classmethod
     def of(cls, area: ByteRange, head: bytes, raw: RawCheckpoint, records: Records) -> _Mold | None:
-        """What others like an item that was read are known by; ``None``: nothing that is worth looking for."""
+        """What identifies items like one that was read; ``None``: nothing worth searching for."""
         is_tensor = isinstance(raw.root, TensorEntry)
         begin = end = len(_kind(head))
         if isinstance(raw.root, TensorEntry):

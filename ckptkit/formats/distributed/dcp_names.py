@@ -118,7 +118,7 @@ def _weights(checkpoint: Checkpoint) -> object:
 
 
 def values_at(checkpoint: Checkpoint, paths: Mapping[str, Path]) -> dict[str, object]:
-    """What is in a checkpoint's tree where paths lead; nothing of those that lead nowhere."""
+    """The content of a checkpoint's tree at given paths, without paths that lead nowhere."""
     weights, dicts = _weights(checkpoint), dict[int, dict[object, object]]()
     found: dict[str, object] = {}
     for name, path in paths.items():

@@ -225,7 +225,7 @@ _BATCH = 1000
 
 
 class _Pickle:
-    """A pickle of protocol 4, with the opcodes of ``pickle.dump``, by which readers know chunks by the million.
+    """A pickle of protocol 4, with the opcodes of ``pickle.dump``, which readers recognize in chunks by the million.
 
     Equal texts, sizes and classes are written once.
 

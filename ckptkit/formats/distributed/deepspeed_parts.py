@@ -258,7 +258,7 @@ def frozen_weights(models: Mapping[int, File]) -> dict[str, TensorEntry]:
 
 
 def plain(own: Mapping[str, object]) -> list[tuple[object, object]]:
-    """What an optimizer file has beside its buffers; in place of objects of DeepSpeed's own their attributes."""
+    """What an optimizer file has beside its buffers, with DeepSpeed's objects replaced by their attributes."""
     found: list[tuple[object, object]] = []
     for key, value in own.items():
         if key not in _OF_THE_BUFFERS:
@@ -269,7 +269,7 @@ def plain(own: Mapping[str, object]) -> list[tuple[object, object]]:
 
 
 def unproven(weights: Weights) -> list[Finding]:
-    """What is told of values that cannot be checked against a copy."""
+    """The finding about values that cannot be checked against a copy."""
     names = weights.unproven
     found = []
     if weights.own:

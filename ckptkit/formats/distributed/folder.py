@@ -2,7 +2,8 @@
 
 What several processes wrote is one checkpoint: a `FolderSource` stands for its folder, has no bytes of its own, and
 opens the files in it, each once.  A file is named by its path below the folder, with slashes; a name that leads out of
-it is refused, whoever says it.  A file that is itself a symbolic link is followed, since caches consist of such links.
+it is refused, whatever its source.  A file that is itself a symbolic link is followed, since caches consist of such
+links.
 """
 
 from __future__ import annotations
@@ -68,12 +69,12 @@ class FolderSource(Source):
         own: those of the files that belong to the checkpoint; ``None``: all.
         members: what it is combined from (`ckptkit.formats.distributed.joined`).
         asked: the tag that was asked for.
-        findings: what is to be told of the way to it.
+        findings: about the way to it.
 
     Attributes:
         root, layout, names, tag, own, members, asked, findings: as above.
         parts: the files that were opened, by name.
-        tp_rules: by which slices of ranks are joined (`ckptkit.formats.distributed.tensor_parallel.Rule`).
+        tp_rules: the rules for joining slices of ranks (`ckptkit.formats.distributed.tensor_parallel.Rule`).
         rules: the file that they were read from.
     """
 

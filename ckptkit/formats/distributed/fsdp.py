@@ -186,7 +186,7 @@ def _world_size(sets: Sequence[_Set], folder: FolderSource) -> int:
 
 
 def _configured(folder: FolderSource) -> int:
-    """The ``world_size`` of fsdp_config.json; 0: none is there."""
+    """The ``world_size`` of fsdp_config.json; 0: there is none."""
     file = folder.part("fsdp_config.json")
     try:
         said = json.loads(file.read(0, min(file.size, 1 << 20)))
@@ -245,7 +245,7 @@ def _read_all(probe: Probe, names: Sequence[str]) -> dict[str, Shard]:
 
 
 def _findings(sets: Sequence[_Set], merged: Sequence[Ranks], count: int, folder: FolderSource) -> Iterator[Finding]:
-    """What is to be told of the files together.
+    """The findings about the files together.
 
     Raises:
         CorruptError: their content says that there are others.

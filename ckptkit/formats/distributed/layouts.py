@@ -99,7 +99,7 @@ def is_llama(names: Iterable[str]) -> bool:
 def _fsdp(folder: str, names: tuple[str, ...]) -> bool:
     """Whether files with ranks' numbers are those of one checkpoint: by their names, or by tensors that are spread.
 
-    ``lora_rank8.pth`` has such a number too, and is whole: ranks are counted from 0, and none is left out.
+    ``lora_rank8.pth`` has such a number too, but is whole: ranks count from 0, without gaps.
     """
     found = [match for name in names if (match := re.fullmatch(RANKED, name, re.ASCII))]
     ranks: dict[tuple[str, str], set[int]] = {}

@@ -289,7 +289,7 @@ def _require_order(stages: Sequence[Sequence[_Stage]], ranks: Mapping[tuple[int,
 
     Args:
         stages: in the order of their layers.
-        ranks: what ``args`` say of each place's number among all processes: it grows along each kind of parallelism.
+        ranks: the number of each place among all processes, from ``args``: it grows along each kind of parallelism.
 
     Raises:
         CorruptError: some are not; as far as it can be told.

@@ -147,7 +147,7 @@ def share_of(found: Distributed, name: str, rank: int, known: dict[int, Mesh]) -
 
 
 def fills_mesh(shares: Sequence[Share]) -> bool:
-    """Whether these are of all places of one mesh, each once: the ranks that have others know nothing of the tensor."""
+    """Whether these are all places of one mesh, each once: ranks in other places have nothing of the tensor."""
     meshes = [share.mesh for share in shares if share.mesh is not None and share.mesh.place is not None]
     sizes = {mesh.sizes for mesh in meshes}
     places = {mesh.place for mesh in meshes}

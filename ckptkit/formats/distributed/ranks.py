@@ -56,7 +56,7 @@ class _SamePlaces(SameContent):
         self._seen: set[int] = set()
 
     def met(self, a: object, b: object) -> bool | None:
-        """As of `SameContent`; a tree is processed beside itself."""
+        """As for `SameContent`; a tree is compared with itself."""
         if a is not b:
             return super().met(a, b)
         if id(a) in self._seen:
@@ -65,7 +65,7 @@ class _SamePlaces(SameContent):
         return None
 
     def compare(self, place: Place, a: object, b: object) -> tuple[Iterable[Met], list[tuple[Place, object, object]]]:
-        """As of `SameContent`."""
+        """As for `SameContent`."""
         ours, theirs = distributed(a), distributed(b)
         if ours is not None or theirs is not None:
             return [Met(place, a, b, "differs" if ours is None or theirs is None else "spread")], []

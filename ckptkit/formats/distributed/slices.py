@@ -178,7 +178,7 @@ _ONE = re.compile(r"(?:tensor_|pipeline_|expert_|expert_tensor_)?model_parallel_
 
 
 def args_of(root: object) -> Mapping[str, Any]:
-    """What Megatron's file says of its run: a Namespace, or a dict."""
+    """Megatron's description of its run: a Namespace, or a dict."""
     args = member(root, "args")
     state = attributes(args)
     return dict(named_items(args if state is None else state))
@@ -192,7 +192,7 @@ def mesh_of(args: Mapping[str, Any]) -> dict[str, int] | None:
 
 
 def as_of_one(pairs: Sequence[tuple[object, object]]) -> list[tuple[object, object]]:
-    """Megatron's values beside a model with ``args`` that say of one rank what they say of several."""
+    """Megatron's values beside a model, with ``args`` that describe several ranks instead of one."""
     return [(key, _of_one(value) if key == "args" else value) for key, value in pairs]
 
 
@@ -282,8 +282,8 @@ def merged(
 def numbered(names: Iterable[str]) -> list[str]:
     """The files of a folder whose names differ only in one number, in its order; none if they are not ranks.
 
-    What is not a checkpoint by its ending, and files of optimizers and the like, are skipped; and so is all that is
-    beside Llama's.
+    Files whose extension is not a checkpoint's, optimizer files and the like are skipped, and so is everything beside
+    Llama's.
 
     Raises:
         CorruptError: a number is left out.

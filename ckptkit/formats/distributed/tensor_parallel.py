@@ -47,7 +47,7 @@ _HEAD_NUMEL = 16 << 10
 """Elements of a tensor without a rule that are compared when it is opened."""
 
 INSIDE = "\0"
-"""Between the keys that lead to a tensor; for whoever reads its name, a dot."""
+"""The separator between the keys that lead to a tensor; in a name, a dot."""
 
 
 class Rule(NamedTuple):
@@ -57,7 +57,7 @@ class Rule(NamedTuple):
         pattern: of their names, all of one.
         axis: the dimension along which they lie side by side; ``None``: they are copies.
         parts: how many matrices are stored as one; 0: one or two, as the size of the layer's second matrix says.
-        is_even: whether all slices are of one size, as those of whoever cuts so are.
+        is_even: whether all slices have one size, as slices made by even splitting do.
     """
 
     pattern: str
@@ -145,7 +145,7 @@ def _compiled(pattern: str) -> re.Pattern[str]:
 
 
 class Joiner:
-    """What joins the slices of ranks, and keeps what is to be told of it.
+    """Joins the slices of ranks, and collects findings.
 
     Args:
         rules: the first whose pattern matches a name counts.
@@ -294,7 +294,7 @@ class Joiner:
         return self._made[key]
 
     def findings(self) -> Iterator[Finding]:
-        """What is to be told of it all."""
+        """All findings."""
         if self.left:
             yield Finding(
                 code="not-merged",

@@ -1,8 +1,8 @@
 """What a reference is: a factory, its arguments from what a user typed, and the module it returns.
 
 A factory is the user's own code: in an importable module, in a file, or an object in Python.
-What a parameter takes is said by its annotation, else by its default; where neither says, a string that is a
-Python literal becomes its value.
+A parameter's annotation decides its type, otherwise its default; if neither does, a string that is a Python literal
+becomes its value.
 """
 
 from __future__ import annotations

@@ -163,8 +163,8 @@ def _has_derived(module: nn.Module, owned: dict[int, nn.Parameter]) -> bool:
 def _may_lack_parts(module: nn.Module) -> bool:
     """Whether a parametrization may be without what it computes from the first weight.
 
-    Where it needs values it can fail with NotImplementedError (up to torch 2.2 each read of a value does), which
-    ``register_parametrization`` takes for "has no right inverse".
+    If it needs values it can fail with NotImplementedError (up to torch 2.2 each read of a value does), which
+    ``register_parametrization`` misreads as "has no right inverse".
     """
     return isinstance(module, parametrize.ParametrizationList) and any(
         hasattr(each, "right_inverse") and type(each) is not _WeightNorm for each in module
