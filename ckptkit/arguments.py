@@ -4,8 +4,8 @@ A string given where several are accepted is one value, not its letters.  A tole
 A device is one that torch has.
 
 A declaration of an `Option` has its type, its text in ``--help`` and in the docstring, its default, and the conversion
-of a value given in Python.  A command's `Options` are a class of them (`ckptkit.options`): the command line is made of
-it, and a function takes one.
+of a value given in Python.  A command's `Options` are a class of them (`ckptkit.options`): the command line is built
+from it, and a function takes one.
 """
 
 from __future__ import annotations
@@ -121,8 +121,8 @@ T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
 
 Kind = Literal["flag", "text", "texts", "pairs", "storage", "shapes", "device", "tolerance", "integer", "switch"]
-"""How an option is typed: alone; with a value, or several times with one (``texts``, ``pairs`` of KEY=VALUE, as are
-those of ``storage``, whose values nobody shows, ``shapes``); or as ``--NAME/--no-NAME``."""
+"""How an option is typed: alone; with a value, or several times with one (``texts``, ``pairs`` of KEY=VALUE, which
+``storage`` also is, but with hidden values, ``shapes``); or as ``--NAME/--no-NAME``."""
 
 
 class Option(Generic[T]):
@@ -178,7 +178,7 @@ class Option(Generic[T]):
 
     @property
     def typed(self) -> str:
-        """As it is typed: ``--strip-module``; ``--no-check`` for what is on by default."""
+        """The option as typed: ``--strip-module``; ``--no-check`` if it is on by default."""
         negated = "no-" if self.default is True else ""
         return self._switch or f"--{negated}{self.name.replace('_', '-')}"
 

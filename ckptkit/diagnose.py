@@ -208,7 +208,7 @@ def _whole_model(checkpoint: Checkpoint, contents: Everything) -> Iterator[Findi
 
 
 def _weights(checkpoint: Checkpoint, *options: str) -> str | None:
-    """The command that writes the weights into what can hold them; ``None``: there are none."""
+    """The command that writes the weights into a container that can store them; ``None``: there are none."""
     state_dict = checkpoint.state_dict
     if not state_dict.everything:
         return None
@@ -307,7 +307,7 @@ def _quantized(checkpoint: Checkpoint, contents: Everything) -> Iterator[Finding
 
 
 _AVERAGED = re.compile(r"(?:^|[._])(?:ema|shadow|averaged?)(?:[._]|\d*$)")
-"""How the keys of averaged weights are told: ``ema``, ``model_ema``, ``params_ema``, ``ema_model.shadow``."""
+"""Keys that identify averaged weights: ``ema``, ``model_ema``, ``params_ema``, ``ema_model.shadow``."""
 
 
 def _averaged(checkpoint: Checkpoint, contents: Everything) -> Iterator[Finding]:
@@ -328,7 +328,7 @@ _ELSEWHERE = (
     (re.compile(r"numpy\._core\..+"), "arrays of numpy 2 or later"),
     (re.compile(r"numpy\.core\..+"), "arrays of numpy before 2"),
 )
-"""Names that load only on some systems or with some versions, and what they stand for."""
+"""Names that load only on some systems or with some versions, and their explanations."""
 
 
 def _elsewhere(checkpoint: Checkpoint, contents: Everything) -> Iterator[Finding]:

@@ -50,7 +50,7 @@ def at_hand() -> Shell:
 
 
 def quoted(word: str, shell: Shell | None = None) -> str:
-    """A word as it is typed.
+    """A word as typed.
 
     Args:
         word: what the program is to be given.

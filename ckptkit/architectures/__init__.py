@@ -49,10 +49,10 @@ _MAX_LEVELS = 4
 """Prefixes in prefixes that are tried: ``model.encoder.backbone.``."""
 
 _MAX_ALIKE = 12
-"""Architectures told where more fit."""
+"""Architectures that are listed if more fit."""
 
 _MAX_CLOSEST = 3
-"""Architectures told where none fits."""
+"""Architectures that are listed if none fits."""
 
 _MAX_CANDIDATES = 12
 """Rows whose sketches are compared, of those that have most in common with the file."""
@@ -122,10 +122,11 @@ class _View:
 
 
 def identify(state_dict: StateDict) -> tuple[Architecture, ...]:
-    """The architectures whose names and shapes these are, best first; where there are none, the closest.
+    """The architectures with these names and shapes, best first; if there are none, the most similar.
 
-    Of those that fit alike, torchvision's come before timm's, models before their quantizable twins, and within
-    a library those that need fewer arguments are told alone.  Nothing is reported for a few tensors, or for very many.
+    If several fit equally well, torchvision's come before timm's and models before their quantizable twins, and within
+    a library only those that need the fewest arguments are listed.  Nothing is reported for a few tensors, or for very
+    many.
 
     Args:
         state_dict: the weights; dtypes and values do not matter.
@@ -224,7 +225,7 @@ def _architecture(
 
 
 def _closest(views: list[_View]) -> tuple[Architecture, ...]:
-    """The models with most in common with any of the views, the same names and shapes told once.
+    """The models with most in common with any of the views, once for the same names and shapes.
 
     A model that has all but the head in common, or every name, is its own answer: what has less is left out.
     """

@@ -92,9 +92,9 @@ class Job:
             checkpoint: what is to be written.
             file: the source its bytes are in.
             destination: the output.
-            options: the container, the size of shards, and whether the metadata tell how it was made: with the
-                SHA-256 of the source where the output is written and checked, and nearly all of a source that is far is
-                read for it.
+            options: the container, the size of shards, and whether the metadata records how it was made: with the
+                SHA-256 of the source if the output is written and checked, and if nearly all of a remote source is read
+                for it.
 
         Raises:
             RewriteError: the container cannot store the checkpoint.
@@ -156,7 +156,7 @@ class Job:
             require_confirmed([self.asked, self.path, *(os.path.join(folder, s) for s in self.plan.shards)], options)
 
     def findings(self) -> Iterator[Finding]:
-        """What the output is that was not asked for: one file, where shards and an index were."""
+        """How the output differs from the request: one file instead of shards and an index."""
         if self.plan.index is None and self.asked != self.path:
             yield Finding(
                 code="not-sharded",
@@ -240,7 +240,7 @@ def run(
         options: what is asked for; ``like`` is a `ckptkit.Like` by now.
         rewrite: whether the checkpoint is to be changed as the options say; else it is written as it stands.
         given: the path by which others can open the source too.
-        task: what a worker was told, that writes a part.
+        task: the worker's instructions, if it writes a part.
 
     Raises:
         As `ckptkit.convert`.

@@ -137,7 +137,7 @@ def diagnose_dense(made: Mapping[str, str], padded: Collection[str], result: Che
     """Which tensors were made dense, and which weights are still packed.
 
     Args:
-        made: each, and what it was made of.
+        made: each, and what it was made from.
         padded: those that were nested, and have lost the sizes of what was in them.
         result: what is written.
     """
@@ -449,7 +449,7 @@ def flat_in(plan: Plan, result: Checkpoint) -> Flat | None:
 
 
 def gathered_in(entries: Mapping[str, TensorEntry]) -> list[str]:
-    """The tensors whose elements do not lie as they are written."""
+    """The tensors whose elements are not stored in the order in which they are written."""
     return [name for name, entry in entries.items() if entry.nbytes and not entry.is_plain_bytes]
 
 

@@ -1,8 +1,8 @@
 """Folder to folder: each checkpoint below one is converted to the same place below another.
 
 The source folder is listed first (`ckptkit.formats.folder`), so no output is read as a source, and all names are
-settled (`ckptkit.conversion.outputs`).  Then one file is converted after the other, or several by workers side by side,
-each with the guarantees of a conversion of its own; one that cannot be is told, and the others go on.
+settled (`ckptkit.conversion.outputs`).  Then one file is converted after the other, or several by parallel workers,
+each with the guarantees of a single conversion; one that fails is reported, and the others continue.
 
 Many small files are shared among processes unasked: reading what is in them and planning is done under the interpreter
 lock.  Large ones are moved by the threads of one process as fast, one after the other.
@@ -184,7 +184,7 @@ def _outcomes(
 
 
 def _written_before(task: _Task, convert: Convert, options: ConvertOptions) -> ConvertedFile | UnconvertedFile | None:
-    """The document of a file whose output came to be in the meantime, by a worker that died before it could tell of it.
+    """The document of a file whose output appeared in the meantime, from a worker that died before it could report it.
 
     No output was there at first.  An existing file counts as this file's output if it is identical to the byte.
     """
@@ -202,7 +202,7 @@ def _written_before(task: _Task, convert: Convert, options: ConvertOptions) -> C
 
 
 def _are_others(tasks: list[_Task], options: ConvertOptions, plain: ConvertOptions) -> bool:
-    """Whether others than this process are to convert the files, who are told the plain options.
+    """Whether other processes convert the files, with the plain options.
 
     Raises:
         RewriteError: they are asked to, and an option cannot be sent to them.

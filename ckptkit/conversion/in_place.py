@@ -1,4 +1,4 @@
-"""``--in-place``: a file becomes what is made of it; ``--backup``: the old one stays beside it under another name.
+"""``--in-place``: the output replaces the file; ``--backup``: the old one stays beside it under another name.
 
 The file is written as any output is (`ckptkit.transfer.writing`): under a temporary name, compared, and then given the
 old one's name and permissions, so that there is the old file or the whole new one at every moment.  Of a symbolic link

@@ -1,6 +1,6 @@
-"""Where outputs go: what a destination means, and whether each output of a folder has a name of its own.
+"""Where outputs go: what a destination means, and whether each output of a folder has its own name.
 
-A destination is a file, by its ending or that of ``--to``, or a folder, in which an output is named after its source.
+A destination is a file, by its extension or ``--to``, or a folder, in which an output is named after its source.
 All names are settled before anything is written.
 """
 
@@ -228,7 +228,7 @@ class Item(NamedTuple):
 def require_names(
     items: Sequence[Item], destination: str, options: ConvertOptions, own: Sequence[Item] | None = None
 ) -> None:
-    """See that each output has a name of its own, which nothing has that it may not replace.
+    """Check that each output has its own name, which no file has that may not be replaced.
 
     Args:
         items: all of the folder's.
@@ -322,7 +322,7 @@ def _key_in(folder: str) -> Callable[[str], str]:
 
 
 def _folds_case(folder: str) -> bool:
-    """Whether names that are equal but for case mean one file in a folder: a name tells that is there, in it or above.
+    """Whether names that differ only in case mean one file in a folder: an existing name in it or above shows.
 
     Where none has letters, or the folder begins another file system and is empty, the system's own way is taken.
     """

@@ -153,7 +153,7 @@ def write_part(job: _Job, options: ConvertOptions, share: Share, task: PartTask 
         job: all of the output.
         options: what is asked for.
         share: which part.
-        task: what a worker was told; ``None``: the part is for ``finish``.
+        task: the worker's instructions; ``None``: the part is for ``finish``.
 
     Raises:
         As `Parts.write`; RewriteError: the plan is not the one that the task is about.
@@ -275,7 +275,7 @@ def over_workers(
 
     Raises:
         RewriteError: the source or an option cannot travel.
-        CkptkitError: what a worker raised, or why one could not do its part; nothing stays behind.
+        CkptkitError: a worker's error, or why one could not do its part; nothing is left behind.
     """
     from ckptkit.fleet import each
 

@@ -50,7 +50,7 @@ _MOST_ROWS = 24
 """Rows that can still be read."""
 
 _MOST_SEGMENTS = 6
-"""Segments of the name of a module that stands for what differs in it."""
+"""Segments of the name of a module that sums up the differences in it."""
 
 _COUNTER = "num_batches_tracked"
 """What BatchNorm counts batches in: its last segment."""
@@ -186,7 +186,7 @@ class _Comparison:
         }
 
     def difference(self, *, trees: TreeComparison, findings: Sequence[Finding], **facts: Any) -> Difference:
-        """Compare, and tell everything."""
+        """Compare, and report everything."""
         known = {each.new: each for each in self._renamed}
         self._compare({each.new for each in self._renamed if each.by == "content"})
         self._compare_others()

@@ -5,9 +5,8 @@ results wait in pickled form for those before them.  A batch is one task at firs
 sooner than is worth a trip.
 
 What a worker leaves undone is handed out again.  A batch that is lost with its worker is tried once more, one task at a
-time; where others may have been at fault, as they are when memory runs out or an engine loses what waited on the same
-machine, those that are lost again are tried while nothing else runs.  What is lost then is ``died``: the others have
-their results.
+time; if others may have been at fault, as when memory runs out or an engine loses all tasks on a machine, the tasks
+that are lost again are tried while nothing else runs.  What is lost then is ``died``: the others have their results.
 """
 
 from __future__ import annotations

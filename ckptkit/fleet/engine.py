@@ -1,8 +1,8 @@
 """What a caller asks for: the work for each of the tasks, and where it is done.
 
-Small work is done here, for a process of its own costs some hundredths of a second; a fleet's is shared out to
-processes (`ckptkit.fleet.pool`) or to an executor that was given (`ckptkit.fleet.executors`) by the driver
-(`ckptkit.fleet.driver`), which are imported when they are needed.
+Little work is done here, because a process takes some hundredths of a second to start; a fleet's is shared among
+processes (`ckptkit.fleet.pool`) or by a given executor (`ckptkit.fleet.executors`), through the driver
+(`ckptkit.fleet.driver`), all imported when needed.
 """
 
 from __future__ import annotations
@@ -86,9 +86,9 @@ def each(
 ) -> Iterator[tuple[T, Outcome[R]]]:
     """Call ``work`` for every task, and give back each with its outcome, in the order of the tasks.
 
-    Nothing is lost: of every task there is an outcome.  Tasks are pulled as they are needed; closing the iterator, or
-    an interrupt, ends what is under way.  With one job the work is done in this process, and a limit is kept by
-    a thread that is left behind when it is late; a task that ends the process ends all.
+    Nothing is lost: of every task there is an outcome.  Tasks are pulled as needed; closing the iterator, or an
+    interrupt, ends the ones in progress.  With one job the work is done in this process, and the time limit is enforced
+    with a thread that is abandoned when it is late; a task that ends the process ends everything.
 
     Args:
         tasks: plain data that can be pickled; any iterable.
@@ -100,8 +100,8 @@ def each(
             them worth it always: only another process can be stopped.
 
     Raises:
-        CkptkitError: ``jobs`` or ``seconds`` is not a number above 0, ``jobs`` and ``executor`` are both given, or the
-            executor is none.  Once it is needed elsewhere: ``work`` cannot be pickled.
+        CkptkitError: ``jobs`` or ``seconds`` is not a number above 0, ``jobs`` and ``executor`` are both given, or
+            ``executor`` is not an executor.  Once it is needed elsewhere: ``work`` cannot be pickled.
     """
     if jobs is not None and executor is not None:
         raise CkptkitError("give either jobs or an executor: an executor has its own number of workers")

@@ -112,7 +112,7 @@ class Given:
             yield ticket, Lost(text=text, problem="timed-out", is_final=is_begun)
 
     def close(self) -> None:
-        """Cancel what has not begun; the rest ends by itself, and nobody listens."""
+        """Cancel everything that has not begun; the rest ends by itself, and its results are ignored."""
         futures, self._futures = list(self._futures.values()), {}
         for future in futures:
             future.cancel()

@@ -25,8 +25,8 @@ class Outcome(Generic[R]):
 
     Attributes:
         value: what the work returned; ``None`` where there is a problem.
-        problem: ``None``: there is none; ``"failed"``: the work raised an error, or something could not be pickled;
-            ``"died"``: so did its worker, or nobody took it; ``"timed-out"``; ``"version"``: the worker has another
+        problem: ``None``: there is none; ``"failed"``: the task raised an error, or something could not be pickled;
+            ``"died"``: so did its worker, or no worker took it; ``"timed-out"``; ``"version"``: the worker has another
             ckptkit.
         text: the problem in a sentence.
         error: what the work raised, where that is an error of ckptkit.
@@ -49,7 +49,7 @@ class Outcome(Generic[R]):
 
 
 def told(error: BaseException) -> str:
-    """An error in a line: ckptkit's own as it is, others with their type."""
+    """An error in a line: ckptkit's own unchanged, others with their type."""
     text = str(error).strip()
     if isinstance(error, CkptkitError):
         return text

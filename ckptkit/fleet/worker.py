@@ -63,7 +63,7 @@ Call = tuple[str, bytes, bytes, int, "float | None", float, str]
 
 
 is_one = False
-"""Whether this process is a worker: it has none of its own."""
+"""Whether this process is a worker, which has no workers itself."""
 
 
 class RefusedError(Exception):

@@ -2,13 +2,13 @@
 
 They are identified by their first bytes, whatever their names, and decompressed once, into a temporary file:
 
-- gzip (RFC 1952): members one behind the other; zeros may follow the last
-- xz (``xz-file-format.txt``): streams, with zeros in fours between and behind them
-- bzip2: streams one behind the other
+- gzip (RFC 1952): consecutive members; zeros may follow the last
+- xz (``xz-file-format.txt``): streams, with zeros in fours between and after them
+- bzip2: consecutive streams
 - zstd (RFC 8878): frames, some of which are skipped; Python 3.14 reads them, before it the package zstandard
 
-Each has checksums or lengths that are held.  What is cut off, damaged or followed by something else is refused, as is
-what becomes many times what it was (`Limits.unpacked_ratio`).
+Each has checksums or lengths, which are checked.  What is cut off, damaged or followed by something else is refused, as
+is what becomes many times what it was (`Limits.unpacked_ratio`).
 """
 
 from __future__ import annotations
@@ -100,11 +100,11 @@ class Compression:
     """A way of compressing.
 
     Attributes:
-        name: as it is told.
+        name: its name in messages.
         endings: of what is compressed so.
         begins: how it begins, and whatever follows what is complete.
         stream: a new decompressor, as those of the module ``bz2``.
-        padding: zeros behind it come in so many; 0: none may.
+        padding: the unit of zeros that may follow it; 0: none may.
         is_padded_between: whether more may follow them.
     """
 
@@ -193,7 +193,7 @@ PACKED_PICKLES = (
     Compression("zlib", (), re.compile(rb"\x78[\x01\x5e\x9c\xda]"), lambda: _Zlib(is_gzip=False)),
     Compression("lzma", (), re.compile(rb"\x5d\0\0"), lambda: _lzma("FORMAT_ALONE")),
 )
-"""How joblib compresses: in two ways more, whose first bytes alone tell too little to take any file for one."""
+"""joblib's compressions: two more, whose first bytes alone are too little to identify a file."""
 
 ENDINGS = tuple(ending for compression in _COMPRESSIONS for ending in compression.endings)
 """Of compressed files; they never decide what a file is."""

@@ -212,7 +212,7 @@ _COMPRESSED = (
 """First bytes of what is decompressed: gzip, xz, bzip2, zstd, and zstd's frames that are skipped."""
 
 PACKED = (LOCAL_SIGNATURE, *_COMPRESSED)
-"""First bytes of all that may hold files, but for tar archives, which have none of their own."""
+"""First bytes of everything that may contain files, except tar archives, which have none."""
 
 
 def holds_files(probe: Probe) -> bool:

@@ -4,8 +4,8 @@ A record that nothing refers to, a resource of a package, a user's file in a pro
 that is not a checkpoint: someone may load any of them, whatever its name.  So each is identified by its first bytes
 (`ckptkit.formats.magic`):
 
-- a pickle of any protocol, or several one behind the other, torch's row of pickles before 1.6, a numpy array of objects
-  (``numpy/lib/_format_impl.py``: a header, then a pickle): the names in it are judged
+- a pickle of any protocol, or several consecutive ones, the series of pickles that torch wrote before 1.6, a numpy
+  array of objects (``numpy/lib/_format_impl.py``: a header, then a pickle): the names in it are judged
 - a zip or tar archive: its records are looked at in the same way, one level deep, and where one of them is an archive
   of torch's, those of that too
 - code compiled for a machine
@@ -54,7 +54,7 @@ from ckptkit.report import count_of
 __all__ = ["ContentSearch", "Inside", "head_of", "look_inside", "names_left"]
 
 _HEAD_NBYTES = BLOCK_NBYTES
-"""First bytes that tell what a record is: as many as a tar archive's header has."""
+"""First bytes that identify a record: as many as a tar archive's header has."""
 
 _DEFLATED_NBYTES = 4096
 """Packed bytes that are inflated for them at first."""
@@ -274,7 +274,7 @@ class ContentSearch:
         return found.count == most
 
     def _follow(self, row: PickleRow, rest: bytes, found: _Found, error: FormatError) -> None:
-        """Look at what is where a pickle could not be read, and behind it."""
+        """Search where a pickle could not be read, and after it."""
         found.uses += error.globals
         found.is_one = found.is_one or error.called or any(map(runs, error.globals))
         if found.is_one:
@@ -344,7 +344,7 @@ def head_of(held: Record | ByteRange) -> bytes:
 
 
 def names_left(probe: Probe, known: Iterable[GlobalUse] = ()) -> tuple[GlobalUse, ...]:
-    """The names in a file that was refused, so that what it would run is told all the same.
+    """The names in a file that was refused, so that everything it would run is reported all the same.
 
     A reader stops at the first thing that is wrong, which need not be the worst, and may be something that other
     readers pass over.

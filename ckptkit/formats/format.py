@@ -30,7 +30,7 @@ TORCH_MARKS = ("/data.pkl", "/model.json", "/archive_format", "/.data/extern_mod
 
 
 def is_folder(file: Source) -> bool:
-    """Whether a source stands for a folder of files (`ckptkit.formats.distributed.folder`), and has no bytes itself."""
+    """Whether a source represents a folder of files (`ckptkit.formats.distributed.folder`), and has no bytes itself."""
     return hasattr(file, "layout")
 
 
@@ -55,7 +55,7 @@ class Probe:
 
     @cached_property
     def records(self) -> Records | None:
-        """Every record of a zip archive, or of one that was unpacked, by its full name; ``None``: the file is none.
+        """Every record of a zip archive, or of an unpacked one, by its full name; ``None``: the file is neither.
 
         Raises:
             CorruptError: the file begins like one, and is damaged or ambiguous; where it was cut off
@@ -127,13 +127,13 @@ class Format:
         name: as in `Origin.format` and the JSON documents.
         suffixes: endings of destinations that choose it, the customary one first.
         claims: whether the file claims to be of this container.
-            After that the decision stands: what is wrong with the file is that container's error.
+            After that the decision is final: anything wrong with the file is that container's error.
         reader: the module that reads it.
         writer: the module that writes it; ``None``: cannot be written.
         has_pickle: whether there may be pickles in it; the shards of an index without any must be of ``shards``.
         is_program: whether it contains a program, of which only the weights can be written.
-        tensors_alone: whether tensors under names are all that it can hold, each with bytes of its own; else there is
-            a tree, and tensors share storages in it.
+        tensors_alone: whether it can store only named tensors, each with its own bytes; otherwise there is a tree, and
+            tensors share storages in it.
         shards: of an index, the container that its shards are written in.
         is_folder: whether it is a folder that several processes wrote, and that is one checkpoint.
         ties_once: whether tied tensors are in it under one name alone, and who loads it fills in the others.

@@ -438,7 +438,8 @@ def begins_like_one(probe: Probe) -> bool:
 
 
 _BEGINNING_NBYTES = 256 << 10
-"""Bytes of a compressed file that are looked at in a folder; bzip2 gives none before a block of up to 900,000."""
+"""Bytes of a compressed file that are decompressed to identify it in a folder; bzip2 returns none before a block of up
+to 900,000."""
 
 _MOST_NAMES = 64
 """Members of an archive in a folder whose names are looked at."""
@@ -459,7 +460,7 @@ def _first(compression: Compression, probe: Probe) -> Iterator[bytes]:
 
 
 def _begins_a_layout(area: ByteRange, limits: Limits) -> bool:
-    """Whether the members of a tar archive, as far as there are any of it, are those of a layout."""
+    """Whether the members of a tar archive, as far as they exist, are those of a layout."""
     names: dict[str, object] = {}
     with contextlib.suppress(FormatError):  # cut off, where this is the beginning of one
         for member in read_members(area, limits, _MOST_NAMES):

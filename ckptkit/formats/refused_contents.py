@@ -132,7 +132,7 @@ _MAPPING = re.compile(r"(?:---\s*\n|[\w-]+:(?:\s|$)|- \w)")
 
 
 def describe_text(probe: Probe) -> str | None:
-    """One sentence about a text, with the remedy; ``None``: the file is none."""
+    """One sentence about a text file, with the remedy; ``None``: it is not text."""
     raw = probe.file.read(0, min(_READ_NBYTES, probe.file.size))
     text = _decoded(raw)
     if text is None:
@@ -151,7 +151,7 @@ def describe_text(probe: Probe) -> str | None:
 
 
 def _decoded(raw: bytes) -> str | None:
-    """The text, or ``None`` where the bytes are none; the last character may be cut."""
+    """The text, or ``None`` if the bytes are not text; the last character may be cut."""
     name = "utf-8"
     if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) and len(raw) > 3:
         name = "utf-16"

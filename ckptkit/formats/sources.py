@@ -1,6 +1,6 @@
 """What a checkpoint may be read from beside a local file: a part of another source, open files, bytes, stdin.
 
-Each is a `ckptkit.bytesource.Source` of its own; nothing else knows the difference.  The position of a file that is
+Each is a separate `ckptkit.bytesource.Source`; nothing else knows the difference.  The position of a file that is
 given open stays where it was, unless it can only be read from beginning to end: that one is read to its end.
 """
 
@@ -26,7 +26,7 @@ __all__ = ["Inner", "opened", "room_for", "standard_input"]
 
 
 class Inner(Source):
-    """A file inside another source: a range of it, or of the temporary file in which it was decompressed.
+    """A file inside another source: a range of it, or of the temporary file into which it was decompressed.
 
     Args:
         path: what messages call it.

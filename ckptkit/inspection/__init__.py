@@ -263,7 +263,7 @@ def describe_error(path: str, error: CkptkitError) -> UnreadFile:
 
 
 def _globals(uses: Sequence[GlobalUse], where: str = "") -> list[GlobalDocument]:
-    """The names with their verdicts; ``where`` is the place of those that do not tell theirs."""
+    """The names with their verdicts; ``where`` is the place of those without one."""
     return [
         {
             "name": use.name,

@@ -46,7 +46,7 @@ class _Text(str):
 
 
 class _Part(NamedTuple):
-    """One setting as it is printed: a format over the module's attributes.
+    """One setting as printed: a format over the module's attributes.
 
     It is left out where ``attribute`` has its ``usual`` value (or is a tuple of nothing else), and
     where the file has no such attribute, as those of older versions of torch.

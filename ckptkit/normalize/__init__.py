@@ -66,7 +66,7 @@ class RawCheckpoint:
         findings: what the reader noticed.
         discarded: as in `Checkpoint`.
         has_pickle, is_program: as in `Origin`.
-        kind: what the file holds, where the container says it; ``None``: the tree tells.
+        kind: the kind of content, if the container determines it; ``None``: the tree does.
         is_prefixed: of a shard, whether the keys of its storages have the shard's name before them already.
         replicas, unread: as in `Checkpoint`.
         world_size, mesh: as in `ckptkit.checkpoint.Spread`.

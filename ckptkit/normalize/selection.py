@@ -194,7 +194,7 @@ def require_section(sections: Sequence[Section], path: str) -> None:
     """See that the section asked for contains weights.
 
     Raises:
-        SectionError: there is none of that path, or it holds something else.
+        SectionError: there is none with that path, or it contains something else.
     """
     asked = next((section for section in sections if section.path == path), None)
     if asked is not None and asked.is_weights:

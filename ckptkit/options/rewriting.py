@@ -22,7 +22,7 @@ __all__ = ["ConvertOptions", "LoadOptions", "allow_part_option", "progress_optio
 
 
 def progress_option(meaning: str) -> Option[Progress | None]:
-    """The function that is told the progress; ``meaning`` is for the docstring."""
+    """The function that receives the progress; ``meaning`` is for the docstring."""
     return Option("switch", None, "Show progress on stderr; default: on a terminal.", meaning)
 
 

@@ -169,7 +169,7 @@ class Builder(Protocol):
 
 
 def stand_in(node: object, build: Builder, keep: Callable[[object], object]) -> Any:
-    """What stands for a node that no value is made of.
+    """The value for a node that cannot be built.
 
     Args:
         node: an object, a name, or a reference to something outside the pickle.

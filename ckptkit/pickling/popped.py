@@ -75,7 +75,7 @@ class Popped:
         Args:
             root: the tree.
             data: the pickle, to its end.
-            memo: as it is then.
+            memo: its state at that point.
         """
         if not self._values:
             return ()

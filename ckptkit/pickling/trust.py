@@ -143,8 +143,8 @@ def merge_uses(*groups: Iterable[GlobalUse]) -> tuple[GlobalUse, ...]:
 def with_places(uses: tuple[GlobalUse, ...], root: object) -> tuple[GlobalUse, ...]:
     """The uses with the keys under which each name is in the tree.
 
-    Names that torch's own loader runs stand everywhere, and get none.  What is in an object is told
-    by the keys that lead to the object.
+    Names that torch's own loader runs stand everywhere, and get none.  Something in an object is named by the keys that
+    lead to the object.
 
     Args:
         uses: of the file; the tree is that of the first record each was found in.

@@ -55,7 +55,7 @@ __all__ = [
 
 
 def is_url(path: str | bytes) -> bool:
-    """Whether a path is a URL; one of bytes is none."""
+    """Whether a path is a URL; bytes are not."""
     if isinstance(path, bytes) or "://" not in path:
         return False
     from ckptkit.remote import is_url as is_one
@@ -86,7 +86,7 @@ _QUERY = re.compile(r"\?(?:\*\*\*|[\w.~%-]+=).*\Z", re.DOTALL)
 
 
 def _plain(url: str) -> str:
-    """A URL without what is asked for behind the path; an object's name may have such marks, too."""
+    """A URL without its query; an object's name may have such marks, too."""
     if url[:4].lower() == "http":
         return url.partition("?")[0].partition("#")[0]
     return _QUERY.sub("", url) if "?" in url else url
@@ -108,9 +108,9 @@ def split(path: str) -> tuple[str, str]:
 
 
 def own_name(path: str) -> str:
-    """The last segment of a path, by the folder that it leads to; a URL's without what is asked for behind it.
+    """The last segment of a path, by the folder that it leads to; for a URL without its query.
 
-    A ``.metadata`` at a URL stands for the folder that it is in.
+    A ``.metadata`` at a URL means the folder that it is in.
     """
     if not is_url(path):
         return os.path.basename(os.path.abspath(path))
@@ -118,9 +118,9 @@ def own_name(path: str) -> str:
 
 
 def expanded(path: str, system: str = os.name) -> list[str]:
-    """What a pattern stands for where shells leave that to programs, as those of Windows do; elsewhere the path.
+    """The paths that match a pattern, for shells that leave that to programs, as on Windows; elsewhere the path.
 
-    A file of that very name wins, as ``a[1].pth`` may be one; a pattern that nothing fits is left as it is.
+    A file with exactly that name wins, as ``a[1].pth`` may be one; a pattern without a match is unchanged.
 
     Args:
         path: as it was typed.
@@ -134,7 +134,7 @@ def expanded(path: str, system: str = os.name) -> list[str]:
 
 
 def absolute(path: str) -> str:
-    """A path from the root of the disk; a URL as it is."""
+    """A path from the root of the disk; a URL unchanged."""
     return path if is_url(path) else os.path.abspath(path)
 
 
@@ -178,7 +178,7 @@ def require_local(destination: str) -> None:
 
 
 def isdir(path: str) -> bool:
-    """Whether a path is that of a folder: at a URL, whether files are below it."""
+    """Whether a path is a folder's: for a URL, whether files are below it."""
     if not is_url(path):
         return os.path.isdir(path)
     from ckptkit.places import far
@@ -187,7 +187,7 @@ def isdir(path: str) -> bool:
 
 
 def isfile(path: str) -> bool:
-    """Whether a path is that of a file."""
+    """Whether a path is a file's."""
     if not is_url(path):
         return os.path.isfile(path)
     from ckptkit.places import far
@@ -230,7 +230,7 @@ def may_exist(path: str) -> bool:
 
 
 def identity(path: str) -> Hashable | None:
-    """What two paths have in common that lead to one file or folder; ``None``: there is none."""
+    """The identity of a file or folder, equal for all paths that lead to it; ``None``: there is none."""
     if is_url(path):
         from ckptkit.places import far
 
@@ -287,7 +287,7 @@ def listdir(folder: str) -> list[str]:
 
 
 def listed_below(folder: str) -> Sequence[str] | None:
-    """The files below a folder by their paths from there, where one listing tells them; ``None``: walk through it.
+    """The files below a folder by their paths from there, if one listing has them; ``None``: walk through it.
 
     Raises:
         OSError: it cannot be listed.

@@ -5,7 +5,7 @@ A URL is a folder where files are below it.  It takes one request to find out: a
 requested first.  A listing has everything below a URL, however deep, and is kept for the command, so questions about
 paths below it take no further request.
 
-Names are as the server has them.  One that is not a path (``a//b``, ``../b``) is that of a file like any other, in the
+Names are as the server has them.  A URL that is not a path (``a//b``, ``../b``) is a file like any other, in the
 listing's root, and never leads out of it.
 """
 
@@ -127,7 +127,7 @@ class Tree:
         ]
 
     def is_folder(self, url: str, inside: str) -> bool:
-        """Whether a URL is that of a folder: where a file has the same name, with a slash at its end."""
+        """Whether a URL is a folder's: with a slash at its end if a file has the same name."""
         return inside in self.folders and (inside not in self.files or url.endswith("/"))
 
 
@@ -141,7 +141,7 @@ def _found(url: str) -> tuple[Tree, str] | None:
 
 
 def _listing(url: str) -> tuple[Tree, str] | None:
-    """As `_found`, of a listing that is asked for where there is none; ``None``: nothing is below the URL.
+    """As `_found`, with a request for a listing if there is none; ``None``: nothing is below the URL.
 
     Raises:
         FileAccessError: it cannot be listed.
@@ -169,7 +169,7 @@ def is_known(url: str) -> bool:
 
 
 def is_folder(url: str) -> bool:
-    """Whether files are below a URL; one that cannot be listed is none."""
+    """Whether files are below a URL; a URL that cannot be listed has none."""
     found = _found(url)
     if found is not None:
         return found[0].is_folder(url, found[1])
@@ -229,8 +229,7 @@ def opened(url: str) -> Source:
 def _nothing_at(url: str) -> FileAccessError | None:
     """The message for a URL without a file: its folder cannot be listed, or is empty.
 
-    Returns:
-        ``None``: no more than that there is none.
+    Returns: ``None``: all that is known is that there is none.
     """
     try:
         if not store_of(url).has_listings:
@@ -243,7 +242,7 @@ def _nothing_at(url: str) -> FileAccessError | None:
 
 
 def identity(url: str) -> Hashable | None:
-    """What tells a file or folder from others; ``None``: it is not in a listing."""
+    """The identity of a file or folder; ``None``: it is not in a listing."""
     found = _found(url)
     if found is None:
         return ("", url) if is_folder(url) or is_file(url) else None

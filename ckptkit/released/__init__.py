@@ -252,7 +252,7 @@ def _selected(
     skip_others: bool,
     is_listed: bool,
 ) -> Selection:
-    """What the paths stand for; without any, the folders that the manifest was made of."""
+    """The files that the paths mean; without any, the folders that the manifest was made from."""
     folder = "" if manifest is None else manifest.folder or "."
     given = (
         paths
@@ -343,7 +343,7 @@ def _recorded_task(record: FileRecord, manifest: Manifest, config: Config, selec
 
 
 def _tidy(path: str) -> str:
-    """A path without steps that lead nowhere; ``..`` stays, for it may lead out of a link.  A URL is as it is."""
+    """A path without steps that lead nowhere; ``..`` stays, for it may lead out of a link.  A URL is unchanged."""
     if places.is_url(path):
         return path
     steps = path.split(os.sep)
@@ -370,5 +370,5 @@ def _are_meant(paths: Sequence[str], folder: str) -> Callable[[str], bool]:
 
 
 def _is_above(name: str) -> bool:
-    """Whether a name is that of a folder above the one it is relative to."""
+    """Whether a name leads to a folder above the one it is relative to."""
     return set(name.split("/")) == {".."}

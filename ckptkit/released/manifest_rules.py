@@ -92,7 +92,7 @@ def parts_differ(record: FileRecord, found: Mapping[str, tuple[int, str | None]]
 
 
 def incomplete_finding(path: str, record: FileRecord | None) -> Iterator[CheckFinding]:
-    """Of a folder that cannot be read, which files are not those recorded, as far as sizes tell."""
+    """For a folder that cannot be read, which files do not match the record, as far as sizes show."""
     if record is None or record.sha256 is not None or not places.isdir(path):
         return
     found = {name: (size_of(places.below(path, name)), None) for name in listing(path)}
@@ -274,12 +274,12 @@ def model_findings(
 
     Args:
         path: the file.
-        policy: what it is held to.
+        policy: what it must meet.
         golden: the file of its recorded outputs.
         architecture: the known model it is of.
         verify: `ckptkit.verify`.
 
-    The model is that of ``fits``; without it that of the golden, or of the architecture that was identified.
+    The model is that of ``fits``; without it that of the golden file, or the identified architecture.
 
     Raises:
         MissingDependencyError: torch, or the package of the reference, is not installed.

@@ -3,7 +3,7 @@
 Anything missing is reported.  An interrupted run, a share without a report, and runs by other versions or against other
 policies are findings of a rule that could not be applied, so the result cannot be green.
 
-A file that several runs tell of has the worst of its results.  Of one run that was resumed it has the latest.
+A file in several runs has the worst of its results.  Of one run that was resumed it has the latest.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _RULE = "report"
 
 
 def merged(files: Sequence[str]) -> tuple[CheckReport, CheckHead]:
-    """The report on what all the runs in these files have told, and what they are as one run.
+    """The report on everything in all the runs in these files, as one run.
 
     Args:
         files: JSON Lines, and JSON documents, of ``ckptkit check``; ``"-"``: standard input.
@@ -77,7 +77,7 @@ def merged(files: Sequence[str]) -> tuple[CheckReport, CheckHead]:
 
 
 def _runs_in(files: Sequence[str]) -> list[list[Stream]]:
-    """Each run, in the order in which it was resumed."""
+    """Each run, in the order of resuming."""
     runs: dict[object, list[Stream]] = {}
     for number, file in enumerate(dict.fromkeys(files)):
         for stream in read_streams(file):

@@ -24,7 +24,7 @@ CONTAINERS: tuple[str, ...] = tuple(container.name for container in FORMATS)
 
 
 class _Unasked(str):
-    """A value that nobody asked for."""
+    """The value of an option that was not given."""
 
     __slots__ = ()
 
@@ -56,7 +56,7 @@ class Policy:
         input_shapes: of the forward pass; empty: what the reference implies.
 
     Raises:
-        VerifyError: a value is none that the policy can have.
+        VerifyError: a value is invalid for the policy.
     """
 
     no_pickle: bool = False
@@ -115,7 +115,7 @@ class Policy:
         """The policy with these values instead of its own.
 
         Raises:
-            VerifyError: a value is none that the policy can have.
+            VerifyError: a value is invalid for the policy.
         """
         return replace(self, **settings)
 

@@ -209,7 +209,7 @@ def _may_be_infinite(tensor: TensorFact) -> bool:
 
 
 def _may_be_nan(tensor: TensorFact) -> bool:
-    """Whether values that nobody could look at may be NaN or Inf."""
+    """Whether values that could not be read may be NaN or Inf."""
     if tensor.dtype not in DTYPES:
         return True
     is_float = DTYPES[tensor.dtype].kind in ("float", "complex") and tensor.dtype not in _WITHOUT_NAN

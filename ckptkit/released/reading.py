@@ -199,7 +199,7 @@ def read_through(
 def _read_apart(
     reading: Reading, files: Sequence[Source], apart: list[Values], in_order: Mapping[int, InOrder]
 ) -> None:
-    """Read what is not in the files as it is; far files that are still to be hashed are, as they come."""
+    """Read values that are not stored unchanged, hashing remote files as they arrive if that is still to do."""
     unreadable = {id(damage.storage) for damage in reading.damages if not isinstance(damage.storage.source, ByteRange)}
 
     def along(file: Source) -> Callable[[int, memoryview], object]:
@@ -249,7 +249,7 @@ def _require_unchanged(files: Sequence[Source]) -> None:
 
 
 def _lying(reading: Reading, files: Sequence[Source]) -> tuple[dict[int, list[_Span]], list[Values]]:
-    """The spans of what is in files as it is, by the file's ``id``; and what has to be read by itself."""
+    """The spans of values stored unchanged in files, by the file's ``id``; and values to read separately."""
     spans: dict[int, list[_Span]] = {id(file): [] for file in files}
     apart: list[Values] = []
     shared: dict[tuple[int, int, int, bool, str | None], Values] = {}
@@ -446,7 +446,7 @@ def other_values_in(
 
 
 def is_opaque(value: object) -> bool:
-    """Whether a value of the weights is an object in which nothing is found that could be looked at."""
+    """Whether a value of the weights is an object that contains nothing that can be read."""
     if not isinstance(value, Object):
         return False
     nodes = list(walk(value))

@@ -126,7 +126,7 @@ class Session:
         return kept if kept is not None or self.ahead is None else self.ahead.take(url)
 
     def close(self) -> None:
-        """Close what nobody took, and forget what was told; connections stay."""
+        """Close unused files, and discard what was learned; connections stay."""
         while self.opened:
             self.opened.popitem()[1].close()
         for told in (self.listings, self.failed, self.notes, self.hidden):

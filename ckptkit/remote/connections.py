@@ -43,7 +43,7 @@ _KEPT = 16
 
 _BUFFER_NBYTES = 64 << 10
 _DISCARDED_NBYTES = 64 << 10
-"""Longer bodies that nobody wants cost more to read than a new connection does."""
+"""Reading longer unneeded bodies costs more than a new connection."""
 
 _CHUNK = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\n]*)?\r?\n")
 _BLANK = (b"\r\n", b"\n")
@@ -135,7 +135,7 @@ class _Raw(io.RawIOBase):
         return count
 
     def _wait(self) -> None:
-        """Until bytes come, as long as they are wanted."""
+        """Until bytes come, as long as they are needed."""
         seconds = self._sock.gettimeout()
         if not seconds or getattr(self._sock, "pending", int)():
             return
@@ -254,7 +254,7 @@ class Answer(HTTPResponse):
         self._connection = None
 
     def discard(self) -> None:
-        """As `release`, when nobody wants the body."""
+        """As `release`, when the body is not needed."""
         if self.length is None or self.length <= _DISCARDED_NBYTES:
             self.take(_DISCARDED_NBYTES)
         self.release()
@@ -316,7 +316,7 @@ class _Idle:
 
 
 def _is_quiet(sock: socket.socket) -> bool:
-    """Whether nothing came that nobody asked for, such as the end."""
+    """Whether nothing came without a request, such as the end."""
     return not _comes(sock, 0)
 
 

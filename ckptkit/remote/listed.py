@@ -77,7 +77,7 @@ class ListedSource(Source):
         return self._opened().on_read(offset, nbytes, check)
 
     def settle(self, areas: Sequence[tuple[int, int]] | None = None) -> None:
-        """As `Source.settle`; of one that nobody has read there is nothing to say."""
+        """As `Source.settle`; an unread file has nothing to check."""
         if self._file is not None:
             self._file.settle(areas)
 

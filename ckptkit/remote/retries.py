@@ -147,7 +147,7 @@ _WITH_SIGNATURE = re.compile(r"s[a-z]{1,2}(o?id)?|response-.*", re.IGNORECASE)
 def masked(url: str) -> str:
     """A URL, or several that fsspec chains with ``::``, without user names, passwords and what signs it.
 
-    What else its query holds stays, since it may be what tells two files apart; of a path: itself.
+    The rest of its query stays, because it may distinguish two files; for a path: itself.
     """
     if "://" not in url:
         return url

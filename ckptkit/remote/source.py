@@ -3,7 +3,8 @@
 A checkpoint's directory is at the end of a torch-zip, its pickle at the beginning; a safetensors file has a header. So
 the first bytes come with the answer to the question how large the file is, and what is read after them comes with some
 that follow.  An archive that begins with a pickle longer than those has a long directory too: that is asked for at
-once.  A file of 300 tensors takes two requests so, one of 5,000 three; one more where a server tells the size alone.
+once.  A file of 300 tensors then takes two requests, one of 5,000 three; one more if a server sends the size
+separately.
 
 Looking into such a file leaves some of its bytes unread that of a local one are read (`RemoteSource.on_read`): the
 records' own headers beside values, which must say what an archive's directory says, the counts between the storages of
@@ -131,7 +132,7 @@ class RemoteSource(Source):
                 self._starts.remove(start)
 
     def _known(self, offset: int, nbytes: int) -> bytes:
-        """What is kept of these bytes, from the first on; more may be kept behind it."""
+        """The kept part of these bytes, from the first on; more may be kept after it."""
         with self._within:
             at = bisect_right(self._starts, offset) - 1
             if at < 0:
@@ -375,7 +376,7 @@ class RemoteSource(Source):
             before.close()
 
     def _kept_from(self, offset: int, end: int) -> int:
-        """Where behind a position, before some end, what is kept begins again."""
+        """Where after a position, before some end, the kept bytes begin again."""
         with self._within:
             at = bisect_right(self._starts, offset)
             return min([end, *self._starts[at : at + 1]])

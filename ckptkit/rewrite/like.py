@@ -89,7 +89,7 @@ class Fitting:
     """A change of names, and how a state_dict fits a model after it.
 
     Attributes:
-        causes: what is wrong with the names now; none: they stay as they are.
+        causes: what is wrong with the names now; empty: they do not change.
         options: of ``convert``, to change them.
         is_old: whether they are another release's.
         sources: names of the model that are there with their shape, and the names they have now.
@@ -98,7 +98,7 @@ class Fitting:
         aliases: names of the model that are not there but tied in it to one that is: that one.
         counters: BatchNorm's counts of batches that are not there and that torch adds when it loads: the layer's
             recorded version is before 2, or none is (``torch/nn/modules/batchnorm.py``).
-        unexpected: names as they are now that are not the model's even then.
+        unexpected: current names that even then are not the model's.
     """
 
     causes: tuple[str, ...]
@@ -310,7 +310,7 @@ def _renamed(names: Collection[str], steps: Sequence[_Step]) -> list[str]:
 
 
 def _changes(names: Sequence[str], expected: Collection[str]) -> Iterator[tuple[_Step, ...]]:
-    """No change, and every other that may bring the names together; steps in the order in which ``convert`` does."""
+    """No change, and every other that may make the names match; steps in the order of ``convert``."""
     starts = [(off, old) for off in _unwrappings(names, expected) for old in ((), *_old(_renamed(names, off)))]
     yield from ((*off, *old) for off, old in starts)
     for off, old in starts:

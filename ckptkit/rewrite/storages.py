@@ -252,7 +252,7 @@ class Tied:
 
 
 def _copied(value: object) -> object:
-    """The tensor over a storage of its own: a new record of the same bytes."""
+    """The tensor over a new storage: another record of the same bytes."""
     return replace(value, storage=replace(value.storage)) if isinstance(value, TensorEntry) else value
 
 

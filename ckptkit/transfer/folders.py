@@ -186,7 +186,7 @@ def _made(path: str, shown: str, mode: int) -> OutputFolder:
 
 
 def _is_locked(output: OutputFolder) -> bool:
-    """Lock a folder that was just made; whether it is still there, and nobody else's."""
+    """Lock a folder that was just made; whether it still exists, and is not anyone else's."""
     if fcntl is None:
         return True
     output.fd = os.open(output.temporary, os.O_RDONLY | os.O_DIRECTORY)  # type: ignore[attr-defined,unused-ignore]

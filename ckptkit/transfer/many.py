@@ -93,7 +93,7 @@ def side_by_side(
         tasks: plain data.
         work: what is done with each.
         workers: who does it.
-        nbytes: how much a task has to read.
+        nbytes: how much a task reads.
         lost: makes the result of a task that others could not complete, of what is known of it.
         is_far: whether to ask a task's size takes a trip to another machine.
     """

@@ -72,7 +72,7 @@ def read(entry: TensorEntry) -> NDArray[Any]:
 
 
 def least(entry: TensorEntry) -> tuple[TensorEntry, tuple[int, ...]]:
-    """What of a tensor has to be in memory, and how the tensor is there.
+    """The part of a tensor that has to be in memory, and the tensor's layout there.
 
     Returns:
         The tensor whose values, in C order, are that memory; and the strides of the whole in it, in elements.
@@ -93,7 +93,7 @@ def least(entry: TensorEntry) -> tuple[TensorEntry, tuple[int, ...]]:
 def fill(memory: memoryview, entry: TensorEntry) -> None:
     """Fill memory of the right size with a tensor's values, in C order, little-endian.
 
-    Where they are all bytes of a storage of the file, the checksum recorded for it is held.
+    If they are all bytes of a storage of the file, its recorded checksum is checked.
 
     Raises:
         FileAccessError, CorruptError: as `TensorEntry.numpy`.
@@ -251,8 +251,8 @@ class Storages:
 def _array_entry(array: Any, storages: Storages) -> TensorEntry:
     """An array of numpy as a tensor over its own memory; arrays over the same memory share a storage.
 
-    What torch's strides cannot say (a negative one, elements that are not aligned, the other byte order) is put in
-    C order, and in this machine's, as it is read.
+    Layouts that torch's strides cannot express (a negative stride, unaligned elements, the other byte order) are put in
+    C order, and in this machine's, as they are read.
 
     Raises:
         DTypeError: torch has no such dtype.

@@ -2,10 +2,10 @@
 
 All of them make the same plan (`ckptkit.transfer.part_records`).  A part writes its shards, under the names that they
 will have, into a folder beside the destination (`staging_of`), whose own name says that what is in it is not complete.
-There it is a checkpoint of its own: as any other it is compared and gets its names at the end
-(`ckptkit.transfer.writing`), so that of a part that was killed nothing counts.  Its record is written last:
-``part-00002-of-00004.json``.  `Parts.finish` holds the records against its own plan and the shards against the
-records, moves the shards to their places and writes the index: until then a reader sees the old checkpoint, or none.
+There it is a complete checkpoint: like any other it is compared and gets its names at the end
+(`ckptkit.transfer.writing`), so nothing of an interrupted part counts.  Its record is written last:
+``part-00002-of-00004.json``.  `Parts.finish` holds the records against its own plan and the shards against the records,
+moves the shards to their places and writes the index: until then a reader sees the old checkpoint, or none.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def _with_errors(method: F) -> F:
 
 
 class Parts:
-    """The parts of one output, as they are in their folder.
+    """The parts of one output, in their folder.
 
     Args:
         destination: the index that is to be written.
@@ -144,7 +144,7 @@ class Parts:
             share: which.
             force: whether an output that exists may be replaced, and a part that is there is written again.
             check: as in `write_atomically`, of an index of this part's shards alone.
-            hashed: whether to record, or to hold against the record, the SHA-256 of the shards.
+            hashed: whether to record, or to check against the record, the SHA-256 of the shards.
             source: what the plan reads.
             passed: as in `write_atomically`.
             progress: called as bytes are written, and again as they are compared.

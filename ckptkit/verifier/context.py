@@ -1,4 +1,4 @@
-"""What the checks of one `verify` are told, and what they leave for one another."""
+"""The input of the checks of one `verify`, and the results they leave for one another."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class VerifyFinding(Finding):
     """A finding of the verifier.
 
     Attributes:
-        check: the name of the check that found it; ``None``: it was told before the first.
+        check: the name of the check that found it; ``None``: it came before the first.
     """
 
     check: str | None = None
@@ -50,7 +50,7 @@ class VerifyFinding(Finding):
         return cls(code=finding.code, severity=finding.severity, message=finding.message, fix=finding.fix, check=check)
 
     def to_dict(self) -> VerifyFindingDocument:
-        """The finding as it is in JSON documents."""
+        """The finding for JSON documents."""
         return {**Finding.to_dict(self), "check": self.check}
 
 
@@ -75,7 +75,7 @@ class Context:
         trace: filled by the forward check where something will be compared with it.
         outputs: set by the forward check: the outputs' figures, as in the JSON document.
         passes: forward passes of the checkpoint on the first device, less those that measure noise.
-        notes: by check, what it looked at, for people: what a check that found nothing has to say.
+        notes: by check, what it examined, in words: for checks without findings.
         figures: by check, its figures, for programs.
         seconds: how long each part took.
         steps: how long each check took, and the most memory held by then.

@@ -11,8 +11,8 @@ A golden is a safetensors file.  Its metadata ``ckptkit.golden`` is one JSON obj
      "dtype": str, "device": str, "tolerance": {"atol": float, "rtol": float}, "versions": {str: str}}
 
 ``noise`` is the largest difference between runs on the machine that wrote it which differ in rounding alone
-(`ckptkit.verifier.forward.measured_noise`).  ``tensors`` are those of the file, by their names in the model, with
-the digests of `ckptkit.digests`.  Files of the first releases have neither, and an ``atol`` that goes by the dtype.
+(`ckptkit.verifier.forward.measured_noise`).  ``tensors`` are those of the file, by their names in the model, with the
+digests of `ckptkit.digests`.  Files of the first releases have neither, and an ``atol`` that goes by the dtype.
 
 ``args`` is a Python literal.  Inputs drawn from a seed are a recipe, and the hash says whether it still
 gives the same values; inputs that came from a file are kept as tensors.  Of an output of more than 1 MiB
@@ -80,7 +80,7 @@ class Golden:
         args: its arguments.
         inputs: what the model was given.
         outputs: what it gave.
-        dtype, device: in which type and where it was computed.
+        dtype, device: of the computation.
         tolerance: recorded along.
         weights: of each tensor in the model: dtype, sizes and digest of what the file held; empty: not recorded.
         versions: of the packages that computed it.

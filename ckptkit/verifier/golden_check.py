@@ -48,7 +48,7 @@ def require_writable(path: str, *, force: bool) -> None:
 
 
 def check_golden(checkpoint: Checkpoint, model: nn.Module, context: Context) -> Iterator[Finding]:
-    """Whether weights and outputs are those of a golden file; and writing one, where that is asked for."""
+    """Whether weights and outputs are those of a golden file; and writing one on request."""
     if context.golden is not None and context.golden.weights and context.loaded:
         yield from _weights(context.golden, checkpoint, context)
     if context.golden is not None and context.first is not None:

@@ -116,7 +116,7 @@ def sources_of(fit: Fit) -> dict[str, str]:
 
 
 def _read_again(state_dict: StateDict, fit: Fit) -> Iterator[tuple[str, torch.Tensor]]:
-    """The model's names with the file's values, out of memory that nobody has written to; one storage at a time."""
+    """The model's names with the file's values, in memory that nothing has written to; one storage at a time."""
     names_of: dict[str, list[str]] = {}
     for name, source in sources_of(fit).items():
         names_of.setdefault(source, []).append(name)

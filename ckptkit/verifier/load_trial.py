@@ -63,7 +63,7 @@ def loadable(state_dict: StateDict, values: Mapping[str, Any], expected: Mapping
 
 
 def _plain(node: object) -> Any:
-    """A module's versions, which hooks put dicts of their own into (``spectral_norm``); ``None``: it is neither."""
+    """A module's versions, into which hooks put their own dicts (``spectral_norm``); ``None``: it is neither."""
     if isinstance(node, (int, str, float)):
         return node
     pairs = mapping_items(node)

@@ -21,7 +21,7 @@ __all__ = ["folder_source", "unlisted_source"]
 
 
 def folder_source(path: str, tag: str | None = None, tp_rules: str | os.PathLike[str] | None = None) -> Source | None:
-    """What stands for a folder that is one checkpoint, or leads to one; ``None``: there is none, or it is not a folder.
+    """The source for a folder that is one checkpoint, or leads to one; ``None``: there is none, or it is not a folder.
 
     Args:
         path: the folder.
@@ -46,10 +46,10 @@ def folder_source(path: str, tag: str | None = None, tp_rules: str | os.PathLike
 
 
 def unlisted_source(url: str) -> Source | None:
-    """What stands for the folder of a ``.metadata`` whose server lists no files: the others are those that it names.
+    """The source for the folder of a ``.metadata`` whose server lists no files: the others are those that it names.
 
     Args:
-        url: of a file; ``None`` is what it stands for where it is not one.
+        url: of a file; the result for any other is ``None``.
     """
     folder, name = places.split(url)
     if name != ".metadata" or places.are_listed(url):
@@ -81,7 +81,7 @@ def _by_rules(path: str, tag: str | None, tp_rules: str) -> FolderSource:
     Raises:
         As `folder_source`.
         FileAccessError: it holds none, or the rules cannot be read.
-        FormatError: the rules are none.
+        FormatError: the rules are invalid.
     """
     from ckptkit.formats.distributed.slices import sliced
     from ckptkit.formats.distributed.tensor_parallel import rules_in

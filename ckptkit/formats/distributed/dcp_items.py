@@ -1,4 +1,4 @@
-"""Stored items of torch.distributed.checkpoint: each a whole file of ``torch.save``, one behind the other.
+"""Stored items of torch.distributed.checkpoint: each a whole file of ``torch.save``, one after the other.
 
 Each is read as any such file is (`ckptkit.formats.torch_zip`).  A checkpoint has them by the hundred thousand, and
 those of tensors of one size differ in four things: the values, their checksum, an identity of forty digits, and its
@@ -83,7 +83,7 @@ class ItemReader:
         self._wanted = wanted
 
     def judge(self) -> tuple[GlobalUse, ...]:
-        """As `ckptkit.checkpoint.Unread.judge`: file by file, in the order in which they are there."""
+        """As `ckptkit.checkpoint.Unread.judge`: file by file, in the order of their positions."""
         items, before = self._items, ""
         wanted = sorted(self._wanted(), key=lambda want: (items.paths[want.row], items.starts[want.row]))
         for path, of_file in groupby(wanted, lambda want: items.paths[want.row]):
@@ -182,7 +182,7 @@ class ItemReader:
         return f"{self._items.paths[row]}, {name!r:.200} at byte {self._items.starts[row]:,}"
 
     def _lying(self, row: int) -> ByteRange:
-        """Where an item's bytes lie, as they are."""
+        """The stored bytes of an item."""
         items = self._items
         return ByteRange(self._files[items.paths[row]], items.starts[row], items.lengths[row])
 
@@ -322,7 +322,7 @@ def _is_constant(root: object) -> bool:
 
 
 def _checksums(tail: bytes, area: ByteRange, end: int, records: Records) -> dict[int, tuple[int, int]]:
-    """Where the checksums of records are in the last bytes of an item: behind their bytes, and in the directory.
+    """Where the checksums of records are in the last bytes of an item: after their bytes, and in the directory.
 
     Args:
         tail: the bytes from ``end`` on.

@@ -86,7 +86,7 @@ _EMBEDDING = re.compile(rf"(?:.*[.{INSIDE}])?embedding[.{INSIDE}]word_embeddings
 
 @dataclass(slots=True)
 class _Stage:
-    """A part of the model that has layers of its own.
+    """A part of the model with its own layers.
 
     Attributes:
         where: what messages call it.
@@ -292,7 +292,7 @@ def _require_order(stages: Sequence[Sequence[_Stage]], ranks: Mapping[tuple[int,
         ranks: the number of each place among all processes, from ``args``: it grows along each kind of parallelism.
 
     Raises:
-        CorruptError: some are not; as far as it can be told.
+        CorruptError: some are missing, as far as this can be known.
     """
     for number, (stage, *_) in enumerate(stages):
         for name in stage.values:

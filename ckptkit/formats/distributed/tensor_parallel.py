@@ -11,7 +11,7 @@ of it under the whole's name.  No file says how it was cut, so that rules do, by
 A tensor without a rule is one that all ranks have a copy of where they begin with the same values, and it is compared
 likewise; where they do not, it is refused and never guessed.
 
-`MEGATRON_RULES` and `LLAMA_RULES` are those of Megatron (names of megatron-core and of what was before) and of Meta's
+`MEGATRON_RULES` and `LLAMA_RULES` are those of Megatron (names of megatron-core and its predecessors) and of Meta's
 ``consolidated.00.pth``, ``consolidated.01.pth``, ... (`transformers`' ``convert_llama_weights_to_hf.py``).  Others are
 given as a file, a JSON object of globs of names, of which the first that matches counts, before those rules::
 
@@ -312,7 +312,7 @@ class Joiner:
 
 
 def shown_name(name: str) -> str:
-    """A name as it is read: with dots between the keys that lead to it."""
+    """A readable name: with dots between the keys that lead to the tensor."""
     return name.replace(INSIDE, ".")
 
 

@@ -59,7 +59,7 @@ class Reference:
 
 
 def made(factory: Any, args: Mapping[str, object], spec: str) -> nn.Module:
-    """The module a factory returns, in eval mode; a module given as it is is copied, not changed."""
+    """The module a factory returns, in eval mode; a given module is copied, not changed."""
     if isinstance(factory, nn.Module):
         if args:
             raise VerifyError(f"{spec}: is already a module and takes no arguments ({', '.join(args)})")
@@ -113,7 +113,7 @@ class _UnfitError(Exception):
 
 
 def literal(value: object) -> object:
-    """A string that is a Python literal as its value; anything else as it is."""
+    """A string that is a Python literal as its value; anything else unchanged."""
     if not isinstance(value, str):
         return value
     try:
@@ -127,7 +127,7 @@ def typed(factory: Any, args: Mapping[str, object], spec: str) -> dict[str, obje
 
     Args:
         factory: what will be called; only its signature counts.
-        args: as the user gave them; what is not a string stays as it is.
+        args: as the user gave them; anything but a string is unchanged.
         spec: of the reference, for messages.
 
     Raises:
