@@ -118,7 +118,7 @@ _MAX_SHOWN = 8
 
 _CALLED = {
     "lora": "LoRA", "dora": "DoRA", "loha": "LoHa", "lokr": "LoKr", "ia3": "IA3", "oft": "OFT", "boft": "BOFT",
-    "vera": "VeRA", "mixed": "LoRA and relatives of it", "textual_inversion": "textual inversion",
+    "vera": "VeRA", "mixed": "LoRA and related types", "textual_inversion": "textual inversion",
 }  # fmt: skip
 
 Mixed = Literal["mixed"]

@@ -397,7 +397,7 @@ def test_what_is_no_member_is_told_with_those_there_are(put: Put) -> None:
     ) as caught:
         ckptkit.open(f"{path}!x.pth")
     assert (caught.value.path, len(caught.value.names)) == (str(path), 14)
-    with pytest.raises(MissingFileError, match=r"all.zip: 'r3' is a folder in it; it holds 'r3/m.pth'$"):
+    with pytest.raises(MissingFileError, match=r"all.zip: 'r3' is a folder in it; it contains 'r3/m.pth'$"):
         ckptkit.open(f"{path}/r3")
     with pytest.raises(FileAccessError, match=r"is not an archive; there is no 'x' to open"):
         ckptkit.open(f"{put('notes.txt', b'words')}!x")
