@@ -55,7 +55,7 @@ _ELSEWHERE = ("npu", "musa", "mlu", "gcu", "dml", "ort", "msnpu", "vsi", "rbln",
 _MEANT = {"gpu": "cuda", "nvidia": "cuda", "rocm": "cuda", "amd": "cuda", "tpu": "xla", "apple": "mps", "intel": "xpu"}
 """What people call devices."""
 
-_DEVICES = "; expected 'cpu', 'cuda:0', 'mps' or the like"
+_DEVICES = "; expected 'cpu', 'cuda:0', 'mps' or similar"
 
 _DEVICE = re.compile(r"([a-z][a-z0-9_]*)(?::(0|[1-9][0-9]{0,2}))?\Z")
 

@@ -83,7 +83,7 @@ def convert_files(sources: Sequence[str], destination: str, options: ConvertOpti
     """
     started = time.monotonic()
     if not is_folder(destination, options):
-        raise RewriteError(f"{destination}: several files are put into a folder; one that is yet to be made ends in /")
+        raise RewriteError(f"{destination}: several files need a folder; end the path of a new one with /")
     if options.to is not None:
         _require_options(options, destination)
     items = [

@@ -139,7 +139,7 @@ def _container(path: str, checkpoint: Checkpoint, file: Source, options: Convert
         told = f"--to {options.to} writes several files; --in-place replaces one"
         raise RewriteError(f"{path}: {told}{_instead(path)}", path=path)
     if asked.name != own.name and os.path.splitext(path)[1].lower() not in asked.suffixes:
-        told = f"is {own.name}, and its name is not one of {asked.name}"
+        told = f"is {own.name}, and its extension does not belong to {asked.name}"
         raise RewriteError(f"{path}: {told}; --in-place keeps the name{_instead(path)}", path=path)
     return asked.name
 

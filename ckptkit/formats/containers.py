@@ -158,7 +158,7 @@ FORMATS: tuple[Format, ...] = (
         loader="torch.distributed.checkpoint.load",
     ),
     Format(
-        name="fsdp", title="one .pt a rank: FSDP1, DTensor",
+        name="fsdp", title="one .pt per rank: FSDP1, DTensor",
         claims=_folder("fsdp"), reader="distributed.fsdp", is_folder=True,
     ),
     Format(
@@ -170,7 +170,7 @@ FORMATS: tuple[Format, ...] = (
         claims=_folder("megatron"), reader="distributed.megatron", is_folder=True,
     ),
     Format(
-        name="safetensors-dcp", title="the hub's sharded safetensors, one file a rank",
+        name="safetensors-dcp", title="the hub's sharded safetensors, one file per rank",
         claims=_folder("safetensors-dcp"), reader="distributed.safetensors_dcp", is_folder=True,
         has_pickle=False, tensors_alone=True,
     ),

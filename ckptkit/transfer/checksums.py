@@ -70,7 +70,7 @@ _POLYNOMIAL = 0xEDB88320
 _ONE, _X8 = 1 << 31, 1 << 23
 """The polynomials 1, and x to the power of the bits of a byte."""
 
-_REMEDY = "get the file again; --ignore-checksums accepts it, for files that were edited in place"
+_REMEDY = "download or copy the file again; --ignore-checksums accepts it, for files that were edited in place"
 
 Names = Callable[[], Mapping[int, str]]
 """What storages are called, by ``id``; asked for only where one is damaged."""

@@ -101,7 +101,7 @@ def flattened(checkpoint: Checkpoint) -> Flat:
             found.add(path, node)
             continue
         if id(node) in within or len(path) > _MAX_LEVELS:
-            told = "contains itself" if id(node) in within else f"has over {_MAX_LEVELS} levels"
+            told = "contains itself" if id(node) in within else f"has more than {_MAX_LEVELS} levels"
             raise RewriteError(f"{_name(path):.200}: {told}, which is not possible in a {NAME} folder")
         within.add(id(node))
         stack += [(path, node, True), *reversed(below)]

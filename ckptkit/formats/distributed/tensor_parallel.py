@@ -302,7 +302,7 @@ class Joiner:
                 message=f"left out, because the ranks' values are not merged: {listed(self.left, _LISTED)}",
             )
         if self.unruled:
-            message = f"{count_of(len(self.unruled), 'tensor')} without a rule, that all ranks have a copy of"
+            message = f"{count_of(len(self.unruled), 'tensor')} without a rule, of which all ranks have a copy"
             yield Finding(
                 code="taken-of-one-rank", severity="info", message=f"{message}: {listed(self.unruled, _LISTED)}"
             )
