@@ -48,9 +48,8 @@ Kind = Literal["whole_model", "state_dict", "resume", "tensor", "collection", "o
 that are not a state_dict; no tensors."""
 
 Trust = Literal["safe", "needs_trust", "hostile"]
-"""``safe``: plain data and torch's own rebuild functions.  ``needs_trust``: other names, that a
-loader which executes the pickle would have to be trusted with.  ``hostile``: names that run,
-import or open things."""
+"""``safe``: plain data and torch's own rebuild functions.  ``needs_trust``: other names, which a loader that executes
+the pickle has to trust.  ``hostile``: names that run, import or open things."""
 
 
 class _Slot:
@@ -274,7 +273,7 @@ class Origin:
         state_path: the keys that lead to the state_dict, joined with dots; ``""`` is the whole file; ``None``: the file
             has no state_dict, or several of which none was chosen.
         pickle_protocol: of the file's object pickle; ``None`` if it has none.
-        writer: which torch wrote it, as far as the file tells: ``"torch 2.1 or later"``.
+        writer: which torch wrote it, as far as the file shows: ``"torch 2.1 or later"``.
         has_pickle: whether there is a pickle in the file.
         is_program: whether it contains a program, of which only the weights can be written.
         options: command-line options that make it read this way: ``("--section", "model")``.

@@ -55,7 +55,7 @@ def check_output(
         path: the output; it is opened and read.
         compared: called as bytes are compared.
         passed: what passed by when it was written; ``None``: the source is read again.
-        values: whether to compare them; else only what is said of them: names, dtypes, shapes.
+        values: whether to compare them; otherwise only names, dtypes and shapes.
 
     Returns:
         Bytes of tensor data that were compared.
@@ -100,7 +100,7 @@ def _told(place: _At) -> str:
 
 
 class _Comparison:
-    """What has to be compared: collected first, so that several threads can share it; with places, which few need."""
+    """The pairs to compare: collected first, so that several threads can share them; with places, which few need."""
 
     def __init__(self, compared: Compared, passed: Passed | None = None) -> None:
         self._compared = compared
@@ -310,7 +310,7 @@ def _paired_storages(
 
     Args:
         roots: pairs of trees, each with its place.
-        lowered: what stands for the marker `STATE_DICT` in either.
+        lowered: the node in the place of the marker `STATE_DICT` in both.
 
     Raises:
         CorruptError: the trees differ in anything else.

@@ -91,13 +91,13 @@ class Limits(NamedTuple):
     bytes, in the text and in any string of it."""
 
     json_depth: int = 100
-    """Levels of a value in JSON that nobody reads; the Rust parser behind safetensors stops at 128."""
+    """Levels of a JSON value that nothing reads; the Rust parser in safetensors stops at 128."""
 
     source_nbytes: int = 64 << 20
     """Bytes of a program's source that are looked through; a model of 5,000 modules has about two million."""
 
     source_classes: int = 100_000
-    """Classes in it; every module of a program may have one of its own."""
+    """Classes in it; every module of a program may have its own."""
 
     index_nbytes: int = 64 << 20
     """Bytes of an index of shards.  100,000 tensors take about 12 MB."""

@@ -112,7 +112,7 @@ class Finding:
         return f"{self.code}: {self.message}" + (f" (fix: {self.fix})" if self.fix else "")
 
     def to_dict(self) -> FindingDocument:
-        """The finding as it is in JSON documents."""
+        """The finding for JSON documents."""
         return {"code": self.code, "severity": self.severity, "message": self.message, "fix": self.fix}
 
 
@@ -142,7 +142,7 @@ class Report(Generic[_Document]):
 
     Attributes:
         findings: everything found, in the order it was found.
-        details: the command's own figures, as they are in its JSON document.
+        details: the command's own figures, for its JSON document.
     """
 
     findings: tuple[Finding, ...] = ()
@@ -239,9 +239,9 @@ def convert_command(
 ) -> str:
     """The command that rewrites ``path`` with these options, ready to be pasted into a shell.
 
-    The destination is named after the source, beside it or the archive it is in (here, where it is a URL), and is none
-    of ``taken`` and nothing that is there; ``is_clean`` says so in its name, which has it anyway where only that tells
-    it from the source.  What is neither a file nor standard input is called FILE.
+    The destination is named after the source, beside it or its archive (in the working directory for a URL), and is not
+    in ``taken`` and does not exist; ``is_clean`` says so in its name, which has it anyway if only that distinguishes it
+    from the source.  What is neither a file nor standard input is called FILE.
     """
     from itertools import chain, count
 
@@ -305,7 +305,7 @@ def apart(findings: Iterable[_Finding], given: Sequence[str] = ()) -> Iterator[_
 
 
 def glob_of(name: str, before: str = "") -> str:
-    """A pattern that matches a name, ready to be pasted into a shell; ``?`` stands for what cannot be typed.
+    """A pattern that matches a name, ready to be pasted into a shell; ``?`` replaces characters that cannot be typed.
 
     ``before`` is a pattern of what is before it: ``"*"``.
     """
@@ -395,7 +395,7 @@ def parse_size(text: str) -> int:
 
 
 class Explanation(NamedTuple):
-    """The text behind a code."""
+    """The text of a code."""
 
     title: str
     """What was seen, in a line."""

@@ -365,7 +365,7 @@ tensor_of = made_by_position(TensorEntry)
 
 
 def as_tensor(node: TensorEntry | Storage, *, typed: bool = False) -> TensorEntry:
-    """A bare storage as the tensor of its bytes, or of elements of the type that it declares; a tensor as it is."""
+    """A bare storage as the tensor of its bytes, or of elements of the type that it declares; a tensor unchanged."""
     if isinstance(node, TensorEntry):
         return node
     dtype = (node.dtype if typed else None) or "uint8"

@@ -15,7 +15,7 @@ from ckptkit.errors import CorruptError, FileAccessError, MissingFileError
 __all__ = ["SourceFile", "fill_from", "flush_to_disk", "read_at", "spool_room", "write_at"]
 
 _PAGE = 4096
-"""What is made of a file begins at a multiple of this in its spool, so that it can be mapped."""
+"""Data made from a file begins at a multiple of this in its spool, so that it can be mapped."""
 
 _position = threading.Lock()
 """Held while a file's own position is used, on systems without positioned reads and writes."""
@@ -129,7 +129,7 @@ class SourceFile(Source):
 
     @classmethod
     def of_descriptor(cls, fd: int, path: str) -> SourceFile:
-        """An open file that needs no name of its own; ``path`` is what messages say.
+        """An open file that needs no name of its own; messages use ``path``.
 
         Raises:
             OSError: the descriptor is not open.
@@ -183,7 +183,7 @@ class SourceFile(Source):
         return data
 
     def read_into(self, offset: int, buffer: bytearray | memoryview) -> None:
-        """As `Source.read_into`; no memory is taken for the bytes."""
+        """As `Source.read_into`, without allocating memory."""
         if not hasattr(os, "preadv"):
             super().read_into(offset, buffer)
             return
@@ -231,7 +231,7 @@ def _stamp(status: os.stat_result) -> tuple[int, int, int, int]:
 
 
 class _Spool(SourceFile):
-    """A temporary file without a name: it grows, and nobody else writes to it."""
+    """A growing temporary file without a name, which nothing else writes to."""
 
     __slots__ = ()
 
@@ -241,7 +241,7 @@ class _Spool(SourceFile):
 
 
 def spool_room(source: Source, nbytes: int) -> tuple[int, ByteRange]:
-    """Room for so many bytes that are made of a source's, in its one temporary file, which is closed with it.
+    """Space for bytes that are made from a source's, in its one temporary file, which is closed with it.
 
     Returns:
         The temporary file's descriptor, to write them with, and where in it they are to lie.

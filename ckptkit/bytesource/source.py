@@ -116,7 +116,7 @@ class Source:
         path, size, identity: as above.
         parts: the sources that belong to this one (shards to their index) and are closed with it, by the names that it
             calls them by.
-        spool: the temporary file of what is made of its bytes (`ckptkit.bytesource.local.spool_room`), closed with it.
+        spool: the temporary file for data made from its bytes (`ckptkit.bytesource.local.spool_room`), closed with it.
     """
 
     is_far = False
@@ -221,7 +221,7 @@ class Source:
             piece[:] = self.read(offset + start, len(piece))
 
     def views(self, offset: int, nbytes: int) -> Iterator[bytes | memoryview]:
-        """The bytes from position ``offset`` on, in pieces of any size: as they are at hand, where they are.
+        """The bytes from position ``offset`` on, in pieces of any size, without a copy if possible.
 
         Raises:
             As `read`.
@@ -263,11 +263,11 @@ class Source:
     ) -> None:
         """These ranges, offset and size in bytes of each, are about to be read, in about this order.
 
-        A source that is far fetches them ahead of whoever reads; others need no word.  What is read beside them, or out
-        of order, is read as ever.
+        A source on another machine fetches them ahead of the reader; others ignore this.  What is read beside them, or
+        out of order, is read as ever.
 
         Args:
-            areas: the ranges; they take the place of those that were told before.
+            areas: the ranges; they replace those announced before.
             passing: called by a source that is far with where a run of bytes begins and the bytes, as they come: each
                 once, from several threads, in about their order.
         """
@@ -393,7 +393,7 @@ class ByteRange:
             yield self.read(start, min(chunk_nbytes, self.nbytes - start))
 
     def plain(self) -> ByteRange:
-        """This range, as it is; what `ckptkit.computed` holds has to be made first."""
+        """This range itself; `ckptkit.computed` has ranges that must be made first."""
         return self
 
 
@@ -422,7 +422,7 @@ _TRIPS = 16
 
 
 given_up: ContextVar[threading.Event | None] = ContextVar("ckptkit_given_up", default=None)
-"""Set once nobody wants any more what this thread reads: an interrupt is heard by the main thread alone."""
+"""Set once nobody needs the result of this thread any more: only the main thread receives an interrupt."""
 
 
 def require_wanted() -> None:
@@ -437,7 +437,7 @@ def require_wanted() -> None:
 
 
 def at_once(trips: Sequence[Callable[[], _Record]]) -> list[_Record]:
-    """Make trips to other machines at the same time, and give what comes of them.
+    """Make requests to other machines at the same time, and return their results.
 
     Raises:
         Exception: the first error of them, in their order, once all are back.

@@ -239,7 +239,7 @@ _VERBS = {
     "removed": "was removed",
     "not compared": "was not compared",
 }
-"""What the verdict says of a module in which the same happened to all; others differ."""
+"""What the verdict says about a module in which everything changed in the same way; otherwise they differ."""
 
 _PLURALS = {"differs": "differ", "has another dtype": "have another dtype", "has another shape": "have another shape",
             "was added": "were added", "was removed": "were removed",

@@ -91,7 +91,7 @@ _Parts = list[tuple[object, object]]
 
 
 class _Reader:
-    """What an archive says of its models, in whichever of the layouts."""
+    """The description of an archive's models, in any of the layouts."""
 
     def __init__(self, archive: TorchArchive) -> None:
         self._archive = archive

@@ -95,7 +95,7 @@ def judged(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def is_part(file: Source, path: str) -> bool:
-    """Whether a path is that of a file in the folder that is read, without which its checkpoint is lost."""
+    """Whether a path belongs to a file in the folder being read, without which its checkpoint is lost."""
     if not is_folder(file) or file.is_far or not os.path.lexists(path):
         return False
     from ckptkit.formats.distributed.folder import FolderSource

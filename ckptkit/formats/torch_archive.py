@@ -15,7 +15,7 @@ torch refuses an archive with anything outside its root folder, and one whose ro
 unpacking and packing again.  Here the root is the one folder that has torch's records; everything outside it is
 reported, and searched for names.  Two such folders are refused.
 
-Records beside the data tell who wrote it.  ``version`` counts formats, not releases: 2 is torch 1.4
+Records beside the data show who wrote it.  ``version`` counts formats, not releases: 2 is torch 1.4
 and 1.5, 3 since 1.6.  Since 2.1 there are ``byteorder`` and ``.data/serialization_id``, since 2.7
 ``.format_version`` and ``.storage_alignment`` (``docs/source/notes/serialization.rst``, pytorch pull
 requests 94503, 100994, 143879 and 147788).
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 __all__ = ["METADATA", "PICKLE_FUNCTIONS", "ArchiveKind", "TorchArchive", "archive_kind"]
 
 METADATA = "ckptkit/metadata.json"
-"""The record in which ckptkit keeps a checkpoint's string metadata, a JSON object; torch passes over it."""
+"""The record in which ckptkit keeps a checkpoint's string metadata, a JSON object; torch ignores it."""
 
 PICKLE_FUNCTIONS = frozenset(
     {"build_intlist", "build_tensorlist", "build_doublelist", "build_boollist", "build_tensor_from_id",
@@ -144,7 +144,7 @@ class TorchArchive:
 
     Attributes:
         records, limits: these.
-        programs: folders in which all is a program for one machine.
+        programs: folders that contain only a program for one machine.
 
     Raises:
         AmbiguousError: more than one folder in the archive is torch's.
@@ -196,7 +196,7 @@ class TorchArchive:
 
         Args:
             name: below the root folder.
-            limit: the most bytes it may have; the limit of a pickle where none is given.
+            limit: the most bytes it may have; by default the limit of a pickle.
 
         Raises:
             CorruptError: it is not there, or damaged.
@@ -243,7 +243,7 @@ class TorchArchive:
         return "big" if byteorder == "big" else "little"
 
     def writer(self) -> str | None:
-        """Which torch wrote it, as far as the records tell; ``None``: no torch leaves such records."""
+        """Which torch wrote it, as far as the records show; ``None``: no torch leaves such records."""
         if ".format_version" in self.records or ".storage_alignment" in self.records:
             return "torch 2.7 or later"
         if ".data/serialization_id" in self.records:
@@ -470,7 +470,7 @@ class TorchArchive:
 
 
 def _unvouched(uses: Iterable[GlobalUse]) -> Iterator[Finding]:
-    """What nobody vouches for beside names."""
+    """Parts besides names that count for trust."""
     for use in uses:
         shown = ", ".join(place[:80] for place in use.where) + (", ..." if use.count > len(use.where) else "")
         if use.kind == "code" and use.name == "compiled code":

@@ -1,8 +1,8 @@
-"""An archive of torch that was unpacked: each record is a file of its own below one folder.
+"""An unpacked torch archive: each record is a separate file below one folder.
 
 ``folder/data.pkl`` with ``folder/data/0``, … and ``version`` or ``byteorder`` beside it is what unzip makes of a
-torch-zip (`ckptkit.formats.torch_archive` says what else such archives hold).  The folder and its ``data.pkl`` stand
-for all of it.  It is read as the archive would be: the files one behind the other, in the order of their names,
+torch-zip (`ckptkit.formats.torch_archive` says what else such archives hold).  The folder and its ``data.pkl``
+represent all of it.  It is read like the archive: the files one after the other, in the order of their names,
 ``data.pkl`` first, are the bytes of one `Source`, in which each record has a place.
 
 Regular files count, and links that lead to some inside the folder.  Nothing outside it is read: a link that leads out
@@ -77,7 +77,7 @@ def unpacked_source(path: str) -> UnpackedSource | None:
 
 
 class UnpackedSource(Source):
-    """The files of a folder, one behind the other.
+    """The files of a folder, one after the other.
 
     Args:
         path: what messages call it: the folder, or the pickle in it.

@@ -58,8 +58,8 @@ class Array(NamedTuple):
     """The bytes of an array.
 
     Attributes:
-        dtype: torch name of a floating or complex type; ``"uint8"`` stands for all types without NaN; ``None``: the
-            values are not understood.
+        dtype: torch name of a floating or complex type; ``"uint8"`` represents all types without NaN; ``None``: the
+            values cannot be interpreted.
         data: the bytes, in some order of the elements, each element little-endian.
     """
 

@@ -1,8 +1,8 @@
 """Stand-ins for what only code from elsewhere could make, and the plain values that Python makes by a call.
 
-A file says of an object the name of its class, what it was made from, and its attributes.  A `Foreign` shows that, and
-does nothing.  Its class is this one, whatever the file says: no name of the file is looked up, none is imported, and
-no name with two underscores on both sides, by which Python finds what to call, is taken from it.
+A file describes an object by the name of its class, what it was made from, and its attributes.  A `Foreign` shows that,
+and does nothing.  Its class is this one, whatever the file says: no name in the file is looked up, none is imported,
+and no name with two underscores on both sides, which Python would call, is taken from it.
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ class Builder(Protocol):
 
 
 def stand_in(node: object, build: Builder, keep: Callable[[object], object]) -> Any:
-    """What stands for a node that no value is made of.
+    """The value for a node that cannot be built.
 
     Args:
         node: an object, a name, or a reference to something outside the pickle.

@@ -1,4 +1,4 @@
-"""What came of a check: findings that name file, rule, expected and found; a file's result; the report."""
+"""Results of a check: findings with file, rule, expected and found; a file's result; the report."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class CheckFinding(Finding):
         return f"{self.path}: {super(CheckFinding, self).line}"
 
     def to_dict(self) -> CheckFindingDocument:
-        """The finding as it is in JSON documents."""
+        """The finding for JSON documents."""
         return {
             "path": self.path,
             "code": self.code,
@@ -94,7 +94,7 @@ class FileResult:
         rules: those applied, in order.
         findings: what they found.
         seconds: how long it took.
-        stamp: of the file when it was looked at; ``None``: nobody asked, or it cannot be told.
+        stamp: of the file when it was checked; ``None``: not requested, or unknown.
         against: a digest of all else that the result depends on.
     """
 
@@ -125,7 +125,7 @@ class FileResult:
 
     @classmethod
     def from_dict(cls, file: CheckedFile, findings: Sequence[CheckFindingDocument], **others: Any) -> FileResult:
-        """The result that a document tells, with what was found about the file.
+        """The result in a document, with the findings about the file.
 
         Raises:
             KeyError, TypeError, ValueError: it is not one.
@@ -271,7 +271,7 @@ _LOST = {
     "version": ("worker-version", "the same version of ckptkit", "another"),
     "failed": ("worker-failed", "a result", "an error"),
 }
-"""What is said of each way in which others than this process do not come to a result."""
+"""The findings about results that other processes failed to return."""
 
 
 def lost_result(path: str, problem: str, told: str) -> FileResult:
@@ -280,7 +280,7 @@ def lost_result(path: str, problem: str, told: str) -> FileResult:
     Args:
         path: the file.
         problem: ``"died"``, ``"timed-out"``, ``"version"`` or ``"failed"``.
-        told: what is known of it.
+        told: what is known about it.
     """
     code, expected, found = _LOST[problem]
     return FileResult(path=path, rules=("readable",), findings=(_broken(code, path, expected, found, told),))
@@ -346,7 +346,7 @@ def extra_finding(path: str) -> CheckFinding:
 
 
 def nothing_selected(path: str, message: str) -> FileResult:
-    """The result of a path that stands for no checkpoint."""
+    """The result of a path without a checkpoint."""
     finding = CheckFinding(
         code="nothing-selected",
         severity="error",

@@ -6,7 +6,7 @@ They are in the string metadata under `BESIDE`, as JSON::
 
 ``tree`` is the file's own dict; ``{"$weights": true}`` is where the state_dict stood.  ``among`` are values that stood
 among the tensors of the state_dict: the place that each had in it, its name and it.  ``attributes`` are those of the
-module that the weights were walked from (``names``, ``yaml``); they have no place in a state_dict, and stay in the
+module that the weights were walked from (``names``, ``yaml``); a state_dict has no place for them, and they stay in the
 metadata of a ``.pth`` too.  How values are spelled says `ckptkit.normalize.plain_json`.
 
 A part of the file (a key beside the weights) is kept whole or not at all.  Text that is anything else than described
@@ -137,7 +137,7 @@ def _attributes(checkpoint: Checkpoint, room: _Room) -> dict[str, object]:
 
 
 def _own(document: Mapping[str, Any]) -> dict[str, object]:
-    """The attributes in a document, as they are there.
+    """The attributes in a document, unchanged.
 
     Raises:
         WrongTextError: they are not plain values by name.
@@ -271,7 +271,7 @@ def _taken_out(rest: object, path: str) -> int | None:
     """Take the weights from where they stand; returns the place among the keys of the file's own dict.
 
     Raises:
-        RewriteError: they are in no dict, or the file's own is none.
+        RewriteError: they are in no dict, or the file's own value is not one.
     """
     stands = next((place for place in places(rest, "", path, 1, set()) if place.value is STATE_DICT), None)
     for node in (rest, None if stands is None else stands.node):
@@ -329,7 +329,7 @@ def without_plain_values(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def restored(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint with the values that its metadata hold in their places; as it is where there are none.
+    """The checkpoint with the values from its metadata in their places; unchanged if there are none.
 
     Nothing is restored where something is beside the weights already, or the text is not as described above.
     """
@@ -388,7 +388,7 @@ def _with_among(everything: Mapping[str, object], among: object) -> dict[str, ob
     """The values of a state_dict with others among them, each in its place.
 
     Raises:
-        WrongTextError: they are not described as they are to be, or have the names of others.
+        WrongTextError: they do not have the required form, or have the names of others.
     """
     rows: dict[int, tuple[str, object]] = {}
     reader = PlainReader()

@@ -1,7 +1,7 @@
 """Values of the state_dict that are not plain tensors become dense ones, with nothing made before it is written.
 
-What they can be made of, `ckptkit.normalize.not_plain.dense_form` says, and of weights in FP8 with their scales beside
-them `ckptkit.rewrite.dtype.scaled_weights`; how, `ckptkit.transfer.dense`.
+`ckptkit.normalize.not_plain.dense_form` says what they can be made from, `ckptkit.rewrite.dtype.scaled_weights` does so
+for FP8 weights with their scales beside them, and `ckptkit.transfer.dense` computes them.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _LISTED = 8
 class Densify:
     """Turn sparse, nested, quantized and block-scaled values of the state_dict into dense tensors.
 
-    - Sparse tensors of every layout become what ``to_dense()`` gives, of their own dtype.
+    - Sparse tensors of every layout become what ``to_dense()`` gives, in their own dtype.
     - Nested ones become what ``to_padded_tensor(0)`` gives: the sizes of the tensors inside are lost.
     - Quantized ones become what ``dequantize()`` gives: float32.  Packed parameters of quantized modules
       (``_packed_params._packed_params``) become ``weight`` and ``bias``, and the dtype beside them goes.

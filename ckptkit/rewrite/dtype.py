@@ -1,7 +1,7 @@
 """Cast the floating-point weights to another dtype, with nothing read before it is written.
 
-What is cast is the storage, with every tensor that is a view of it: ties, views, strides and offsets
-(which torch counts in elements) stay as they are.
+A cast changes the storage, with every tensor that is a view of it: ties, views, strides and offsets (which torch counts
+in elements) do not change.
 
 Some weights are values only together with scales beside them (`ckptkit.normalize.quantized`), and are not cast.
 

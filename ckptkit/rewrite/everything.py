@@ -90,7 +90,7 @@ _MAX_KEYS = 300
 
 
 def _by_path(checkpoint: Checkpoint) -> dict[str, TensorEntry | Storage | Object]:
-    """Every tensor, bare storage, array and value made of tensors, by its keys, joined with dots.
+    """Every tensor, bare storage, array and value made from tensors, by its keys, joined with dots.
 
     Raises:
         As `AllTensors`.
@@ -152,7 +152,7 @@ def _bare(entry: TensorEntry) -> TensorEntry:
 
 
 def _array_tensor(node: Object, name: str, path: str) -> TensorEntry | None:
-    """The tensor of an array's values; ``None``: torch has no dtype for it, or it is of a class of its own.
+    """The tensor of an array's values; ``None``: torch has no dtype for it, or its class is custom.
 
     Raises:
         CorruptError: it has fewer bytes than its shape takes.

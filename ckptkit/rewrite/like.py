@@ -4,8 +4,8 @@ Names and shapes decide, no value is read.  A change of names is up to three ste
 become today's, one prefix comes off or is put on.  What ``verify`` advises and what ``convert --like`` does go by
 the same fittings.
 
-An inner ``module`` (``features.module.0.weight``) may be somebody's own attribute, so it comes off only where the
-model has no module of that path.  Old names, as regular expressions:
+An inner ``module`` (``features.module.0.weight``) may be a model's own attribute, so it is removed only if the model
+has no module at that path.  Old names, as regular expressions:
 
 - torchvision's DenseNets before 0.3 had a dot in ``norm.1`` and ``conv.2``, which their own
   ``_load_state_dict`` rewrote when weights were downloaded (``torchvision/models/densenet.py``)
@@ -89,7 +89,7 @@ class Fitting:
     """A change of names, and how a state_dict fits a model after it.
 
     Attributes:
-        causes: what is wrong with the names now; none: they stay as they are.
+        causes: what is wrong with the names now; empty: they do not change.
         options: of ``convert``, to change them.
         is_old: whether they are another release's.
         sources: names of the model that are there with their shape, and the names they have now.
@@ -98,7 +98,7 @@ class Fitting:
         aliases: names of the model that are not there but tied in it to one that is: that one.
         counters: BatchNorm's counts of batches that are not there and that torch adds when it loads: the layer's
             recorded version is before 2, or none is (``torch/nn/modules/batchnorm.py``).
-        unexpected: names as they are now that are not the model's even then.
+        unexpected: current names that even then are not the model's.
     """
 
     causes: tuple[str, ...]
@@ -283,7 +283,7 @@ def _shape(value: Any) -> tuple[int, ...] | None:
 
 
 def _tensors(state_dict: StateDict, fitting: Fitting) -> tuple[object, ...]:
-    """Equal for fittings by which the model gets the same tensors."""
+    """Equal for fittings that give the model the same tensors."""
     values = {name: state_dict.everything[source] for name, source in fitting.sources.items()}
     same = {name: value.view if isinstance(value, TensorEntry) else id(value) for name, value in values.items()}
     return (*sorted(same.items()), *fitting.differing)
@@ -310,7 +310,7 @@ def _renamed(names: Collection[str], steps: Sequence[_Step]) -> list[str]:
 
 
 def _changes(names: Sequence[str], expected: Collection[str]) -> Iterator[tuple[_Step, ...]]:
-    """No change, and every other that may bring the names together; steps in the order in which ``convert`` does."""
+    """No change, and every other that may make the names match; steps in the order of ``convert``."""
     starts = [(off, old) for off in _unwrappings(names, expected) for old in ((), *_old(_renamed(names, off)))]
     yield from ((*off, *old) for off, old in starts)
     for off, old in starts:
@@ -321,7 +321,7 @@ def _changes(names: Sequence[str], expected: Collection[str]) -> Iterator[tuple[
 
 
 def _unwrappings(names: Sequence[str], expected: Collection[str]) -> Iterator[tuple[_Step, ...]]:
-    """Wrappers left where they are, taken off, and with them inner ones called ``module``."""
+    """Wrappers kept, removed, and removed together with inner ones called ``module``."""
     yield ()
     off: tuple[_Step, ...] = ()
     wrapped = [name for name in names if wrapper_of(name)]

@@ -204,7 +204,7 @@ class Rename:
                 raise RewriteError(f"rule {_shown(pattern, replacement)}: bad {where}: {reason}") from None
 
     def __repr__(self) -> str:
-        """As it is in receipts, which the header of each output carries: of a large dict its digest."""
+        """For receipts, which the header of each output contains: for a large dict its digest."""
         rules = self.rules
         if isinstance(rules, Mapping) and len(rules) > _MAX_NAMES:
             from hashlib import sha256
@@ -215,7 +215,7 @@ class Rename:
 
     @property
     def _expressions(self) -> tuple[tuple[str, str], ...]:
-        """The rules, once they are pairs; those of a dict or a function are none."""
+        """The rules, if they are pairs; a dict or a function has none."""
         return () if callable(self.rules) or isinstance(self.rules, Mapping) else self.rules  # type: ignore[return-value]
 
     def rename(self, name: str) -> str:

@@ -344,7 +344,7 @@ def _key(pair: object) -> object:
 
 
 def _same(one: object, other: object) -> bool:
-    """Whether two keys are one; what a stranger nested is compared as it is shown."""
+    """Whether two keys are the same; keys nested by a stranger are compared in their displayed form."""
     if isinstance(one, str) or isinstance(other, str):
         return isinstance(one, str) and one == other
     return one is other or (type(one) is type(other) and step(one) == step(other) != "?")

@@ -1,4 +1,4 @@
-"""Tensors and the storages they share: replaced wherever they stand, without the bytes that none views, tied or not.
+"""Tensors and the storages they share: replaced everywhere, without unused bytes, tied or not.
 
 torch saves whole storages: ``big[:10]`` takes all of ``big`` with it.  What is viewed of a storage
 falls into runs of bytes: spans of tensors (`TensorEntry.span`) that overlap or touch are one, so
@@ -252,7 +252,7 @@ class Tied:
 
 
 def _copied(value: object) -> object:
-    """The tensor over a storage of its own: a new record of the same bytes."""
+    """The tensor over a new storage: another record of the same bytes."""
     return replace(value, storage=replace(value.storage)) if isinstance(value, TensorEntry) else value
 
 

@@ -44,7 +44,7 @@ def allocated(nbytes: int, device: str = "cpu") -> torch.UntypedStorage:
 
 
 class Places:
-    """What ``map_location`` says of storages.
+    """The devices that ``map_location`` gives storages.
 
     Raises:
         RewriteError: it is of a type that says nothing.

@@ -38,7 +38,7 @@ import torch  # noqa: E402 - behind the check, so that its absence is explained
 __all__ = ["ALIGNMENT", "Loader", "dtype_of", "require_dtypes", "tensors"]
 
 _Readable = ByteRange | ConvertedRange | DenseRange
-"""What is read as it is, or made as it is read."""
+"""Bytes that are read unchanged, or made as they are read."""
 
 _SUMMED_READ = 1 << 20
 """Bytes of one read that are summed while they are in a core's own cache."""
@@ -139,8 +139,8 @@ def tensors(
 class Loader:
     """Makes each storage and each tensor once.
 
-    The bytes of storages on the CPU are read all together by `finish`, on several cores; `at_once` is for whoever
-    looks at values before.
+    `finish` reads the bytes of storages on the CPU all together, on several cores; `at_once` is for values needed
+    before.
 
     Args:
         map_location: as `tensors` takes it.
@@ -167,7 +167,7 @@ class Loader:
         self._is_far = False
 
     def expect(self, nodes: Callable[[], Iterable[TensorEntry | Storage]]) -> None:
-        """These, in about this order, are what will be asked for: sources that are far are told."""
+        """These will be requested, in about this order: remote sources are notified."""
 
         def storages() -> Iterator[Storage]:
             for node in nodes():
@@ -288,7 +288,7 @@ class Loader:
         return self._checksums if whole.crc32 is not None else None
 
     def _mapped(self, source: ByteRange, alignment: int) -> torch.UntypedStorage | None:
-        """The bytes where they are in the file; ``None`` where they have to be read."""
+        """The bytes in the file; ``None`` if they have to be read."""
         source = source.file.located(source)
         if source.offset % alignment or not source.nbytes:
             return None

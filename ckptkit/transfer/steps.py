@@ -55,7 +55,7 @@ _ONE_CALL = 16 << 20
 """Bytes asked of one kernel copy: calls cost nothing at this size, and an interrupt is heard soon."""
 
 _MEASURED_NBYTES = 1 << 20
-"""Bytes from which a call tells how fast a way is."""
+"""Bytes from which a call shows how fast a way is."""
 
 _FORGETTING = 0.98
 """What is left after a call of how slow the other ways were: one a third slower is tried again after some fifteen."""

@@ -87,7 +87,7 @@ def check_against(checkpoint: Checkpoint, model: nn.Module, context: Context) ->
 
 
 def _emptied(model: nn.Module, context: Context) -> None:
-    """Let the model be as it was before it was filled: nothing of the first checkpoint may be left in it."""
+    """Restore the model's state before it was filled: nothing of the first checkpoint may remain."""
     torch.manual_seed(context.options.seed)
     become(model, without_values(context.reference.make))
     if context.options.dtype is not None:

@@ -25,7 +25,7 @@ from ckptkit.verifier.measure import Fit, identity, model_values
 __all__ = ["become", "fill_model", "has_no_values", "has_own_loading", "without_value"]
 
 _LOADING = ("__setattr__", "_load_from_state_dict", "load_state_dict", "set_extra_state")
-"""Methods that a load calls, and a module may have of its own."""
+"""Methods that a load calls, and that a module may define."""
 
 
 def has_no_values(model: nn.Module) -> bool:
@@ -122,7 +122,7 @@ def _settle(group: list[_Slot], taken: dict[int, list[tuple[int, int]]]) -> None
 
     Args:
         group: the slots.
-        taken: by storage, the bytes that are somebody's already.
+        taken: the bytes that are already in use, by storage.
     """
     _, _, is_parameter, before = group[0]
     loaded = [_in(slot) for slot in group]
@@ -140,7 +140,7 @@ def _settle(group: list[_Slot], taken: dict[int, list[tuple[int, int]]]) -> None
 
 
 def _take(tensor: torch.Tensor, taken: dict[int, list[tuple[int, int]]]) -> bool:
-    """Note the bytes a tensor is in; whether nobody has any of them."""
+    """Note the bytes of a tensor; whether nothing else uses any of them."""
     if tensor.layout is not torch.strided or not tensor.numel():
         return True
     begin = tensor.data_ptr()

@@ -1,9 +1,9 @@
 """Models whose parameters have a shape and no values: nothing is drawn at random, no memory is taken.
 
-While a factory runs, each parameter it registers is replaced with one of the same shape, stride, dtype and
-sharing on the meta device; buffers and plain attributes stay as they are, because a checkpoint may not hold
-them.  The way in is torch's own hook, ``register_module_parameter_registration_hook`` of
-``torch/nn/modules/module.py`` (since 2.0), which adds to nothing but registration, and only in this thread.
+While a factory runs, each parameter it registers is replaced with one of the same shape, stride, dtype and sharing on
+the meta device; buffers and plain attributes do not change, because a checkpoint may not contain them.  The way in is
+torch's own hook, ``register_module_parameter_registration_hook`` of ``torch/nn/modules/module.py`` (since 2.0), which
+adds to nothing but registration, and only in this thread.
 
 A factory may do what cannot be done without values: read them, keep a parameter in a place where no
 ``load_state_dict`` finds it, compute a buffer from one.  All of that is looked for afterwards, and such a
@@ -61,7 +61,7 @@ def without_values(make: Callable[[], nn.Module]) -> nn.Module:
 
 
 class _Shells:
-    """The parameters without values of one model, and what they stand for."""
+    """The parameters without values of one model, and the originals."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -163,8 +163,8 @@ def _has_derived(module: nn.Module, owned: dict[int, nn.Parameter]) -> bool:
 def _may_lack_parts(module: nn.Module) -> bool:
     """Whether a parametrization may be without what it computes from the first weight.
 
-    Where it needs values it can fail with NotImplementedError (up to torch 2.2 each read of a value does), which
-    ``register_parametrization`` takes for "has no right inverse".
+    If it needs values it can fail with NotImplementedError (up to torch 2.2 each read of a value does), which
+    ``register_parametrization`` misreads as "has no right inverse".
     """
     return isinstance(module, parametrize.ParametrizationList) and any(
         hasattr(each, "right_inverse") and type(each) is not _WeightNorm for each in module
