@@ -40,6 +40,9 @@ _GET = rb"h.|j...."
 _INT = rb"K.|M..|J....|\x8a\x05.....|\x8a\x06......"
 _SIZE = rb"\)|(?:%(i)s)\x85|(?:(?:%(i)s)){2}\x86|(?:(?:%(i)s)){3}\x87|\((?:%(i)s)(?:(?:%(i)s)){3,5}t" % {b"i": _INT}
 _SHORT_PUT, _LONG_PUT = rb"q(.)", rb"r(....)"
+_LAST_SHORT = 255
+"""The last entry of the memo that a BINPUT can write."""
+
 _NAME_PUT = rb"r(....)(%b)" % _GET
 """What follows a tensor's name: its PUT, and the GET of `REBUILD`."""
 
@@ -110,7 +113,7 @@ class TensorShortcut:
         Of its memo entries those are made that others refer to: the storage's key, sizes that are new, the tensor.
         ``None``: it is not quite like others, and nothing was done.
         """
-        found = self._found(data, at)
+        found = self._found(data, at, memo)
         if found is None:
             return None
         (
@@ -254,11 +257,13 @@ class TensorShortcut:
             return None  # it does not lie inside its storage, or is no plain tensor
         return tensor_of(storage, first, sizes, strides, row.name, needs_grad == b"\x88")
 
-    def _found(self, data: bytes, at: int) -> re.Match[bytes] | None:
+    def _found(self, data: bytes, at: int, memo: dict[int, object]) -> re.Match[bytes] | None:
         """The tensor's opcodes; ``None``: they are others, or those that follow are not worth a pattern yet."""
         if self._after[0] > 0:
             self._after[0] -= 1
             return None
+        if len(memo) > _LAST_SHORT:  # the pattern of shorter PUTs need not be made
+            self._puts = _LONG_PUT
         found = _pattern(self._puts)(data, at)
         if found is None and self._puts is _SHORT_PUT:
             found = _pattern(_LONG_PUT)(data, at)
