@@ -225,8 +225,9 @@ def _prefix(checkpoint: Checkpoint, contents: Everything) -> Iterator[Finding]:
     carrying = [prefix for prefix in map(wrapper_of, names) if prefix]
     if not carrying or any(finding.code == "wrapped-model" for finding in checkpoint.findings):
         return
-    bare = Counter(map(unwrapped, names))
-    twice = next((name for name in names if bare[unwrapped(name)] > 1), None)
+    plain = [*map(unwrapped, names)]
+    bare = Counter(plain)
+    twice = next((name for name, each in zip(names, plain, strict=True) if bare[each] > 1), None)
     told = "" if twice is None else f"; it cannot be removed, because two would be called {unwrapped(twice)!r:.60}"
     yield Finding(
         code="module-prefix",

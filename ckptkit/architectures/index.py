@@ -215,12 +215,15 @@ class ArchitectureIndex:
         """The row of this number."""
         return _row(json.loads(self._all_lines()[number]))
 
-    def sharing(self, hashes: Sequence[int]) -> dict[int, int]:
+    def known(self, hashes: Iterable[int]) -> set[int]:
+        """Those of these hashes that any row's sketch has; few models have any, and `sharing` takes longer."""
+        return {*hashes}.intersection(self._all_sketches())
+
+    def sharing(self, hashes: Collection[int]) -> dict[int, int]:
         """How many of these hashes each row's sketch has, for rows that have any."""
         sketches = self._all_sketches()
         result: dict[int, int] = {}
-        known = {*hashes}.intersection(sketches)  # in a third of the time; few models have any
-        for place in compress(count(), map(known.__contains__, sketches)) if known else ():
+        for place in compress(count(), map({*hashes}.__contains__, sketches)) if hashes else ():
             result[place // SKETCH] = result.get(place // SKETCH, 0) + 1
         return result
 

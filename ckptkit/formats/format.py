@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from importlib import import_module
 from typing import TYPE_CHECKING, NamedTuple
@@ -118,16 +118,15 @@ class Around(NamedTuple):
         return error
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
-class Format:
+class Format(NamedTuple):
     """One container, and everything about it that others ask: no name of one is compared anywhere else.
 
     Attributes:
         name: as in `Origin.format` and the JSON documents.
-        suffixes: endings of destinations that choose it, the customary one first.
         claims: whether the file claims to be of this container.
             After that the decision is final: anything wrong with the file is that container's error.
         reader: the module that reads it.
+        suffixes: endings of destinations that choose it, the customary one first.
         writer: the module that writes it; ``None``: cannot be written.
         has_pickle: whether there may be pickles in it; the shards of an index without any must be of ``shards``.
         is_program: whether it contains a program, of which only the weights can be written.
@@ -145,9 +144,9 @@ class Format:
     """
 
     name: str
-    suffixes: tuple[str, ...] = ()
     claims: Callable[[Probe], bool]
     reader: str
+    suffixes: tuple[str, ...] = ()
     writer: str | None = None
     has_pickle: bool = True
     is_program: bool = False

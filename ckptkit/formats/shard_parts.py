@@ -134,7 +134,7 @@ def part_error(file: Source) -> PartError:
 def _shard(file: Source) -> Part | None:
     """As one of the shards of an index, or by a shard's customary name."""
     folder, name = _place(file)
-    customary = CUSTOMARY.fullmatch(name)
+    customary = CUSTOMARY.fullmatch(name) if "-of-" in name else None
     count = int(customary[3]) if customary is not None else 0
     layout, lacks = "a sharded checkpoint", "the other tensors are in the other shards"
     usual = (f"{customary[1]}{customary[4]}.index.json",) if count > 1 and customary is not None else ()

@@ -166,7 +166,7 @@ class TorchArchive:
                 for name, record in records.items()
                 if not name.startswith(root) and not (name.endswith("/") and root.startswith(name))
             }
-        if any(map(_OWN_ROOT.match, self._outside)):
+        if self._outside and any(map(_OWN_ROOT.match, self._outside)):
             roots = sorted({root[:-1], *(found[1] for found in map(_OWN_ROOT.match, self._outside) if found)})
             raise AmbiguousError(
                 f"an archive with {len(roots)} root folders ({', '.join(roots[:3])}); torch treats the first as the "

@@ -432,7 +432,9 @@ def unwrapped_in_digests(name: str) -> str:
 def _without(name: str, anywhere: Collection[str], leading: Collection[str]) -> str:
     *parents, last = name.split(".")
     parents = [part for part in parents if part not in anywhere]
-    kept = next((place for place, part in enumerate(parents) if part not in leading), len(parents))
+    kept = 0
+    while kept < len(parents) and parents[kept] in leading:
+        kept += 1
     return ".".join([*parents[kept:], last])
 
 

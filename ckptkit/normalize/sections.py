@@ -46,7 +46,7 @@ from ckptkit.normalize.shapes import (
     tensor_at_a_glance,
     weights_at_sight,
 )
-from ckptkit.pickling.inert import SCALARS, Global, InertDict, Object, children, mapping_items, walk
+from ckptkit.pickling.inert import SCALARS, Global, InertDict, Object, children, is_bare_leaf, mapping_items, walk
 from ckptkit.pickling.tensors import is_tensor_like
 
 __all__ = [
@@ -379,7 +379,7 @@ def above_tensors(root: object) -> set[int]:
     for node in walk(root):
         if isinstance(node, (TensorEntry, Storage)):
             found.append(id(node))
-        for child in children(node):
+        for child in () if is_bare_leaf(node) else children(node):
             if not isinstance(child, SCALARS):
                 above.setdefault(id(child), []).append(id(node))
     holding = set(found)

@@ -51,7 +51,6 @@ class Hold(Protocol):
 
 
 _Node = TypeVar("_Node")
-
 _I32 = Struct("<i").unpack_from
 _U32 = Struct("<I").unpack_from
 _U64 = Struct("<Q").unpack_from

@@ -20,7 +20,7 @@ from ckptkit.checkpoint import GRAVITY, GlobalUse, Storage, Verdict
 from ckptkit.dtypes import BY_STORAGE_CLASS, DTYPES
 from ckptkit.patterns import pattern
 from ckptkit.pickling.dangerous import is_dangerous, is_kept_code
-from ckptkit.pickling.inert import SCALARS, Global, children, mapping_items
+from ckptkit.pickling.inert import SCALARS, Global, children, is_bare_leaf, mapping_items
 
 __all__ = ["assess", "global_uses", "merge_uses", "with_places"]
 
@@ -185,7 +185,7 @@ def _places(root: object, wanted: set[str]) -> dict[str, list[str]]:
         pairs = mapping_items(node) if open_ended and len(keys) < _MAX_KEYS else None
         if pairs is not None:
             for key, value in reversed(pairs):
-                if not isinstance(value, _LEAVES):
+                if not isinstance(value, _LEAVES) and not is_bare_leaf(value):
                     stack.append((value, (*keys, _key(key)), True))
                 if not isinstance(key, _LEAVES):
                     stack.append((key, keys, False))
