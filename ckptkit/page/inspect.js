@@ -2,7 +2,7 @@
 "use strict";
 
 (() => {
-  const { el, count, countOf, figure, size, short } = Page;
+  const { el, count, countOf, figure, size, short, whole } = Page;
   const STATS = ["min", "max", "mean", "std", "zeros", "nan", "inf"];
   const TRUST = {
     safe: ["safe", "good", "Plain data and torch's own functions: loading it runs nothing else."],
@@ -59,10 +59,10 @@
 
   function figures(file) {
     if (file.error) return [];
-    const made = [], weights = file.state_dict, whole = (number) => Number(number.toPrecision(3)) !== number && count(number);
+    const made = [], weights = file.state_dict, exact = (number) => Number(number.toPrecision(3)) !== number && count(number);
     if (weights) {
-      made.push({ label: "parameters", value: short(weights.parameters), note: whole(weights.parameters) });
-      if (weights.buffers) made.push({ label: "in buffers", value: short(weights.buffers), note: whole(weights.buffers) });
+      made.push({ label: "parameters", value: short(weights.parameters), note: exact(weights.parameters) });
+      if (weights.buffers) made.push({ label: "in buffers", value: short(weights.buffers), note: exact(weights.buffers) });
     }
     made.push({ label: "tensors", value: count(file.tensors.names.length) });
     if (weights) made.push({ label: "weights", value: size(weights.nbytes) });
@@ -207,9 +207,11 @@
   function spread(tensors, hasSections, into, reveal) {
     const groups = new Map([["matrices", "Weights of 2 dimensions or more"], ["all", "All floating tensors"]]);
     const isFloat = (i) => /^(b?float)/.test(tensors.kind(i).dtype) && !tensors.isTied(i) && tensors.stat(i, "zeros") !== null;
+    const hasRoles = tensors.kinds.some((kind) => kind.role === "parameter"); // an optimizer's tensors have none
+    const isWeight = (i) => tensors.kind(i).shape.length > 1 && (!hasRoles || tensors.kind(i).role === "parameter");
     const weightsOf = (group) => {
       const found = [];
-      for (let i = 0; i < tensors.total; i++) if (isFloat(i) && (group === "all" || tensors.kind(i).shape.length > 1)) found.push(i);
+      for (let i = 0; i < tensors.total; i++) if (isFloat(i) && (group === "all" || isWeight(i))) found.push(i);
       return found;
     };
     let group = weightsOf("matrices").length > 1 ? "matrices" : "all";
@@ -275,14 +277,14 @@
           { name: "where", mono: true, show: (i) => told[i].path || "(whole file)" },
           { name: "what", width: 230, show: (i) => `${told[i].kind || "unknown class"}${told[i].inferred ? " (by its settings)" : ""}` },
           { name: "learning rate", width: 170, number: true, show: (i) => rates(told[i].lr) },
-          { name: "steps or epoch", width: 120, number: true, show: (i) => figure("steps" in told[i] ? told[i].steps : told[i].last_epoch) },
+          { name: "steps or epoch", width: 140, number: true, show: (i) => whole("steps" in told[i] ? told[i].steps : told[i].last_epoch) },
           { name: "groups", width: 80, number: true, show: (i) => figure(told[i].groups) },
-          { name: "tensors", width: 80, number: true, show: (i) => figure(told[i].tensors) },
+          { name: "tensors", width: 90, number: true, show: (i) => figure(told[i].tensors) },
           { name: "bytes", width: 90, number: true, show: (i) => (told[i].nbytes ? size(told[i].nbytes) : "") },
         ],
       });
     }
-    const text = (value) => (typeof value === "string" ? value : typeof value === "number" ? figure(value) : JSON.stringify(value));
+    const text = (value) => (typeof value === "string" ? value : typeof value === "number" ? whole(value) : JSON.stringify(value));
     if (pairs.length)
       Page.table(body, {
         label: "Values", thing: "value", total: pairs.length, height: 330, search: pairs.length > 12 && ((i) => `${pairs[i][0]} ${text(pairs[i][1])}`), placeholder: "Search names and values",
@@ -322,7 +324,7 @@
     const list = Page.table(body, {
       label: "Files", thing: "file", total: howMany, height: 300, search: (i) => heads[i].path, placeholder: "Search: part of a path, or a pattern such as *.pth",
       filters: [{ label: "found", value: (i) => worst(heads[i]) }, { label: "kind", value: (i) => words(heads[i].kind) }, { label: "trust", value: (i) => words(heads[i].trust) }],
-      open: (i) => show(i),
+      open: (i) => { show(i); Page.announce(`${Page.cut(heads[i].path, 200)} is shown below`); },
       columns: [
         { name: "file", mono: true, show: (i) => heads[i].path, key: (i) => heads[i].path },
         { name: "kind", width: 120, show: (i) => words(heads[i].kind), key: (i) => heads[i].kind },
