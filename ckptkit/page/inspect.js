@@ -127,7 +127,7 @@
       { name: "bytes", width: 84, number: true, show: (i) => size(tensors.kind(i).nbytes), key: (i) => tensors.kind(i).nbytes });
     if (tensors.stats)
       for (const name of STATS)
-        columns.push({ name: { nan: "NaN", inf: "Inf" }[name] || name, width: { zeros: 84, nan: 66, inf: 66 }[name] || 94, number: true,
+        columns.push({ name: { nan: "NaN", inf: "Inf" }[name] || name, width: { zeros: 84, nan: 66, inf: 66 }[name] || 104, number: true,
           show: (i) => { const value = tensors.stat(i, name); return figure(value === null ? value : Number(value)); }, key: (i) => { const value = tensors.stat(i, name); return value === null ? null : Number(value); },
           bad: name === "nan" || name === "inf" ? (i) => tensors.stat(i, name) > 0 : null });
     else columns.push({ name: "role", width: 100, show: (i) => (tensors.isTied(i) ? "tied" : tensors.kind(i).form || (tensors.kind(i).role === "unknown" ? "" : tensors.kind(i).role)), key: (i) => tensors.kind(i).role });
@@ -165,7 +165,9 @@
       el("header", {}, el("h3", {}, name), el("button", { type: "button", class: "quiet", onclick: close }, "Close")),
       el("div", { class: "two" }, Page.facts(told), right));
     const histogram = tensors.histograms && tensors.histograms[i];
-    if (histogram && tensors.stat(i, "min") === tensors.stat(i, "max")) right.append(el("p", { class: "none" }, `All ${countOf(binsOf(histogram).sum, "finite value")} are ${figure(tensors.stat(i, "min"))}.`));
+    const finite = histogram && binsOf(histogram), least = tensors.stats && tensors.stat(i, "min");
+    if (finite && least === tensors.stat(i, "max")) right.append(el("p", { class: "none" }, finite.sum === 1 ? `The only finite value is ${figure(least)}.` : `All ${count(finite.sum)} finite values are ${figure(least)}.`));
+    else if (finite && finite.bins.some((bin) => Math.abs(bin.middle) > 1e300)) right.append(el("p", { class: "none" }, "There are finite values above 1e300, which are too large to draw."));
     else if (histogram) requestAnimationFrame(() => drawHistogram(right, histogram, name));
     else if (tensors.stats) right.append(el("p", { class: "none" }, kind.dtype.includes("complex") ? "Complex values have no order, and so no histogram." : "There is no finite value to draw."));
     return made;
@@ -198,7 +200,7 @@
         traces: [{ type: "bar", x: bins.map((bin) => bin.middle), y: bins.map((bin) => bin.count), width: bins.map(() => width),
           marker: { color: colors.series(0), line: { width: 0 } }, hoverinfo: "text", textposition: "none",
           hovertext: bins.map((bin) => `${figure(bin.from)} to ${figure(bin.to)}<br>${countOf(bin.count, "value")}, ${((100 * bin.count) / sum).toPrecision(3)} %`) }],
-        layout: { bargap: 0.04, xaxis: { ...colors.axis, tickformat: ".4~g" }, yaxis: { ...colors.axis, type: isLog ? "log" : "linear", tickformat: "~s", dtick: isLog ? 1 : undefined } },
+        layout: { bargap: 0.04, xaxis: { ...colors.axis, tickformat: ".4~g" }, yaxis: { ...colors.axis, type: isLog ? "log" : "linear", tickformat: "~s", dtick: isLog || most.count < 6 ? 1 : undefined, range: isLog ? [-0.3, 1.05 * Math.log10(most.count) + 0.1] : undefined } },
       }),
     }));
   }
@@ -215,7 +217,7 @@
       return found;
     };
     let group = weightsOf("matrices").length > 1 ? "matrices" : "all";
-    let places = weightsOf(group), isLog = true;
+    let places = weightsOf(group), isLog = places.some((i) => tensors.stat(i, "std") > 0 || tensors.stat(i, "max") > 0);
     if (places.length < 2) return;
     const body = Page.part("Spread by layer", { note: "in file order" }, into);
     const chart = { redraw: () => {} };
@@ -228,7 +230,7 @@
     body.append(el("div", { class: "tools" },
       el("label", { class: "grow" }, "Show", el("select", { onchange: (event) => { group = event.target.value; places = weightsOf(group); chart.redraw(); chart.say(sayAll()); } },
         [...groups].filter(([value]) => weightsOf(value).length).map(([value, text]) => el("option", { value, selected: value === group }, text)))),
-      Page.choice("Scale", [[true, "Log"], [false, "Linear"]], true, (value) => { isLog = value; chart.redraw(); })));
+      Page.choice("Scale", [[true, "Log"], [false, "Linear"]], isLog, (value) => { isLog = value; chart.redraw(); })));
     const mostPoints = 1500;
     let drawn = [];
     Object.assign(chart, Page.chart(body, {
@@ -275,7 +277,7 @@
         label: "Optimizers and schedulers", thing: "optimizer or scheduler", total: told.length, height: 240,
         columns: [
           { name: "where", mono: true, show: (i) => told[i].path || "(whole file)" },
-          { name: "what", width: 230, show: (i) => `${told[i].kind || "unknown class"}${told[i].inferred ? " (by its settings)" : ""}` },
+          { name: "what", width: 300, show: (i) => `${told[i].kind || "unknown class"}${told[i].inferred ? " (by its settings)" : ""}` },
           { name: "learning rate", width: 170, number: true, show: (i) => rates(told[i].lr) },
           { name: "steps or epoch", width: 140, number: true, show: (i) => whole("steps" in told[i] ? told[i].steps : told[i].last_epoch) },
           { name: "groups", width: 80, number: true, show: (i) => figure(told[i].groups) },
@@ -304,7 +306,7 @@
       columns: [
         { name: "name", mono: true, show: (i) => uses[i].name, key: (i) => uses[i].name },
         { name: "verdict", width: 120, show: (i) => el("span", { class: `badge ${VERDICTS[uses[i].verdict]}` }, uses[i].verdict), key: (i) => GRAVITY.indexOf(uses[i].verdict) },
-        { name: "calls", width: 80, number: true, show: (i) => count(uses[i].count), key: (i) => uses[i].count },
+        { name: "calls", width: 100, number: true, show: (i) => count(uses[i].count), key: (i) => uses[i].count },
         { name: "where, and what to know", width: 420, show: (i) => [uses[i].reason, uses[i].where.join("; ")].filter(Boolean).join(" \u2013 ") },
       ],
     });

@@ -60,6 +60,8 @@ def elements(
     """
     facts = [fact for fact in facts if fact[1]]
     told_first = [sentence and f"{sentence[0].upper()}{sentence[1:]}.", *(f"{label}: {text}" for label, text in facts)]
+    words = (document["format"], document["kind"], document["trust"] and f"trust: {document['trust']}")
+    told_first.insert(1, ", ".join(each.replace("_", " ") for each in words if each))
     error = [f"error: {document['error']['message']}"] if document["error"] is not None else []
     yield without_scripts(document["path"], [*error, *told_first], document["findings"])
     weights = document["state_dict"]

@@ -68,6 +68,15 @@ const Page = (() => {
     const [a, b] = [one, other].map((text) => text.match(/[\d.]+/g).map(Number));
     return `rgb(${[0, 1, 2].map((n) => Math.round(a[n] + (b[n] - a[n]) * share)).join(", ")})`;
   }
+  // On paper it is light.
+  let shownTheme;
+  function printed(isPrinting) {
+    if (isPrinting) shownTheme = root.dataset.theme || "";
+    root.dataset.theme = isPrinting ? "light" : shownTheme;
+    redraws.forEach((redraw) => redraw());
+  }
+  addEventListener("beforeprint", () => printed(true));
+  addEventListener("afterprint", () => printed(false));
   function themeButton() {
     const label = () => (isDark() ? "Light" : "Dark");
     const button = el("button", { type: "button", class: "theme", onclick: () => {

@@ -268,7 +268,7 @@
     const isPartial = told.findings.some((each) => each.code === "not-loaded");
     const wrong = gravestFirst(told.findings.filter((each) => each.severity !== "info" || each.fix));
     const reasons = [...new Set(wrong.filter((each) => each.severity === "error").map((each) => (told.meanings[each.code] ? told.meanings[each.code].title : each.message)))];
-    verdict(told.ok ? "good" : "error", told.ok ? "Passed" : "Failed", `${told.path} against ${told.reference}${reasons.length ? `: ${reasons.slice(0, 3).join("; ")}${reasons.length > 3 ? " and more" : ""}` : ""}.${isPartial ? " It was not loaded, and nothing was computed." : ""}`);
+    verdict(told.ok ? "good" : "error", told.ok ? "Passed" : "Failed", `${told.path} against ${told.reference}${reasons.length ? `: ${reasons.slice(0, 3).join("; ")}${reasons.length > 3 ? " and more" : ""}` : ""}${isPartial ? "; it was not loaded, and nothing was computed" : ""}.`);
     const whole = told.coverage, seconds = Object.values(told.seconds).reduce((sum, each) => sum + each, 0);
     figures([["tensors of the model", count(whole.tensors), `of ${count(whole.of)}`], ["parameters", percent(whole.parameters_share)],
       told.passes > 0 && ["forward passes", count(told.passes)], ["computed in", told.dtype, `on ${told.devices.join(", ")}`], ["time", time(seconds)]]);
