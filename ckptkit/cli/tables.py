@@ -124,9 +124,8 @@ def columns(
         first: columns that are left out before names and counts are shortened, one after the other.
         last: columns that are left out after that, one after the other.
     """
-    table = [
-        [cell if width is None else _encodable(cell) for cell in row] for row in ([headers] * bool(headers) + [*rows])
-    ]
+    table = [headers, *rows] if headers else rows
+    table = table if width is None else [[*map(_encodable, row)] for row in table]
     layout, widths = _Layout(tuple(range(len(align)))), dict[int, int]()
     for layout in _layouts(align, first, last):
         widths = _widths(table, align, width, layout)
@@ -143,10 +142,14 @@ def columns(
         lines.append((" " * _GAP).join(padded(cell, widths[i], align[i]) for cell, i in cells).rstrip())
         if number or not headers:
             below = [i for i in (*layout.below, *moved) if _must_stand(row[i])]
-            labels = {i: f"{headers[i]} " for i in below if align[i] == "r" and headers}
-            told = (" " * _GAP).join(labels.get(i, "") + row[i] for i in below)
-            lines += wrapped(_INDENT + told, width) if told else ()
+            lines += _below(row, below, headers, align, width)
     return lines
+
+
+def _below(row: Sequence[str], at: Sequence[int], headers: Sequence[str], align: str, width: int | None) -> list[str]:
+    """The lines of the cells that are below their row; numbers are labelled."""
+    told = [f"{headers[i]} {row[i]}" if align[i] == "r" and headers else row[i] for i in at]
+    return [*wrapped(_INDENT + (" " * _GAP).join(told), width)] if told else []
 
 
 def _encodable(cell: str) -> str:

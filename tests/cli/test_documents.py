@@ -240,7 +240,7 @@ def test_what_a_terminal_cannot_show_keeps_its_columns(width: int, monkeypatch: 
     monkeypatch.setattr(ending._ending, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
     rows = [["\u5c64\u5c64\u5c64\u5c64", "[3, 4]"], ["weight", Cell("\u5c64 [5]", "[5]")]]
     lines = columns(rows, ["name", "shape"], "nl", width)
-    assert r"\u5c64\u5c64\u5c64\u5c64  [3, 4]" == lines[1] and all(len(line) <= width for line in lines)
+    assert lines[1] == r"\u5c64\u5c64\u5c64\u5c64  [3, 4]" and all(len(line) <= width for line in lines)
     assert lines[2].startswith("weight" + " " * 20) and lines[2].isascii()
     assert max(map(len, wrapped("\u5c64" * 40, width))) <= width
 

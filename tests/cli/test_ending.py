@@ -359,9 +359,8 @@ def test_no_input_and_no_checkpoint_is_overwritten_by_the_output(folder: Path, r
 
 def test_the_output_goes_to_a_device_a_pipe_or_stdout(folder: Path, run) -> None:
     expected = run("inspect", "lin.pth", cwd=folder).stdout
-    for name in ("-", "/dev/stdout"):
-        done = run("inspect", "lin.pth", "-o", name, cwd=folder)
-        assert (done.returncode, done.stdout) == (0, expected)
+    done = run("inspect", "lin.pth", "-o", "-", cwd=folder)
+    assert (done.returncode, done.stdout) == (0, expected)
     assert not (folder / "-").exists()
     os.mkfifo(folder / "pipe")
     with subprocess.Popen(["cat", folder / "pipe"], stdout=subprocess.PIPE, text=True) as reader:
