@@ -10,7 +10,7 @@ The layers, each importing only from those to its right; a test enforces it:
         > bytesource > codes, documents, fleet, fixes > report, arguments, dtypes, limits, extras > nearness
         > errors, display, shell
 
-What a room is for, where its name does not say it:
+The purpose of rooms whose names do not say it:
 
 - `plan`: what writers make and `transfer` carries out; neither knows the other.
 - `compare`: the proof that an output is right. It reads through the readers, which the mover of bytes must not know.

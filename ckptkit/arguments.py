@@ -64,7 +64,7 @@ _MAX_INDEX = 127
 
 
 def device_problem(given: str) -> str | None:
-    """What is wrong with a device such as ``"cpu"`` or ``"cuda:1"``; ``None``: torch has it, on some machine."""
+    """The problem with a device such as ``"cpu"`` or ``"cuda:1"``; ``None``: torch has it, on some machine."""
     found = _DEVICE.match(given)
     kind = found[1] if found else given.partition(":")[0].strip().lower()
     types = (*DEVICE_TYPES, *_ELSEWHERE)
@@ -294,7 +294,7 @@ def _lines(text: str, indent: str) -> Iterator[str]:
 
 
 def flag(line: str, meaning: str, *, default: bool = False) -> Option[bool]:
-    """An option that is typed alone: it turns on, or off what is on by default."""
+    """A flag: it turns something on, or off if that is on by default."""
     return Option("flag", default, line, meaning)
 
 

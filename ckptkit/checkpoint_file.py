@@ -243,7 +243,7 @@ class CheckpointFile:
         return f"<{self.format} {self.kind} {path!r:.120}, {human_size(origin.size)}, {count}>"
 
     def _repr_html_(self) -> str | None:
-        """What a notebook shows of it, in one screen; ``None``: no more than ``repr`` does."""
+        """For notebooks, in one screen; ``None``: no more than ``repr`` does."""
         from ckptkit.inspection import html_screen
 
         try:

@@ -284,7 +284,7 @@ def _items(source: Checkpoint, output: Checkpoint, comparison: _Comparison) -> N
 
 
 def _extra_values(source: Checkpoint, output: Checkpoint, comparison: _Comparison) -> None:
-    """What a sharded state_dict holds beside plain tensors."""
+    """The values of a sharded state_dict that are not plain tensors."""
     ours, theirs = source.state_dict.extra, output.state_dict.extra
     if set(ours) != set(theirs):
         raise CorruptError("the output does not have the same values beside its tensors; nothing was written")

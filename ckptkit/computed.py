@@ -132,7 +132,7 @@ class _Computed:
     __slots__ = ("_lock", "_plain", "file", "name", "nbytes")
 
     how: ClassVar[str]
-    """What the others are, for messages."""
+    """The kind of the others, for messages."""
 
     def __init__(self, file: Source, nbytes: int, name: str) -> None:
         self.file = file
@@ -162,7 +162,7 @@ class Inflation(_Computed):
     """Deflated bytes of a file (RFC 1951), inflated at most once, and only when they are asked for.
 
     Args:
-        deflated: where they lie.
+        deflated: their place in the file.
         nbytes: size in bytes once inflated, as declared; another size is an error.
         crc32: of the inflated bytes; ``None``: not recorded.
         name: what the bytes are, for messages.
@@ -445,7 +445,7 @@ def is_made(source: ByteSource) -> TypeGuard[ConvertedRange | DenseRange]:
 
 
 def can_be_looked_at(source: ByteSource) -> bool:
-    """Whether a few bytes can be read alone, without others being inflated or computed for them."""
+    """Whether a few bytes can be read without inflating or computing others."""
     return isinstance(source, ByteRange) or (isinstance(source, DenseRange) and source.whole.is_gathered)
 
 

@@ -1,6 +1,6 @@
-"""What is remarkable about a checkpoint: findings, each with the command that fixes it.
+"""Noteworthy facts about a checkpoint: findings, each with the command that fixes it.
 
-Computed from the common representation alone: no tensor byte is read, nothing is loaded.
+They are computed from the common representation: no tensor byte is read, nothing is loaded.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def diagnose(checkpoint: Checkpoint, contents: Everything | None = None) -> tupl
 def everything_in(
     checkpoint: Checkpoint, beside: list[FoundTensor] | None = None, unused: int | None = None
 ) -> Everything:
-    """What the diagnoses look at.
+    """The input of the diagnoses.
 
     Args:
         checkpoint: as it was read.
@@ -177,7 +177,7 @@ def _foreign(checkpoint: Checkpoint, contents: Everything) -> Iterator[Finding]:
 
 
 def _in_values(checkpoint: Checkpoint, names: list[str]) -> list[str]:
-    """The names that are in what was saved: those by which a folder says where it lies do not."""
+    """The names in the saved values, without those by which a folder says where its files are."""
     is_folder = format_named(checkpoint.origin.format).is_folder
     return [name for name in names if name in _places(checkpoint.rest)] if is_folder and names else names
 
@@ -216,7 +216,7 @@ def _weights(checkpoint: Checkpoint, *options: str) -> str | None:
 
 
 def _extract(checkpoint: Checkpoint, *options: str) -> str | None:
-    """The command that writes the weights alone, and says so where there is more."""
+    """The command that writes only the weights, and says so if there is more."""
     alone = ("--weights-only",) if other_parts(checkpoint) or "--section" in options else ()
     return _weights(checkpoint, *options, *alone)
 

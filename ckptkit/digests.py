@@ -28,7 +28,7 @@ weights have no part in it.  A file without any tensor has no content digest.
 A **whole digest** covers everything in the file: every tensor wherever it is, every value, key and class, calls made
 for their effect, ties, and the container's own metadata.  It is ``sha256:`` and the SHA-256 of ``ckptkit-whole-1`` and
 one line for each of ``["tree",digest]``, ``["metadata",[[key,value],…]]`` and ``["ties",[[name,…],…]]``.  A tree's
-digest is that of `tree_digest`.  What is saved again is the same: the order and names of records, their alignment and
+digest is that of `tree_digest`.  Saving again changes nothing: the order and names of records, their alignment and
 times, keys and sharing of storages, strides, byte order, devices, the pickle's protocol and memo, and the order of
 names of tensors do not count.  `ckptkit.differences` finds no difference between two files of one whole digest, with
 ``strict``.  Programs, and files with parts that are not read, have none.

@@ -36,7 +36,7 @@ _MAX_LEVELS = 24
 """Dots of a name that make levels."""
 
 _DOTS = {"ok": "#2da44e", "failed": "#e5484d", "error": "#e5484d", "warning": "#d29922", "info": "#539bf5"}
-"""What a dot looks like before each word that says how it is: 3:1 against white and against black."""
+"""Colors of the dot before each word for a state, with a contrast of 3:1 against white and against black."""
 
 _TEXT = ' style="white-space:pre-wrap"'
 _CELL = ' style="text-align:left;white-space:pre-wrap;vertical-align:top;min-width:5em"'
@@ -96,7 +96,7 @@ def html_block(
     """A title, lines, a table and a tree as HTML for a notebook, light or dark.
 
     Args:
-        title: what it is about.
+        title: the subject.
         lines: below it, above the table; one that begins with a severity and a colon gets its dot.
         headers: of the columns; none: there is no table.
         rows: of the table, as many as are to be shown; a first cell that is a severity gets its dot.
@@ -179,7 +179,7 @@ def _spans(cells: Iterable[tuple[str, str]]) -> str:
 
 
 class _Module(dict[str, Any]):
-    """What is in a module, by label: tensors as lines, and modules; with what all of it comes to."""
+    """The content of a module, by label: tensors as lines, and modules; with the totals."""
 
     tensors = elements = nbytes = 0
 

@@ -3,8 +3,8 @@
 Each finding advises the conversion that it needs, by itself.  `combined_fix` combines them; if two conflict, these
 rules decide, and it says what is left out:
 
-- A command that writes weights alone takes precedence over one that keeps everything: what it drops, the others advised
-  to drop.
+- A command that writes only weights takes precedence over one that keeps everything: the others advised to drop what it
+  drops.
 - The weights are the selected ones; if none are selected, or another section is asked for, those of the most severe
   finding. A section advised besides them, such as averaged weights, gets a separate command.
 - The weights go into the ``.safetensors`` that was advised, unless one of the commands needs a ``.pth``.  A
@@ -171,7 +171,7 @@ def _told(
     is_alone: bool,
     is_model: bool,
 ) -> str:
-    """What the conversion keeps, drops, and does not fix."""
+    """The parts that the conversion keeps, drops, and does not fix."""
     section = dict(options).get(_SECTION)
     of = "" if section is None else f" of {section!r}"
     does = {_TELLING[name].format(value): None for name, value in options if name in _TELLING}

@@ -52,7 +52,7 @@ class Limits:
     """Different names in one pickle.  A large TorchScript archive has some 5,000 classes."""
 
     references: int = 2_000_000
-    """How often nodes are referred to below one root: what is shared counts each time."""
+    """How often nodes are referred to below one root: shared nodes count each time."""
 
     repeated_calls: int = 1000
     """Calls that are written again because their arguments lead back to them.  CPython's own pickler recurses for each,
@@ -107,7 +107,7 @@ class Limits:
     """Shards of one checkpoint.  The largest models known have under 1,000."""
 
     members: int = 50_000
-    """Members of archives that are looked at for pickles alone.  Each takes some 50 microseconds."""
+    """Members of archives that are searched only for pickles.  Each takes some 50 microseconds."""
 
     looked_nbytes: int = 1 << 30
     """Bytes that are inflated for that, or searched for names: some seconds, and room on the disk."""
@@ -118,7 +118,7 @@ class Limits:
 
     unpacked_ratio: int = 100
     """How many times its own bytes a larger one may become, by all that is in it.  Weights shrink by a tenth to a half,
-    those of a model that was pruned by ten, text by four; deflate alone makes 1,032 of one, bzip2, xz and zstd tens of
+    those of a pruned model by ten, text by four; deflate can expand one byte to 1,032, bzip2, xz and zstd to tens of
     thousands."""
 
     levels: int = 4

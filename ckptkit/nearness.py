@@ -1,8 +1,9 @@
-"""What was probably meant by a word that is not known: ``; did you mean resnet18?``.
+"""Finds the word that was probably meant by an unknown one: ``; did you mean resnet18?``.
 
 One rule for options, commands, codes, models, dtypes, sections, members of archives and files.  A word that is the same
-but for case, spaces, ``-`` and ``_`` is meant alone; else the few that begin with what was given; else those that are
-most alike, by `difflib`, and no others that are clearly less so.  Nothing is compared before something is wrong.
+apart from case, spaces, ``-`` and ``_`` is the only suggestion; otherwise the few that begin with the given text;
+otherwise the most similar ones, by `difflib`, without clearly less similar ones.  Nothing is compared before something
+is wrong.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ def _plain(word: str) -> str:
 
 
 def meant_file(path: str) -> str:
-    """The end of a message about a local file that is not there: what is in its folder and may be meant.
+    """The end of a message about a missing local file: files in its folder that may be meant.
 
     That is a file or folder of a name that is alike, or of the same name with another ending; where it is a folder of
     the path that is not there, the same path through one that is.  Of ``FILE!MEMBER`` the file is looked for.

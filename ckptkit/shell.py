@@ -53,7 +53,7 @@ def quoted(word: str, shell: Shell | None = None) -> str:
     """A word as typed.
 
     Args:
-        word: what the program is to be given.
+        word: for the program.
         shell: whose rules; ``None``: those of the one at hand.
     """
     shell = shell or at_hand()

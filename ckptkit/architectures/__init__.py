@@ -61,7 +61,7 @@ _MIN_SIMILARITY = 0.3
 """Below this, nothing is reported."""
 
 _BELOW_ONE = 0.99
-"""What does not fit is not altogether alike, whatever the estimate."""
+"""An inexact fit is never complete, whatever the estimate."""
 
 Deviation = Literal["no head", "another head", "other shapes"]
 
@@ -81,7 +81,7 @@ class Architecture:
         args: the arguments it has to be built with.
         exact: every name and every shape is the model's (``num_batches_tracked`` aside).
         similarity: 1.0 where it is exact; else how much of the two is the same, of which an estimate is made.
-        prefix: what the names have in front of the model's own, wrappers (``module.``) aside.
+        prefix: before the model's own names, apart from wrappers (``module.``).
         others: tensors that are not under the prefix.
         differs: in what it is not exact, where that is one thing; ``None``: it is exact, or nothing like it is known.
         defaults: of the arguments in `args` that are numbers read off the shapes, the library's own values.
@@ -227,7 +227,7 @@ def _architecture(
 def _closest(views: list[_View]) -> tuple[Architecture, ...]:
     """The models with most in common with any of the views, once for the same names and shapes.
 
-    A model that has all but the head in common, or every name, is its own answer: what has less is left out.
+    A model with everything except the head, or with every name in common, stands alone: models with less are left out.
     """
     found: dict[Deviation | None, list[Architecture]] = {"another head": [], "other shapes": [], None: []}
     seen = set()

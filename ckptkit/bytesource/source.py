@@ -263,8 +263,8 @@ class Source:
     ) -> None:
         """These ranges, offset and size in bytes of each, are about to be read, in about this order.
 
-        A source on another machine fetches them ahead of the reader; others ignore this.  What is read beside them, or
-        out of order, is read as ever.
+        A source on another machine fetches them ahead of the reader; others ignore this.  Other reads, or reads in
+        another order, work as usual.
 
         Args:
             areas: the ranges; they replace those announced before.
@@ -278,8 +278,8 @@ class Source:
     def on_read(self, offset: int, nbytes: int, check: Callable[[bytes], object]) -> bool:
         """Leave a look at some bytes until values are read: ``check`` is then called with them, once.
 
-        Where values are around them they come by with those; `settle` fetches what did not.  What is at hand is looked
-        at before this returns.
+        Where values are around them they come by with those; `settle` fetches what did not.  Anything already in memory
+        is checked before this returns.
 
         Returns:
             Whether it is left for later; ``False``: it is to be done now, since nothing is saved.
@@ -299,7 +299,7 @@ class Source:
                 that are small come along, so that reading them next takes no trip; ``None``: everything, parts, too.
 
         Raises:
-            FormatError: what was left is not as it must be.
+            FormatError: the rest is not valid.
         """
         for part in self.parts.values() if areas is None else ():
             part.settle()
@@ -348,7 +348,7 @@ class Source:
 
 
 Readable = str | os.PathLike[str] | Source | BinaryFile | bytes | bytearray | memoryview
-"""What a checkpoint may be read from: a path, a source, an open file, or the bytes themselves."""
+"""The possible sources of a checkpoint: a path, a source, an open file, or the bytes themselves."""
 
 
 def outside(start: int, nbytes: int, whole: int, path: str, told: str = "are not inside a range") -> CorruptError:
@@ -398,7 +398,7 @@ class ByteRange:
 
 
 def made_by_position(cls: Callable[..., _Record]) -> Callable[..., _Record]:
-    """What makes objects of a frozen, slotted dataclass, its fields by position, in a fifth of the time.
+    """A function that makes objects of a frozen, slotted dataclass, with fields by position, in a fifth of the time.
 
     A frozen dataclass sets each field through ``object.__setattr__``; of records that a file has by the hundred
     thousand that takes longer than to read them.  Here they are set in an object of a class with the same slots that

@@ -65,7 +65,7 @@ class Job:
     """A checkpoint and the plan that writes it.
 
     Attributes:
-        checkpoint: what is written, its metadata included.
+        checkpoint: to write, including its metadata.
         source: the open file its bytes are in.
         asked: the destination that was asked for.
         path: the file, or the folder, that is written: of shards, their index.
@@ -89,7 +89,7 @@ class Job:
         """Plan an output.
 
         Args:
-            checkpoint: what is to be written.
+            checkpoint: to write.
             file: the source its bytes are in.
             destination: the output.
             options: the container, the size of shards, and whether the metadata records how it was made: with the
@@ -166,7 +166,7 @@ class Job:
 
     @property
     def stale(self) -> tuple[str, ...]:
-        """What an earlier output left beside this one: the shards of its index, the one file if it was asked for."""
+        """Remains of an earlier output beside this one: the shards of its index, or the one file."""
         if self.plan.index is None:
             return ()
         from ckptkit.formats.sharded import shard_names
@@ -187,10 +187,10 @@ class Outcome:
 
     Attributes:
         section: the weights that were converted; ``None``: no section is selected.
-        options: what was asked for.
-        job: what was planned, and written unless that was not wanted.
-        conversion: what was changed; ``None``: nothing was to be.
-        findings: what is to be told.
+        options: as requested.
+        job: the plan, carried out unless that was not requested.
+        conversion: the changes; ``None``: none were requested.
+        findings: to report.
         part: which part of the output was written, where that is not all.
     """
 
@@ -234,10 +234,10 @@ def run(
     """Convert an open checkpoint, from its options to the output.
 
     Args:
-        checkpoint: what the file holds.
-        file: where its bytes lie.
+        checkpoint: the content of the file.
+        file: with its bytes.
         destination: the output.
-        options: what is asked for; ``like`` is a `ckptkit.Like` by now.
+        options: as requested; ``like`` is already a `ckptkit.Like`.
         rewrite: whether the checkpoint is to be changed as the options say; else it is written as it stands.
         given: the path by which others can open the source too.
         task: the worker's instructions, if it writes a part.

@@ -5,7 +5,7 @@ old one's name and permissions, so that there is the old file or the whole new o
 the file that it leads to is replaced; other hard links keep the old one.  The backup is a hard link to the old file, or
 a copy where the file system has none; it is there before the new file is, and gone again where that cannot be made.
 
-What is replaced is one file on this machine: its container stays, and so none that ckptkit does not write can be.
+Only one file on this machine is replaced, in its own container, which ckptkit must be able to write.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def convert_in_place(source: object, options: ConvertOptions, convert: Convert) 
 
 
 class Replacing(NamedTuple):
-    """A file that is to be converted into itself: what is in it, where its bytes lie, how, and where the old one is."""
+    """A file to convert in place: its content, the source of its bytes, the options, and the place of the old file."""
 
     checkpoint: Checkpoint
     file: Source
@@ -92,7 +92,7 @@ def replacing(path: str, options: ConvertOptions) -> Iterator[Replacing]:
 
 
 def _require_file(path: str) -> None:
-    """Refuse what is not a local file by its path alone.
+    """Refuse a path that is clearly not a local file.
 
     Raises:
         RewriteError: it is not one.

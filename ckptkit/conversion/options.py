@@ -162,13 +162,13 @@ class Conversion:
     Args:
         source: the checkpoint as it was read.
         options: what to do to it.
-        tensors_alone: whether what is written contains tensors and strings alone.
-        weights_alone: whether it contains a state_dict alone.
+        tensors_alone: whether the output contains only tensors and strings.
+        weights_alone: whether it contains only a state_dict.
         restored: whether values of its metadata were brought back to their places, and are to be kept.
 
     Attributes:
         source: that.
-        result: what is to be written.
+        result: to write.
         renames: each name that changed, and its new one.
         dropped: the names that were left out.
         fitting: how the weights fit the model they are to be like; ``None``: they are to be like none.
@@ -417,9 +417,9 @@ def section_like(checkpoint: Checkpoint, file: Source, options: ConvertOptions) 
     """The section whose weights are those of the model in ``options.like``; if there is none, the selected one.
 
     Args:
-        checkpoint: what the file holds.
+        checkpoint: the content of the file.
         file: the file; it stays open.
-        options: what is asked for.
+        options: as requested.
 
     Raises:
         RewriteError: several sections fit, with different tensors; or none fits, and none is selected.

@@ -1,4 +1,4 @@
-"""One conversion, shared among processes: a part alone (``part``), the end of it (``finish``), or all of it from here.
+"""One conversion, shared among processes: a single part (``part``), the end of it (``finish``), or all of it from here.
 
 What there is to share are the shards of an output (`ckptkit.transfer.parts`).  Each process reads the source and plans
 by itself; what travels is the paths, the options and which part is meant.  Processes of one machine help where there is
@@ -151,7 +151,7 @@ def write_part(job: _Job, options: ConvertOptions, share: Share, task: PartTask 
 
     Args:
         job: all of the output.
-        options: what is asked for.
+        options: as requested.
         share: which part.
         task: the worker's instructions; ``None``: the part is for ``finish``.
 
@@ -183,7 +183,7 @@ def write_part(job: _Job, options: ConvertOptions, share: Share, task: PartTask 
 
 
 def _restricted(job: _Job, share: Share) -> Checkpoint:
-    """The checkpoint with the tensors of one part alone."""
+    """The checkpoint with only the tensors of one part."""
     shards = set(shares_of(job.plan, share.count)[share.index - 1])
     holder: Mapping[str, str] = {} if job.plan.index is None else job.plan.index.weight_map
     names = {name for name, shard in holder.items() if shard in shards}
@@ -198,7 +198,7 @@ def finish(job: _Job, options: ConvertOptions, given: str | None) -> Tally:
 
     Args:
         job: all of the output.
-        options: what is asked for.
+        options: as requested.
         given: path of the source, for the commands in messages.
 
     Returns:
@@ -243,7 +243,7 @@ def _finished(job: _Job, options: ConvertOptions, parts: Parts) -> Tally:
 
 
 def _told_missing(job: _Job, options: ConvertOptions, given: str | None, count: int, missing: Mapping[int, str]) -> str:
-    """What is missing, and the command that writes each."""
+    """The missing parts, and the command that writes each."""
     source = job.source.path if given is None else shown(given)
     command = command_line(["ckptkit", "convert", source, job.asked, *words_of(options.but(finish=False))])
     if not count:
@@ -266,7 +266,7 @@ def over_workers(
 
     Args:
         job: all of the output.
-        options: what is asked for; ``jobs`` or ``executor`` says who works.
+        options: as requested; ``jobs`` or ``executor`` chooses the workers.
         given: path of the source; ``None``: it has none.
         work: writes a part.
 

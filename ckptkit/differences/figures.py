@@ -52,7 +52,7 @@ class Tolerance:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sums:
-    """What is known of some elements; those of several pieces can be added.
+    """Facts about some elements; those of several pieces can be added.
 
     Attributes:
         numel: how many elements there are.
@@ -61,7 +61,7 @@ class Sums:
         total: sum of the absolute differences; ``largest``: the largest.  Python's own integers where both are
             whole numbers.
         squares, squares_a, squares_b, product: sums of (b - a)², a², b² and a·b.
-        nan_a, nan_b, nan_both: NaN in the first alone, in the second alone, in both.
+        nan_a, nan_b, nan_both: NaN only in the first, only in the second, in both.
         nan_bits, nan_signs: NaN in both with other bits, and of those with another sign.
         zero_signs: equal in value, but one of them a negative zero.
         infinite: not NaN, infinite in one of them, and not equal.

@@ -64,7 +64,7 @@ class Renamed:
 
     Attributes:
         old, new: its names in the first and in the second.
-        by: ``"content"``: the same bits; ``"shape"``: dtype, shape, order and the end of the name alone.
+        by: ``"content"``: the same bits; ``"shape"``: only dtype, shape, order and the end of the name.
         confidence: ``"certain"``: no other tensor has these bits; ``"likely"``: others have, or it is the only one of
             its shape; ``"guess"``.
     """
@@ -243,7 +243,7 @@ class PairReader:
 
     Attributes:
         checksums: those recorded for the storages of every tensor that is read.
-        measured: what is known of pieces by their views, because they were in memory.
+        measured: facts about pieces by their views, because they were in memory.
     """
 
     def __init__(self, progress: Progress | None = None, tolerance: Tolerance | None = None) -> None:

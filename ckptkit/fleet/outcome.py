@@ -24,12 +24,12 @@ class Outcome(Generic[R]):
     """The result of a task.
 
     Attributes:
-        value: what the work returned; ``None`` where there is a problem.
+        value: what the function returned; ``None`` if there is a problem.
         problem: ``None``: there is none; ``"failed"``: the task raised an error, or something could not be pickled;
             ``"died"``: so did its worker, or no worker took it; ``"timed-out"``; ``"version"``: the worker has another
             ckptkit.
         text: the problem in a sentence.
-        error: what the work raised, where that is an error of ckptkit.
+        error: the error it raised, if it is ckptkit's.
     """
 
     value: R | None = None

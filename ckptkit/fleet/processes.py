@@ -1,9 +1,9 @@
 """One process of our own: how it starts, is talked to and ends; what it does.
 
-A fork takes milliseconds, a new Python a fifth of a second and more.  A process forks where it has one thread alone, on
-Linux, for what other threads hold would stay locked in the copy for ever; by itself, since to import `multiprocessing`
-takes longer than all the forks.  Elsewhere workers are new Pythons, which do not run the user's ``__main__`` again: it
-may have no guard against that.
+A fork takes milliseconds, a new Python a fifth of a second and more.  A process forks if it has only one thread, on
+Linux, because locks that other threads hold would stay locked in the copy for ever; it forks directly, because
+importing `multiprocessing` takes longer than all the forks.  Elsewhere workers are new Pythons, which do not run the
+user's ``__main__`` again: it may have no guard against that.
 
 A worker ignores Ctrl-C, which the driver handles; SIGTERM lets it clean up.  It ends with its driver,
 however that ends.
@@ -43,7 +43,7 @@ _starting = threading.Lock()
 
 
 class Channel(Protocol):
-    """What has the messages of one process for another, as a `multiprocessing.connection.Connection`."""
+    """The messages of one process for another, as a `multiprocessing.connection.Connection`."""
 
     def send_bytes(self, data: bytes) -> None: ...
 
@@ -64,7 +64,7 @@ class Process(Protocol):
         """Hand over a message; waits for it where it is long."""
 
     def receive(self) -> bytes:
-        """What it says.
+        """The next message.
 
         Raises:
             EOFError, OSError: it has ended.
@@ -93,7 +93,7 @@ def started() -> Process:
 
 
 def _may_fork() -> bool:
-    """Whether this process has one thread alone, of Python or any library's."""
+    """Whether this process has only one thread, counting those of Python and of any library."""
     if sys.platform != "linux":
         return False
     try:

@@ -106,7 +106,7 @@ def run(
     Args:
         version: of ckptkit, in the process that asks; where it is not the one here, nothing is begun.
         work: the pickled function.
-        tasks: what it is called with, a pickled list, so that what they share is there once.
+        tasks: its arguments, a pickled list, so that shared parts are there once.
         count: how many they are.
         seconds: the limit of each task; ``None``: none.
         budget: seconds after which no further task is begun.

@@ -64,7 +64,7 @@ _MOST_LEFT = 1000
 
 
 def detect(probe: Probe) -> Format:
-    """The container a file is, by its content alone.
+    """The container of a file, by its content alone.
 
     Raises:
         UnknownFormatError: none; the message says what the file is instead and what helps.
@@ -85,7 +85,7 @@ def read(
     """Open a file and read what is in it, not its tensors.
 
     Args:
-        source: what it is read from; see `source_of`.  A source is closed where it cannot be read.
+        source: to read from; see `source_of`.  A source is closed where it cannot be read.
         section: path of the weights to select, where the file contains several.
         tag: which of several steps is meant, where a folder contains such.
         tp_rules: the file with the rules for joining slices of ranks in a folder
@@ -150,7 +150,7 @@ def _entered(file: Source, limits: Limits) -> Probe:
 
 
 def _checkpoint(probe: Probe, section: str | None, *, ignore_checksums: bool) -> Checkpoint:
-    """What is in a file, normalized."""
+    """The content of a file, normalized."""
     file = probe.file
     raw: RawCheckpoint | None = None
     around: Around | None = getattr(file, "around", None)
@@ -186,7 +186,7 @@ def _checkpoint(probe: Probe, section: str | None, *, ignore_checksums: bool) ->
 
 
 def _read(probe: Probe) -> RawCheckpoint:
-    """What the container's reader finds, and what was found on the way to a folder."""
+    """The result of the container's reader, with findings on the way to a folder."""
     container, file = detect(probe), probe.file
     if not is_folder(file):
         return container.read(probe)
@@ -205,7 +205,7 @@ def _part_instead(
 
 
 def _names_left(probe: Probe | None, error: FormatError) -> tuple[GlobalUse, ...]:
-    """What a file that was refused names beyond what its reader found."""
+    """The names in a refused file beyond those that its reader found."""
     if probe is None:
         return ()
     from ckptkit.formats.contents import names_left
@@ -225,7 +225,7 @@ def given_of(file: Source) -> Source:
 
 
 def source_of(path: Readable, tag: str | None = None, tp_rules: str | os.PathLike[str] | None = None) -> Source:
-    """What contains the bytes of the file that is meant: here alone is decided what may be given as one.
+    """The source of the bytes of a file: only here is it decided which values can be given as one.
 
     Args:
         path: a path, of a file or (``FILE/MEMBER``, ``FILE!MEMBER``) of a member of an archive, where no file has that
@@ -403,7 +403,7 @@ def makes_folder(to: str | None) -> bool:
 def target(
     destination: str | os.PathLike[str], to: str | None = None, shard_nbytes: int | None = None
 ) -> tuple[str, Format, int | None]:
-    """What is to be written.
+    """The checkpoint to write.
 
     Args:
         destination: the output; its ending chooses the container.  One that ends in ``.index.json`` asks for
@@ -443,7 +443,7 @@ def plan(
     """What would be written, and the file it would be.
 
     Args:
-        checkpoint: what is to be written.
+        checkpoint: to write.
         destination: the output.
         to: container name that overrides its ending.
         shard_nbytes: the most bytes of a file; see `target`.

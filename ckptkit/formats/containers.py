@@ -1,4 +1,4 @@
-"""The table of containers: what each is called, how a file shows that it is one, and which modules know the rest.
+"""The table of containers: the name of each, how a file is recognized, and which modules read and write it.
 
 Adding a container is a module with a function ``read(probe)``, whose docstring is its specification,
 and one row in `CONTAINERS`, with its facts.  A module is imported when there is a file for it.

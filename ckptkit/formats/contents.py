@@ -82,7 +82,7 @@ _LIST = re.compile(rb"c[^\n]*\n[^\n]*\n\.[^\n]")
 
 @dataclass(slots=True, kw_only=True)
 class _Found:
-    """What was found of the pickles in a record.
+    """The findings about the pickles in a record.
 
     Attributes:
         is_one: whether there is one.

@@ -1,4 +1,4 @@
-"""What a container is to the rest of ckptkit: a name, how it is known, and the modules that read and write it."""
+"""A container, as the rest of ckptkit sees it: a name, how it is recognized, and the modules that read and write it."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Probe:
     Attributes:
         file: the file.
         limits: bounds on what it may ask for.
-        prefix: what is before the key of each storage: the name of a shard, and a colon.
+        prefix: before the key of each storage: the name of a shard, and a colon.
         head: its first `HEAD_NBYTES` bytes, or all there are.
         outcomes: for containers that cannot claim a file without reading it: the result or the error by name; ``None``:
             the file is none of theirs.
@@ -84,7 +84,7 @@ class Probe:
 
 @dataclass(frozen=True, slots=True)
 class Around:
-    """What a checkpoint was found in.
+    """The source of a checkpoint.
 
     Attributes:
         given: the file that was given: one that is compressed, or an archive.
@@ -136,7 +136,7 @@ class Format:
             tensors share storages in it.
         shards: of an index, the container that its shards are written in.
         is_folder: whether it is a folder that several processes wrote, and that is one checkpoint.
-        ties_once: whether tied tensors are in it under one name alone, and who loads it fills in the others.
+        ties_once: whether tied tensors are in it under one name only, and loading fills in the others.
         loader: the function that programs load it with, where that is one for everything in it.
         maps_location: whether ``loader`` takes a ``map_location``.
         has_classes: whether the classes of its modules are in it, so that loading it needs none of them.

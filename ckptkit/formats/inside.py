@@ -9,7 +9,7 @@ that contain several checkpoints of which one is the model are in `_LAYOUTS`:
   optimizers and other tensors in ``.pth`` files beside it, and ``data``: JSON with pickles in base64, which loading
   runs
 
-What else is in an archive whose one member is opened is looked at for pickles all the same.
+The other members of an archive whose only checkpoint is opened are searched for pickles all the same.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class _Layout:
     """An archive of which it is known which member is the model.
 
     Attributes:
-        what: what it is.
+        what: its description.
         needs: members that identify it.
         meant: the one that is opened.
         pickled: members that contain pickles in JSON.
@@ -169,7 +169,7 @@ class _Archive:
         return self.open(found, owns=False)
 
     def checkpoints(self) -> list[str]:
-        """The names of the members that are checkpoints by their content; of shards with an index the index alone."""
+        """The names of the members that are checkpoints by their content; for shards with an index, only the index."""
         fetch_beginnings([held for held in self.members.values() if isinstance(held, Record)])
         found = [name for name, held in self.members.items() if self._is_checkpoint(name, held)]
         shards: set[str] = set()
@@ -219,7 +219,7 @@ class _Archive:
         return (found[0], None) if found else None
 
     def judged(self, besides: str, layout: _Layout | None) -> ContentSearch:
-        """What is in all members but one, and those that belong to it."""
+        """The content of all members except one, and those that belong to it."""
         contents = ContentSearch(self.limits)
         known = {besides}
         fetch_beginnings([held for held in self.members.values() if isinstance(held, Record)][: self.limits.members])
@@ -389,7 +389,7 @@ def _member_in(file: Source, wanted: str, path: str, limits: Limits) -> Source:
 
 
 def _member(file: Source, wanted: str, path: str, limits: Limits) -> Source:
-    """What a file's member is; of one in an archive inside it, the archive is opened first."""
+    """The kind of a file's member; for one in an archive inside it, the archive is opened first."""
     probe = Probe(file, limits)
     while holds_files(probe) and (compression := compression_of(probe.head)) is not None:
         probe = Probe(decompressed(probe.file, compression, limits), limits)

@@ -9,7 +9,7 @@ Module versions (torch's ``_metadata`` of a state_dict) in containers without a 
 They decide how BatchNorm and others load.  safetensors headers keep them in ``__metadata__`` under
 `VERSIONS`, as JSON: ``{"": {"version": 1}, "bn1": {"version": 2}}``; other readers pass over it.
 
-Where names stand that a safetensors header holds as aliases alone.
+The order of names that a safetensors header has only as aliases:
 
 A tensor with several names is stored once; the other names are in ``__metadata__``, apart from the order of the header.
 Where they do not all come last in the state_dict, their places in it are kept under `ORDER`: a JSON list of numbers,
@@ -79,7 +79,7 @@ def parse(raw: bytes, limits: Limits, what: str, hook: Callable[[dict[str, objec
     Args:
         raw: the text.
         limits: bounds on what it may ask for.
-        what: what the text is, for messages.
+        what: the text's description, for messages.
         hook: called with each object, innermost first; what it gives takes its place.
 
     Raises:

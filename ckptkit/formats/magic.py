@@ -95,7 +95,7 @@ OPAQUE: dict[bytes, str] = {
     b"070701": "a cpio archive; unpack it first",
     b"hsqs": "a SquashFS image; unpack it first",
 }
-"""What may hold pickles and is not read, by its first bytes: what it is, and what to do."""
+"""Files that may contain pickles and are not read, by their first bytes: what they are, and what to do."""
 
 _IS_OPAQUE = re.compile(b"|".join(map(re.escape, OPAQUE)))
 

@@ -240,7 +240,7 @@ class _Reader:
         return None
 
     def findings(self) -> Iterator[Finding]:
-        """What is remarkable about the models."""
+        """Noteworthy facts about the models."""
         if self._unlisted:
             names = ", ".join(name[:80] for name in self._unlisted[:4]) + (", ..." if len(self._unlisted) > 4 else "")
             yield Finding(

@@ -1,6 +1,6 @@
 """A pickle that torch.save did not write: what it asks for, found without executing it.
 
-What a text file in a checkpoint's place is: an error page, a pointer, a configuration, source code.
+The kind of a text file in a checkpoint's place: an error page, a pointer, a configuration, source code.
 
 ZIP archives that are not torch checkpoints: what their records' names say they are, and what to do.
 
@@ -257,7 +257,7 @@ _CHECKPOINTS = (".pth", ".pt", ".pt2", ".ckpt", ".bin", ".safetensors", ".pkl", 
 
 
 def describe_zip(records: Mapping[str, Record]) -> str:
-    """One sentence: what the archive is, and the remedy where there is one.
+    """One sentence: what the archive is, and the remedy if there is one.
 
     Args:
         records: by their full names; no torch container claims them.

@@ -23,8 +23,7 @@ Layout (the safetensors project's README "Format" and ``safetensors/src/tensor.r
 - the data: contiguous, C order, little-endian; no holes, no overlaps, nothing after it
 
 A reader must accept data that is not aligned (older files); a finding says so.
-What is wrong with a header, and where this reader is stricter than the library, is in
-`ckptkit.formats.safetensors`.
+`ckptkit.formats.safetensors` describes errors in a header, and where this reader is stricter than the library.
 
 The writer pads the header with spaces so that data begins at a multiple of 8, and orders tensors by element width,
 widest first, so that each is aligned; names are in the header in state_dict order. It refuses tensors that repeat their

@@ -33,7 +33,7 @@ __all__ = ["known_as", "names_in", "part_error", "part_of"]
 class _Rule(NamedTuple):
     """How a writer calls its files: ``n`` of the pattern is the number of one, ``of`` how many there are.
 
-    One that is ``alone`` is a part whatever is beside it; ``word`` says what is numbered.
+    One that is ``alone`` is a part whatever is beside it; ``word`` is the numbered thing.
     """
 
     pattern: str
@@ -110,7 +110,7 @@ def part_of(file: Source, said: Part | Literal["whole"] | None) -> Part | None:
 
 
 def known_as(name: str) -> tuple[str, bool] | None:
-    """The layout whose files, or folders, are called so, and whether one of them alone is a part."""
+    """The layout whose files, or folders, have such names, and whether a single one of them is a part."""
     for rule in _RULES:
         found = re.fullmatch(rule.pattern, name, re.ASCII)
         if found is not None:
@@ -276,7 +276,7 @@ def _opens(folder: str) -> bool:
 
 
 def _alike(file: Source) -> list[str]:
-    """Names in a file's folder that differ from its own in a rank's (shard's, layer's) number alone, and its own."""
+    """Names in a file's folder that differ from its own only in a rank's (shard's, layer's) number, and its own."""
     folder, name = _place(file)
     pattern = re.escape(re.sub(_NUMBERED, "\\1\0", name)).replace("\0", "[0-9]+")
     return [each for each in _names(file, folder) if re.fullmatch(pattern, each)]
@@ -291,7 +291,7 @@ def _ranks_beside(names: list[str], found: re.Match[str]) -> int:
 
 
 def _folders_alike(file: Source) -> list[str]:
-    """Folders beside a file's own that differ from it in ranks' numbers alone and have such a file, and its own."""
+    """Folders beside a file's own that differ from it only in ranks' numbers and have such a file, and its own."""
     folder, name = _split(file)
     above, own = places.split(folder)
     if re.fullmatch(_MEGATRON, own, re.ASCII) is None:

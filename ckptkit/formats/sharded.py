@@ -117,7 +117,7 @@ def _with_aliases(
 
 
 def _named(probe: Probe) -> tuple[dict[str, str], dict[str, None], dict[str, object]]:
-    """The weight_map, the shards in order and the metadata; of a folder without an index its shards alone."""
+    """The weight_map, the shards in order and the metadata; for a folder without an index only its shards."""
     own: tuple[str, ...] | None = getattr(probe.file, "own", None)
     if own is not None:
         return {}, dict.fromkeys(own), {}
@@ -159,7 +159,7 @@ def _parse(raw: bytes, limits: Limits) -> tuple[dict[str, str], dict[str, object
 
 
 def shard_names(index: str | os.PathLike[str] | Source, limits: Limits = DEFAULT_LIMITS) -> frozenset[str]:
-    """The shards an index names; none where it cannot be read as one.  What was opened is closed."""
+    """The shards an index names; none where it cannot be read as one.  Opened files are closed."""
     try:
         file = index if isinstance(index, Source) else places.opened(os.fsdecode(index))
     except FileAccessError:
@@ -179,7 +179,7 @@ def shard_names(index: str | os.PathLike[str] | Source, limits: Limits = DEFAULT
 
 
 class _Problems:
-    """What is wrong, by kind, in the order it was met."""
+    """Problems, by kind, in the order in which they were met."""
 
     def __init__(self) -> None:
         self._kinds: dict[str, list[str]] = {}

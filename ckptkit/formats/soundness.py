@@ -28,7 +28,7 @@ def require_sound(file: Source, checkpoint: Checkpoint, *, held: bool = True) ->
 
     Args:
         file: the source.
-        checkpoint: what is in it.
+        checkpoint: its content.
         held: whether bytes are checked against checksums and copies; what is left for later is judged in any case.
 
     Returns:
@@ -36,7 +36,7 @@ def require_sound(file: Source, checkpoint: Checkpoint, *, held: bool = True) ->
 
     Raises:
         CorruptError: bytes do not match their recorded checksum, or differ where they must be the same.
-        FormatError: what was left for later is damaged, or a sharded checkpoint is hostile.
+        FormatError: a pickle that was left for later is damaged, or a sharded checkpoint is hostile.
     """
     for each in (file, *file.parts.values()) if held else ():
         recorded: int | None = getattr(each, "crc32", None)

@@ -1,4 +1,4 @@
-"""What a checkpoint may be read from beside a local file: a part of another source, open files, bytes, stdin.
+"""Sources other than local files: a part of another source, open files, bytes, stdin.
 
 Each is a separate `ckptkit.bytesource.Source`; nothing else knows the difference.  The position of a file that is
 given open stays where it was, unless it can only be read from beginning to end: that one is read to its end.
@@ -30,8 +30,8 @@ class Inner(Source):
 
     Args:
         path: what messages call it.
-        area: where its bytes lie.
-        outer: what it is in, which is asked whether it has changed.
+        area: the range of its bytes.
+        outer: the source around it, which is asked whether it has changed.
         name: its own path, with slashes, the ending of what it is compressed with left out.
         owns: whether ``outer`` is closed with it.
         folder: the local folder it is in.
@@ -40,7 +40,7 @@ class Inner(Source):
     Attributes:
         area, name: as above.
         crc32: that an archive records for it, as long as its bytes were not checked against it.
-        around: what it was found in, where it is not what was given.
+        around: the source it was found in, if that is not the given one.
     """
 
     __slots__ = ("_folder", "_outer", "_owns", "_sibling", "area", "around", "crc32", "is_far", "name")
@@ -252,7 +252,7 @@ def _binary(data: object, path: str) -> bytes:
 
 
 def _spooled_stream(file: Any, holder: Source) -> ByteRange:
-    """What an open file gives from here to its end, in the temporary file of a source."""
+    """The rest of an open file, in the temporary file of a source."""
 
     def parts() -> Iterator[bytes]:
         while True:
@@ -276,7 +276,7 @@ _read: tuple[object, ByteRange, Source] | None = None
 
 
 def standard_input() -> Source:
-    """What is piped into this process; read once, however often it is asked for.
+    """The input piped into this process; read once, however often it is requested.
 
     Raises:
         FileAccessError: nothing is, or it cannot be read.

@@ -17,8 +17,8 @@ little-endian.  A tensor whose storage's key is ``None`` has no elements.
 
 A reader must accept views, tensors that nothing names, parameters with their gradients
 (`ckptkit.pickling.dialects`), pickles of any protocol.  Every member must be used up to its last byte.
-Tar archives that are something else are refused by what they begin with.  Torch extracts members
-into a folder to read them; here they are read where they lie.
+Tar archives that are something else are refused by what they begin with.  Torch extracts members into a folder to read
+them; here they are read in place.
 """
 
 from __future__ import annotations

@@ -111,7 +111,7 @@ def read(probe: Probe) -> RawCheckpoint:
 
 
 def _extra_files(archive: TorchArchive) -> Iterator[Finding]:
-    """What the program's author put beside it; nothing that is converted can hold it."""
+    """Files that the program's author put beside it; no conversion can keep them."""
     files = [(name, archive.records[name].nbytes) for name in archive.records if name.startswith(_EXTRA)]
     if files:
         shown = listed([f"{name.removeprefix(_EXTRA)[:80]!r} ({human_size(nbytes)})" for name, nbytes in files], 8)

@@ -1,4 +1,4 @@
-"""A zip archive whose directory cannot be used: what is left of it, seen from the front.
+"""A zip archive whose directory cannot be used: its remains, read from the beginning.
 
 The directory is the last thing written and the first thing read, so a download that stops early leaves an archive that
 readers refuse whole.  But records are consecutive, each after its own header (`ckptkit.formats.zip_archive`), and torch

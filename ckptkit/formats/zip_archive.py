@@ -13,9 +13,9 @@ data descriptors that contradict the directory; records that overlap or have a s
 between records that belong to none, where a reader that goes from header to header would find
 others; bytes after the end.  Encryption and patch flags, absolute and ``..`` names are refused too.
 
-Of an archive that is far the directory alone is read at first: where each record's data begins follows from what is
-left between it and the next (`ckptkit.formats.zip_far`).  The records' own headers and data descriptors are checked
-against it before a record is read here, or before values are given to anyone (`ckptkit.bytesource.Source.settle`).
+For a remote archive only the directory is read at first: where each record's data begins follows from the gaps between
+records (`ckptkit.formats.zip_far`).  The records' own headers and data descriptors are checked against it before a
+record is read here, or before values are given to anyone (`ckptkit.bytesource.Source.settle`).
 
 A CRC-32 of 0 with data after it means "not recorded" (``set_crc32_options(False)`` in torch).
 """
@@ -243,8 +243,8 @@ def _located(area: ByteRange, listed: list[Row], directory_at: int) -> list[int]
     """Where the records' data begins, once their own headers are known not to contradict the directory.
 
     Args:
-        area: where the archive lies.
-        listed: what the directory says, in order of position.
+        area: the range of the archive.
+        listed: the directory's records, in order of position.
         directory_at: where the directory begins.
     """
     window = _Window(area)
@@ -307,8 +307,8 @@ class _LeftForLater:
     """The look at records' own headers, and at what is between the records, that waits until values are read.
 
     Args:
-        area: where the archive lies, in a file that is far.
-        listed: what the directory says, in order of position.
+        area: the range of the archive, in a remote file.
+        listed: the directory's records, in order of position.
         begins: where the records' data begins, according to the directory.
         directory_at: where the directory begins.
 
@@ -339,7 +339,7 @@ class _LeftForLater:
             number: of the second; how many there are: the directory.
             end: where the data of the first ends.
             begin: where that of the second begins.
-            data: what is between.
+            data: the bytes between.
         """
         if self._are_all_known:
             return

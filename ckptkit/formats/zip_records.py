@@ -1,4 +1,4 @@
-"""The end of a ZIP archive, which says where its directory lies.
+"""The end of a ZIP archive, with the position of its directory.
 
 The end record (PKWARE APPNOTE 4.3.16) is the last thing in the file but for a comment of at most 65,535 bytes.  Where
 its fields are too narrow, a zip64 end record (4.3.14) and its locator (4.3.15) are before it.
@@ -65,8 +65,8 @@ UNICODE_PATH = b"\x75\x70"
 """Tag of an extra field that gives a record a second name."""
 
 WINDOW_NBYTES = 4096
-"""Bytes read around a local header: one page, which costs no more than the header alone and contains the headers of the
-small records that follow."""
+"""Bytes read around a local header: one page, which costs no more than the header and contains the headers of the small
+records that follow."""
 
 SIGNED_DESCRIPTORS = {16: "4sIII", 24: "4sIQQ"}
 """Data descriptors that begin with a signature, as torch writes them, by their size."""
@@ -185,7 +185,7 @@ class Records(Mapping[str, Record]):
     """The records of an archive by name, made on request.
 
     Args:
-        area: where the archive lies.
+        area: the range of the archive.
         names: theirs, in directory order.
         begins: where in the archive the data of each begins.
         packed: size in bytes of each.
@@ -338,7 +338,7 @@ def record_source(record: Record) -> ByteSource:
 # Many records at once.
 
 Row = tuple[int, bytes, str, int, int, int, int, int]
-"""A record as `_Central` has it; a tuple alone takes half the time."""
+"""A record as in `_Central`; a bare tuple takes half the time."""
 
 
 def rows_alike(directory: bytes, pos: int, stride: int, count: int, flags: int, method: int) -> list[Row]:
@@ -378,8 +378,8 @@ def begins_alike(area: ByteRange, listed: list[Row], first: int, count: int, end
     Their own headers are laid out as a table, whose columns are compared whole with what the directory says.
 
     Args:
-        area: where the archive lies.
-        listed: what the directory says, in order of position.
+        area: the range of the archive.
+        listed: the directory's records, in order of position.
         first: the first record's number, not 0.
         count: how many they may be.
         end: where the data of the one before ends.

@@ -149,7 +149,7 @@ class Rows(Sequence[TensorRow]):
 
     Attributes:
         sections, names, entries: where each tensor stands, and the tensor.
-        kinds: a row of each kind: of the tensors that differ in name, storage and what they are tied to alone.  The
+        kinds: a row of each kind: for tensors that differ only in name, storage and ties.  The
             same fields for some rows as for all.
         kind_of: the kind of each tensor, by its place in ``kinds``.
         tied_to: the name that a tensor is tied to, by its place in ``names``.

@@ -3,8 +3,8 @@
 Made from the rows of the inspect document, and for whole models from its ``modules``.  Names are split
 on dots to *show* them as a tree; nothing is rebuilt from that.
 
-Siblings whose names differ in a last number alone (``0``, ``1``; ``layer1``, ``layer2``), follow one another without
-a gap, and have the same structure (the same names, shapes, dtypes and classes below) are one branch.
+Siblings whose names differ only in a last number (``0``, ``1``; ``layer1``, ``layer2``), are consecutive, and have the
+same structure (the same names, shapes, dtypes and classes below) are one branch.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class OutlineLine(NamedTuple):
         label: name, below what is above it.
         copies: how many equal ones it represents.
         tensors, parameters, buffers, others, nbytes: of everything it represents; for a line below a folded one, of one
-            of them.  Tied tensors count as tensors alone; parameters, buffers and what is neither in elements.
+            of them.  Tied tensors count only as tensors; parameters, buffers and others count in elements.
         note: dtype and shape of a tensor, class and settings of a module, or dtypes.
         is_tensor: whether it is a tensor.
         dtypes: of everything it represents, as text.
@@ -97,7 +97,7 @@ _Group = list[_Labelled]
 """Branches that are one line: siblings alike, or one."""
 
 _Names = list[Any]
-"""What is below a name, each after its label: tensors' branches, and what is below further names.
+"""Everything below a name, each after its label: tensors' branches, and further names.
 
 Once it is made, the branch of it all is the last item.
 
@@ -144,7 +144,7 @@ class Outline:
 
         Args:
             depth: levels below the whole, and below what all names have in common.
-            modules_only: whether a module that contains tensors alone is one line that names them.
+            modules_only: whether a module that contains only tensors is one line that names them.
         """
         root = self._root
         groups = self._groups(root)
@@ -256,7 +256,7 @@ def _fill(made: dict[str, _Names], leaves: Iterable[tuple[str, _Branch]], *, pac
     """Put tensors below what is above them, all of which is made where it is not there yet.
 
     Args:
-        made: what is below each name.
+        made: the nodes below each name.
         leaves: the names, with the tensors' branches.
         packs: whether names two levels below one may be kept unchanged.
     """
@@ -287,7 +287,7 @@ def _fill(made: dict[str, _Names], leaves: Iterable[tuple[str, _Branch]], *, pac
 
 
 def _unpacked(path: str, made: dict[str, _Names]) -> _Names:
-    """What is below a path as names two levels below it, level by level."""
+    """Everything below a path as names two levels below it, level by level."""
     inside = made[path]
     tails, leaves = inside[1::2], inside[2::2]
     inside.clear()
@@ -302,7 +302,7 @@ def _unpacked(path: str, made: dict[str, _Names]) -> _Names:
 
 
 def _below(path: str, made: dict[str, _Names]) -> _Names:
-    """What is below a path, made with all above it where it is not there yet."""
+    """The node at a path, created with all above it if needed."""
     inside = made.get(path)
     if inside is not None:
         return _unpacked(path, made) if len(inside) % 2 else inside
@@ -451,7 +451,7 @@ def _group_label(group: _Group) -> str:
 
 
 def _pieces(branch: _Branch, names_tensors: bool) -> tuple[str, ...]:
-    """What is at the end of a branch's line but dtypes; of a module without a class, the first tensors it holds."""
+    """The end of a branch's line except dtypes; for a module without a class, the first tensors in it."""
     row = branch.row
     if row is not None:
         shape = str([*row.shape]) if row.value is None else row.value

@@ -1,4 +1,4 @@
-"""What is beside and around the weights: the training state, and the modules of a pickled model.
+"""Everything beside and around the weights: the training state, and the modules of a pickled model.
 
 The training state is scalars, optimizers and schedulers.  An optimizer's state_dict is
 ``{"state": {0: {...}}, "param_groups": [{"lr": ..., "params": [...]}]}`` and does not name its class.  The options in

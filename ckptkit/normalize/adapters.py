@@ -7,7 +7,7 @@ Whose names they are:
 - sd-scripts of kohya: ``lora_unet_….lora_down.weight``, ``.alpha``; ``ss_network_dim`` and the like in the metadata
 - diffusers: ``unet.….to_q.lora.down.weight``, ``processor.to_q_lora.up.weight``, ``lora_linear_layer``; AI-toolkit and
   Black Forest Labs: ``transformer.….lora_A.weight``, ``diffusion_model.``; XLabs: ``qkv_lora1.down.weight``
-- LyCORIS: ``hada_w1_a`` (LoHa), ``lokr_w1`` (LoKr), ``oft_blocks``, ``dora_scale``; loralib: ``lora_A`` alone
+- LyCORIS: ``hada_w1_a`` (LoHa), ``lokr_w1`` (LoKr), ``oft_blocks``, ``dora_scale``; loralib: only ``lora_A``
 - textual inversions: ``string_to_param`` and ``emb_params`` (AUTOMATIC1111), ``<token>`` (diffusers), ``clip_l`` and
   ``clip_g`` (of Stable Diffusion XL)
 
@@ -125,7 +125,7 @@ Mixed = Literal["mixed"]
 
 
 class AdapterDocument(TypedDict):
-    """What is added to a model: an adapter (LoRA or a relative of it), or the embedding of new words.
+    """An addition to a model: an adapter (LoRA or a related type), or the embedding of new words.
 
     Attributes:
         kind: ``"lora"``, ``"dora"``, ``"loha"``, ``"lokr"``, ``"ia3"``, ``"oft"``, ``"boft"``, ``"vera"``,
@@ -139,7 +139,8 @@ class AdapterDocument(TypedDict):
             for each text encoder.  At most 50.
         others: tensors beside, which are not an adapter's.
         base: the model that it was made for; ``None``: unknown.
-        told_by: what says so: ``"adapter_config.json"``, ``"metadata"``; ``"names"``: names and shapes make it likely.
+        told_by: where this is known from: ``"adapter_config.json"``, ``"metadata"``; ``"names"``: names and shapes make
+            it likely.
     """
 
     kind: str
@@ -176,7 +177,7 @@ def customs(names: Sequence[str]) -> str | None:
 
 
 def adapter_in(checkpoint: Checkpoint, text: str) -> AdapterDocument | None:
-    """What the state_dict adds to a model; ``None``: it is not an adapter and has none in it.
+    """The addition in the state_dict; ``None``: it is not an adapter and has none in it.
 
     Args:
         checkpoint: as it was read.
@@ -223,7 +224,7 @@ def adapter_in(checkpoint: Checkpoint, text: str) -> AdapterDocument | None:
 
 
 class _Module:
-    """What an adapter has for one module: the shapes of the parts, and what kinds of adapters these are of."""
+    """An adapter's parts for one module: their shapes, and the kinds of adapters they belong to."""
 
     __slots__ = ("kinds", "shapes")
 
@@ -287,7 +288,7 @@ def _alphas(entries: Mapping[str, TensorEntry | None]) -> set[float]:
 
 
 def small_values(entry: TensorEntry, count: int) -> tuple[float, ...] | None:
-    """The values of a tensor of so few elements; ``None``: it has others, or they cannot be read as they lie."""
+    """The values of a small tensor; ``None``: it is larger, or they cannot be read directly."""
     source, code = entry.storage.source, SMALL_FORMATS.get(entry.dtype)
     if entry.numel != count or not can_be_looked_at(source) or not entry.is_contiguous:
         return None

@@ -2,11 +2,11 @@
 
 A whole model's state_dict is what ``Module.state_dict()`` would give (torch/nn/modules/module.py
 ``_save_to_state_dict``): parameters that are not ``None``, buffers less
-``_non_persistent_buffers_set``, then children, depth first.  What else a class adds in Python
-(``get_extra_state``) cannot be known from the file, with one exception: torch's own quantized
-modules, which keep their weights packed and whose rules `_packed_values` knows.
+``_non_persistent_buffers_set``, then children, depth first.  Anything else that a class adds in Python
+(``get_extra_state``) cannot be known from the file, with one exception: torch's own quantized modules, which pack their
+weights, by rules in `_packed_values`.
 
-What a pickle holds of a module (`module_state`) is its ``__dict__``, in one of these places:
+A pickle's content for a module (`module_state`) is its ``__dict__``, in one of these places:
 
 - the state that BUILD applies, or a member of it where ``__getstate__`` gave a tuple
 - an argument of the function that rebuilds it: ``torch.fx`` (``reduce_graph_module(dict, code)`` and similar) and
@@ -113,10 +113,10 @@ _CONV_STATE = (
     "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "transposed",
     "output_padding", "groups", "padding_mode", "weight", "bias", "scale", "zero_point", "training",
 )  # fmt: skip
-"""What a quantized convolution's state tuple holds, in order."""
+"""The content of a quantized convolution's state tuple, in order."""
 
 _CONV_SAVED = ("weight", "bias", "scale", "zero_point")
-"""What of it ``state_dict()`` saves, in order; a missing bias as ``None``."""
+"""The part of it that ``state_dict()`` saves, in order; a missing bias as ``None``."""
 
 
 def module_state(node: object) -> InertDict | None:
@@ -340,7 +340,7 @@ def _saved_values(node: object, state: InertDict) -> list[tuple[str, object]]:
 
 
 def _packed_values(node: object, state: InertDict) -> list[tuple[str, object]]:
-    """What a quantized module's ``_save_to_state_dict`` adds; scale and zero point as the numbers the file holds.
+    """The values that a quantized module's ``_save_to_state_dict`` adds; scale and zero point as numbers.
 
     Packed weights are objects of C++ classes, whose state is a tuple of the unpacked tensors and the class's name. A
     class that is not known here, but contains such an object, gives it whole.

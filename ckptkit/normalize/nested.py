@@ -37,7 +37,7 @@ _OTHERS = re.compile(r"(?:^|[._])(?:ema|shadow|averaged?|teacher|student|optim\w
 
 
 _STATE = ("state_dict", "_state")
-"""How keys of a file's own dict end under which weights lie, and no module's name."""
+"""Endings of keys in a file's own dict under which weights are, and which no module has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +77,7 @@ class NestedDicts:
 
 @dataclass(slots=True)
 class _Tree:
-    """What a look through a tree of dicts found.
+    """The result of searching a tree of dicts.
 
     Attributes:
         values: by dotted name, in order.
@@ -112,7 +112,7 @@ def is_nested(node: object, key: object, root: object, visit: Callable[[int], bo
 
     Args:
         node: the outermost dict.
-        key: what it is under; anything but a string for the file's own dict.
+        key: of its place; anything but a string for the file's own dict.
         root: the tree it is in, which has no other use for the dicts in it.
         visit: as in `nested_values`.
     """

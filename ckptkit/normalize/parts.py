@@ -1,4 +1,4 @@
-"""What a tree shows about being a part: the share of one rank, slice or stage of a checkpoint.
+"""How a tree shows that it is a part: the share of one rank, slice or stage of a checkpoint.
 
 Facts of the layouts (torch 2.14, DeepSpeed 0.19, Megatron-LM; each seen in files that they wrote):
 
@@ -78,7 +78,7 @@ _PARALLEL = {
 def part_in(
     root: object, state_dict: StateDict, metadata: Mapping[str, str], names: list[str]
 ) -> Part | Literal["whole"] | None:
-    """What the content says: a part, the whole, or nothing (``None``).
+    """The content's verdict: a part, the whole, or none (``None``).
 
     Args:
         root: the tree as it was read.
@@ -113,7 +113,7 @@ _FLAT_PART = Part(
 
 
 def flat_part(root: object, state_dict: StateDict) -> Part | None:
-    """What the ranks' files together lack where their parameters are flat; ``None``: they are not.
+    """The facts that the ranks' files lack if their parameters are flat; ``None``: they are not.
 
     Args:
         root: the tree of all of them.
@@ -413,6 +413,6 @@ def way_out(part: Part) -> str:
 
 
 def part_text(part: Part) -> str:
-    """What a part is, and what it lacks."""
+    """The message about a part, and what it lacks."""
     what = f"{part.piece} of {part.layout}" if part.piece else f"a part of {part.layout}"
     return f"{what}, not the whole: {part.lacks}"

@@ -10,7 +10,7 @@ JSON's own values are the same in Python; values that JSON cannot distinguish ar
     {"$float": "7ff8000000000000"}          NaN and the infinities: their 64 bits in hexadecimal
     {"$weights": true}                      the place of the state_dict
 
-What is written comes back equal; that two values were one object does not.
+Written values come back equal, but not the identity of two values that were one object.
 """
 
 from __future__ import annotations
@@ -402,4 +402,4 @@ _MADE: dict[str, Callable[[Any], object]] = {
     "$float": _float,
     "$dtype": _dtype,
 }
-"""What each object with one key is made to."""
+"""The functions that make a value from each object with one key."""

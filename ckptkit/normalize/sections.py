@@ -1,4 +1,4 @@
-"""What the parts of a file are: which contain weights, which an optimizer, which something else.
+"""The parts of a file: which contain weights, which an optimizer, which something else.
 
 Decided by shape, never by a file's name:
 
@@ -13,7 +13,7 @@ Decided by shape, never by a file's name:
   may be dicts inside dicts (`ckptkit.normalize.nested`).
 - an *optimizer* is a mapping or object with ``state`` and ``param_groups`` (fastai: ``hypers``), whatever it is under;
   never the weights.  Neither are its moments (`ckptkit.normalize.shapes.MOMENTS`).
-- what else contains tensors is a *tensor* or a *collection*; so is a data set of graphs, ``(data, slices)``
+- anything else with tensors is a *tensor* or a *collection*; so is a data set of graphs, ``(data, slices)``
 
 Parts are looked for in dicts, lists, tuples, and the attributes, items and arguments of objects
 (a Namespace, a Trainer, a named tuple), at most `MAX_SECTION_DEPTH` keys down; never inside a part.
@@ -94,7 +94,7 @@ class Candidate:
 
     Attributes:
         path: the keys that lead to it, joined with dots, for lists and ``--section``.
-        kind: what it is.
+        kind: of part.
         node: it.
         keys: the keys that lead to it, unchanged.
         nested: whether its modules are dicts inside dicts, so that names are combined.
@@ -142,7 +142,7 @@ def state_values(kind: str, node: object) -> Iterator[tuple[str, object]]:
 
 
 class SectionSearch:
-    """What the nodes of one tree are.
+    """The kinds of the nodes of one tree.
 
     The tree may share nodes and contain cycles: each node is judged once, and entered once.
 
@@ -207,7 +207,7 @@ class SectionSearch:
         return known
 
     def _kind(self, node: object, key: object) -> _NodeKind | None:
-        """What a node under ``key`` is; ``None``: it has no tensors."""
+        """The kind of a node under ``key``; ``None``: it has no tensors."""
         if isinstance(node, SCALARS):
             return None
         if id(node) not in self._kinds:

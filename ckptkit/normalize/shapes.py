@@ -1,4 +1,4 @@
-"""What a node of an inert tree looks like, without going below what it holds.
+"""The outline of a node of an inert tree, without going below its content.
 
 The terms in which `ckptkit.normalize.sections` judges a tree: what leads from a node to others, what can be read as
 named values, and what belongs to an optimizer.
@@ -84,7 +84,7 @@ _WORD = re.compile(r"[a-z]+")
 
 
 _MORE_THAN_ANY = 1 << 60
-"""Tensors no file has: what is surely weights, whatever it is compared with."""
+"""Tensors that no file has: surely weights, whatever they are compared with."""
 
 
 _GLANCE = 32
@@ -230,7 +230,7 @@ def named_values(node: object) -> list[tuple[object, object]] | None:
 
 
 def parts(node: object) -> list[tuple[object, object]]:
-    """What a node holds, each with what leads there: the keys of a mapping, the indices of a sequence.
+    """The content of a node, each with its key: the keys of a mapping, the indices of a sequence.
 
     Of an object these are its attributes; beside them its items, and what it was made from, by position.
     """

@@ -85,7 +85,7 @@ class Nameless(str):
     position: int
 
     def __new__(cls, position: int) -> Nameless:
-        """What is shown of such a key, with its place."""
+        """The display of such a key, with its place."""
         made = super().__new__(cls, "?")
         made.position = position
         return made
@@ -297,7 +297,7 @@ def _further(steps: _Steps, last: str) -> _Steps:
 
 
 class _Walk:
-    """One way through everything: what is above tensors is entered once."""
+    """One walk through everything: nodes above tensors are entered once."""
 
     def __init__(
         self,
@@ -468,7 +468,7 @@ def _of_list(node: list[object] | tuple[object, ...]) -> list[tuple[object, obje
 
 
 def _of_arguments(node: Object) -> Iterator[tuple[object, object, object]]:
-    """What an object was made from; of StyleGAN's modules the state is in a dict of their loader's."""
+    """The arguments an object was made from; for StyleGAN's modules the state is in a dict of their loader's."""
     kept = persistent(node)
     state = module_state(node) if kept is not None else None
     if kept is None or state is None:

@@ -68,9 +68,9 @@ class Met(NamedTuple):
 
     Attributes:
         place: where; ``a``, ``b``: what is there, `ABSENT` where nothing is.
-        how: ``"differs"``; ``"kinds"``: so much that their parts cannot be compared; ``"order"``: the keys alone are in
-            another order; ``"parted"``: what was one object is two, or the other way round; ``"bytes"``: what is known
-            of the two agrees, and their bytes are left.
+        how: ``"differs"``; ``"kinds"``: so much that their parts cannot be compared; ``"order"``: only the keys are in
+            another order; ``"parted"``: one object became two, or the other way round; ``"bytes"``: the known facts
+            agree, and the bytes are left to compare.
     """
 
     place: Place
@@ -356,4 +356,4 @@ class SameContent:
 
 
 FLAGS = ("is_parameter", "requires_grad")
-"""What a tensor is beyond its values, and a container of weights alone does not hold."""
+"""The properties of a tensor, besides its values, that a container of weights does not store."""

@@ -105,7 +105,7 @@ class CallsThatReach:
         self.is_watchful = False
 
     def watcher(self, callee: Global) -> Callable[[tuple[object, ...]], None] | None:
-        """What is to be called with the arguments of each call of a name; ``None``: nothing."""
+        """The function to call with the arguments of each call of a name; ``None``: nothing."""
         module, name = callee.module, callee.name
         if name == "getattr" and module in ("builtins", "__builtin__"):
             return partial(self._getattr, callee)
@@ -340,7 +340,7 @@ def _calls_back(function: Global) -> bool:
 
 
 def _offence(text: str) -> str:
-    """What is in generated code that torch never generates; ``""``: nothing."""
+    """A part of generated code that torch never generates; ``""``: none."""
     text = unicodedata.normalize("NFKC", text)  # as Python does with identifiers
     for line in text.splitlines():
         if not line or line[0] in " \t":

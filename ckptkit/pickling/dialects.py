@@ -60,7 +60,7 @@ class LegacyTable(StorageTable):
     """The storages of a file before torch 1.6, whose places are known only after the pickle.
 
     Args:
-        file: what they are in.
+        file: the source of the bytes.
         limits: bounds on tensor geometry.
 
     Attributes:
@@ -81,7 +81,7 @@ class LegacyTable(StorageTable):
         return self._storages
 
     def settle(self, key: str, source: ByteRange) -> None:
-        """Say where the bytes of a storage and its views lie: before anyone but the reader sees them.
+        """Set where the bytes of a storage and its views are: before anything but the reader sees them.
 
         Raises:
             KeyError: nothing named the key.

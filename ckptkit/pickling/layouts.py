@@ -55,7 +55,7 @@ class Quantized(NamedTuple):
     """Whole numbers with what makes values of them.
 
     Attributes:
-        numbers: as they lie.
+        numbers: as stored.
         scheme: torch name: ``"per_tensor_affine"``.
         scales, zero_points: one number, or one for each index of a dimension.
         axis: that dimension; ``None``: one number for all.
@@ -135,7 +135,7 @@ Layout = Quantized | Sparse | Nested | Jagged | Meta | OnDevice
 
 
 class Call(NamedTuple):
-    """What makes a tensor, and the result.
+    """The maker of a tensor, and the result.
 
     Attributes:
         made: the innermost call, or a plain tensor.
@@ -158,7 +158,7 @@ class Call(NamedTuple):
 
 
 def call_of(node: object) -> Call:
-    """What makes a tensor: a node without the parameters and subclasses around it."""
+    """The maker of a tensor: a node without the parameters and subclasses around it."""
     cls, is_parameter, requires_grad = "", False, None
     for _ in range(_LAYERS):
         if not isinstance(node, Object) or node.how != "reduce" or len(node.args) not in (3, 4):
@@ -179,7 +179,7 @@ def call_of(node: object) -> Call:
 
 
 class Rebuilt(NamedTuple):
-    """What a call makes.
+    """The result of a call.
 
     Attributes:
         layout: a tensor of a special kind.

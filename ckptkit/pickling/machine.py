@@ -75,7 +75,7 @@ BATCH = 1000
 """Items in one APPENDS or SETITEMS, as CPython's pickler batches them."""
 
 LOADER = ("torch.storage", "_load_from_bytes")
-"""What a plain pickle calls with the bytes of each storage (``torch/storage.py`` ``__reduce__``)."""
+"""The function that a plain pickle calls with the bytes of each storage (``torch/storage.py`` ``__reduce__``)."""
 
 NO_FRAME = 1 << 62
 """Where a frame that is not there ends: no position reaches it."""
@@ -136,7 +136,7 @@ class Machine:
         return self.stack.pop()
 
     def _left_over(self) -> str:
-        """What a pickle that ends with more or less than one value has done by then."""
+        """The effects of a pickle that ends with more or less than one value."""
         count = len(self.stack) + sum(map(len, self.marks))
         said = f"STOP without exactly one value on the stack ({count}{' and a MARK' if self.marks else ''})"
         names = self.globals.values()
@@ -187,7 +187,7 @@ class Machine:
         return text
 
     def pop_mark(self) -> list[object]:
-        """What was pushed since the last MARK."""
+        """The values pushed since the last MARK."""
         items = self.stack
         if not self.marks:
             raise CorruptError("an opcode needs a MARK and there is none")
@@ -415,7 +415,7 @@ class Machine:
         self.stack.append(_python2_str(codecs.escape_decode(text[1:-1])[0]))
 
     def bytes_(self, nbytes: int, make: Callable[[bytes], object] = bytes) -> None:
-        """BINBYTES and its kin; what torch or numpy is given may stay where it lies."""
+        """BINBYTES and similar; arguments of torch's or numpy's functions may be left in place."""
         if self.hold is None or not self.hold.data(self, nbytes):
             self.stack.append(make(self.take(nbytes)))
 

@@ -1,4 +1,4 @@
-"""What a pickle makes and pops off its stack: calls for their effect, recursion, and discarded values.
+"""Values that a pickle makes and pops off its stack: calls for their effect, recursion, and discarded values.
 
 - The sixth item of ``__reduce__`` is a function that is called with the object and its state, and whose result
   does not matter (``Lib/pickle.py`` ``save_reduce``: ``setter``, ``(obj, state)``, REDUCE, POP).  cloudpickle keeps
@@ -57,10 +57,10 @@ class Popped:
 
         Args:
             value: that was popped.
-            top: what is on top of the stack now; ``None``: nothing.
+            top: the top of the stack now; ``None``: nothing.
             data: the pickle, at least to the POP.
             at: position of the POP.
-            memo: what the pickle can still refer to.
+            memo: the values that the pickle can still refer to.
             before: how many pairs it had before some were set right before the POP; ``None``: none were.
         """
         if isinstance(value, SCALARS) or value == ():
@@ -161,7 +161,7 @@ class Popped:
 
 
 def _gotten(data: bytes, at: int, memo: Mapping[int, object]) -> object:
-    """What the pickle takes from the memo at a position, after two more POPs at most; ``None``: nothing."""
+    """The entry that the pickle takes from the memo at a position, after two more POPs at most; ``None``: none."""
     at += 2 if data[at : at + 2] == b"00" else data[at] == _POP
     op, argument = data[at], data[at + 1 : at + 5]
     if op == _GET:

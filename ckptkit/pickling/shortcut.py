@@ -161,7 +161,7 @@ class TensorShortcut:
             at: the position after the tensor.
             memo: gets what the names and tensors write; see `__call__`.
             stack: gets them.
-            callee: what makes the tensors.
+            callee: the maker of the tensors.
             most: how many they may be.
 
         Returns:
@@ -290,7 +290,7 @@ class TensorShortcut:
         return number
 
     def _there(self, index: int, memo: dict[int, object]) -> object:
-        """What is in the memo, or would if the tensor that spelled sizes last had been left to the opcodes."""
+        """The memo, as if the tensor that spelled sizes last had been left to the opcodes."""
         for spelled, puts in self._spelled.items() if index not in memo else ():
             for put, sizes in zip(puts, self._geometries.get(spelled, ()), strict=False):
                 if put and int.from_bytes(put, "little") == index:
@@ -322,7 +322,7 @@ class TensorShortcut:
 
 
 class _Names:
-    """What the four GETs of a tensor name, for as long as the memo has it there."""
+    """The entries that the four GETs of a tensor refer to, while the memo has them."""
 
     __slots__ = ("_found", "_get", "are_usual", "cls", "location", "made")
 
@@ -357,7 +357,7 @@ def _keep_sizes(memo: dict[int, object], put_shape: bytes | None, put_stride: by
 
 
 def _sizes(known: object) -> tuple[int, ...] | None:
-    """What is in the memo, where it is a tuple of whole numbers that sizes can be."""
+    """The memo's entry, if it is a tuple of whole numbers that can be sizes."""
     if isinstance(known, tuple) and all(n.__class__ is int and -_HUGE < n < _HUGE for n in known):
         return known
     return None

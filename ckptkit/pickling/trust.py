@@ -1,4 +1,4 @@
-"""What a name in a pickle would mean for anyone who executed it.
+"""The meaning of a name in a pickle for anyone who executes it.
 
 Four verdicts, from which `ckptkit.checkpoint.Checkpoint.trust` follows:
 

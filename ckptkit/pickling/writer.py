@@ -22,10 +22,10 @@ __all__ = ["write_pickle"]
 
 
 _TUPLES = {1: b"\x85", 2: b"\x86", 3: b"\x87"}
-"""What makes a tuple of so many items."""
+"""The opcode that makes a tuple of so many items."""
 
 REBUILD = Global("torch._utils", "_rebuild_tensor_v2")
-"""What makes a plain tensor of its storage's own type."""
+"""The call that makes a plain tensor of its storage's own type."""
 
 ORDERED = Global("collections", "OrderedDict")
 
@@ -42,8 +42,8 @@ def write_pickle(
     Args:
         root: an inert tree.
         lower: from a node that is not an inert node (a tensor, a storage, a marker) to the inert node for it in the
-            pickle; called once for each object.  A `TensorEntry` that `REBUILD` makes of its storage and sizes alone
-            may represent itself as its `Storage`.
+            pickle; called once for each object.  A `TensorEntry` that `REBUILD` makes from its storage and sizes may be
+            given as its `Storage`.
         protocol: the one the tree was read with, at least 2; names are understood by it.
         common_sizes: whether many tensors may have their shape and stride in common.
 

@@ -300,7 +300,7 @@ def model_findings(
             path,
             rule,
             "a model to run",
-            "the forward pass was asked for, but no model is named (--fits REF), recorded in a golden file, or identified",
+            "the forward pass was asked for, but no model is named (--fits REF), in a golden file, or identified",
         )
         return
     try:

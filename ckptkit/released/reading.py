@@ -52,7 +52,7 @@ _PIECES = 4
 
 @dataclass(slots=True)
 class Values:
-    """What was computed of one tensor's values.
+    """The results for one tensor's values.
 
     Attributes:
         entry: the tensor.
@@ -80,7 +80,7 @@ class Values:
 
 
 class Reading:
-    """What was read.
+    """The results of reading.
 
     Args:
         digested: tensors that are to be digested.
@@ -123,7 +123,7 @@ class Reading:
         return chain(self._first.values(), self._others.values())
 
     def of(self, entry: TensorEntry) -> Values | None:
-        """What was computed of a tensor; ``None``: nothing was wanted of it, or its bytes cannot be inflated."""
+        """The results for a tensor; ``None``: none were requested, or its bytes cannot be inflated."""
         found = self._first.get(id(entry.storage))
         if found is not None and found.entry is not entry and found.entry.view != entry.view:
             found = self._others.get(entry.view)
@@ -221,7 +221,7 @@ def _read_apart(
 
 
 def files_of(file: Source) -> tuple[list[Source], dict[str, Source]]:
-    """What is read: the file and its shards, or all of a folder's own files; and those of several by name."""
+    """The sources to read: the file and its shards, or all of a folder's own files; and those of several by name."""
     parts = hashed_parts(file) if is_folder(file) else file.parts
     return [*([] if is_folder(file) else [file]), *parts.values()], parts
 

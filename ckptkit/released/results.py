@@ -92,7 +92,7 @@ class FileResult:
         size: bytes; ``None``: it could not be read, or is not there.
         sha256: of the file, where it was computed.
         rules: those applied, in order.
-        findings: what they found.
+        findings: from the rules.
         seconds: how long it took.
         stamp: of the file when it was checked; ``None``: not requested, or unknown.
         against: a digest of all else that the result depends on.
@@ -259,7 +259,7 @@ def malformed_finding(path: str, told: str) -> CheckFinding:
 
 
 def _broken(code: str, path: str, expected: str, found: str, message: str) -> CheckFinding:
-    """What is wrong with a file whatever the policy: it cannot be read, or not all of it."""
+    """The problem with a file whatever the policy: it cannot be read, or not all of it."""
     return CheckFinding(
         code=code, severity="error", path=path, rule="readable", expected=expected, found=found, message=message
     )
@@ -419,7 +419,7 @@ class Tally:
 
 
 def _tally_of(document: CheckDocument) -> Tally:
-    """What a document's findings come to."""
+    """The verdict of a document's findings."""
     errors: dict[str, set[bool]] = {}
     unchecked = False
     for finding in document["findings"]:

@@ -179,7 +179,7 @@ def name_of(path: str, folder: str, seen: dict[str, str] | None = None) -> str:
 
     Args:
         path: the file.
-        folder: what it is relative to.
+        folder: the base of relative paths.
         seen: of very many files, gets the names of the folders they are in, each of which is asked for once.
     """
     if not folder and os.sep == "/" and path[:1] not in ("/", ".") and os.path.normpath(path) == path:

@@ -1,4 +1,4 @@
-"""Reading ahead: what is about to be read of a file on another machine is fetched in blocks, several at a time.
+"""Reads ahead: the next bytes of a file on another machine are fetched in blocks, several at a time.
 
 Readers of values announce them (`ckptkit.bytesource.Source.will_read`), in about the order in which they are read.
 Ranges that nearly follow one another are made blocks of 8 to 32 MiB, each byte in one; those of which a whole file
@@ -73,7 +73,7 @@ class _Block:
 
 
 class Brought(NamedTuple):
-    """What a block has of the bytes that are asked for.
+    """The part of the requested bytes in a block.
 
     Attributes:
         data: they.
@@ -106,7 +106,7 @@ class ReadAhead:
     Args:
         read: gives exactly so many bytes from a position; called from several threads.
         areas: the ranges, offset and size in bytes, in about the order in which they are read.
-        passing: what is to see each block as it comes.
+        passing: called with each block as it arrives.
     """
 
     def __init__(
@@ -139,7 +139,7 @@ class ReadAhead:
         self._halt = threading.Event()
 
     def find(self, offset: int, nbytes: int) -> Brought | None:
-        """What a block brings of these bytes, from the first on; ``None``: none does, or it was let go of.
+        """The part of these bytes in a block, from the first on; ``None``: there is none, or it was released.
 
         Raises:
             FileAccessError, CorruptError: as the block could not be fetched.
@@ -191,7 +191,7 @@ class ReadAhead:
         _Room.nbytes += block.end - block.start
 
     def _advance(self, turn: int) -> None:
-        """A reader is at this block: what lies well before it is let go of, and what follows is fetched."""
+        """A reader is at this block: blocks well before it are released, and the following ones are fetched."""
         if turn <= self._at:
             return
         self._at = turn

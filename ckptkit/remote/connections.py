@@ -55,7 +55,7 @@ _PORTS = {"http": 80, "https": 443}
 
 
 class Target(NamedTuple):
-    """What a URL says.
+    """The parts of a URL.
 
     Attributes:
         scheme, host, port: whom to ask.
@@ -152,7 +152,7 @@ class _Raw(io.RawIOBase):
 
 
 class Answer(HTTPResponse):
-    """What a server answers.
+    """A server's answer.
 
     Attributes:
         is_cut: whether the body ended before it was to.

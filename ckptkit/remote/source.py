@@ -58,7 +58,7 @@ _LONG_PICKLE = re.compile(rb"PK\x03\x04.{26}[^/]{1,255}/data\.pkl", re.DOTALL)
 """How an archive of torch begins."""
 
 _Left = tuple[int, int, Callable[[bytes], object]]
-"""What is to be looked at once values are read: offset, size in bytes, and who looks."""
+"""A check that waits until values are read: offset, size in bytes, and the function."""
 
 _begin: Callable[[_Left], int] = itemgetter(0)
 
@@ -234,10 +234,10 @@ class RemoteSource(Source):
         return True
 
     def came(self, offset: int, data: bytes | memoryview) -> None:
-        """Some bytes were read, by whomever: what was left in them is looked at, and what ends in others is kept.
+        """Some bytes were read, by any reader: delayed checks in them are made, and ranges that end in others are kept.
 
         Raises:
-            FormatError: what was left is not as it must be.
+            FormatError: the rest is not valid.
         """
         if not self._later:
             return
@@ -286,7 +286,7 @@ class RemoteSource(Source):
         self._look(left, self.ranges([each[:2] for each in left]))
 
     def _around(self, areas: Sequence[tuple[int, int]]) -> list[_Left]:
-        """What was left that adjoins some ranges, which is then no longer left; small ranges are fetched with it."""
+        """The delayed ranges next to some ranges, which are then removed; small ones are fetched with them."""
         found: list[_Left] = []
         wanted: list[tuple[int, int]] = []
         for offset, nbytes in areas:
@@ -382,7 +382,7 @@ class RemoteSource(Source):
             return min([end, *self._starts[at : at + 1]])
 
     def _brought(self, ahead: ReadAhead, offset: int, nbytes: int) -> memoryview | None:
-        """What was fetched ahead of these bytes; where a block comes, what was left until then is looked at."""
+        """The prefetched part of these bytes; when a block arrives, delayed checks up to it are made."""
         found = ahead.find(offset, nbytes)
         if found is None:
             return None

@@ -79,10 +79,10 @@ class KeepBeside:
 
 
 class _Kept(NamedTuple):
-    """What is moved of a checkpoint.
+    """The values of a checkpoint that are moved.
 
     Attributes:
-        text: what the metadata is to hold; ``None``: nothing is moved.
+        text: for the metadata; ``None``: nothing is moved.
         rest: what stays beside the weights.
         parts: the keys that are moved.
         left: the keys that are not, and why.
@@ -258,7 +258,7 @@ class PutUnder:
         return result.replace(rest=rest, sections=sections, origin=origin)
 
     def replaced(self, checkpoint: Checkpoint) -> str | None:
-        """What is under the key, in words; ``None``: nothing."""
+        """The value under the key, in words; ``None``: nothing."""
         for section in checkpoint.sections:
             if section.path == self.key and not section.selected:
                 kind = "model" if section.kind == "whole_model" else section.kind

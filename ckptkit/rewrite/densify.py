@@ -112,7 +112,7 @@ class _Work:
         }
 
     def of(self, name: str, value: object) -> dict[str, object]:
-        """What is in a value's place, by name."""
+        """The value in a value's place, by name."""
         if name in self._scales or (name in self._packed and isinstance(value, Global) and name.endswith(PACKED_DTYPE)):
             self._densify.taken.add(name)
             return {}

@@ -83,7 +83,7 @@ class AllTensors:
 
 
 _WHOLE_FILE = "tensor"
-"""What a tensor is called that is all of the file."""
+"""The name of a tensor that is the whole file."""
 
 _MAX_KEYS = 300
 """Characters of keys in a message."""

@@ -166,7 +166,7 @@ def _moved_path(path: str, vote: _Votes, moved: Mapping[str, str], rename: Calla
 
 
 class _Votes:
-    """What the names below a module say about where it went."""
+    """The new places of a module according to the names below it."""
 
     __slots__ = ("_exact", "_loose", "asked", "exactly")
 

@@ -81,7 +81,7 @@ _FACTORIES: dict[str, Callable[[], object]] = {
     **{f"{module}.{name}": kind for module in _BUILTIN for name, kind in (("long", int), ("unicode", str))},
     **{f"collections.{kind.__name__}": kind for kind in (OrderedDict, Counter, deque, defaultdict)},
 }
-"""What a ``defaultdict`` may call; protocol 2 has Python 2's names."""
+"""Functions that a ``defaultdict`` may call; protocol 2 has Python 2's names."""
 
 _LAZY = ("torch.nn.parameter.UninitializedParameter", "torch.nn.parameter.UninitializedBuffer")
 
@@ -225,7 +225,7 @@ class _Builder:
     Args:
         loader: makes the tensors.
         map_location: where they go.
-        weights: what is where the marker `STATE_DICT` is.
+        weights: in the place of the marker `STATE_DICT`.
         stands_in: whether a placeholder replaces values that only other code can build.
     """
 

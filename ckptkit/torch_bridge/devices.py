@@ -64,7 +64,7 @@ class Places:
         self._known: dict[str, torch.device] = {}
 
     def location(self, storage: Storage) -> str:
-        """Where a storage is to lie; where a function is asked, what the file says."""
+        """The device for a storage; a function is asked with the device in the file."""
         if self._everywhere is not None:
             return self._everywhere
         if isinstance(self._given, Mapping):

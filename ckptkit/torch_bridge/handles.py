@@ -1,7 +1,7 @@
 """One tensor at a time, both ways: `TensorEntry.torch`, and torch's tensors as `ckptkit.save` takes them.
 
 A tensor in memory is a `TensorEntry` like any other: its storage, offset, sizes and strides are torch's own, and its
-bytes are read where they lie, on a device in pieces of a few MiB.
+bytes are read in place, on a device in pieces of a few MiB.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def _entry(tensor: torch.Tensor, storages: Storages) -> TensorEntry:
 
 
 def _problem(tensor: torch.Tensor) -> str | None:
-    """What makes a tensor one that is not plain, and what helps."""
+    """The reason why a tensor is not plain, and what helps."""
     if tensor.is_nested:
         return "a nested tensor; .to_padded_tensor(0) or .unbind() gives plain ones"
     if tensor.layout != torch.strided:

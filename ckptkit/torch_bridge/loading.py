@@ -245,7 +245,7 @@ class Loader:
         return places.moved(storage, memory, location)
 
     def _noted(self, storage: Storage) -> _Readable:
-        """Where the bytes of a storage that is about to be read lie."""
+        """The range of a storage's bytes that are about to be read."""
         source = storage.source
         for file in files_of(source):
             self._files[id(file)] = file
@@ -303,7 +303,7 @@ class Loader:
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """What the block asks for has its values at once, and so has all that was asked for before."""
+        """The values that the block requests are there at once, and so is everything requested before."""
         self._read_all()
         self._is_patient, before = False, self._is_patient
         try:

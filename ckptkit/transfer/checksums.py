@@ -94,7 +94,7 @@ def damage_of(storage: Storage, crc: int) -> Damage | None:
 
 
 def damage_text(damages: Sequence[Damage], names: Mapping[int, str]) -> str:
-    """What is damaged, and what helps."""
+    """The damage, and what helps."""
     storage, what = damages[0]
     place = names.get(id(storage), "bytes of no tensor")
     others = len(damages) - 1
@@ -187,7 +187,7 @@ class Checksums:
             yield chunk
 
     def damages(self, *, keep: bool = False) -> list[Damage]:
-        """What is damaged; bytes that have not passed by are read.
+        """The damage; bytes that have not passed by are read.
 
         Args:
             keep: whether what is inflated will be read again.

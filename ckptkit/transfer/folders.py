@@ -141,7 +141,7 @@ def temporary_folder(path: str, shown: str) -> OutputFolder:
     The lock is one that others can share who give names in the folder (`ckptkit.transfer.names.publish`).
 
     Args:
-        path: what is to be there.
+        path: of the result.
         shown: the name that messages use.
 
     Raises:

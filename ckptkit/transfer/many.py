@@ -38,7 +38,7 @@ _TOGETHER = 64
 
 
 class Work(Protocol[T_contra, R_co]):
-    """What is done with one task: an importable function, for it may be called in another process."""
+    """The work on one task: an importable function, because it may be called in another process."""
 
     def __call__(self, task: T_contra, threads: int = 1) -> R_co:
         """Do it with so many threads."""
@@ -87,11 +87,11 @@ def side_by_side(
     lost: Callable[[T, Outcome[R]], R],
     is_far: Callable[[T], bool] = lambda _: False,
 ) -> Iterator[R]:
-    """What the work makes of each task, in their order, as it comes.
+    """The result of each task, in their order, as it comes.
 
     Args:
         tasks: plain data.
-        work: what is done with each.
+        work: the function for each.
         workers: who does it.
         nbytes: how much a task reads.
         lost: makes the result of a task that others could not complete, of what is known of it.

@@ -1,8 +1,8 @@
 """Tensors in memory: read into it, and the other way round what is in it as a checkpoint.
 
-`read` is `TensorEntry.numpy`.  What it needs of memory `least` says: the elements of a part that are close together
-are read as they lie, with their strides; those far apart are gathered, so that a column of a table costs no table.
-Elements that are repeated (expanded tensors, whose sizes a stranger may choose) are read once.
+`read` is `TensorEntry.numpy`.  `least` says how much memory it needs: elements of a part that are close together are
+read with those between them; those far apart are gathered, so a column of a table does not take the memory of the
+table. Elements that are repeated (expanded tensors, whose sizes a stranger may choose) are read once.
 
 `Memory` is a source whose bytes are in the memory of arrays and tensors, one run after another; they are read where
 they are, when they are wanted.  `checkpoint_of` makes a checkpoint of a state over it: what `ckptkit.save` writes.
@@ -129,7 +129,7 @@ def fill(memory: memoryview, entry: TensorEntry) -> None:
 def _require_unchanged(source: ByteSource) -> None:
     """Raise if the file that was read from is another by now; of one that is far each read is of what was opened.
 
-    What is left there around these bytes until they are read is looked at.
+    Delayed checks around these bytes are made.
     """
     file = source.file
     if file.is_far and isinstance(source, ByteRange):
@@ -171,7 +171,7 @@ Piece = Callable[[int, int], "bytes | memoryview"]
 class Memory(Source):
     """Runs of bytes in memory, one after another, as a file would have them.
 
-    What they belong to is kept; that it is not written to in the meantime is for its owner to see to.
+    Their owner is kept alive; not writing to them in the meantime is up to the owner.
 
     Args:
         path: what messages call it.
@@ -191,7 +191,7 @@ class Memory(Source):
         Args:
             nbytes: how many.
             run: gives some of them, at most a chunk.
-            owner: what they belong to.
+            owner: of the bytes.
         """
         place = ByteRange(self, self.size, nbytes)
         if nbytes:
@@ -309,7 +309,7 @@ class _Tree:
     """Makes nodes of values; what is one object is one node.
 
     Attributes:
-        problems: what cannot be saved, and why.
+        problems: values that cannot be saved, and why.
     """
 
     def __init__(self, storages: Storages, tensors: Tensors) -> None:
@@ -393,14 +393,14 @@ def _ordered() -> Object:
 def checkpoint_of(
     state: object, memory: Memory, tensors: Tensors, format_name: str, *, alone: str | None
 ) -> Checkpoint:
-    """What is in memory as a checkpoint.
+    """Values in memory as a checkpoint.
 
     Args:
         state: tensors, arrays and entries by name, or a tree of plain values with such in it.
         memory: takes their bytes.
         tensors: makes nodes of torch objects.
         format_name: the container that is to hold it.
-        alone: what it is called, where it stores named tensors and nothing else.
+        alone: its name, if it stores named tensors and nothing else.
 
     Raises:
         RewriteError: it cannot be written; the message names all that is in the way.

@@ -52,7 +52,7 @@ __all__ = [
 ]  # fmt: skip
 
 _TEMPORARY = re.compile(r"\.[^/]*\.([0-9a-f]{8})([0-9a-f]{8})?\.tmp(?:\.[^./]*)?")
-"""Names of temporary files: what they will be called, random digits, those of the host, and the ending."""
+"""Names of temporary files: the final name, random digits, those of the host, and the extension."""
 
 _AT_ONCE = 256
 """Files of killed runs that are open at a time: a process may have no more than 1,024."""

@@ -143,9 +143,9 @@ class Parts:
         Args:
             share: which.
             force: whether an output that exists may be replaced, and a part that is there is written again.
-            check: as in `write_atomically`, of an index of this part's shards alone.
+            check: as in `write_atomically`, with an index of only this part's shards.
             hashed: whether to record, or to check against the record, the SHA-256 of the shards.
-            source: what the plan reads.
+            source: of the plan.
             passed: as in `write_atomically`.
             progress: called as bytes are written, and again as they are compared.
 
@@ -330,7 +330,7 @@ class Parts:
         """How many parts there will be (0: there are none yet), and what is wrong with incomplete ones.
 
         Args:
-            hashed: whether to hold shards against the recorded SHA-256; else by their sizes alone.
+            hashed: whether to check shards against the recorded SHA-256; otherwise only their sizes.
 
         Raises:
             As `records` and `require_same`.
@@ -349,7 +349,7 @@ class Parts:
         return count, found
 
     def _problem(self, record: PartRecord, *, hashed: bool) -> str | None:
-        """What is wrong with the shards of a part; ``None``: they are whole."""
+        """The problem with the shards of a part; ``None``: they are complete."""
         names = shares_of(self.plan, record["of"])[record["part"] - 1]
         if names != [*record["shards"]]:
             return "has shards that belong to another part"

@@ -1,4 +1,4 @@
-"""What is computed of bytes as they pass by: the SHA-256 of source files, and the proof that they reached an output.
+"""Computed from bytes as they pass by: the SHA-256 of source files, and the proof that they reached an output.
 
 A file on this machine is hashed by a separate thread, which reads it again: it is in memory by then.  A remote one is
 hashed as it arrives (`InOrder`), so no byte of it is fetched twice; and the proof that its bytes are in the output is
@@ -252,7 +252,7 @@ class Passed:
         self.will_write(fd, target, len(view))
 
     def will_write(self, fd: int, target: int, nbytes: int) -> None:
-        """Bytes at this position are written too: what was proved of them is so no longer."""
+        """Bytes at this position are written too: earlier proofs for them are void."""
         self._written.setdefault(_file(fd), []).append((target, target + nbytes))
 
     def note(self, source: ByteSource | TensorEntry, fd: int, target: int) -> None:
@@ -300,7 +300,7 @@ def _file(fd: int) -> _File:
 
 
 def passed_of(checkpoint: Checkpoint, source: Source) -> Passed | None:
-    """What is to keep what passes by of a checkpoint that is written; ``None``: its source is near, and read again."""
+    """The recorder of a checkpoint being written; ``None``: its source is local, and is read again."""
     if not is_far(source):
         return None
     nodes = (found.node for found in every_tensor(checkpoint))

@@ -1,9 +1,9 @@
 """A tensor in pieces: several boxes, each a separate tensor in some file, that make up one whole.
 
-What processes share out among them lies so: a rank's slice along a dimension, a box of a mesh of several, a run of a
-flat buffer.  The whole is one plain tensor whose bytes are made as they are read (`ckptkit.computed.DenseRange`), so
-everything above treats it like any other.  Pieces that are runs of the whole's bytes are copied as they lie
-(`PiecedValues.copies`); of others the rows are gathered, in bounded blocks.
+Processes share tensors in such pieces: a rank's slice along a dimension, a box of a mesh of several, a run of a flat
+buffer.  The whole is one plain tensor whose bytes are made as they are read (`ckptkit.computed.DenseRange`), so
+everything above treats it like any other.  Pieces that are runs of the whole's bytes are copied directly
+(`PiecedValues.copies`); others are gathered row by row, in bounded blocks.
 
 Only the place of a piece may be known at first; its content is then read when its values are first needed.
 """
@@ -253,7 +253,7 @@ def pieced(
         shape: that the pieces are in.
         dtype: torch name of the elements' type.
         pieces: the boxes; each element is in exactly one.
-        view: the tensor's own shape, of as many elements; ``None``: as the pieces lie.
+        view: the tensor's own shape, with the same number of elements; ``None``: that of the pieces.
         files: the sources that they are in; to be given where there are pieces that were not read yet.
         key: of its storage; ``None``: its name.
         location: device tag; ``None``: that of the first piece, or ``"cpu"``.

@@ -1,4 +1,4 @@
-"""The values of a tensor, in C order and little-endian, however they lie.
+"""The values of a tensor, in C order and little-endian, however they are stored.
 
 Only here is numpy imported, and only when a tensor is not plain bytes.
 
@@ -74,7 +74,7 @@ class Ahead:
 
 
 def lying_in(value: TensorEntry | Storage | ByteSource) -> Iterator[ByteRange]:
-    """The ranges of files that values are read from; what says where pieces lie is read for it."""
+    """The ranges of files that values are read from; the positions of pieces are read for it."""
     source = value.storage.source if isinstance(value, TensorEntry) else value
     source = source.source if isinstance(source, Storage) else source
     if isinstance(value, TensorEntry):
@@ -223,7 +223,7 @@ def _collect(out: Any, source: ByteRange, start: int, strides: list[int]) -> Non
 
     Args:
         out: the array; its items are bytes.
-        source: what they are in.
+        source: of the bytes.
         start: position of the first one.
         strides: bytes from one to the next, by dimension.
     """

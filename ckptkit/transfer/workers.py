@@ -65,7 +65,7 @@ def in_parallel(
         most: how many at a time, where there are as many processors.
 
     Raises:
-        BaseException: what a task raised first, or an interrupt; no further task is begun.
+        BaseException: a task's first error, or an interrupt; no further task is begun.
     """
     workers = min(most, os.cpu_count() or 1) if nbytes >= MANY_NBYTES else 1
     remaining = iter(tasks)
@@ -109,7 +109,7 @@ def in_parallel(
 def near_together(tasks: Iterable[Callable[[], object]], apart: int) -> Iterator[Callable[[], object]]:
     """The tasks, of which none begins before all but the last few before it are done: where one waits, others do.
 
-    What is read ahead of them is kept for a while alone (`ckptkit.remote.ahead`).
+    Prefetched bytes are kept only for a while (`ckptkit.remote.ahead`).
 
     Args:
         tasks: taken by `in_parallel`.
@@ -167,7 +167,7 @@ class Background(threading.Thread):
     """A thread whose failure is raised where it is waited for; what holds where it is started holds in it.
 
     Args:
-        work: what it does.
+        work: its function.
         stop: set when it fails, so that others stop too.
     """
 

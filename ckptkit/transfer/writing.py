@@ -244,7 +244,7 @@ def _index(files: list[Output], plan: Plan, digests: DigestsInPassing) -> bytes:
 
 
 def index_bytes(plan: Plan, digests: DigestsInPassing, names: Mapping[str, str] | None = None) -> bytes:
-    """What an index says, with digests where they belong.
+    """The content of an index, with digests in their places.
 
     Args:
         plan: of the index.
@@ -279,7 +279,7 @@ class _Counter:
                 self._progress(self._done, self._nbytes)
 
     def finish(self) -> None:
-        """All is done: what is between tensors is not counted, nor compared."""
+        """Everything is written: bytes between tensors are neither counted nor compared."""
         self(self._nbytes - self._done)
 
 

@@ -167,7 +167,7 @@ _CODES = {
     "against": ("against-equal", "against-close", "against-differs"),
     "device": ("device-equal", "device-close", "device-differs"),
 }
-"""What is compared, and the findings' codes: bit-equal, within the tolerance, beyond it."""
+"""The comparison, and the findings' codes: bit-equal, within the tolerance, beyond it."""
 
 
 def _told(

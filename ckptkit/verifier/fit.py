@@ -34,7 +34,7 @@ __all__ = ["check_fit"]
 def check_fit(checkpoint: Checkpoint, model: nn.Module, context: Context) -> Iterator[Finding]:
     """Whether torch's strict load takes the checkpoint: every name of the model with its shape, and no other.
 
-    What is missing, unexpected or of another shape begins with torch's own words for it.
+    Findings on missing and unexpected names and on shapes begin with torch's own words.
     """
     context.fit = fit = _measured(model, checkpoint, context)
     yield _coverage(fit, context)
@@ -200,7 +200,7 @@ def _names(fit: Fit, checkpoint: Checkpoint, values: Mapping[str, Any], context:
 
 
 def _without_counters(fit: Fit, checkpoint: Checkpoint, everything: Sequence[str], context: Context) -> str | None:
-    """The conversion that leaves out what is unexpected, where that is counters of batches alone."""
+    """The conversion that leaves out unexpected names, without counting batch counters."""
     extra = [name for name in fit.unexpected if is_counter(name)]
     if len(extra) < len(fit.unexpected):
         return None

@@ -30,7 +30,7 @@ class foreign:  # noqa: N801 - read as a word of the language: ``with foreign():
 
     - An exception that is no `Exception` becomes a `ForeignExitError`, which is one; ``os._exit`` becomes that too.
     - A signal that the process really received is raised as its handler raised it, whatever the code made of that.
-    - What is printed goes to stderr, also where the code puts another stream in the place of stdout or closes it.
+    - Printed text goes to stderr, even if the code replaces or closes stdout.
     - A process that the code forked ends with the block.
 
     Args:

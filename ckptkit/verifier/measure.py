@@ -150,7 +150,7 @@ def measure_fit(
         state_dict: the weights; their values are not read.
         allow_missing: patterns (``fnmatch``) of names the file may lack.
         allow_unexpected: patterns of names the model may lack.
-        ties_once: whether the file's container stores tied tensors under one name alone.
+        ties_once: whether the file's container stores tied tensors under one name only.
 
     Raises:
         VerifyError: see `model_values`.

@@ -57,11 +57,11 @@ class OutputTolerance:
         return self.atol + self.rtol * scale
 
     def above(self, noise: float) -> OutputTolerance:
-        """With room for noise: what is left where terms cancel is as uncertain as they were, whatever its size.
+        """With room for noise: the remainder where terms cancel is as uncertain as the terms, whatever its size.
 
         Args:
-            noise: the largest difference between runs that differ in rounding alone, on one machine; another may
-                be off by several times as much.
+            noise: the largest difference between runs that differ only in rounding, on one machine; another may be off
+                by several times as much.
         """
         return dataclasses.replace(self, atol=max(self.atol, 4 * noise))
 

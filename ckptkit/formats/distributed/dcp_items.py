@@ -144,7 +144,7 @@ class ItemReader:
         return entry
 
     def read(self, row: int, name: str) -> RawCheckpoint:
-        """What an item holds; the keys of its storages begin with the name.
+        """The content of an item; the keys of its storages begin with the name.
 
         Raises:
             FormatError: it is damaged or refused.
@@ -199,7 +199,7 @@ class ItemReader:
         return {want.row: prod(want.sizes) * DTYPES[want.dtype].itemsize for want in self._wanted()}
 
     def _area(self, row: int, name: str) -> ByteRange:
-        """Where an item's bytes lie, decompressed."""
+        """The decompressed bytes of an item."""
         area, through = self._lying(row), self._items.transforms[row]
         if not through:
             return area
@@ -231,7 +231,7 @@ class _Mold(NamedTuple):
     """The identity of an item.
 
     Attributes:
-        raw: what one holds: a tensor, or values that cannot change.
+        raw: the content of one: a tensor, or immutable values.
         head: its bytes before the values; of what is not a tensor, those of its pickle.
         nbytes: of the item, and of what follows.
         constant: bytes of that which are the same in all, each with where they begin and end.

@@ -1,4 +1,4 @@
-"""The ``.metadata`` of torch.distributed.checkpoint (DCP): which tensors there are, and where their chunks lie.
+"""The ``.metadata`` of torch.distributed.checkpoint (DCP): which tensors there are, and where their chunks are.
 
 One bare pickle whose root is ``torch.distributed.checkpoint.metadata.Metadata`` (``metadata.py``, ``filesystem.py`` of
 that package; Megatron's root is a subclass), and of whose attributes four are read:
@@ -15,8 +15,9 @@ that package; Megatron's root is a subclass), and of whose attributes four are r
 all are.  torch 1.12 and 1.13 had the classes in ``torch.distributed._shard``.  Attributes that are ``None`` may be left
 out.  A run of 1,024 processes has some 3.4 million chunks in 480 MB: see `ckptkit.formats.distributed.dcp_runs`.
 
-A reader must hold what is written against itself: chunks cover their tensor once (`ckptkit.transfer.pieces`), each that
-holds anything lies somewhere, nothing is stored of no chunk, files have plain names, and no two items share bytes.
+A reader must check that it is consistent: chunks cover their tensor once (`ckptkit.transfer.pieces`), each that
+contains anything is stored somewhere, nothing is stored for no chunk, files have plain names, and no two items share
+bytes.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ STRINGS = "ckptkit_metadata"
 """The attribute in which ckptkit keeps a checkpoint's string metadata, a dict; torch ignores it."""
 
 _MOST_CHUNKS = 8_000_000
-"""Chunks, stored items and tensors, of each: what has room in that."""
+"""For chunks, stored items and tensors: the type that can hold their numbers."""
 
 _MOST_NODES = 3_000_000
 """Nodes where chunks are shaped as torch does not write them, 16 for each of 180,000."""
@@ -76,7 +77,7 @@ _WRITERS = ("Metadata", "MCoreMetadata")
 
 
 def parse_metadata(data: bytes, limits: Limits) -> Metadata:
-    """What a ``.metadata`` says, once it agrees with itself.
+    """The content of a ``.metadata``, once it is consistent.
 
     Args:
         data: the file.
@@ -139,7 +140,7 @@ class _Reader:
         self._rows = 0
 
     def read(self, pickle: PickleResult) -> Metadata | None:
-        """What the pickle says; ``None``: what was left out of it is needed.
+        """The content of the pickle; ``None``: a part that was left out is needed.
 
         Raises:
             FormatError: it is no ``.metadata``, or contradicts itself.

@@ -48,7 +48,7 @@ _SIZE_PUTS = 3
 """PUTs of a size; of one without dimensions they are two."""
 
 _MOST_TRIES = 4
-"""How often a pattern is looked for: what it needs may be named only later."""
+"""How often a pattern is searched for: something it needs may be named only later."""
 
 _MOST_KNOWN = 200_000
 """Sizes, texts and numbers that are kept by how they are spelled."""
@@ -61,7 +61,7 @@ class _Marker:
 
 
 LEFT_OUT = _Marker()
-"""What a pickle gets that asks for a node that was left out."""
+"""The result of a reference to a node that was left out."""
 
 BYTES = _Marker()
 """Placeholder for a ``BytesStorageMetadata``, which contains nothing."""
@@ -99,7 +99,7 @@ class TensorRow(NamedTuple):
 
 
 class Columns:
-    """What was read; rows of one kind have one index.
+    """The result of reading; rows of one kind have one index.
 
     Attributes:
         offsets, sizes: of chunks.
@@ -153,7 +153,7 @@ class Memo(dict[int, object]):
         super().__setitem__(index, value)
 
     def __missing__(self, index: int) -> object:
-        """What a record that was left out wrote there."""
+        """The entries that a left-out record wrote there."""
         at = bisect_right(self.bases, index) - 1
         entries = self.entries(self.positions[at]) if at >= 0 else []
         if at < 0 or index - self.bases[at] >= len(entries):
@@ -168,7 +168,7 @@ class Runs:
         most: chunks, items and tensors there may be, of each.
 
     Attributes:
-        columns: what was read.
+        columns: the values read.
         memo: the machine's.
     """
 
@@ -427,7 +427,7 @@ class Runs:
     # The memo's entries that were left out.
 
     def _entries(self, at: int) -> list[object]:
-        """What the record at a position wrote to the memo, in order."""
+        """The entries that the record at a position wrote to the memo, in order."""
         for kind, (match, head) in self._patterns.items():
             if self._data.startswith(head, at) and (found := match(self._data, at)) is not None:
                 return _ENTRIES[kind](self, found)

@@ -97,7 +97,7 @@ class Parts:
         return File(name, raw.root)
 
     def raw(self, root: object, writer: str, findings: Iterable[Finding], replicas: Iterable[Replica]) -> RawCheckpoint:
-        """What the reader of the folder hands over."""
+        """The result of the folder's reader."""
         raws = [shard.raw for shard in self._shards.values()]
         return RawCheckpoint(
             root=root,
@@ -211,7 +211,7 @@ def shapes_of(file: File, key: str = "param_shapes") -> list[Shapes]:
     """Names and shapes by group, in flat order; nothing where the file has none.
 
     Raises:
-        CorruptError: what it has are not names and shapes.
+        CorruptError: its values are not names and shapes.
     """
     node = file.own.get(key)
     groups: list[Shapes] = []
@@ -294,12 +294,13 @@ class Weights:
 
     Args:
         masters: the weights that were combined, by name.
-        holders: by name, in whose files they lie, for messages.
+        holders: by name, the files that contain them, for messages.
         shared: another name of a tied parameter -> the one that has the values.
 
     Attributes:
         masters: as above.
-        replicas: what must be equal: each master converted and the module's weight, each buffer in several files.
+        replicas: values that must be equal: each master converted and the module's weight, each buffer in several
+            files.
         proven: the masters of which there is another copy.
         own: the names of buffers of which each rank has its own values.
     """

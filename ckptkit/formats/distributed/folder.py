@@ -227,7 +227,7 @@ def folder_of(probe: Probe) -> FolderSource:
 
 
 def read_part(probe: Probe, name: str, *, named: bool = True) -> RawCheckpoint:
-    """What is in one file of the folder: the whole tree that its container's reader gives.
+    """The content of one file of the folder: the whole tree from its container's reader.
 
     Args:
         probe: of the folder.

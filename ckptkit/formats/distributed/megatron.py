@@ -237,7 +237,7 @@ def _require_one_run(roots: Mapping[str, object]) -> None:
 
 
 def _models(root: object) -> list[str | None]:
-    """The keys under which a rank's model lies, in their order; ``None``: the file is its state_dict."""
+    """The keys of a rank's models, in order; ``None``: the file is its state_dict."""
     keys = [key for key, value in named_items(root) if mapping_items(value) is not None]
     chunks = sorted((key for key in keys if re.fullmatch(r"model\d{1,4}", key)), key=lambda key: int(key[5:]))
     if chunks:
@@ -437,7 +437,7 @@ def _order(values: Mapping[str, object], version: float) -> Iterator[Finding]:
 
 
 def _buffers(probe: Probe, name: str) -> Iterator[Finding]:
-    """What is in the ranks' folders beside the file."""
+    """The other files in the ranks' folders."""
     names = getattr(probe.file, "names", ())
     others = [each for each in names if re.match(r"(?:mp|tp)_rank_\d", each) and os.path.basename(each) != name]
     if others:

@@ -1,4 +1,4 @@
-"""Where in a whole tensor what one rank has of it lies: a DTensor by its mesh and placements, a ShardedTensor's shards.
+"""Which part of a tensor one rank has: of a DTensor by mesh and placements, of a ShardedTensor by its shards.
 
 Facts (torch 2.14 ``torch/distributed/tensor/_utils.py``, ``placement_types.py``; each checked against torch in the
 tests):
@@ -77,7 +77,7 @@ class Mesh(NamedTuple):
 
 
 class Share(NamedTuple):
-    """What a rank's file holds of a tensor.
+    """The part of a tensor in a rank's file.
 
     Attributes:
         shape, dtype: of the whole.
@@ -124,7 +124,7 @@ def _last_flag(node: Object) -> bool:
 
 
 def share_of(found: Distributed, name: str, rank: int, known: dict[int, Mesh]) -> Share:
-    """What a rank's file holds of a distributed tensor.
+    """The part of a distributed tensor in a rank's file.
 
     Args:
         found: the tensor in its file.
@@ -238,7 +238,7 @@ class _Cut(NamedTuple):
 
 
 def _cuts(spec: object, mesh: Mesh) -> list[_Cut]:
-    """What the placements split, in order.
+    """The dimensions that the placements split, in order.
 
     Raises:
         UnsupportedError: one is a sum that was not made yet, or is not known.

@@ -146,7 +146,7 @@ def stated(values: Mapping[str, object]) -> tuple[dict[str, object], list[Findin
 def beside(
     root: object, models: Sequence[str | None], joiner: Joiner, *, is_whole: bool = False
 ) -> list[tuple[object, object]]:
-    """What is in a rank's dict beside its weights and belongs to no rank alone.
+    """The values in a rank's dict beside its weights that do not differ by rank.
 
     Tensors of numbers are one rank's share of an optimizer's state, and are left out, which the joiner reports; dicts
     with other values (the state of random generators) are used.
@@ -155,7 +155,7 @@ def beside(
         root: the dict.
         models: the keys of the weights.
         joiner: of the weights.
-        is_whole: whether there is one rank alone, so that all is taken.
+        is_whole: whether there is only one rank, so that everything is used.
     """
     kept = []
     for key, value in mapping_items(root) or []:
@@ -231,7 +231,7 @@ _COUNTS = ("mp_world_size",)
 
 
 def read_ranks(probe: Probe, files: Mapping[str, str]) -> dict[str, RawCheckpoint]:
-    """What is in the files of ranks.
+    """The content of the ranks' files.
 
     Args:
         probe: of the folder.
@@ -256,7 +256,7 @@ def merged(
     """The checkpoint that ranks make up.
 
     Args:
-        raws: what is in their files.
+        raws: the content of their files.
         root: the tree of all.
         joiner: what their tensors were joined by.
         findings: other findings.

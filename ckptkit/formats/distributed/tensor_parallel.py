@@ -1,9 +1,9 @@
-"""Slices of tensors that several ranks hold, joined by rules; and folders that consist of such ranks alone.
+"""Slices of tensors that several ranks have, joined by rules; and folders that consist of such ranks only.
 
 Tensor parallelism cuts a matrix along its outputs (dimension 0) or its inputs (dimension 1) and leaves a rank one slice
 of it under the whole's name.  No file says how it was cut, so that rules do, by the tensor's name:
 
-- an axis: the slices lie side by side along it, in the order of the ranks
+- an axis: the slices are joined along it, in the order of the ranks
 - an axis, in parts: each slice is itself as many parts, one of each of as many matrices that are stored as one.  The
   first layer of a SwiGLU is two: the gates of all ranks come first, then what they gate
 - replicated: every rank has a copy; one is taken, and the others are compared where values are read
@@ -55,7 +55,7 @@ class Rule(NamedTuple):
 
     Attributes:
         pattern: of their names, all of one.
-        axis: the dimension along which they lie side by side; ``None``: they are copies.
+        axis: the dimension along which they are joined; ``None``: they are copies.
         parts: how many matrices are stored as one; 0: one or two, as the size of the layer's second matrix says.
         is_even: whether all slices have one size, as slices made by even splitting do.
     """

@@ -1,4 +1,4 @@
-"""What a reference is: a factory, its arguments from what a user typed, and the module it returns.
+"""A reference: a factory, its arguments as typed by a user, and the module it returns.
 
 A factory is the user's own code: in an importable module, in a file, or an object in Python.
 A parameter's annotation decides its type, otherwise its default; if neither does, a string that is a Python literal
@@ -38,14 +38,14 @@ ModelLike = str | nn.Module | Callable[..., nn.Module]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reference:
-    """What a model is built from.
+    """The recipe of a model.
 
     Attributes:
         spec: as the user named it; ``None`` where an object was given.
         label: for messages.
         args: the arguments it is built with, without those ckptkit adds.
         make: builds the model, in eval mode; each call makes another.
-        inputs: what the model takes; empty where that is not known.
+        inputs: of the model; empty if unknown.
         outputs: path to shape of each output for the first ``inputs``, ``None`` for a size that is not known;
             empty where that is not known.
     """
@@ -99,7 +99,7 @@ def _check_args(factory: Any, args: Mapping[str, object], spec: str) -> None:
 
 
 def close(name: str, names: list[str]) -> str:
-    """What may have been meant, for the end of a message."""
+    """Similar names, for the end of a message."""
     return did_you_mean(name, names)
 
 

@@ -5,7 +5,7 @@ timm: ``timm/models/_factory.py`` (``create_model``) and ``_pretrained.py`` (``P
 torchvision: ``torchvision/models/**`` (0.17 to 0.29); the family is the sub-package the builder is in, and decides what
 a model takes.
 
-transformers: a model is built from a configuration alone.
+transformers: a model is built from its configuration only.
 A folder's ``config.json`` names the class under ``architectures``; without that it is the bare model of its type.
 Nothing is downloaded, and code that comes with a configuration (``auto_map``) is never run.
 
@@ -129,7 +129,7 @@ def torchvision_reference(name: str, args: Mapping[str, object]) -> Reference:
 
 
 def _torchvision_inputs(family: str, name: str, args: Mapping[str, object], weights: Any) -> tuple[Input, ...]:
-    """What a model of this name takes.
+    """The inputs of a model with this name.
 
     Args:
         family: the sub-package its builder is in.
@@ -153,7 +153,7 @@ def _torchvision_inputs(family: str, name: str, args: Mapping[str, object], weig
 def _outputs(
     family: str, name: str, args: Mapping[str, object], shape: tuple[int, ...]
 ) -> Mapping[str, tuple[int | None, ...]]:
-    """What a model of this name gives for its input, in eval mode; detectors find any number of things."""
+    """The outputs of a model with this name for its input, in eval mode; detectors find any number of things."""
     height, width = shape[-2:]
     if family == "optical_flow":
         return {str(step): (1, 2, height, width) for step in range(_FLOW_UPDATES)}
@@ -289,7 +289,7 @@ def _renaming(model: nn.Module) -> nn.Module:
 
 
 def _transformers_inputs(transformers: Any, config: Any, model_class: Any) -> Iterator[Input]:
-    """What the model takes; nothing where the configuration does not say."""
+    """The inputs of the model; empty if the configuration does not say."""
     if model_class is None:
         model_class = transformers.MODEL_MAPPING.get(type(config), None)
         if isinstance(model_class, tuple):
