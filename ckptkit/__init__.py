@@ -8,7 +8,7 @@ The layers, each importing only from those to its right; a test enforces it:
         > inspection, conversion > diagnose, compare, stats, architectures, digests, options > rewrite > formats
         > transfer > normalize > pickling > plan, casting > checkpoint > tensor > computed > places > remote
         > bytesource > codes, documents, fleet, fixes > report, arguments, dtypes, limits, extras > nearness
-        > errors, display, shell
+        > errors, display, shell, patterns
 
 The purpose of rooms whose names do not say it:
 
@@ -33,7 +33,8 @@ The purpose of rooms whose names do not say it:
 - `architectures`: knows which models have given names and shapes. `options` declares the options of every command, and
   `arguments` checks values. `nearness` finds the word that was meant, `fixes` the one command that does what several
   findings advise, and `shell` quotes it.
-- `documents`: has the types of JSON documents; `display` escapes text and formats sizes, and `page` makes HTML pages.
+- `documents`: has the types of JSON documents; `display` escapes text and formats sizes, `page` makes HTML pages, and
+  `patterns` has the regular expressions that are only compiled when they are used.
 
 No room has the name of a public function: importing it would put the module in the function's place. That is why
 `ckptkit.verify` does its work in `verifier`.

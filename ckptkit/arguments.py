@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import math
 import os
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Protocol, TypeVar, cast, overload
 
 from ckptkit.errors import RewriteError, VerifyError
 from ckptkit.nearness import did_you_mean, nearest
+from ckptkit.patterns import pattern
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -57,7 +57,7 @@ _MEANT = {"gpu": "cuda", "nvidia": "cuda", "rocm": "cuda", "amd": "cuda", "tpu":
 
 _DEVICES = "; expected 'cpu', 'cuda:0', 'mps' or similar"
 
-_DEVICE = re.compile(r"([a-z][a-z0-9_]*)(?::(0|[1-9][0-9]{0,2}))?\Z")
+_DEVICE = pattern(r"([a-z][a-z0-9_]*)(?::(0|[1-9][0-9]{0,2}))?\Z")
 
 _MAX_INDEX = 127
 """torch keeps the index in a signed byte (``c10/core/Device.h``)."""

@@ -240,9 +240,10 @@ class _ComputedRange:
         return type(self)(self.whole, self.offset + start, nbytes)
 
 
-@dataclass(frozen=True, slots=True)
 class DeflatedRange(_ComputedRange):
     """``nbytes`` bytes at ``offset`` of what ``whole`` inflates to; read like a `ByteRange`."""
+
+    __slots__ = ()
 
     whole: Inflation
 
@@ -295,9 +296,10 @@ class DTypeConversion(_Computed):
         return ConvertedRange(self, 0, self.nbytes).chunks()
 
 
-@dataclass(frozen=True, slots=True)
 class ConvertedRange(_ComputedRange):
     """``nbytes`` bytes at ``offset`` of what ``whole`` converts to; read like a `ByteRange`."""
+
+    __slots__ = ()
 
     whole: DTypeConversion
 
@@ -412,9 +414,10 @@ class DenseValues(_Computed):
 _last = threading.local()
 
 
-@dataclass(frozen=True, slots=True)
 class DenseRange(_ComputedRange):
     """``nbytes`` bytes at ``offset`` of the values that ``whole`` makes; read like a `ByteRange`."""
+
+    __slots__ = ()
 
     whole: DenseValues
 

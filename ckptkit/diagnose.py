@@ -6,12 +6,11 @@ They are computed from the common representation: no tensor byte is read, nothin
 from __future__ import annotations
 
 import os
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from ckptkit.checkpoint import Checkpoint, StateDict, Storage, TensorEntry, shared_storages, tied_groups
 from ckptkit.dtypes import DTYPES
@@ -23,6 +22,7 @@ from ckptkit.normalize.sections import brief, step
 from ckptkit.normalize.selection import discarded_text, holding_suffix, other_parts, other_weights
 from ckptkit.normalize.shapes import are_data
 from ckptkit.normalize.tensors import FoundTensor, other_tensors
+from ckptkit.patterns import pattern
 from ckptkit.pickling.inert import Global, Object, mapping_items, walk
 from ckptkit.report import Finding, apart, convert_command, count_of, gravest_first, human_size, listed, share_of
 from ckptkit.shell import command_line
@@ -34,8 +34,7 @@ if TYPE_CHECKING:
 __all__ = ["DIAGNOSES", "Everything", "diagnose", "everything_in", "hostile_finding"]
 
 
-@dataclass(frozen=True, slots=True)
-class Everything:
+class Everything(NamedTuple):
     """Everything in a checkpoint that has bytes, found in one walk.
 
     Attributes:
@@ -226,8 +225,9 @@ def _prefix(checkpoint: Checkpoint, contents: Everything) -> Iterator[Finding]:
     carrying = [prefix for prefix in map(wrapper_of, names) if prefix]
     if not carrying or any(finding.code == "wrapped-model" for finding in checkpoint.findings):
         return
-    bare = Counter(map(unwrapped, names))
-    twice = next((name for name in names if bare[unwrapped(name)] > 1), None)
+    plain = [*map(unwrapped, names)]
+    bare = Counter(plain)
+    twice = next((name for name, each in zip(names, plain, strict=True) if bare[each] > 1), None)
     told = "" if twice is None else f"; it cannot be removed, because two would be called {unwrapped(twice)!r:.60}"
     yield Finding(
         code="module-prefix",
@@ -306,7 +306,7 @@ def _quantized(checkpoint: Checkpoint, contents: Everything) -> Iterator[Finding
         )
 
 
-_AVERAGED = re.compile(r"(?:^|[._])(?:ema|shadow|averaged?)(?:[._]|\d*$)")
+_AVERAGED = pattern(r"(?:^|[._])(?:ema|shadow|averaged?)(?:[._]|\d*$)")
 """Keys that identify averaged weights: ``ema``, ``model_ema``, ``params_ema``, ``ema_model.shadow``."""
 
 
@@ -324,9 +324,9 @@ def _averaged(checkpoint: Checkpoint, contents: Everything) -> Iterator[Finding]
 
 
 _ELSEWHERE = (
-    (re.compile(r"pathlib\.(?:_local\.)?(?:PosixPath|WindowsPath)"), "paths of an operating system"),
-    (re.compile(r"numpy\._core\..+"), "arrays of numpy 2 or later"),
-    (re.compile(r"numpy\.core\..+"), "arrays of numpy before 2"),
+    (pattern(r"pathlib\.(?:_local\.)?(?:PosixPath|WindowsPath)"), "paths of an operating system"),
+    (pattern(r"numpy\._core\..+"), "arrays of numpy 2 or later"),
+    (pattern(r"numpy\.core\..+"), "arrays of numpy before 2"),
 )
 """Names that load only on some systems or with some versions, and their explanations."""
 
@@ -334,9 +334,9 @@ _ELSEWHERE = (
 def _elsewhere(checkpoint: Checkpoint, contents: Everything) -> Iterator[Finding]:
     names = _in_values(checkpoint, [use.name for use in checkpoint.globals])
     found = [
-        f"{what} ({next(name for name in names if pattern.fullmatch(name))})"
-        for pattern, what in _ELSEWHERE
-        if any(pattern.fullmatch(name) for name in names)
+        f"{what} ({next(name for name in names if known.fullmatch(name))})"
+        for known, what in _ELSEWHERE
+        if any(known.fullmatch(name) for name in names)
     ]
     if found:
         told = f"objects that load only on the system or with the versions they were saved with: {'; '.join(found)}"

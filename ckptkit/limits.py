@@ -6,13 +6,12 @@ far above what honest checkpoints need and far below what hurts.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 __all__ = ["DEFAULT_LIMITS", "Limits"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
+class Limits(NamedTuple):
     """Bounds for one read of one file."""
 
     pickle_nbytes: int = 128 << 20

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, TypedDict, 
 
 from ckptkit.display import human_size, printable
 from ckptkit.errors import FailedReportError, RewriteError
+from ckptkit.patterns import pattern
 from ckptkit.shell import command_line, quoted, words_in
 
 if TYPE_CHECKING:
@@ -370,7 +371,7 @@ def listed(
     return f"{between.join(shown[:-1])}{last}{shown[-1]}"
 
 
-_SIZE = re.compile(r"([0-9]{1,19})(\.[0-9]{1,19})? ?(?:([kmgt])(?:(i)b|b?)|b)?", re.ASCII | re.IGNORECASE)
+_SIZE = pattern(r"([0-9]{1,19})(\.[0-9]{1,19})? ?(?:([kmgt])(?:(i)b|b?)|b)?", re.ASCII | re.IGNORECASE)
 _LARGEST = (1 << 63) - 1
 
 

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Literal
+from itertools import chain
+from typing import Literal, NamedTuple
 
 from ckptkit.architectures.index import (
     LIBRARIES,
@@ -72,8 +72,7 @@ _SAID: Mapping[Deviation, str] = {
 }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Architecture:
+class Architecture(NamedTuple):
     """A known model that a state_dict is of, or is like.
 
     Attributes:
@@ -90,11 +89,11 @@ class Architecture:
     reference: str
     args: Mapping[str, object]
     exact: bool
-    similarity: float = 1.0
-    prefix: str = ""
-    others: int = 0
-    differs: Deviation | None = None
-    defaults: Mapping[str, int] = field(default_factory=dict)
+    similarity: float
+    prefix: str
+    others: int
+    differs: Deviation | None
+    defaults: Mapping[str, int]
 
     @property
     def label(self) -> str:
@@ -112,8 +111,7 @@ class Architecture:
         return ", ".join(parts)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _View:
+class _View(NamedTuple):
     """Names under a prefix, without it, sorted."""
 
     prefix: str
@@ -255,13 +253,15 @@ def _candidates(views: list[_View]) -> list[tuple[float, _View, str, int, Row]]:
     Similarity, view, library, the row's number, the row.
     """
     found = []
-    for view in views:
-        if len(view.shapes) > _MAX_SKETCHED:
-            continue
-        hashes, digest = sketch(view.shapes), names_digest(view.shapes)
+    sketched = [(view, sketch(view.shapes)) for view in views if len(view.shapes) <= _MAX_SKETCHED]
+    every = [*chain.from_iterable(hashes for _, hashes in sketched)]
+    known = {library: load(library).known(every) for library in LIBRARIES if sketched}
+    for view, hashes in sketched:
+        digest = names_digest(view.shapes)
         for library in LIBRARIES:
             index = load(library)
-            shared = sorted(index.sharing(hashes).items(), key=lambda item: (-item[1], item[0]))
+            sharing = index.sharing(known[library].intersection(hashes))
+            shared = sorted(sharing.items(), key=lambda item: (-item[1], item[0]))
             rows = {number: index.row(number) for number, _ in shared[:_MAX_CANDIDATES]}
             rows.update(index.having("names", digest))
             found += [(similarity(hashes, index.sketch(n)), view, library, n, rows[n]) for n in sorted(rows)]

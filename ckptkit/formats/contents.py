@@ -232,7 +232,7 @@ class ContentSearch:
         if declared and is_small and area.read(0, 2) == b"\x80\x02" and is_plain_pickle(area.read()):
             self.pickles.append(name)
             return True
-        row = PickleRow(area, replace(self._limits, pickle_nbytes=self._pickled_left))
+        row = PickleRow(area, self._limits._replace(pickle_nbytes=self._pickled_left))
         found = _Found(is_one=declared)
         is_list = not declared and _LIST.match(row.source.read(0, min(row.left, _HEAD_NBYTES))) is not None
         is_legacy = self._read_row(row, name, area, found, is_list=is_list)

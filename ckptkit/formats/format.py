@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from ckptkit.bytesource import Source
 from ckptkit.checkpoint import Checkpoint, GlobalUse
@@ -82,8 +82,7 @@ class Probe:
         return self.file.read(0, self.file.size) if begins and self.file.size <= self.limits.index_nbytes else None
 
 
-@dataclass(frozen=True, slots=True)
-class Around:
+class Around(NamedTuple):
     """The source of a checkpoint.
 
     Attributes:
@@ -119,16 +118,15 @@ class Around:
         return error
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Format:
+class Format(NamedTuple):
     """One container, and everything about it that others ask: no name of one is compared anywhere else.
 
     Attributes:
         name: as in `Origin.format` and the JSON documents.
-        suffixes: endings of destinations that choose it, the customary one first.
         claims: whether the file claims to be of this container.
             After that the decision is final: anything wrong with the file is that container's error.
         reader: the module that reads it.
+        suffixes: endings of destinations that choose it, the customary one first.
         writer: the module that writes it; ``None``: cannot be written.
         has_pickle: whether there may be pickles in it; the shards of an index without any must be of ``shards``.
         is_program: whether it contains a program, of which only the weights can be written.
@@ -146,9 +144,9 @@ class Format:
     """
 
     name: str
-    suffixes: tuple[str, ...] = ()
     claims: Callable[[Probe], bool]
     reader: str
+    suffixes: tuple[str, ...] = ()
     writer: str | None = None
     has_pickle: bool = True
     is_program: bool = False

@@ -29,6 +29,7 @@ from typing import NoReturn
 from ckptkit.checkpoint import StateDict
 from ckptkit.errors import AmbiguousError, CorruptError, FormatError, LimitError
 from ckptkit.limits import DEFAULT_LIMITS, Limits
+from ckptkit.patterns import pattern
 from ckptkit.pickling.inert import Global, InertDict, Object, mapping_items
 
 __all__ = [
@@ -46,10 +47,10 @@ __all__ = [
     "versions_text",
 ]
 
-_SURROGATE = re.compile("[\ud800-\udfff]")
-_ESCAPED_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
-_KEY = re.compile(rb'"[ \t\r\n]*:')
-_MINUS_ZERO = re.compile(rb"-0(?![.eE0-9])")
+_SURROGATE = pattern("[\ud800-\udfff]")
+_ESCAPED_SURROGATE = pattern(rb"\\u[dD][89a-fA-F]")
+_KEY = pattern(rb'"[ \t\r\n]*:')
+_MINUS_ZERO = pattern(rb"-0(?![.eE0-9])")
 
 
 def shown(name: object) -> str:

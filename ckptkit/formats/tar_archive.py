@@ -15,11 +15,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from ckptkit.bytesource import ByteRange
 from ckptkit.errors import AmbiguousError, CorruptError, LimitError
 from ckptkit.limits import Limits
+from ckptkit.patterns import pattern
 from ckptkit.report import count_of
 
 __all__ = ["BLOCK_NBYTES", "Member", "checksums", "is_header", "read_members"]
@@ -61,12 +62,11 @@ _MAX_PADDING_NBYTES = 1 << 20
 _PAX_KEYS = frozenset({"atime", "ctime", "mtime", "uid", "gid", "uname", "gname", "size", "comment"})
 """Facts about a member that do not change what or where it is; others rename or redirect it."""
 
-_OCTAL = re.compile(rb" *([0-7]{1,12})[ \0]*\Z")
-_RECORD = re.compile(rb"([1-9][0-9]{0,7}) ([A-Za-z.]{1,64})=")
+_OCTAL = pattern(rb" *([0-7]{1,12})[ \0]*\Z")
+_RECORD = pattern(rb"([1-9][0-9]{0,7}) ([A-Za-z.]{1,64})=")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Member:
+class Member(NamedTuple):
     """One member.
 
     Attributes:
@@ -119,7 +119,7 @@ def read_members(area: ByteRange, limits: Limits, most: int) -> Iterator[Member]
         else:
             is_named = member.kind == "0" and (as_stated or path)
             kind = member.kind if as_stated else "x"
-            yield replace(member, kind=kind, path=(path or member.name) if is_named else None)
+            yield member._replace(kind=kind, path=(path or member.name) if is_named else None)
             size, path, as_stated = None, _long_name(member, area, limits) if member.kind == "L" else "", True
         if following > area.nbytes:
             raise CorruptError(

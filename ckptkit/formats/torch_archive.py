@@ -36,6 +36,7 @@ from ckptkit.formats.format import TORCH_MARKS, Probe
 from ckptkit.formats.zip_archive import LOCAL_SIGNATURE, read_directory
 from ckptkit.formats.zip_records import Record, Records, fetch_beginnings, read_record, record_source
 from ckptkit.limits import Limits
+from ckptkit.patterns import pattern
 from ckptkit.pickling.reader import Constructor, PickleResult, read_pickle
 from ckptkit.pickling.shortcut import TensorShortcut
 from ckptkit.pickling.tensors import TEXT_IDS_MESSAGE, StorageTable
@@ -77,7 +78,7 @@ _OWN_NBYTES = 64
 """Bytes that they have at most."""
 
 
-_OWN_ROOT = re.compile(r"(.+)/(?:data\.pkl|constants\.pkl|archive_format|\.data/extern_modules)\Z", re.DOTALL)
+_OWN_ROOT = pattern(r"(.+)/(?:data\.pkl|constants\.pkl|archive_format|\.data/extern_modules)\Z", re.DOTALL)
 """A record that an archive has only once, and the folders above it."""
 
 
@@ -129,7 +130,7 @@ def _has_version(records: Mapping[str, Record], root: str) -> bool:
     return any(f"{root}{name}" in records for name in ("version", ".data/version", "archive_version"))
 
 
-_STORAGES = re.compile(r"(?:\A|/)(?:data|constants|tensors|weights|traced_inputs)/[^/]*\Z|\.storage\Z")
+_STORAGES = pattern(r"(?:\A|/)(?:data|constants|tensors|weights|traced_inputs)/[^/]*\Z|\.storage\Z")
 """Names of records that are the bytes of tensors, most of them."""
 
 
@@ -165,7 +166,7 @@ class TorchArchive:
                 for name, record in records.items()
                 if not name.startswith(root) and not (name.endswith("/") and root.startswith(name))
             }
-        if any(map(_OWN_ROOT.match, self._outside)):
+        if self._outside and any(map(_OWN_ROOT.match, self._outside)):
             roots = sorted({root[:-1], *(found[1] for found in map(_OWN_ROOT.match, self._outside) if found)})
             raise AmbiguousError(
                 f"an archive with {len(roots)} root folders ({', '.join(roots[:3])}); torch treats the first as the "

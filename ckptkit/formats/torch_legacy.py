@@ -30,7 +30,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
 from functools import partial
 from struct import Struct
 
@@ -123,7 +122,7 @@ class PickleRow:
             raise error.at(where=where) from error.__cause__
         self.pos += pickle.end
         self.uses.extend(global_uses(pickle.globals, where.partition(",")[0]))
-        return replace(pickle, end=self.pos)
+        return pickle._replace(end=self.pos)
 
     def plain(self, where: str) -> object:
         """The next pickle's value, which must be plain: no names, nothing that is called.

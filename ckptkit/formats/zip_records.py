@@ -25,6 +25,7 @@ from typing import NamedTuple
 from ckptkit.bytesource import ByteRange, byte_range
 from ckptkit.computed import DEFLATE_MOST, ByteSource, DeflatedRange, Inflation
 from ckptkit.errors import AmbiguousError, CorruptError, LimitError, UnsupportedError
+from ckptkit.patterns import pattern
 
 __all__ = [
     "CENTRAL", "DEFLATED", "DESCRIPTOR_SIGNATURE", "END", "END64", "FEW", "HAS_DESCRIPTOR", "LOCAL", "LOCAL_SIGNATURE",
@@ -46,7 +47,7 @@ TAIL_NBYTES = END.size + MAX16
 REPACK = "unpack it (7z x FILE -oOUT) and pack its folder again, stored: cd OUT && zip -0 -r NEW.pth FOLDER"
 """What helps where an archive contains a checkpoint in a way that is not read."""
 
-_ODD_NAME = re.compile(r"\A\Z|[\0\\]|\A/|(?:\A|/)\.\.(?:/|\Z)")
+_ODD_NAME = pattern(r"\A\Z|[\0\\]|\A/|(?:\A|/)\.\.(?:/|\Z)")
 
 LOCAL_SIGNATURE = b"PK\x03\x04"
 """First bytes of a record, and so of an archive."""

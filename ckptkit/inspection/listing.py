@@ -22,6 +22,7 @@ from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.normalize.modules import BUFFER_NAMES, Role, role_of
 from ckptkit.normalize.sections import is_plain_value, join
 from ckptkit.normalize.tensors import FoundTensor, other_tensors
+from ckptkit.patterns import pattern
 from ckptkit.pickling.arrays import is_array, layout_of
 from ckptkit.pickling.inert import Object
 
@@ -140,7 +141,7 @@ class TensorRow(NamedTuple):
         return f'{text}, "stats": {json.dumps(stats)}}}'
 
 
-_JSON_GAPS = re.compile(r'(?<="name": )""|(?<="storage": )""')
+_JSON_GAPS = pattern(r'(?<="name": )""|(?<="storage": )""')
 """Where the JSON text of a kind's row has no name and no storage; in strings quotes have a backslash before them."""
 
 

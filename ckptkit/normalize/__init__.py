@@ -55,7 +55,7 @@ from ckptkit.report import listed as enumerated
 __all__ = ["RawCheckpoint", "lower_state_dict", "needs_protocol", "normalize", "origin_alone"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
 class RawCheckpoint:
     """The result of a container's reader: the tree and the container's own facts.
 

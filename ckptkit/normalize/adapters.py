@@ -31,6 +31,7 @@ from ckptkit.checkpoint import Checkpoint, TensorEntry
 from ckptkit.computed import can_be_looked_at
 from ckptkit.errors import CkptkitError
 from ckptkit.normalize.selection import EMBEDDINGS
+from ckptkit.patterns import pattern
 from ckptkit.pickling.inert import mapping_items
 from ckptkit.report import count_of, listed, printable
 
@@ -48,7 +49,7 @@ __all__ = [
 _SAMPLED = 32
 """Names that distinguish a state_dict from other mappings of names to tensors."""
 
-_PART = re.compile(
+_PART = pattern(
     r"(?:^|[._])(?:"
     r"lora(?:_linear_layer|[0-9]+)?[._](?P<lora>A|B|up|down|mid|embedding_[AB]|magnitude_vector)|"
     r"(?P<kin>hada|lokr)_(?P<factor>[wt][12](?:_[ab])?)|"
@@ -59,9 +60,9 @@ _PART = re.compile(
 
 _KINDS = {"hada": "loha", "lokr": "lokr", "ia3": "ia3", "oft": "oft", "boft": "boft", "vera": "vera", "dora": "dora"}
 
-_EMBEDDING = re.compile(r"<[^<>]+>|emb_params|clip_[lg]|t5xxl")
+_EMBEDDING = pattern(r"<[^<>]+>|emb_params|clip_[lg]|t5xxl")
 
-_SCRIPTS = re.compile(r"(?:lora_(?:unet|te[0-9]?|transformer|prior_unet)|lycoris(?:_unet)?)_")
+_SCRIPTS = pattern(r"(?:lora_(?:unet|te[0-9]?|transformer|prior_unet)|lycoris(?:_unet)?)_")
 """How names begin that have no dots in their modules."""
 
 _PIPELINES = ("unet.", "text_encoder", "transformer.", "diffusion_model.")
@@ -94,14 +95,14 @@ _BASE_KEYS = (
 """In the metadata, the most telling first."""
 
 _BASES = (
-    (re.compile(r"(?:^|[._])(?:double_blocks|single_transformer_blocks)[._]"), "FLUX.1 or a related model"),
-    (re.compile(r"(?:^|[._])joint_(?:transformer_)?blocks[._]"), "Stable Diffusion 3 or a related model"),
+    (pattern(r"(?:^|[._])(?:double_blocks|single_transformer_blocks)[._]"), "FLUX.1 or a related model"),
+    (pattern(r"(?:^|[._])joint_(?:transformer_)?blocks[._]"), "Stable Diffusion 3 or a related model"),
 )
 """Models that have modules of these names."""
 
 _UNET = ("down_blocks", "up_blocks", "mid_block", "input_blocks", "output_blocks", "middle_block")
 
-_CROSS_ATTENTION = re.compile(r"(?:^|[._])attn2[._](?:processor\.)?to_[kv]$")
+_CROSS_ATTENTION = pattern(r"(?:^|[._])attn2[._](?:processor\.)?to_[kv]$")
 
 _CONTEXTS = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "Stable Diffusion XL"}
 """By the width of the text that a UNet attends to."""
@@ -158,6 +159,9 @@ class AdapterDocument(TypedDict):
 def is_adapter(names: Sequence[str]) -> bool:
     """Whether the tensors are an adapter's: at least half of the first names are."""
     names = names[:_SAMPLED]
+    text = "\n".join(names)
+    if not any(word in text for word in ("lora", *_KINDS)):  # nor does any match, then
+        return False
     return 2 * sum(_PART.search(name) is not None for name in names) >= len(names) > 0
 
 
@@ -268,8 +272,8 @@ def _target(module: str) -> str:
 
 def _base(modules: Mapping[str, _Module]) -> str | None:
     """The model that has such modules, where that is plain."""
-    for pattern, base in _BASES:
-        if any(map(pattern.search, modules)):
+    for blocks, base in _BASES:
+        if any(map(blocks.search, modules)):
             return base
     widths = {
         module.shapes[part][1]

@@ -35,6 +35,7 @@ from ckptkit.checkpoint import TensorEntry
 from ckptkit.dtypes import DTYPES
 from ckptkit.errors import CorruptError, LimitError
 from ckptkit.limits import DEFAULT_LIMITS
+from ckptkit.patterns import pattern
 from ckptkit.pickling.inert import Global, InertDict, InertSet, Object, mapping_items, named_items, states, tensors_in
 from ckptkit.report import count_of
 from ckptkit.shell import command_line
@@ -396,7 +397,7 @@ _LEADING = frozenset({MODULE, "_forward_module"})
 
 _WRAPPERS = _ANYWHERE | _LEADING
 
-_INNER_MODULE = re.compile(rf"\.{MODULE}(?=\.)")
+_INNER_MODULE = pattern(rf"\.{MODULE}(?=\.)")
 
 _FEW = 3
 """Modules with an inner `MODULE` that get a rule each."""
@@ -431,7 +432,9 @@ def unwrapped_in_digests(name: str) -> str:
 def _without(name: str, anywhere: Collection[str], leading: Collection[str]) -> str:
     *parents, last = name.split(".")
     parents = [part for part in parents if part not in anywhere]
-    kept = next((place for place, part in enumerate(parents) if part not in leading), len(parents))
+    kept = 0
+    while kept < len(parents) and parents[kept] in leading:
+        kept += 1
     return ".".join([*parents[kept:], last])
 
 

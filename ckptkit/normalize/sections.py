@@ -24,10 +24,9 @@ Which part is *the* state_dict is decided by `ckptkit.normalize.selection`.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from itertools import chain, islice
 from operator import itemgetter
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, NamedTuple
 
 from ckptkit.checkpoint import WEIGHTS, Section, Storage, TensorEntry
 from ckptkit.errors import LimitError
@@ -47,7 +46,7 @@ from ckptkit.normalize.shapes import (
     tensor_at_a_glance,
     weights_at_sight,
 )
-from ckptkit.pickling.inert import SCALARS, Global, InertDict, Object, children, mapping_items, walk
+from ckptkit.pickling.inert import SCALARS, Global, InertDict, Object, children, is_bare_leaf, mapping_items, walk
 from ckptkit.pickling.tensors import is_tensor_like
 
 __all__ = [
@@ -88,8 +87,7 @@ _NodeKind = _SectionKind | Literal["parts"]
 """``"parts"``: something that has tensors somewhere below, and is not a section by itself."""
 
 
-@dataclass(frozen=True, slots=True)
-class Candidate:
+class Candidate(NamedTuple):
     """A part of a file that contains tensors.
 
     Attributes:
@@ -171,7 +169,7 @@ class SectionSearch:
                 taken[candidate.path] += 1
                 path = f"{candidate.path}#{taken[candidate.path]}"
             taken[path] = 1
-            found.append(candidate if path == candidate.path else replace(candidate, path=path))
+            found.append(candidate if path == candidate.path else candidate._replace(path=path))
         if not found and self._has_tensor(self._root):
             found.append(Candidate("", "collection", self._root))
         return found
@@ -381,7 +379,7 @@ def above_tensors(root: object) -> set[int]:
     for node in walk(root):
         if isinstance(node, (TensorEntry, Storage)):
             found.append(id(node))
-        for child in children(node):
+        for child in () if is_bare_leaf(node) else children(node):
             if not isinstance(child, SCALARS):
                 above.setdefault(id(child), []).append(id(node))
     holding = set(found)

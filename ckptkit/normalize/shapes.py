@@ -6,12 +6,12 @@ named values, and what belongs to an optimizer.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 
 from ckptkit.checkpoint import Storage, TensorEntry
 from ckptkit.dtypes import DTYPES
 from ckptkit.normalize.modules import bound_method, module_state
+from ckptkit.patterns import pattern
 from ckptkit.pickling.inert import (
     ABSENT,
     ITSELF,
@@ -80,7 +80,7 @@ _DATA_WORDS = frozenset({
     "ptr", "sample", "samples", "target", "targets", "test", "text", "token", "tokens", "train", "type", "val", "valid",
     "validation", "values", "x", "y", "z",
 })  # fmt: skip
-_WORD = re.compile(r"[a-z]+")
+_WORD = pattern(r"[a-z]+")
 
 
 _MORE_THAN_ANY = 1 << 60

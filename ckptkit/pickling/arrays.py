@@ -9,12 +9,12 @@ with ``(3, byteorder, subdtype, names, fields, …)``.  The modules were called 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from typing import NamedTuple, TypeGuard
 
 from ckptkit.bytesource import ByteRange
 from ckptkit.dtypes import DTYPES
+from ckptkit.patterns import pattern
 from ckptkit.pickling.inert import Global, Object, is_global
 from ckptkit.pickling.tensors import shape_of
 
@@ -45,7 +45,7 @@ _WITHOUT_NAN = "biuSUMmO"
 """First letters of the codes of types without NaN: bool, whole numbers, text, times, objects (they are in the tree)."""
 
 _NDARRAY = ("numpy", "ndarray")
-_MADE = re.compile(r"(?:f[248]|c8|c16|[iu][1248]|b1|[SU][0-9]{1,6})\Z")
+_MADE = pattern(r"(?:f[248]|c8|c16|[iu][1248]|b1|[SU][0-9]{1,6})\Z")
 """Codes of the types that numpy makes of bytes."""
 
 _MOST_DIMENSIONS = 32

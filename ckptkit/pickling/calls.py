@@ -20,13 +20,13 @@ The text is checked against patterns; it is neither compiled nor parsed.
 
 from __future__ import annotations
 
-import re
 import sys
 import unicodedata
 from collections.abc import Callable, Iterable
 from functools import partial
 
 from ckptkit.limits import DEFAULT_LIMITS
+from ckptkit.patterns import pattern
 from ckptkit.pickling.dangerous import is_dangerous, is_dangerous_attribute, is_kept_code, makes_function
 from ckptkit.pickling.inert import Global, InertDict, Object, named_items
 
@@ -35,12 +35,12 @@ __all__ = ["CallsThatReach", "sets_first_argument"]
 _MAX_CHAIN = 8
 """Attributes of attributes: nested classes go two or three deep."""
 
-_IMPORT = re.compile(r"import ([\w.]+)(?: as \w+)?|from ([\w.]+) import (\w+)(?: as \w+)?")
-_OTHER_TOP_LEVEL = re.compile(
+_IMPORT = pattern(r"import ([\w.]+)(?: as \w+)?|from ([\w.]+) import (\w+)(?: as \w+)?")
+_OTHER_TOP_LEVEL = pattern(
     r"NoneType = type\(None\)|\w+ = '[^'\\]*'|\w+ = \"[^\"\\]*\"|#.*|(?:\w+\.)*wrap\(\"\w+\"\)|wrap\('\w+'\)"
     r"|def forward\(.*|\).*:"
 )
-_WORD = re.compile(r"(\.[\s\\]*|['\"])?(?<!\w)([^\W\d]\w*)")
+_WORD = pattern(r"(\.[\s\\]*|['\"])?(?<!\w)([^\W\d]\w*)")
 _BUILTINS = frozenset(
     {"__import__", "breakpoint", "compile", "delattr", "eval", "exec", "execfile", "globals", "locals", "open"}
 )

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Final, Literal
 
 from ckptkit.checkpoint import Storage, TensorEntry
@@ -282,9 +283,9 @@ def children(node: object) -> list[object]:
     if isinstance(node, (list, tuple)):
         return list(node)
     if isinstance(node, InertDict):
-        return [*(part for pair in node.pairs for part in pair), *node.effects]
+        return [*chain.from_iterable(node.pairs), *node.effects]
     if isinstance(node, Object):
-        below = [node.cls, *node.args, *node.items, *(part for pair in node.pairs for part in pair)]
+        below = [node.cls, *node.args, *node.items, *chain.from_iterable(node.pairs)]
         if node.kwargs is not None:
             below.append(node.kwargs)
         if node.state is not ABSENT:
@@ -327,7 +328,8 @@ def walk(root: object, seen: set[int] | None = None) -> Iterator[object]:
         if len(seen) > most:
             raise LimitError("nodes of a tree", limit=most, actual=len(seen))
         yield node
-        stack.extend([child for child in reversed(children(node)) if not isinstance(child, SCALARS)])
+        if not is_bare_leaf(node):
+            stack.extend([child for child in reversed(children(node)) if not isinstance(child, SCALARS)])
 
 
 def tensors_in(root: object, seen: set[int] | None = None) -> Iterator[TensorEntry | Storage]:

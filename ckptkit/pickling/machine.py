@@ -15,6 +15,7 @@ from typing import NoReturn, Protocol, TypeVar
 
 from ckptkit.errors import AmbiguousError, CorruptError, LimitError, UnsupportedError
 from ckptkit.limits import Limits
+from ckptkit.patterns import pattern
 from ckptkit.pickling.calls import CallsThatReach
 from ckptkit.pickling.dangerous import is_dangerous
 from ckptkit.pickling.inert import ABSENT, Global, InertDict, InertSet, Object
@@ -50,16 +51,15 @@ class Hold(Protocol):
 
 
 _Node = TypeVar("_Node")
-
 _I32 = Struct("<i").unpack_from
 _U32 = Struct("<I").unpack_from
 _U64 = Struct("<Q").unpack_from
 
-_DECIMAL = re.compile(rb"(?:0|-?[1-9][0-9]{0,3999})L?\Z")
+_DECIMAL = pattern(rb"(?:0|-?[1-9][0-9]{0,3999})L?\Z")
 """What ``repr`` writes; a leading zero makes one of CPython's two unpicklers read octal."""
 
-_FLOAT = re.compile(rb"[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?\Z|[-+]?(?:inf|nan)\Z")
-_ESCAPED = re.compile(rb"[^\\]*(?:\\(?:[\\'\"nrt]|x[0-9a-f]{2})[^\\]*)*\Z")
+_FLOAT = pattern(rb"[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?\Z|[-+]?(?:inf|nan)\Z")
+_ESCAPED = pattern(rb"[^\\]*(?:\\(?:[\\'\"nrt]|x[0-9a-f]{2})[^\\]*)*\Z")
 """What Python 2's ``repr`` of a ``str`` holds between its quotes."""
 
 _ESCAPE = r"\\(?:[\\'nrt]|x[0-9a-f]{2}|u[0-9a-f]{4})"
@@ -67,8 +67,8 @@ _ID_ITEM = (
     r"<class '[A-Za-z_][\w.]*\.[A-Za-z_]\w*'>|None|0|[1-9][0-9]{0,18}|"
     rf"""'(?:[^'\\]|{_ESCAPE})*'|"(?:[^"\\]|{_ESCAPE})*\""""
 )
-_ID_ITEMS = re.compile(_ID_ITEM, re.ASCII)
-_TEXT_ID = re.compile(rf"\((?:{_ID_ITEM})(?:, (?:{_ID_ITEM}))+\)", re.ASCII)
+_ID_ITEMS = pattern(_ID_ITEM, re.ASCII)
+_TEXT_ID = pattern(rf"\((?:{_ID_ITEM})(?:, (?:{_ID_ITEM}))+\)", re.ASCII)
 """A tuple of names, numbers and strings as ``str`` gives it, which is what protocol 0 makes of a persistent id."""
 
 BATCH = 1000

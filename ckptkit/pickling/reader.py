@@ -15,10 +15,10 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import islice
 from struct import Struct
+from typing import NamedTuple
 
 from ckptkit.errors import AmbiguousError, CorruptError, FormatError, LimitError
 from ckptkit.limits import DEFAULT_LIMITS, Limits
@@ -50,8 +50,7 @@ _U32 = Struct("<I").unpack_from
 _F64 = Struct(">d").unpack_from
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PickleResult:
+class PickleResult(NamedTuple):
     """The content of one pickle.
 
     Attributes:
@@ -205,7 +204,7 @@ def _nested(limits: Limits, left: list[int], data: bytes) -> tuple[list[Global],
         data: the file.
     """
     names: list[Global] = []
-    limits = replace(limits, pickle_nbytes=limits.pickle_nbytes // 4)
+    limits = limits._replace(pickle_nbytes=limits.pickle_nbytes // 4)
     if left[0] <= 0 or not limits.pickle_nbytes:
         return names, False
     if (known := storage_pickles(data)) is not None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ckptkit.bytesource import Source, SourceFile
 from ckptkit.errors import FileAccessError
+from ckptkit.patterns import pattern
 
 if TYPE_CHECKING:
     from ckptkit.places.far import FarEntry
@@ -82,7 +83,7 @@ def notes() -> dict[str, Any]:
 
 # The text of paths.
 
-_QUERY = re.compile(r"\?(?:\*\*\*|[\w.~%-]+=).*\Z", re.DOTALL)
+_QUERY = pattern(r"\?(?:\*\*\*|[\w.~%-]+=).*\Z", re.DOTALL)
 
 
 def _plain(url: str) -> str:

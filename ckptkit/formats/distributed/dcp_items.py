@@ -213,7 +213,7 @@ class ItemReader:
             raise CorruptError("it went through stream.zstd/1, but is not a zstd frame")
         inner = Inner(area.file.path, area, area.file, name=name, owns=False)
         most = max(self._limits.unpacked_nbytes, self._nbytes.get(row, 0) + _AROUND_NBYTES)
-        parts = compression.parts(inner, replace(self._limits, unpacked_nbytes=most))
+        parts = compression.parts(inner, self._limits._replace(unpacked_nbytes=most))
         first = next(parts, b"")
         second = next(parts, None)
         if second is None:

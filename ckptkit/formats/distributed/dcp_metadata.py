@@ -86,7 +86,7 @@ def parse_metadata(data: bytes, limits: Limits) -> Metadata:
     Raises:
         FormatError: the pickle is damaged or refused, is no ``.metadata``, or contradicts itself.
     """
-    limits = replace(limits, pickle_nbytes=METADATA_NBYTES, tree_nodes=METADATA_NBYTES, nodes=_MOST_NODES)
+    limits = limits._replace(pickle_nbytes=METADATA_NBYTES, tree_nodes=METADATA_NBYTES, nodes=_MOST_NODES)
     runs = Runs(_MOST_CHUNKS)
     uses: tuple[GlobalUse, ...] = ()
     try:
