@@ -89,7 +89,7 @@
     const moved = (each) => { const [sum, weight] = places.get(each.module); return weight ? sum / weight : null; };
 
     let table;
-    const map = Page.part("Where it changed", { note: "each tile is a tensor that differs; its colour shows by how much" });
+    const map = Page.part("Where it changed", { note: "each tile is a tensor that differs; its color shows by how much" });
     Page.treemap(map, {
       label: "Treemap of tensors that differ, by module", rootName: "all that differs", total, path: (i) => rows.names[i].split("."),
       measures: [
