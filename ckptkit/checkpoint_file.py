@@ -221,7 +221,7 @@ class CheckpointFile:
         return state
 
     def _is_mapped(self, asked: bool | None) -> bool:
-        """Whether tensors are to be in the file: where that is not said, those of containers without checksums are."""
+        """Whether tensors stay in the file: by default those of containers without checksums do."""
         return formats.format_named(self.format).tensors_alone if asked is None else asked
 
     def close(self) -> None:

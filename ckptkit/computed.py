@@ -52,7 +52,7 @@ def spooled(parts: Iterable[bytes], nbytes: int | None, source: Source, what: st
         parts: the bytes.
         nbytes: how many they are; ``None``: that is known after the last, and nothing else is spooled in the meantime.
         source: whose they are.
-        what: begins the message where they do not fit.
+        what: begins the message if they do not fit.
 
     Raises:
         FileAccessError: the temporary file could not be written.

@@ -42,7 +42,7 @@ class Everything(NamedTuple):
         storages: those of all tensors, and those that are in the tree by themselves, by ``id``.
         is_shared: whether several of these are in one storage.
         unused: bytes of storages that belong to no tensor.
-        names: those of the state_dict, each after a line break: what may be in one is looked for in all at once.
+        names: those of the state_dict, each after a line break, so that all are searched at once.
         quantization: how the weights are quantized; ``None``: they are not.
     """
 
@@ -71,7 +71,7 @@ def diagnose(checkpoint: Checkpoint, contents: Everything | None = None) -> tupl
 
     Args:
         checkpoint: as it was read.
-        contents: what `everything_in` finds in it, where it is known.
+        contents: the result of `everything_in`, if known.
     """
     contents = everything_in(checkpoint) if contents is None else contents
     found = [*checkpoint.findings, *(finding for check in DIAGNOSES for finding in check(checkpoint, contents))]
@@ -87,8 +87,8 @@ def everything_in(
 
     Args:
         checkpoint: as it was read.
-        beside: what `other_tensors` finds in it, where it is known.
-        unused: bytes of storages that belong to no tensor, where that is known.
+        beside: the result of `other_tensors`, if known.
+        unused: bytes of storages that belong to no tensor, if known.
     """
     beside = other_tensors(checkpoint) if beside is None else beside
     others = [found.node for found in beside if isinstance(found.node, TensorEntry)]

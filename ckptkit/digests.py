@@ -19,7 +19,7 @@ Version 1, exactly, so that anybody can compute it with a SHA-256 and a JSON wri
   sizes: ``[name,kind,[[dtype,[sizes],digest],…],tree]``.  The kind is the qualified name of its class, of the function
   that makes it, or of its plain Python type; the tree is the digest of everything in the value, as in a whole digest:
   scales, zero points, axes, sizes, numbers and text.  A tensor of a custom class with attributes has their tree as a
-  fifth value in its line.  Where there is a tree the first line is ``ckptkit-content-2``.  Version 1 had ``null`` for
+  fifth value in its line.  With a tree the first line is ``ckptkit-content-2``.  Version 1 had ``null`` for
   each tree, and no fifth value; lock files that have it still hold.
 
 Order, wrappers, container, devices, strides, ties, requires_grad, module versions, metadata and everything beside the

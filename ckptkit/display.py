@@ -3,7 +3,7 @@
 A notebook shows a block of HTML with a title, facts, a table and a tree that folds.  It is made of elements and inline
 styles that notebooks allow: ``<details>`` folds without a script, and without styles (as in GitHub's view of a
 notebook) an outline remains.  Text has the notebook's own color, so that it is readable on light and on dark; the few
-colors are of dots and bars, and what they say is beside them in words.
+colors are in dots and bars, with their meaning beside them in words.
 
 No text of a file is markup, nothing is loaded, and nothing runs.  However much there is, a block stays small: cells,
 rows and lines are limited.
@@ -99,7 +99,7 @@ def html_block(
         title: the subject.
         lines: below it, above the table; one that begins with a severity and a colon gets its dot.
         headers: of the columns; none: there is no table.
-        rows: of the table, as many as are to be shown; a first cell that is a severity gets its dot.
+        rows: of the table, as many as are shown; a first cell that is a severity gets its dot.
         left_out: how many are not.
         state: ``"ok"`` or ``"failed"``: the title's dot.
         tree: each line before what is in it.

@@ -43,7 +43,7 @@ class _Report(TypedDict):
 
 
 class ErrorDocument(TypedDict):
-    """Why a file could not be read or converted: the class of the exception, and what it says."""
+    """Why a file could not be read or converted: the class of the exception, and its message."""
 
     type: str
     message: str

@@ -128,7 +128,7 @@ def _merged(every: Sequence[_Advice], section: str | None, suffix: str) -> tuple
 
 
 def _command(every: Sequence[_Advice], options: Sequence[_Option], suffix: str) -> str:
-    """The command with these options: that of a finding, where it is the same and named like any other."""
+    """The command with these options: a finding's own, if it is the same and has the usual name."""
     for each in every:
         if each.suffix == suffix and {*each.options} == {*options} and each.is_named:
             return each.command

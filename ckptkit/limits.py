@@ -42,7 +42,7 @@ class Limits(NamedTuple):
     """Nodes in pairs that are compared in one pickle, where it drops the result of one call for that of another."""
 
     arguments: int = 1_000_000
-    """Values that are looked at in what the calls of one pickle are given, where it matters who is handed what."""
+    """Values that are examined in the arguments of one pickle's calls, if it matters what is passed to whom."""
 
     generated_characters: int = 16 << 20
     """Characters of generated code in one pickle; a large graph has one million."""
@@ -94,7 +94,7 @@ class Limits(NamedTuple):
     """Levels of a JSON value that nothing reads; the Rust parser in safetensors stops at 128."""
 
     source_nbytes: int = 64 << 20
-    """Bytes of a program's source that are looked through; a model of 5,000 modules has about two million."""
+    """Bytes of a program's source that are searched; a model of 5,000 modules has about two million."""
 
     source_classes: int = 100_000
     """Classes in it; every module of a program may have its own."""
@@ -132,7 +132,7 @@ class Limits(NamedTuple):
     vocabulary of 50,000 words; each reader of the file parses them."""
 
     expanded_nbytes: int = 64 << 30
-    """Bytes by which tensors may grow, all together, where they are written out contiguously.  Real
+    """Bytes by which tensors may grow, all together, when they are written out contiguously.  Real
     expanded views come to megabytes; a stride of 0 lets four bytes claim terabytes of disk."""
 
     densified_nbytes: int = 256 << 30

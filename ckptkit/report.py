@@ -354,7 +354,7 @@ def listed(
     """The first of several things as a message names them, and how many more there are.
 
     Args:
-        things: what to name, or as many of them as are to be named.
+        things: to name, or as many of them as will be named.
         most: how many of them are named.
         total: how many there are where ``things`` are not all.
         between: the text between them.

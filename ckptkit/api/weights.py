@@ -258,7 +258,7 @@ def _reading(asked: ConvertOptions | LoadOptions | VerifyOptions) -> dict[str, A
 
 
 def _like(like: Any, args: Mapping[str, Any]) -> Like:
-    """The model that a conversion is to be like."""
+    """The model that a conversion must match."""
     from ckptkit.conversion.options import like_checkpoint
     from ckptkit.rewrite import Like
 

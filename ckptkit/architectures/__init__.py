@@ -79,10 +79,10 @@ class Architecture(NamedTuple):
         reference: what `ckptkit.verify` takes: ``"torchvision:resnet18"``.
         args: the arguments it has to be built with.
         exact: every name and every shape is the model's (``num_batches_tracked`` aside).
-        similarity: 1.0 where it is exact; else how much of the two is the same, of which an estimate is made.
+        similarity: 1.0 if it is exact; otherwise an estimate of how much of the two is the same.
         prefix: before the model's own names, apart from wrappers (``module.``).
         others: tensors that are not under the prefix.
-        differs: in what it is not exact, where that is one thing; ``None``: it is exact, or nothing like it is known.
+        differs: the one thing in which it is not exact; ``None``: it is exact, or there is no such thing.
         defaults: of the arguments in `args` that are numbers read off the shapes, the library's own values.
     """
 

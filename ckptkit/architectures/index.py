@@ -130,7 +130,7 @@ class Free(NamedTuple):
     """An argument that decides dimensions.
 
     Attributes:
-        default: its value where it is not given.
+        default: its usual value.
         form: how a dimension follows from it.
         at: tensor, dimension, and the two numbers of the form.
     """

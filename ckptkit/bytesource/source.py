@@ -84,7 +84,7 @@ class _Pace:
             self.tell()
 
     def look(self) -> None:
-        """A file is looked at."""
+        """A file is opened to see what it is."""
         if self.tell is not None:
             self.looked += 1
             self.tell()
@@ -152,7 +152,7 @@ class Source:
         return self.identity
 
     def sibling(self, name: str) -> Source:
-        """The source of a name beside this one; see `parts` for one that is to be closed with it.
+        """The source with a name beside this one; see `parts` for one that is to be closed with it.
 
         Args:
             name: relative to the folder this one is in, in segments with slashes between.
@@ -281,8 +281,7 @@ class Source:
         Where values are around them they come by with those; `settle` fetches what did not.  Anything already in memory
         is checked before this returns.
 
-        Returns:
-            Whether it is left for later; ``False``: it is to be done now, since nothing is saved.
+        Returns: Whether it is left for later; ``False``: do it now, because nothing would be saved.
         """
         return False
 
@@ -295,8 +294,9 @@ class Source:
         """Look at what was left until now (`on_read`); who has read values ends with it.
 
         Args:
-            areas: offset and size in bytes of ranges: no more is looked at than what adjoins one of them, and those
-                that are small come along, so that reading them next takes no trip; ``None``: everything, parts, too.
+            areas: offset and size in bytes of ranges: only checks next to one of them are made, and small ones are
+                fetched along, so that reading them next takes no request; ``None``: all checks, including those of
+                parts.
 
         Raises:
             FormatError: the rest is not valid.
@@ -305,7 +305,7 @@ class Source:
             part.settle()
 
     def changed(self) -> bool:
-        """Whether it was written to since it was opened; what was left until values are read is looked at (`settle`).
+        """Whether it was written to since it was opened; delayed checks are made (`settle`).
 
         Raises:
             As `stamp` and `settle`.
@@ -426,10 +426,10 @@ given_up: ContextVar[threading.Event | None] = ContextVar("ckptkit_given_up", de
 
 
 def require_wanted() -> None:
-    """What waits for another machine asks now and then whether to go on.
+    """Waits for another machine ask now and then whether to continue.
 
     Raises:
-        FileAccessError: it is to give up.
+        FileAccessError: the wait was given up.
     """
     halt = given_up.get()
     if halt is not None and halt.is_set():

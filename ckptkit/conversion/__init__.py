@@ -141,7 +141,7 @@ class Job:
         )
 
     def require_place(self, options: ConvertOptions) -> None:
-        """See that the output may be where it is asked for.
+        """Check that the output may be written there.
 
         Raises:
             DestinationExistsError: something is there that it may not replace.
@@ -191,7 +191,7 @@ class Outcome:
         job: the plan, carried out unless that was not requested.
         conversion: the changes; ``None``: none were requested.
         findings: to report.
-        part: which part of the output was written, where that is not all.
+        part: which part of the output was written, if not all.
     """
 
     section: str | None
@@ -238,7 +238,7 @@ def run(
         file: with its bytes.
         destination: the output.
         options: as requested; ``like`` is already a `ckptkit.Like`.
-        rewrite: whether the checkpoint is to be changed as the options say; else it is written as it stands.
+        rewrite: whether to change the checkpoint as the options say; otherwise it is written unchanged.
         given: the path by which others can open the source too.
         task: the worker's instructions, if it writes a part.
 
@@ -356,7 +356,7 @@ def _section_meant(checkpoint: Checkpoint, file: Source, options: ConvertOptions
 
 
 def _require_weights(checkpoint: Checkpoint, options: ConvertOptions, weights_alone: bool) -> None:
-    """See that there are weights, where only they can be written or something is to be done to them."""
+    """Check that there are weights, if only they can be written or changed."""
     is_needed = needs_weights(options)
     if is_needed or weights_alone:
         require_state_dict(checkpoint, "to rewrite" if is_needed else "to write")
@@ -420,7 +420,7 @@ def with_digests(plan: Plan, tokens: Tokens) -> Plan:
 
 
 def convert_file(source: str, destination: str, options: ConvertOptions) -> Report[ConvertDocument]:
-    """Convert a file by its path into one whose folder is made where it is not there.
+    """Convert a file by its path into one whose folder is created if needed.
 
     Raises:
         As `ckptkit.convert`.

@@ -48,7 +48,7 @@ def convert_folder(source: str, destination: str, options: ConvertOptions, conve
 
     Args:
         source: the folder.
-        destination: the folder for the outputs, which is made where it is not there.
+        destination: the folder for the outputs, which is created if needed.
         options: for each file; ``progress`` is called with the bytes of the sources.
         convert: converts one file.
 

@@ -137,7 +137,7 @@ def as_named(checkpoint: Checkpoint, options: ConvertOptions) -> Checkpoint:
 
 
 def with_flat_cut(checkpoint: Checkpoint, options: ConvertOptions) -> Checkpoint:
-    """The checkpoint with flat parameters cut by ``options.like``, where there are any, and that is given.
+    """The checkpoint with flat parameters split by ``options.like``, if both exist.
 
     Raises:
         RewriteError: they are not the model's.
@@ -164,14 +164,14 @@ class Conversion:
         options: what to do to it.
         tensors_alone: whether the output contains only tensors and strings.
         weights_alone: whether it contains only a state_dict.
-        restored: whether values of its metadata were brought back to their places, and are to be kept.
+        restored: whether values from its metadata were brought back to their places, to keep them.
 
     Attributes:
         source: that.
         result: to write.
         renames: each name that changed, and its new one.
         dropped: the names that were left out.
-        fitting: how the weights fit the model they are to be like; ``None``: they are to be like none.
+        fitting: how the weights fit the model they must match; ``None``: there is none.
 
     Raises:
         RewriteError: an option cannot be applied.
@@ -251,7 +251,7 @@ class Conversion:
         return values_restored(result) if self._beside is not None and not self._weights_alone else result
 
     def _placed(self, result: Checkpoint) -> Checkpoint:
-        """The weights where they are to be, and what is beside and among them where it can be."""
+        """The weights in their new place, with everything beside and among them that can be kept."""
         options = self._options
         if options.as_key is not None:
             if self._weights_alone:

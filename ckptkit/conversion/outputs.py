@@ -87,7 +87,7 @@ def named_after(path: str, options: ConvertOptions) -> str:
 def destination_of(
     path: str, destination: str | os.PathLike[str], options: ConvertOptions
 ) -> Iterator[str | os.PathLike[str]]:
-    """The output that a destination means, which may be the folder to put it into; that is made where it is not there.
+    """The output that a destination means, which may be a folder for it; that is created if needed.
 
     Args:
         path: the source's.
@@ -324,7 +324,7 @@ def _key_in(folder: str) -> Callable[[str], str]:
 def _folds_case(folder: str) -> bool:
     """Whether names that differ only in case mean one file in a folder: an existing name in it or above shows.
 
-    Where none has letters, or the folder begins another file system and is empty, the system's own way is taken.
+    If none has letters, or the folder begins another file system and is empty, the system's own way is used.
     """
     path = os.path.realpath(folder)
     with suppress(OSError), os.scandir(path) as listing:

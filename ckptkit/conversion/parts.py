@@ -1,9 +1,9 @@
 """One conversion, shared among processes: a single part (``part``), the end of it (``finish``), or all of it from here.
 
 What there is to share are the shards of an output (`ckptkit.transfer.parts`).  Each process reads the source and plans
-by itself; what travels is the paths, the options and which part is meant.  Processes of one machine help where there is
-something to compute, as with casts, or where a disk takes more from several; what is only copied is moved by the
-threads of one as fast.  Several machines with one file system help if each has its own path to the disks.
+by itself; what travels is the paths, the options and which part is meant.  Several processes of one machine help if
+there is something to compute, as with casts, or if a disk is faster in parallel; the threads of one process are just as
+fast at copying.  Several machines with one file system help if each has its own path to the disks.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class PartTask:
     folder: str
 
     def path(self, given: str) -> str:
-        """A path as the worker opens it: as it was given, where it is relative to the same folder."""
+        """A path for the worker: as given, if it is relative to the same folder."""
         is_same = is_url(given) or os.path.isabs(given) or os.getcwd() == self.folder
         return given if is_same else os.path.join(self.folder, given)
 
@@ -147,7 +147,7 @@ def _parts(job: _Job, options: ConvertOptions, staging: str | None = None) -> Pa
 
 
 def write_part(job: _Job, options: ConvertOptions, share: Share, task: PartTask | None) -> WrittenPart:
-    """Write one part of the shards, compared with the source where that is asked for.
+    """Write one part of the shards, and compare it with the source on request.
 
     Args:
         job: all of the output.

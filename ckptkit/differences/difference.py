@@ -75,7 +75,7 @@ class FiguresRow(TypedDict):
 
 
 class _Was(TypedDict, total=False):
-    """``was`` is the name in ``a``, where it is another."""
+    """``was`` is the name in ``a``, if different."""
 
     was: str
 

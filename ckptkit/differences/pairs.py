@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 __all__ = ["NO_FIGURES", "Pair", "PairReader", "Renamed", "all_sums", "find_renamed"]
 
 _ENDS = (4, 3, 2, 1, 0)
-"""Last segments of names that are looked at where contents do not decide, most first."""
+"""Last segments of names that are examined if contents do not decide, most first."""
 
 _HELD_NBYTES = 64 << 20
 """Bytes of a piece that is kept in memory; only one that is not contiguous can have more."""
@@ -85,7 +85,7 @@ def find_renamed(a: Mapping[str, TensorEntry], b: Mapping[str, TensorEntry], che
     Args:
         a: the tensors that only the first has, by name.
         b: those that only the second has.
-        checksums: gets the sums of what is read, and what is to be held.
+        checksums: get the sums of what is read, and have the ones to check.
     """
     kinds = {_kind(entry) for entry in a.values()} & {_kind(entry) for entry in b.values()}
     sides = [{name: entry for name, entry in side.items() if _kind(entry) in kinds} for side in (a, b)]
@@ -258,7 +258,7 @@ class PairReader:
         self._waiting: _Waiting = []
 
     def add(self, a: TensorEntry, b: TensorEntry) -> Pair:
-        """Two tensors of as many elements of one dtype, whose bits are to be compared."""
+        """Two tensors of equal size and dtype, whose bits are compared."""
         key: Pair = (id(a.storage), id(b.storage))
         known = self._first.get(key)
         if known is None:
@@ -341,7 +341,7 @@ class PairReader:
         return self._same[key]
 
     def expect(self, nbytes: int) -> None:
-        """So many bytes more are to be processed."""
+        """So many more bytes will be processed."""
         self._total += nbytes
 
     def advance(self, nbytes: int) -> None:

@@ -104,7 +104,7 @@ def shared_out(
         start: makes the workers; called with the seconds that a batch takes at most, ``None``: there is no limit.
         seconds: the limit of a task; ``None``: none.
         pace: seconds that a batch is to take.
-        count: how many tasks there are, where that is known: the last batches are smaller, so that all end together.
+        count: how many tasks there are, if known: the last batches are smaller, so that all end together.
     """
     limit = None if seconds is None else seconds + _PATIENCE * pace
     workers = start(limit)

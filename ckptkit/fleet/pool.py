@@ -23,7 +23,7 @@ _START_SECONDS = 60.0
 """Within which a worker must be ready: it imports ckptkit, and the disk may be slow."""
 
 _FAILED_STARTS = 3
-"""In a row, after which no further is tried: those that are ready go on."""
+"""In a row, after which no more are started: those that are ready continue."""
 
 
 class _Worker:
@@ -57,7 +57,7 @@ class _Worker:
                 self.process.send(data)
 
     def end(self) -> str:
-        """How it ended; it is killed where it has not."""
+        """How it ended; it is killed if it has not."""
         self.process.join(0.2)  # its channel is closed a moment before it has ended
         if self.process.exitcode is None:
             self.process.kill()

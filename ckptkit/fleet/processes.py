@@ -61,7 +61,7 @@ class Process(Protocol):
     def exitcode(self) -> int | None: ...
 
     def send(self, data: bytes) -> None:
-        """Hand over a message; waits for it where it is long."""
+        """Send a message; waits if it is long."""
 
     def receive(self) -> bytes:
         """The next message.

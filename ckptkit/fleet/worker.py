@@ -48,8 +48,8 @@ Result = tuple[str, str, "bytes | None"]
 """The problem (``""``: none), its message, and the pickled value, or the pickled error if there is one."""
 
 Reply = tuple[tuple[str, str], list[Result], float, bool]
-"""The worker's versions of ckptkit and Python; the results of the tasks that were begun, in order, and none where
-they cannot be read; the seconds that it took; whether a thread was abandoned."""
+"""The worker's versions of ckptkit and Python; the results of the tasks that were begun, in order, and none if they
+cannot be read; the seconds that it took; whether a thread was abandoned."""
 
 
 SLICE = 0.5
@@ -104,7 +104,7 @@ def run(
     """Do the work for one task after the other.
 
     Args:
-        version: of ckptkit, in the process that asks; where it is not the one here, nothing is begun.
+        version: of ckptkit, in the calling process; if it is different here, nothing is begun.
         work: the pickled function.
         tasks: its arguments, a pickled list, so that shared parts are there once.
         count: how many they are.

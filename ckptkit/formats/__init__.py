@@ -56,7 +56,7 @@ STDIN = "-"
 """The path that means standard input; a file of that name is ``./-``."""
 
 SHARD_NBYTES = 5 * 10**9
-"""Bytes of a shard where an index is to be written and no size is given; what huggingface_hub takes."""
+"""Bytes of a shard if an index is requested without a size; huggingface_hub's value."""
 
 
 _MOST_LEFT = 1000
@@ -85,7 +85,7 @@ def read(
     """Open a file and read what is in it, not its tensors.
 
     Args:
-        source: to read from; see `source_of`.  A source is closed where it cannot be read.
+        source: to read from; see `source_of`.  A source is closed if it cannot be read.
         section: path of the weights to select, where the file contains several.
         tag: which of several steps is meant, where a folder contains such.
         tp_rules: the file with the rules for joining slices of ranks in a folder
@@ -449,8 +449,7 @@ def plan(
         shard_nbytes: the most bytes of a file; see `target`.
         ranks: how many share a folder; ``None``: one, or it is not a folder.
 
-    Returns:
-        The file, which is the index of ``destination`` where there are shards, or the folder, and its plan.
+    Returns: The file, which is the index of ``destination`` if there are shards, or the folder, and its plan.
 
     Raises:
         RewriteError: no container is meant, or it cannot store the checkpoint.

@@ -192,7 +192,7 @@ INDEX_SUFFIXES = tuple(
 
 
 def format_named(name: str) -> Format:
-    """The container of this name (`Origin.format`, `Plan.format`): where its facts are to be asked.
+    """The container with a name (`Origin.format`, `Plan.format`): the place to ask for its facts.
 
     Raises:
         KeyError: there is none.
@@ -250,7 +250,7 @@ _AT_ONCE = "the file is {} at once; readers would disagree about it"
 
 
 def _end_is_left(file: Source, names: Sequence[str]) -> bool:
-    """Whether the end of a file is looked at when its values are read: of one that is far that takes a trip."""
+    """Whether the end of a file is checked when its values are read: for a remote one that takes a request."""
     nbytes = min(TAIL_NBYTES, file.size)
     check = partial(_require_no_zip_end, file, names)
     return len(names) == 1 and file.is_far and file.on_read(file.size - nbytes, nbytes, check)

@@ -6,8 +6,8 @@ that is not a checkpoint: someone may load any of them, whatever its name.  So e
 
 - a pickle of any protocol, or several consecutive ones, the series of pickles that torch wrote before 1.6, a numpy
   array of objects (``numpy/lib/_format_impl.py``: a header, then a pickle): the names in it are judged
-- a zip or tar archive: its records are looked at in the same way, one level deep, and where one of them is an archive
-  of torch's, those of that too
+- a zip or tar archive: its records are examined in the same way, one level deep, and if one of them is an archive of
+  torch's, its records too
 - code compiled for a machine
 - anything else is data
 
@@ -102,11 +102,11 @@ class ContentSearch:
 
     Args:
         limits: bounds on what the file may ask for: `Limits.members`, `Limits.looked_nbytes` and `Limits.pickle_nbytes`
-            are for all that is looked at.
+            are for everything that is examined.
         levels: how deep archives inside archives are opened; torch's own are opened one level deeper.
 
     Attributes:
-        pickles: where they were found: names of records, ``""`` for the file itself.
+        pickles: their places: names of records, ``""`` for the file itself.
         beyond: content that was not read, or not to its end, and why.
     """
 
@@ -287,7 +287,7 @@ class ContentSearch:
                 raise error
 
     def _behind(self, area: ByteRange, error: FormatError) -> tuple[GlobalUse, ...] | None:
-        """The names in what some unpickler may go on reading; ``None``: none of them runs something or is called."""
+        """The names in bytes that some unpickler may read on; ``None``: none runs something or is called."""
         self._looked_left -= area.nbytes
         if self._looked_left < 0 or area.nbytes > self._limits.pickle_nbytes:
             raise LimitError("bytes after the refused content", limit=self._limits.pickle_nbytes, actual=area.nbytes)
@@ -382,7 +382,7 @@ class Inside:
     """What pickles a file holds, as far as it was read.
 
     Attributes:
-        pickles: where they are: names of members; ``""`` is the file itself.
+        pickles: their places: names of members; ``""`` is the file itself.
         globals: the verdict on every name in them, each once.
         beyond: content that was not read, or not to its end (a member's name, ``""`` for the file), and why.
     """

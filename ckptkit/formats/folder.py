@@ -141,7 +141,7 @@ def nothing_in(folder: str, passed_over: Mapping[str, int]) -> FileAccessError:
 
 @dataclass(slots=True)
 class _File:
-    """A checkpoint while the walk goes on."""
+    """A checkpoint during the walk."""
 
     paths: list[str]
     is_index: bool = False
@@ -197,7 +197,7 @@ class Surveyor:
         )
 
     def named(self, path: str) -> None:
-        """A file that is to be opened as a checkpoint, whether it is there and one, or not; its name stays."""
+        """A path to open as a checkpoint, whether it exists and is one, or not; its name stays."""
         key = places.identity(path)
         key = path if key is None else key
         known = self._found.get(key)

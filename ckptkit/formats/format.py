@@ -58,8 +58,8 @@ class Probe:
         """Every record of a zip archive, or of an unpacked one, by its full name; ``None``: the file is neither.
 
         Raises:
-            CorruptError: the file begins like one, and is damaged or ambiguous; where it was cut off
-                the message says what is left of it.
+            CorruptError: the file begins like one, and is damaged or ambiguous; if it is truncated, the message says
+                what is left of it.
         """
         if isinstance(self.file, UnpackedSource):
             return self.file.records()
@@ -112,7 +112,7 @@ class Around(NamedTuple):
         )
 
     def at(self, error: FormatError) -> FormatError:
-        """The error with the way before where it is, and with the names beside it."""
+        """The error with the path before its place, and with the names beside it."""
         error.where = f"{self.where}: {error.where}" if error.where else self.where
         error.globals = (*error.globals, *(use for use in self.uses if use.kind == "name"))
         return error
@@ -135,7 +135,7 @@ class Format(NamedTuple):
         shards: of an index, the container that its shards are written in.
         is_folder: whether it is a folder that several processes wrote, and that is one checkpoint.
         ties_once: whether tied tensors are in it under one name only, and loading fills in the others.
-        loader: the function that programs load it with, where that is one for everything in it.
+        loader: the function that programs load it with, if one loads everything in it.
         maps_location: whether ``loader`` takes a ``map_location``.
         has_classes: whether the classes of its modules are in it, so that loading it needs none of them.
         title: what writes such files, in a line.

@@ -56,7 +56,7 @@ from ckptkit.report import Finding, count_of, listed, split_member
 __all__ = ["ENDINGS", "begins_like_one", "entered", "member_at", "member_of"]
 
 _DATA_NBYTES = 64 << 20
-"""Bytes of the JSON in an archive of stable-baselines3 that are looked at."""
+"""Bytes of the JSON in a stable-baselines3 archive that are read."""
 
 
 # What is an archive.
@@ -442,7 +442,7 @@ _BEGINNING_NBYTES = 256 << 10
 to 900,000."""
 
 _MOST_NAMES = 64
-"""Members of an archive in a folder whose names are looked at."""
+"""Members of an archive in a folder whose names are examined."""
 
 
 def _first(compression: Compression, probe: Probe) -> Iterator[bytes]:

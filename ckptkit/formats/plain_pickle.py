@@ -128,7 +128,7 @@ def _read(area: ByteRange, probe: Probe, *, apart: bool) -> RawCheckpoint | Form
     Args:
         area: its place.
         probe: the file.
-        apart: whether those of arrays and storages are to be left there.
+        apart: whether to leave those of arrays and storages in place.
     """
     table = _Table(area, probe, apart=apart)
     pickle = table.read()
@@ -160,7 +160,7 @@ def _has_weights(root: object) -> bool:
 
 
 def _is_arrays_alone(root: object) -> bool:
-    """Whether a tree contains arrays and nothing else, in lists, tuples and dicts; not where it is one array."""
+    """Whether a tree contains arrays and nothing else, in lists, tuples and dicts; false if it is one array."""
     found, stack, seen = False, [root], set[int]()
     while stack:
         node = stack.pop()
@@ -250,7 +250,7 @@ class _Text:
         return at + next(gone for begin, gone in reversed(self._gaps) if begin <= at)
 
     def longer(self) -> bytes:
-        """The data with as many bytes more, where there are any."""
+        """The data with as many more bytes, if there are any."""
         start = self.place(len(self.data))
         self.data += self.area.read(start, min(self.area.nbytes - start, max(len(self.data), _WINDOW_NBYTES)))
         return self.data

@@ -110,7 +110,7 @@ def _listed(names: tuple[GlobalUse, ...]) -> str:
 
 
 _READ_NBYTES = 64 << 10
-"""Bytes of a text that are looked at: a page's title and an error's message are at its beginning."""
+"""Bytes of a text that are read: a page's title and an error's message are at its beginning."""
 
 _REFUSALS = (
     (re.compile(r"invalid (user|credentials)|unauthorized|401|bad credentials|authentication", re.I),

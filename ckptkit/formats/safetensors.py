@@ -35,7 +35,7 @@ whichever name is there.  The reader gives such names their tensor back, and the
 (`ckptkit.formats.json_text`).
 
 The module versions of a state_dict (``_metadata``), which decide how BatchNorm and others load, are in ``__metadata__``
-under `VERSIONS` as JSON, where they are plain values; other readers pass over it.
+under `VERSIONS` as JSON, if they are plain values; other readers ignore them.
 """
 
 from __future__ import annotations
@@ -88,8 +88,8 @@ _JSON_TYPES: dict[type, str] = {
 TensorLayout = tuple[DType, tuple[int, ...], int, int]
 """A tensor as its header describes it: element type, shape, first byte and the byte after the last.
 
-F4 and F6 are smaller than a byte.  torch has the first as pairs, of which the last dimension counts one for two
-(``safetensors/bindings/python/src/lib.rs`` does the same); where that is odd there is no such tensor in torch.
+F4 and F6 are smaller than a byte.  torch has the first as pairs, whose last dimension counts one for two
+(``safetensors/bindings/python/src/lib.rs`` does the same); if it is odd, torch has no such tensor.
 """
 
 _WIDEST = max(row.itemsize for row in BY_SAFETENSORS.values())
@@ -195,7 +195,7 @@ def _are_counts(node: object) -> TypeGuard[list[int]]:
 
 
 def _brief(node: object) -> str:
-    """A list of a file in a message: cut where it is long, with nothing below it shown."""
+    """A list in a file, for a message: cut if it is long, with nothing below it shown."""
     if not isinstance(node, (list, tuple)):
         return _JSON_TYPES[type(node)]
     parts = [repr(part)[:40] if isinstance(part, (int, float)) else _JSON_TYPES[type(part)] for part in node[:8]]

@@ -1,7 +1,7 @@
 """Whether a file is a part of a checkpoint: what its tree says, what it is called, what is beside it, in one answer.
 
-The tree decides where it speaks (`ckptkit.normalize.parts`); an index beside a file, and the names that these
-writers give to the files of several processes, where it does not:
+The tree decides if it can (`ckptkit.normalize.parts`); otherwise an index beside a file decides, and the names that
+these writers give to the files of several processes:
 
 - ``huggingface_hub``: ``model-00001-of-00002.safetensors``, and whatever an index names
 - ``torch.distributed.checkpoint``: ``__0_0.distcp``; Megatron's ``common.pt`` and Lightning's ``meta.pt`` beside them
@@ -95,7 +95,7 @@ _NUMBERED = r"((?:rank|shard|part|layer|expert|consolidated)[._-]?|__)[0-9]+"
 """Words before numbers that distinguish the files of one checkpoint."""
 
 _MOST_LISTED = 10_000
-"""Names of a folder that are looked at."""
+"""Names of a folder that are examined."""
 
 
 def part_of(file: Source, said: Part | Literal["whole"] | None) -> Part | None:
@@ -312,7 +312,7 @@ def _folders_alike(file: Source) -> list[str]:
 
 
 def names_in(folder: str) -> list[str]:
-    """The names in a folder, sorted, or as many as are looked at; none where it cannot be listed."""
+    """The names in a folder, sorted, or as many as are examined; empty if it cannot be listed."""
     try:
         with places.scandir(folder) as listing:
             return sorted(entry.name for entry, _ in zip(listing, range(_MOST_LISTED), strict=False))

@@ -159,7 +159,7 @@ def _parse(raw: bytes, limits: Limits) -> tuple[dict[str, str], dict[str, object
 
 
 def shard_names(index: str | os.PathLike[str] | Source, limits: Limits = DEFAULT_LIMITS) -> frozenset[str]:
-    """The shards an index names; none where it cannot be read as one.  Opened files are closed."""
+    """The shards an index names; none if it cannot be read as one.  Opened files are closed."""
     try:
         file = index if isinstance(index, Source) else places.opened(os.fsdecode(index))
     except FileAccessError:

@@ -63,7 +63,7 @@ def require_sound(file: Source, checkpoint: Checkpoint, *, held: bool = True) ->
 
 
 def as_hostile(error: FormatError) -> FormatError:
-    """The error of a sharded checkpoint, which says so where that is hostile."""
+    """The error of a sharded checkpoint, which says so if that is hostile."""
     names = dict.fromkeys(use.name for use in error.globals if use.verdict == "dangerous")
     if names and not error.is_hostile:
         told = f"hostile: a loader that executes its pickles would run {listed(names)}; refused"

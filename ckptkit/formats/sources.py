@@ -1,7 +1,7 @@
 """Sources other than local files: a part of another source, open files, bytes, stdin.
 
-Each is a separate `ckptkit.bytesource.Source`; nothing else knows the difference.  The position of a file that is
-given open stays where it was, unless it can only be read from beginning to end: that one is read to its end.
+Each is a separate `ckptkit.bytesource.Source`; nothing else knows the difference.  The position of a given open file
+does not change, unless it can only be read from beginning to end: then it is read to its end.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ class Inner(Source):
         return self.area.file.left
 
     def settle(self, areas: Sequence[tuple[int, int]] | None = None) -> None:
-        """As `Source.settle`; what it is in is looked at, too."""
+        """As `Source.settle`; its outer source is checked, too."""
         super().settle(areas)
         self.area.file.settle(None if areas is None else self._moved(areas))
         if areas is None and self.area.file is not self._outer:

@@ -75,8 +75,8 @@ class Member(NamedTuple):
             or somewhere else, than its own header does.
         start: of its data in the file.
         nbytes: of its data, as declared; the file may be shorter.
-        path: the name of a regular file, also where it is too long for the header: a pax header, or before it a member
-            of type ``L`` (GNU tar), has it.  ``None``: it is not a regular file, or one is declared to be more than
+        path: the name of a regular file, even if it is too long for the header: a pax header, or before it a member of
+            type ``L`` (GNU tar), has it.  ``None``: it is not a regular file, or one is declared to be more than
             renamed.
     """
 

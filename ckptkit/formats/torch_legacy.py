@@ -353,7 +353,7 @@ def _truncated(file: ByteRange, end: int, missing: set[str], total: int, raw: Ra
 
 
 def _followed(row: PickleRow) -> FormatError:
-    """The error for a file that goes on after the last storage."""
+    """The error for a file that continues after the last storage."""
     start = row.source.read(row.pos, min(row.left, _MAGIC_NBYTES))
     what = f"{count_of(row.left, 'byte', 'follows', 'follow')} the last storage"
     if begins_one(start):

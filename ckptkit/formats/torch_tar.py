@@ -48,7 +48,7 @@ _PROTOCOL = 1000
 _MEMBERS = ("sys_info", "pickle", "tensors", "storages")
 
 _MAX_MEMBERS = 8
-"""Members that are looked at: one more than torch writes is one too many, a few more are named."""
+"""Members that are read: one more than torch writes is one too many, a few more are named."""
 
 _OBJECT_NBYTES = 1 << 20
 """The first window for the object."""

@@ -61,7 +61,7 @@ class ZipWriter:
         Args:
             name: below the root.
             source: the bytes.
-            crc32: of exactly these bytes where it is known; ``None``: computed from the output.
+            crc32: of exactly these bytes if known; ``None``: computed from the output.
         """
         target = self._header(name, source.nbytes, crc32)
         if source.nbytes:

@@ -58,7 +58,7 @@ _EXTRA = "extra/"
 _FOLDERS = ("code/", _EXTRA, "traced_inputs/", "bytecode/")
 
 _MAX_ATTRIBUTE_DEPTH = 32
-"""Lists and dicts inside one another that an attribute's parts are looked for in; deeper ones stay whole."""
+"""Nested lists and dicts that are searched for an attribute's parts; deeper ones stay whole."""
 
 _MANGLED = re.compile(r"\.___torch_mangle_[0-9]+")
 _QUANTIZED = re.compile(r"__torch__\.torch\.(?:ao\.)?nn\.(?:intrinsic\.|sparse\.)?quantized\.")

@@ -45,7 +45,7 @@ _PICKLE_WINDOWS = (1 << 20, 16 << 20)
 """Bytes of ``data.pkl`` that are tried first, in this order: its end is not known beforehand."""
 
 _UNFINISHED_ENDINGS = (".part", ".crdownload", ".download", ".incomplete", ".aria2", ".tmp", ".partial")
-"""Endings that browsers and download tools give to what they have not yet finished."""
+"""Extensions that browsers and download tools give to unfinished downloads."""
 
 
 def unfinished(path: str) -> str:

@@ -107,7 +107,7 @@ def read_directory(file: Source | ByteRange, limits: Limits = DEFAULT_LIMITS) ->
     """Every record by name, in directory order.
 
     Args:
-        file: the archive, or where it is in a larger file.
+        file: the archive, or its range in a larger file.
         limits: bounds on what it may ask for.
 
     Raises:
@@ -140,7 +140,7 @@ def ends_like_a_zip(area: ByteRange, tail: bytes | None = None) -> bool:
 
     Args:
         area: a file, or a part of one.
-        tail: its last `TAIL_NBYTES`, or all there are, where they were read.
+        tail: its last `TAIL_NBYTES`, or all there are, if they were read.
     """
     tail = area.tail(TAIL_NBYTES) if tail is None else tail
     start = area.nbytes - len(tail)
@@ -373,15 +373,14 @@ class _LeftForLater:
 
 
 def _usual_header(data: bytes, at: int, record: _Central) -> int:
-    """The size of the extra field of a record's own header where that is as torch writes it.
+    """The size of the extra field of a record's own header if that is as torch writes it.
 
     Args:
         data: holds at least the header and the name.
         at: where in it the header begins.
         record: as the directory has it.
 
-    Returns:
-        Its size in bytes; -1: it differs in something, and is to be looked at closely.
+    Returns: Its size in bytes; -1: it differs in something, and needs a close check.
     """
     _, raw_name, _, flags, method, *sizes = record
     mark, own_flags, own_method, *own, name_nbytes, extra_nbytes = _LOCAL_BRIEF.unpack_from(data, at)

@@ -6,9 +6,9 @@ its fields are too narrow, a zip64 end record (4.3.14) and its locator (4.3.15) 
 
 The records of a ZIP archive, and the bytes of one.
 
-What `ckptkit.formats.zip_archive` checks record by record is checked here of hundreds at once where they are written
-alike, as torch's are: their headers are a table, and its columns slices of bytes.  Of those that differ in anything
-nothing is decided here.
+The checks that `ckptkit.formats.zip_archive` makes record by record are made here for hundreds at once if they are
+written alike, as torch's are: their headers are a table, and its columns slices of bytes.  Of those that differ in
+anything nothing is decided here.
 """
 
 from __future__ import annotations
@@ -304,11 +304,11 @@ def read_record(record: Record, limit: int) -> bytes:
 
 
 _BEGINNING_NBYTES = 4096
-"""Bytes of a record that are looked at first."""
+"""Bytes of a record that are read first."""
 
 
 def fetch_beginnings(records: Sequence[Record]) -> None:
-    """Get with few trips what is looked at first of some records, in an archive that is far.
+    """Get the first bytes of some records with few requests, in a remote archive.
 
     Raises:
         FormatError: one of the records is not as the directory says.

@@ -299,7 +299,7 @@ def list_tensors(checkpoint: Checkpoint, beside: Sequence[FoundTensor] | None = 
 
     Args:
         checkpoint: as it was read.
-        beside: what `every_tensor` finds but for the plain tensors of the state_dict, where it is known.
+        beside: the result of `every_tensor` without the plain tensors of the state_dict, if known.
 
     Raises:
         LimitError: the names are more, or all together longer, than those of any checkpoint.

@@ -253,7 +253,7 @@ def _without_parts(rows: Sequence[TensorRow]) -> Sequence[TensorRow]:
 
 
 def _fill(made: dict[str, _Names], leaves: Iterable[tuple[str, _Branch]], *, packs: bool) -> None:
-    """Put tensors below what is above them, all of which is made where it is not there yet.
+    """Put tensors below their parents, which are created if needed.
 
     Args:
         made: the nodes below each name.

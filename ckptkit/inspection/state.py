@@ -36,7 +36,7 @@ _MAX_TEXT = 200
 """Characters of a string scalar that are shown."""
 
 _MAX_VISITS = 100_000
-"""Nodes that are looked at for optimizers and schedulers: they are near the root."""
+"""Nodes that are searched for optimizers and schedulers: they are near the root."""
 
 _MAX_FOUND = 64
 """Optimizers, and schedulers, that are listed; and learning rates of one."""
@@ -109,7 +109,7 @@ def training_document(rest: object, sections: Sequence[Section] = ()) -> Trainin
 
 
 def training_state(rest: object) -> dict[str, Any]:
-    """Scalars beside the weights: of the file's own dict, and one level into what it holds.
+    """Scalars beside the weights: of the file's own dict, and one level below it.
 
     ``{"epoch": 3, "args.lr": 0.1}``; long strings are cut.
     """

@@ -97,7 +97,7 @@ def normalize(raw: RawCheckpoint, file: Source, *, section: str | None = None) -
 
     Args:
         raw: the tree and the container's facts.
-        file: where it was read from.
+        file: that it was read from.
         section: path of the weights to select, as listed by `Checkpoint.sections`.
 
     Raises:

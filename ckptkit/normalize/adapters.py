@@ -271,7 +271,7 @@ def _target(module: str) -> str:
 
 
 def _base(modules: Mapping[str, _Module]) -> str | None:
-    """The model that has such modules, where that is plain."""
+    """The model that has such modules, if that is clear."""
     for blocks, base in _BASES:
         if any(map(blocks.search, modules)):
             return base
@@ -285,7 +285,7 @@ def _base(modules: Mapping[str, _Module]) -> str | None:
 
 
 def _alphas(entries: Mapping[str, TensorEntry | None]) -> set[float]:
-    """The values of alphas that are beside each module; none where one cannot be read, or they are too many."""
+    """The values of alphas that are beside each module; none if one cannot be read, or there are too many."""
     listed = [entry for entry in entries.values() if entry is not None]
     values = [small_values(entry, 1) for entry in listed] if len(listed) <= _MAX_READ else [None]
     return set() if None in values else {float(value[0]) for value in values if value is not None}
@@ -326,7 +326,7 @@ def _recorded(metadata: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _beside(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The same of peft's configuration, where it is beside."""
+    """The same from peft's configuration, if it is beside the file."""
     source = next((entry.storage.source for entry in checkpoint.state_dict.values()), None)
     if not isinstance(source, ByteRange):
         return {}

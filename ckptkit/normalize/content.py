@@ -50,7 +50,7 @@ PLAIN = (*SCALARS, bytearray, type(ABSENT))
 
 
 class Form(NamedTuple):
-    """A node by what it means: its kind, its parts with their labels, and its pairs where it is a mapping."""
+    """A node by its meaning: its kind, its parts with their labels, and its pairs if it is a mapping."""
 
     kind: str
     parts: Sequence[tuple[object, object]] = ()

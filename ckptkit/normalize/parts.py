@@ -247,7 +247,7 @@ def _is_count(node: object) -> TypeGuard[int]:
 
 
 def _product(numbers: Sequence[int]) -> int:
-    """The product of sizes that a file gives; 0 where it is more than any tensor's."""
+    """The product of sizes in a file; 0 if it is more than any tensor's."""
     total = 1
     for number in numbers if len(numbers) <= DEFAULT_LIMITS.dimensions else (0,):
         total = total * number if 0 <= number < _HUGE and total < _HUGE else 0
@@ -258,7 +258,7 @@ def _product(numbers: Sequence[int]) -> int:
 
 
 def _has_flat(own: Mapping[str, object], state_dict: StateDict) -> bool:
-    """Whether the weights, or where none are selected any of the file's own, are flat parameters."""
+    """Whether the weights, or if none are selected any of the file's own, are flat parameters."""
     if state_dict and "flat_param" not in "\n".join(state_dict):  # as of nearly all files
         return False
     weights = [state_dict.items()] if state_dict else [_own_keys(value).items() for value in own.values()]
@@ -361,7 +361,7 @@ def _sharded(state: object) -> _Spread:
 
 
 def spread_text(node: object) -> str:
-    """How a tensor is spread over processes: ``"Shard(0) of 2"``, ``"1 of 4 shards"``; empty where it is not."""
+    """How a tensor is spread over processes: ``"Shard(0) of 2"``, ``"1 of 4 shards"``; empty if it is not."""
     spread = _spread(node)
     return "" if spread is None else spread.how
 

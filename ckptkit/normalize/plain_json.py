@@ -69,7 +69,7 @@ WEIGHTS: Final = {"$weights": True}
 
 
 class NotPlainError(Exception):
-    """A value is not plain; the message is what it holds, in words."""
+    """A value is not plain; the message is its content, in words."""
 
 
 class WrongTextError(Exception):
@@ -83,7 +83,7 @@ class PlainWriter:
         self._left = _MOST_VALUES
 
     def part(self, node: object, depth: int = 0) -> Any:
-        """A plain value as JSON, at a depth below the top; where it is not one, what was seen of it does not count.
+        """A plain value as JSON, at a depth below the top; if it is not one, the part that was seen does not count.
 
         Raises:
             NotPlainError: it is not one, or there are too many.

@@ -40,7 +40,7 @@ _ALONE = re.compile(
     r"_?(?:nested_)?(?:scales?|absmax|quant_map|zeros?|zero_points?|amax|codebooks?)\Z|SCB\Z|scale_(?:weight|input)\Z|"
     r"(?:input|output|act|activation)(?:_global)?_scale\Z|S[UV]\Z"
 )
-"""Names of scales of whatever is beside them, or bears them."""
+"""Names of scales of the weight beside them, or whose name they extend."""
 
 _PACKING = re.compile(r"_(?:packed|blocks?|q)\Z|\Aq_?(?=weight)")
 """What in a weight's name says that it is packed."""
@@ -52,7 +52,7 @@ _WEIGHT = re.compile(r"weights?(?:\Z|_)|q_?weight|.*_(?:packed|blocks)\Z|W_q|_da
 """Names of what a tensor that is but called a scale may be the scale of."""
 
 _CACHED = 1 << 12
-"""Last parts of names about which is remembered what they say: a model has a dozen."""
+"""Last parts of names whose meaning is cached: a model has a dozen."""
 
 _NARROW = ("int8", "uint8")
 _WIDE = ("int32", "int16", "int64", "uint32", "uint16")

@@ -15,8 +15,8 @@ Decided by shape, never by a file's name:
   never the weights.  Neither are its moments (`ckptkit.normalize.shapes.MOMENTS`).
 - anything else with tensors is a *tensor* or a *collection*; so is a data set of graphs, ``(data, slices)``
 
-Parts are looked for in dicts, lists, tuples, and the attributes, items and arguments of objects
-(a Namespace, a Trainer, a named tuple), at most `MAX_SECTION_DEPTH` keys down; never inside a part.
+Dicts, lists, tuples, and the attributes, items and arguments of objects (a Namespace, a Trainer, a named tuple) are
+searched for parts, at most `MAX_SECTION_DEPTH` keys down; a part is never searched.
 
 Which part is *the* state_dict is decided by `ckptkit.normalize.selection`.
 """
@@ -65,7 +65,7 @@ MAX_SECTION_DEPTH = 4
 """Keys from the root to a section.  Lightning and fairseq need two."""
 
 _MAX_STEP = 200
-"""Characters of a key where it is shown."""
+"""Characters of a key for display."""
 
 _MAX_PATH_STEP = 1000
 """Characters of a key in a path: paths are typed after ``--section`` and must be what is listed."""

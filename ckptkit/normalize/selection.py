@@ -242,7 +242,7 @@ def weights_paths(sections: Sequence[Section]) -> tuple[str, ...]:
 
 
 def paths_listed(sections: Sequence[Section]) -> str:
-    """The paths of the sections that contain weights; empty where there are none."""
+    """The paths of the sections that contain weights; empty if there are none."""
     return listed((repr(path[:200]) for path in weights_paths(sections)), _MAX_LISTED)
 
 
@@ -279,7 +279,7 @@ def discarded_text(values: Sequence[object]) -> str:
 
 
 def holding_suffix(state_dict: StateDict) -> str:
-    """The ending of a file that can hold these weights: ``.safetensors``, or ``.pth`` where that cannot."""
+    """The extension of a file that can store these weights: ``.safetensors``, or ``.pth`` if that cannot."""
     plain = len(state_dict) == len(state_dict.everything)
     return ".safetensors" if plain and all(DTYPES[e.dtype].safetensors for e in state_dict.values()) else ".pth"
 

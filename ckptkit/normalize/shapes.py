@@ -119,7 +119,7 @@ def tensor_at_a_glance(node: object) -> bool | None:
 
 
 def weights_at_sight(node: object) -> int:
-    """Tensors in what looks like a state_dict; more than any where it is a module or an optimizer."""
+    """Tensors in something like a state_dict; more than any if it is a module or an optimizer."""
     if is_tensor_like(node):
         return 0
     if module_state(node) is not None or bound_method(node) is not None or is_optimizer(node):
@@ -206,7 +206,7 @@ def is_packed(name: str, node: object) -> bool:
 
 
 def named_values(node: object) -> list[tuple[object, object]] | None:
-    """The pairs of what can be a state_dict: a mapping, of whatever class, or a list of (name, value) pairs.
+    """The pairs of a possible state_dict: a mapping of any class, or a list of (name, value) pairs.
 
     ``None``: it is neither, or has two pairs of one name.
     """

@@ -99,7 +99,7 @@ class FoundTensor(NamedTuple):
         name: in its section; of what is in none its path from the top of the file.
         node: the tensor; a storage that stands by itself; numpy's array; or what makes the value.
         is_own: whether it is one of the section's own values, not somewhere below one.
-        keys: those that lead to it from the top of the file, where they are asked for; see `keys_of`.
+        keys: those that lead to it from the top of the file, on request; see `keys_of`.
     """
 
     section: str | None
@@ -453,7 +453,7 @@ def _of_list(node: list[object] | tuple[object, ...]) -> list[tuple[object, obje
     most, met = DEFAULT_LIMITS.entries, set[int]()
 
     def is_new(child: object) -> bool:
-        """Not where it is there again: in a long list, it is gone into once."""
+        """Not in later places: in a long list, it is entered once."""
         if len(node) <= most or not isinstance(child, _ONCE):
             return True
         before = len(met)

@@ -64,10 +64,10 @@ class Place(NamedTuple):
 
 
 class Met(NamedTuple):
-    """Two nodes in one place that differ, or two tensors or storages whose bytes are to be compared.
+    """Two nodes in one place that differ, or two tensors or storages whose bytes must be compared.
 
     Attributes:
-        place: where; ``a``, ``b``: what is there, `ABSENT` where nothing is.
+        place: of both; ``a``, ``b``: the two nodes, `ABSENT` if there is none.
         how: ``"differs"``; ``"kinds"``: so much that their parts cannot be compared; ``"order"``: only the keys are in
             another order; ``"parted"``: one object became two, or the other way round; ``"bytes"``: the known facts
             agree, and the bytes are left to compare.
@@ -270,8 +270,8 @@ def _exact_parts(node: object) -> tuple[int, Iterator[_Part]]:
 class SameContent:
     """Two trees by what they mean; tensors by their values, whatever they are in.
 
-    Nodes that were met are joined (as Hopcroft and Karp compare automata): each pair that is looked at leaves one
-    group of nodes less, so that shared nodes and cycles end, in linear time.
+    Nodes that were met are joined (as Hopcroft and Karp compare automata): each pair leaves one group of nodes less, so
+    that shared nodes and cycles end, in linear time.
 
     Args:
         flags: whether it matters which tensors are parameters and need gradients.

@@ -71,7 +71,7 @@ class LocatedBytes(bytes):
     """The bytes of an array that were left in place: it is empty, and equal only to itself.
 
     Attributes:
-        source: where that is.
+        source: of the bytes.
     """
 
     source: ByteRange
@@ -91,7 +91,7 @@ class ArrayLayout(NamedTuple):
         shape: in elements; ``None``: it is a scalar, or not understood.
         is_fortran: whether elements along the first dimension are consecutive.
         data: its bytes; ``None``: they are not there.
-        subclass: name of the class it is of, where that is not numpy's own ``ndarray``.
+        subclass: name of its class, if that is not numpy's own ``ndarray``.
         is_plain: whether numpy alone makes it: it has no subclass, and a type of plain values.
     """
 
@@ -196,7 +196,7 @@ def itemsize_of(code: str) -> int | None:
 
 
 def bytes_reversed(data: bytes, name: str) -> bytes:
-    """The bytes of each element the other way round, of a complex one those of each part."""
+    """The bytes of each element reversed, or for a complex one those of each part."""
     row = DTYPES[name]
     width = row.itemsize // 2 if row.kind == "complex" else row.itemsize
     out = bytearray(len(data) // width * width)

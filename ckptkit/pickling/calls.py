@@ -90,7 +90,7 @@ class CallsThatReach:
         nested: the names in a file of torch before 1.6 that the pickle holds, and whether it is one and can be read.
 
     Attributes:
-        is_watchful: whether there is a name of which it matters what is done with it, and with what it gives.
+        is_watchful: whether there is a name whose later use matters, and the use of its results.
     """
 
     def __init__(
@@ -317,7 +317,7 @@ def _is_dills_setter(args: tuple[object, ...]) -> bool:
 
 
 def _bytes(node: object) -> bytes:
-    """Bytes, also as protocol 2 has them: a text that is to be encoded."""
+    """Bytes, also in protocol 2's form: a text to encode."""
     if isinstance(node, Object) and isinstance(node.cls, Global) and node.cls.qualified == "_codecs.encode":
         text = node.args[0] if node.args else ""
         node = text.encode("latin1", "replace") if isinstance(text, str) else b""

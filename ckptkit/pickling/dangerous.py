@@ -312,7 +312,7 @@ def makes_function(module: str, name: str) -> bool:
 
 
 def is_dangerous_attribute(name: str) -> bool:
-    """Whether an attribute, of whatever it may be, is a module of that kind, an internal, or opens files."""
+    """Whether an attribute, of any object, is a module of that kind, an internal, or opens files."""
     if name.startswith("__") and name.endswith("__"):
         return True
     return name.lstrip("_") in _CORE or name in _CORE or name in _ATTRIBUTES

@@ -102,7 +102,7 @@ class Jagged(NamedTuple):
     Attributes:
         values: all of them.
         offsets: where each begins, and where the last ends.
-        lengths: of each, where they do not reach to the next one.
+        lengths: of each, if they do not reach to the next one.
         ragged_idx: the dimension, counted with the one of the tensors.
     """
 
@@ -319,7 +319,7 @@ def _sparse(args: tuple[object, ...]) -> Layout:
 
 
 def _blocks(layout: str, size: Sequence[int], shape: Sequence[int], batch: int) -> tuple[int, int]:
-    """Rows and columns of a compressed layout, of blocks where it has them; negative: they do not fit."""
+    """Rows and columns of a compressed layout, counted in blocks if it has them; negative: they do not fit."""
     rows, columns = (*size[batch : batch + 2], -1, -1)[:2]
     if layout in ("sparse_csr", "sparse_csc"):
         return rows, columns
@@ -330,7 +330,7 @@ def _blocks(layout: str, size: Sequence[int], shape: Sequence[int], batch: int) 
 
 
 def compressed_counts(tensor: Sparse) -> tuple[int, int]:
-    """How many compressed and how many plain indices there can be: rows and columns, or the other way round."""
+    """How many compressed and how many plain indices there can be: rows and columns, or columns and rows."""
     counts = _blocks(tensor.layout, tensor.size, tensor.values.shape, len(tensor.indices[0].shape) - 1)
     return counts[::-1] if tensor.layout in ("sparse_csc", "sparse_bsc") else counts
 

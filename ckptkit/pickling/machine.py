@@ -438,7 +438,7 @@ class Machine:
         self.stack.append(self.memo[self.memo_text()])
 
     def persistent_text(self) -> None:
-        """PERSID: ``str`` of the persistent id, where others have the id itself."""
+        """PERSID: ``str`` of the persistent id, while others have the id itself."""
         try:
             text = str(self.line(len(self.data)), "ascii")  # torch's may hold the source of a class
         except UnicodeDecodeError:
@@ -469,7 +469,7 @@ def _shown(node: object) -> str:
 
 
 def _python2_str(raw: bytes) -> str | bytes:
-    """A Python 2 ``str``: text where it is UTF-8, as ``torch.load`` reads it, bytes otherwise."""
+    """A Python 2 ``str``: text if it is UTF-8, as ``torch.load`` reads it, bytes otherwise."""
     try:
         return str(raw, "utf-8")
     except UnicodeDecodeError:

@@ -27,7 +27,7 @@ __all__ = ["Popped"]
 _POP, _REDUCE, _BINGET, _LONG_BINGET, _GET = b"0Rhjg"
 
 _MOST_PASSES = 8
-"""How often what is left is looked at again: what changes a part follows what made it."""
+"""How often the rest is examined again: a change of a part follows its making."""
 
 
 class _Value(NamedTuple):
@@ -137,7 +137,7 @@ class Popped:
         return self._are_alike([(value.cls, kept.cls), (value.args, kept.args), (value.kwargs, kept.kwargs)])
 
     def _are_alike(self, stack: list[tuple[object, object]]) -> bool:
-        """Whether nodes in pairs, and all below them, are equal; tensors are where they are the same view."""
+        """Whether nodes in pairs, and all below them, are equal; tensors are if they are the same view."""
         seen: set[tuple[int, int]] = set()
         while stack:
             a, b = stack.pop()

@@ -181,9 +181,8 @@ def _one_storage() -> re.Pattern[bytes]:
 def storage_pickles(data: bytes) -> tuple[str, str, int, int] | None:
     """The facts in the pickles of a file of torch before 1.6 with one storage and exactly torch's form.
 
-    Returns:
-        The class's name in ``torch``, the location, how many elements, and the position after the pickles; ``None``: it
-        is another file, or is to be read pickle by pickle.
+    Returns: The class's name in ``torch``, the location, how many elements, and the position after the pickles;
+        ``None``: it is another file, or must be read pickle by pickle.
     """
     found = _one_storage().match(data)
     if found is None:
@@ -199,7 +198,7 @@ def _nested(limits: Limits, left: list[int], data: bytes) -> tuple[list[Global],
     """The names in a file of torch before 1.6, and whether it is one: five pickles, then its storages' bytes.
 
     Args:
-        limits: bounds on it; those on what it holds in turn are tighter, so that it ends.
+        limits: bounds on it; those on nested ones are tighter, so that it ends.
         left: the bytes that may still be read so, for all in one pickle together.
         data: the file.
     """

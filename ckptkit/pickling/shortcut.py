@@ -12,7 +12,7 @@ differs in anything is left to the opcodes; so is a pickle that does refer to th
 (`ckptkit.pickling.reader`).
 
 In a state_dict the next tensor follows with its name, BINUNICODE LONG_BINPUT GET ``_rebuild_tensor_v2``: as long as
-that goes on, `TensorShortcut.follow` does not come back to the opcodes.
+that continues, `TensorShortcut.follow` does not come back to the opcodes.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ class TensorShortcut:
         self._last, self._size = -1, 0  # the highest index of the memo when it had so many entries
         self._geometries: dict[tuple[bytes, bytes], _Geometry] = {}
         self._spelled: dict[tuple[bytes, bytes], tuple[bytes | None, bytes | None]] = {}
-        """Of known sizes the PUTs where they were spelled last: their entries are made when a GET asks for them."""
+        """For known sizes the PUTs after they were last spelled: their entries are made when a GET asks for them."""
         self._numbers: dict[bytes, int] = {}
         self._names: dict[tuple[bytes, ...], _Names] = {}
 
@@ -239,7 +239,7 @@ class TensorShortcut:
     def _entry(
         self, known: _Names, key: str, numel: bytes, offset: bytes, geometry: _Geometry, needs_grad: bytes
     ) -> TensorEntry | None:
-        """The tensor; ``None``: the opcodes are to say what is wrong with it."""
+        """The tensor; ``None``: the opcodes will say what is wrong with it."""
         numbers = self._numbers
         count = numbers[numel] if numel in numbers else self._number(numel)
         first = numbers[offset] if offset in numbers else self._number(offset)

@@ -31,7 +31,7 @@ ORDERED = Global("collections", "OrderedDict")
 
 
 _WRITTEN_OUT = 100
-"""Tensors whose sizes are written out; those of the others are referred to where they were written since."""
+"""Tensors whose sizes are written out; those of the others refer to ones written since."""
 
 
 def write_pickle(

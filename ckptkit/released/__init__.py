@@ -296,7 +296,7 @@ def _told_empty(empty: Iterable[tuple[str, CkptkitError]], pickles: Sequence[str
 
 
 def _tasks(selection: Selection, paths: Sequence[str] | None, manifest: Manifest | None, config: Config) -> list[Task]:
-    """What is to be looked at; without paths, all that the manifest names."""
+    """The files to check; without paths, all that the manifest names."""
     others = _other_tasks(selection, config)
     if manifest is None:
         return [*(_task(each, config, selection) for each in selection.checkpoints), *others]

@@ -1,4 +1,4 @@
-"""What is to be known of a released file: opened, read once at most, and described as far as anybody asks.
+"""The facts about a released file: opened, read once at most, and described as far as requested.
 
 Nothing is executed, and torch is not needed.  Bytes of tensors are read only where hashes, digests, recorded checksums
 or counts of NaN and Inf are asked for, and then once for all of them (`ckptkit.released.reading`).  Facts from the tree
@@ -192,7 +192,7 @@ class _Contents:
 
 @dataclass(frozen=True, kw_only=True)  # without slots: what was found once is kept
 class Examined:
-    """A file, as far as it was looked at.
+    """A file, as far as it was examined.
 
     Attributes:
         path: as it was given.
@@ -200,7 +200,7 @@ class Examined:
         sha256: of the file in hexadecimal (of an index, the index alone); ``None``: not asked for, or it is a folder.
         format: container name.
         is_inside: whether the container is compressed, or in an archive.
-        kind: what it holds.
+        kind: of content.
         trust: how much a loader that executes pickles would have to trust.
         globals: every Python name in its pickles.
         unvouched: its parts that are code, or could not be read.

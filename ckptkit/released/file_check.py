@@ -1,8 +1,8 @@
-"""One file of a check: what it is checked against, what that finds, and what it was when it was looked at.
+"""One file of a check: what it is checked against, the results, and the state of the file when it was checked.
 
-`held` is called where the file is looked at, in this process or in another: what goes there (a `Task`) and what comes
-back (a `FileResult`, and the model it is of) is plain data.  What needs a model is done by `with_model`, in the process
-that has it.
+`held` is called where the file is checked, in this process or in another: its argument (a `Task`) and its results (a
+`FileResult`, and the known model) are plain data.  What needs a model is done by `with_model`, in the process that has
+it.
 """
 
 from __future__ import annotations
@@ -60,9 +60,9 @@ class Task:
         path: the file.
         policy: what every file must meet.
         record: its record in the manifest; ``None``: it has none.
-        folder: of the manifest, where there is one.
+        folder: of the manifest, if there is one.
         is_extra: whether the manifest should name it, and does not.
-        other: the kind of a file that is not a checkpoint, and is looked at for its pickles.
+        other: the kind of a file that is not a checkpoint, and is searched for pickles.
         shards: those that were named, for which it stands.
         against: a digest of everything else the result depends on; ``None``: nobody will ask whether the result is
             still valid.

@@ -83,7 +83,7 @@ class Reading:
     """The results of reading.
 
     Args:
-        digested: tensors that are to be digested.
+        digested: tensors to digest.
         counted: those whose NaN and Inf are counted.
 
     Attributes:
@@ -106,7 +106,7 @@ class Reading:
             self.want(entry, counts=True)
 
     def want(self, entry: TensorEntry, *, digest: bool = False, counts: bool = False) -> None:
-        """Something is to be computed of a tensor, once however many names it has."""
+        """Something has to be computed for a tensor, once however many names it has."""
         known = self._first.get(id(entry.storage))
         if known is None:
             known = self._first[id(entry.storage)] = Values(entry)

@@ -90,7 +90,7 @@ class FileResult:
     Attributes:
         path: the file.
         size: bytes; ``None``: it could not be read, or is not there.
-        sha256: of the file, where it was computed.
+        sha256: of the file, if it was computed.
         rules: those applied, in order.
         findings: from the rules.
         seconds: how long it took.
@@ -230,7 +230,7 @@ class CheckReport(Report["CheckDocument"]):
 
 
 def unreadable_finding(path: str, error: CkptkitError, allow_part: bool = False) -> CheckFinding:
-    """A file that could not be read; or that is a part of a checkpoint, where that is not allowed."""
+    """A file that could not be read; or a part of a checkpoint that is not allowed."""
     if error.is_hostile and isinstance(error, FormatError):
         return hostile_finding(path, error)
     message = str(error).removeprefix(f"{path}: ")

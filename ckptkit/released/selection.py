@@ -23,7 +23,7 @@ class Selected:
 
     Attributes:
         path: for opening it.
-        name: relative to the folder in question, with ``/``; begins with ``../`` where it is not below it.
+        name: relative to the folder in question, with ``/``; begins with ``../`` if it is not below it.
         names: that, and its other names: links to the same file.
     """
 

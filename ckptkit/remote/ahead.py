@@ -36,7 +36,7 @@ _AHEAD_NBYTES, _KEPT_NBYTES = 80 << 20, 48 << 20
 """Bytes fetched beyond the current position, and bytes kept before it for readers slightly behind."""
 
 _LATE_NBYTES = 64 << 10
-"""Bytes of a range that are kept by themselves where it is read long after the block that it is in."""
+"""Bytes of a range that are kept separately if it is read long after its block."""
 
 _FETCHERS = 4
 """Blocks of a file that are fetched at a time."""

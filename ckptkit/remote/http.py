@@ -140,7 +140,7 @@ class HttpStore(Store):
             return replace(known, size=size, head=head)
 
     def read(self, file: FarFile, offset: int, nbytes: int) -> bytes:
-        """As `Store.read`; what broke off is gone on with where it was."""
+        """As `Store.read`; an interrupted read continues where it was."""
         place: Place = file.place
         if place.copy is not None:
             return place.copy.read(offset, nbytes)

@@ -203,7 +203,7 @@ class HubStore(HttpStore):
         return _HubPlace(place.asked, url, f"Bearer {token}" if token else place.authorization, path=path)
 
     def _pinned(self, path: HubPath, commit: str | None) -> str | None:
-        """The commit that all of this revision is read from: this one where it is the first."""
+        """The commit that all of this revision is read from: this one if it is the first."""
         if commit is None or not _COMMIT.fullmatch(commit):
             return commit
         return self._commits.setdefault((path.kind, path.repo, path.revision), commit)
@@ -288,7 +288,7 @@ class HubStore(HttpStore):
         raise FileAccessError(f"{url}: its listing does not end", path=url)
 
     def _siblings(self, url: str, path: HubPath) -> list[tuple[str, int]]:
-        """The files of a repository as mirrors list them that know no trees: in what they say of a revision."""
+        """The files of a repository from mirrors that do not list trees: in their facts about a revision."""
         place = self._place(url, path, f"api/{path.kind}/{path.repo}/revision", "?blobs=true")
         try:
             told, _ = self._json(url, place)

@@ -80,7 +80,7 @@ def retried(shown: str, work: Callable[[], _Value]) -> _Value:
 
     Args:
         shown: the file's name in the error.
-        work: goes on where it was.
+        work: continues where it was.
 
     Raises:
         FileAccessError: it raised that too often, or the server asks us to wait longer than is sensible.

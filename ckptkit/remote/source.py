@@ -8,8 +8,8 @@ separately.
 
 Looking into such a file leaves some of its bytes unread that of a local one are read (`RemoteSource.on_read`): the
 records' own headers beside values, which must say what an archive's directory says, the counts between the storages of
-torch-legacy, and the end of a file that is not a zip archive, which must not look like one.  They are looked at where
-they come along with what is read, and all of them before values are given to anyone (`RemoteSource.settle`).
+torch-legacy, and the end of a file that is not a zip archive, which must not look like one.  They are made when their
+bytes come along with others, and all of them before values are given to anyone (`RemoteSource.settle`).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from ckptkit.remote.store import FarFile, Store
 __all__ = ["RemoteSource"]
 
 _HEAD_NBYTES = 96 << 10
-"""First bytes that come with the size, or are read where none do."""
+"""First bytes that come with the size, or are read if none do."""
 
 _HEADER_NBYTES = 256 << 10
 """First bytes that are read where none come with the size, of a file called as those that begin with their header."""

@@ -12,7 +12,7 @@ from ckptkit.pickling.inert import InertDict, Object, TreeMap, mapping_items, wa
 __all__ = ["module_paths", "moved_versions", "renamed", "wrapper_versions"]
 
 _MAX_LEVELS = 64
-"""Modules inside modules that are looked at in a name; a name of a stranger may have a million dots."""
+"""Nested modules that are examined in a name; a stranger's name may have a million dots."""
 
 
 def renamed(checkpoint: Checkpoint, rename: Callable[[str], str], versions: Mapping[str, object] | None) -> Checkpoint:

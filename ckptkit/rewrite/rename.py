@@ -243,7 +243,7 @@ class Rename:
         return new
 
     def _applied(self, name: str) -> tuple[str, tuple[str, str] | None]:
-        """The new name, and where nothing is left of it the rule that took the last of it."""
+        """The new name, and if nothing is left of it the rule that removed the last of it."""
         emptied = None
         for pattern, replacement in self._expressions:
             new = re.sub(pattern, replacement, name)

@@ -488,7 +488,7 @@ class _Builder:
 
 
 def _by_torch(make: Callable[[], Any]) -> Any:
-    """What torch makes; where this torch has not what it takes, it cannot be made."""
+    """The result of a function of torch; what this torch lacks cannot be made."""
     try:
         return make()
     except (RuntimeError, TypeError, ValueError, NotImplementedError, AttributeError, ImportError) as error:

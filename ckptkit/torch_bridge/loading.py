@@ -339,7 +339,7 @@ def _private_map(file: Source, begin: int = 0, nbytes: int = 0) -> tuple[mmap.mm
 
 
 def _swap_width(entry: TensorEntry) -> int:
-    """Bytes that are to be reversed as one, 1 where nothing is; the parts of a complex one each on its own."""
+    """Bytes to reverse together, 1 if there are none; the parts of a complex number are reversed separately."""
     if entry.storage.byteorder == sys.byteorder:
         return 1
     row = DTYPES[entry.dtype]

@@ -73,7 +73,7 @@ _ONE, _X8 = 1 << 31, 1 << 23
 _REMEDY = "download or copy the file again; --ignore-checksums accepts it, for files that were edited in place"
 
 Names = Callable[[], Mapping[int, str]]
-"""What storages are called, by ``id``; asked for only where one is damaged."""
+"""Names of storages, by ``id``; only needed if one is damaged."""
 
 
 _kept = threading.local()
@@ -87,7 +87,7 @@ class Damage(NamedTuple):
 
 
 def damage_of(storage: Storage, crc: int) -> Damage | None:
-    """The damage of a storage whose bytes have this CRC-32; ``None`` where it is sound, or has no recorded checksum."""
+    """The damage of a storage whose bytes have this CRC-32; ``None`` if it is sound, or has no recorded checksum."""
     if storage.crc32 is None or crc == storage.crc32:
         return None
     return Damage(storage, f"the bytes have CRC-32 {crc:08x}, but {storage.crc32:08x} is recorded: the file is damaged")
@@ -175,7 +175,7 @@ class Checksums:
         self._known[id(run.file), run.offset] = run.nbytes, crc
 
     def along(self, entry: TensorEntry, chunks: Iterable[bytes]) -> Iterator[bytes]:
-        """The chunks of a tensor's values, summed as they pass by where they are the file's bytes."""
+        """The chunks of a tensor's values, summed as they pass by if they are the file's bytes."""
         source = entry.storage.source
         is_summed = entry.storage.crc32 is not None and entry.is_plain_bytes and entry.nbytes > 0
         if not is_summed or not isinstance(source, ByteRange):

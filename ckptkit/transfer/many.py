@@ -49,7 +49,7 @@ class Workers:
     """Who does the work.
 
     Attributes:
-        jobs: how many processes; ``None``: as many as there are cores, where they are worth starting.
+        jobs: how many processes; ``None``: as many as there are cores, if they are worth starting.
         executor: what runs it in their place.
         seconds: the time that one file may take; ``None``: any.
 

@@ -1,11 +1,11 @@
-"""Tensors in memory: read into it, and the other way round what is in it as a checkpoint.
+"""Tensors in memory: reads tensors into it, and makes checkpoints from it.
 
 `read` is `TensorEntry.numpy`.  `least` says how much memory it needs: elements of a part that are close together are
 read with those between them; those far apart are gathered, so a column of a table does not take the memory of the
 table. Elements that are repeated (expanded tensors, whose sizes a stranger may choose) are read once.
 
-`Memory` is a source whose bytes are in the memory of arrays and tensors, one run after another; they are read where
-they are, when they are wanted.  `checkpoint_of` makes a checkpoint of a state over it: what `ckptkit.save` writes.
+`Memory` is a source whose bytes are in the memory of arrays and tensors, one run after another; they are read in place,
+when they are needed.  `checkpoint_of` makes a checkpoint of a state over it: what `ckptkit.save` writes.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def _require_unchanged(source: ByteSource) -> None:
 
 
 def _read_into(memory: memoryview, run: ByteRange, sums: Checksums) -> None:
-    """Read a range, summed on the way where a checksum is to be held."""
+    """Read a range, summed on the way if a checksum must be checked."""
     passing = sums.passing(run) if sums.wanted else None
     step = SUMMED_NBYTES if run.file.is_far else _READ_NBYTES
     for start in range(0, run.nbytes, step):

@@ -69,12 +69,12 @@ class Output:
         plan: its steps.
         path: where it will be.
         shown: the name that messages use.
-        temporary: where it is in the meantime.
+        temporary: its path in the meantime.
         fd: open on that, readable and writable; -1 once it is complete.
         host: the part of its temporary name about this machine; empty if it is not locked.
         replaced: the file whose permissions it gets.
         status: of the complete file.
-        is_ours: whether the temporary name is to be removed at the end, and not in use by an index.
+        is_ours: whether to remove the temporary name at the end, because no index uses it.
     """
 
     plan: Plan
@@ -110,7 +110,7 @@ class Output:
 
 
 def created(plan: Plan, path: str, shown: str, replaced: os.stat_result | None = None) -> Output:
-    """An empty file beside where it will be, and locked where that can be.
+    """An empty file beside its final place, locked if possible.
 
     Args:
         plan: its steps.
@@ -304,7 +304,7 @@ def exists(shown: str) -> DestinationExistsError:
 
 
 def replacing(action: Callable[[], None], path: str, source: Source | None) -> None:
-    """Rename over a file, or remove it; where that cannot be while we read the file, it is closed first.
+    """Rename over a file, or remove it; if that is impossible while we read the file, it is closed first.
 
     Args:
         action: what to do.
@@ -451,7 +451,7 @@ def _rename(file: Output, source: Source | None, *, force: bool) -> None:
 
 
 _waiting: ContextVar[set[str] | None] = ContextVar("_waiting", default=None)
-"""Folders whose names are to be made durable together; ``None``: each at once."""
+"""Folders whose names are made durable together; ``None``: each at once."""
 
 
 @contextlib.contextmanager

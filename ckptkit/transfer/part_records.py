@@ -122,7 +122,7 @@ def staging_of(index: str) -> str:
     """The folder for parts: its name follows from the index's, and is that of a temporary file.
 
     Args:
-        index: path of the index that is to be written.
+        index: path of the index to write.
     """
     folder, name = os.path.split(index)
     name = name.removesuffix(".index.json")

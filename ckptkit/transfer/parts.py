@@ -93,7 +93,7 @@ class Parts:
     """The parts of one output, in their folder.
 
     Args:
-        destination: the index that is to be written.
+        destination: the index to write.
         plan: of it.
         files: of the source, by name.
         options: those that change the output, as text.
@@ -297,7 +297,7 @@ class Parts:
                     os.unlink(path)
 
     def require_same(self, records: Iterable[PartRecord], count: int) -> None:
-        """See that parts are of this very plan, and that there are to be so many.
+        """Check that parts belong to this very plan, and to the same number of parts.
 
         Raises:
             RewriteError: one is not; the message says what differs.

@@ -143,7 +143,7 @@ class DigestsInPassing:
         known: in hexadecimal, by the ``id`` of files that need no hashing.
 
     Attributes:
-        in_order: of files that are far, by ``id``: what is to be given their bytes as they come.
+        in_order: for remote files, by ``id``: receives their bytes as they arrive.
     """
 
     def __init__(
@@ -209,13 +209,13 @@ _kept = threading.local()
 
 
 class Passed:
-    """What passed by on its way to an output: read back from where it was written, and compared with what was read.
+    """Bytes on their way to an output: read back from where they were written, and compared with what was read.
 
     That is of use for what is too far to be read again.  It says that a piece is in the output only if nothing else was
     written there, and all of it was found unchanged; it knows nothing about anything else.
 
     Args:
-        storages: those whose recorded checksums are to be held.
+        storages: those whose recorded checksums are checked.
 
     Attributes:
         sums: the CRC-32 of what was fetched of them.
@@ -278,8 +278,7 @@ class Passed:
             source: the piece, or a tensor that was gathered.
             written: of the output, as its own reader has opened it.
 
-        Returns:
-            All of them where they were compared and are the same, fewer where one was another; ``None``: it was not
+        Returns: All of them if they were compared and are the same, fewer if one was different; ``None``: it was not
             written there, or cannot be relied upon.
         """
         if not isinstance(written.file, SourceFile):

@@ -41,7 +41,7 @@ class Piece(NamedTuple):
     """A box of a tensor.
 
     Attributes:
-        offsets, sizes: where it is in the whole and how large it is, in elements, by dimension.
+        offsets, sizes: its place in the whole and its size, in elements, by dimension.
         local: the tensor that it is, of exactly these sizes; or what reads that, called once.
         where: what messages call it: the file, the rank.
     """
@@ -214,7 +214,7 @@ class PiecedValues(DenseValues):
                 self._scatter(part, at, sizes, out)
 
     def _near(self, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Sequence[int]:
-        """The pieces that may have something in common with a box, by where they are along the first dimension."""
+        """The pieces that may overlap a box, by their place along the first dimension."""
         if not offsets:
             return range(len(self._pieces))
         first = bisect_left(self._first_rows, offsets[0] - self._tallest + 1)
@@ -254,7 +254,7 @@ def pieced(
         dtype: torch name of the elements' type.
         pieces: the boxes; each element is in exactly one.
         view: the tensor's own shape, with the same number of elements; ``None``: that of the pieces.
-        files: the sources that they are in; to be given where there are pieces that were not read yet.
+        files: their sources; needed if some pieces were not read yet.
         key: of its storage; ``None``: its name.
         location: device tag; ``None``: that of the first piece, or ``"cpu"``.
         requires_grad: as in `TensorEntry`.
@@ -339,7 +339,7 @@ def require_cover(name: str, shape: tuple[int, ...], boxes: Sequence[_Box]) -> N
 def _overlap(boxes: list[_Box], dims: int, what: str) -> tuple[_Box, _Box] | None:
     """Two boxes with an element in common; ``None``: there are none.
 
-    They are split along each dimension in turn where some are wholly before all others, as those of meshes are.
+    They are split along each dimension in turn if some are wholly before all others, as those of meshes are.
     """
     stack = [(boxes, 0, 0)]
     while stack:

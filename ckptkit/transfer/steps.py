@@ -4,9 +4,9 @@ Casts, checksums and digests are computed in bounded buffers by several threads.
 kernel, in whichever way is faster at the moment: a page cache takes aligned pieces best, and keeps each in one folio.
 Tensors have other positions relative to a page in the source than in the output, so a long ``copy_file_range`` writes
 off the grid all the way; through a pipe (``splice``) each piece can end on it.  Hot memory takes the latter in 0.8 of
-the time (ext4, Linux 6.18).  Where a virtual machine has first to get memory back from its host, large folios are what
-comes late, and the former can be twice as fast; where a server copies by itself (NFS) or blocks can be shared (XFS,
-btrfs), it can be faster than any copying.  So the pace of both is measured on the way.
+the time (ext4, Linux 6.18).  If a virtual machine first has to get memory back from its host, large folios are slow,
+and the former can be twice as fast; if a server copies by itself (NFS) or blocks can be shared (XFS, btrfs), it can be
+faster than any copying.  So the pace of both is measured on the way.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class Copier:
         self._pipe: tuple[int, int] | None = None
         ways: list[tuple[str, _Way]] = [("splice", self._splice), ("copy_file_range", self._copy_file_range)]
         self._pace = {way: 0.0 for name, way in ways if hasattr(os, name)}
-        """Seconds a byte, of the ways that work here; 0 where it is not known yet."""
+        """Seconds per byte, of the ways that work here; 0 if not known yet."""
         self._last: dict[_Way, float] = {}
 
     def copy(self, source: ByteRange, target: int) -> None:

@@ -35,8 +35,7 @@ SMALL_NBYTES = 16 << 10
 """Bytes below which reading a tensor along with its neighbors is faster than a separate call."""
 
 _AHEAD_NBYTES = 4 << 10, 256 << 10
-"""Bytes read where nothing was read before, and the most that are read along: both sides of a comparison fit into a
-core's own cache."""
+"""Bytes read after a jump, and the most that are read along: both sides of a comparison fit into a core's own cache."""
 
 _SIGNED = ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
 """The types of 8 bits whose first is a sign."""

@@ -56,13 +56,13 @@ def in_parallel(
     stop: threading.Event | None = None,
     most: int = _MAX_WORKERS,
 ) -> None:
-    """Call every task once, several at a time where there is much to do; the order is not kept.
+    """Call every task once, several at a time if there is much to do; the order is not kept.
 
     Args:
         tasks: taken one after the other as threads come free.
         nbytes: how much they process in total.
         stop: set when one fails or is interrupted; the others may look at it, and raise `Stopped`.
-        most: how many at a time, where there are as many processors.
+        most: how many at a time, if there are as many processors.
 
     Raises:
         BaseException: a task's first error, or an interrupt; no further task is begun.
@@ -164,7 +164,7 @@ def buffer(name: str, nbytes: int) -> memoryview:
 
 
 class Background(threading.Thread):
-    """A thread whose failure is raised where it is waited for; what holds where it is started holds in it.
+    """A thread whose failure is raised where it is waited for; it has the context in which it was started.
 
     Args:
         work: its function.

@@ -52,7 +52,7 @@ _SWEEPING_SECONDS = 60.0
 """Pause between two looks for what killed runs left in a folder, which may hold ten thousand files."""
 
 _swept: dict[str, float] = {}
-"""When each folder was looked through."""
+"""When each folder was last searched."""
 
 _FLUSH_SECONDS = 0.05
 """Pause between flushes while files are being written; most are written before the first."""
@@ -211,7 +211,7 @@ def _created(wanted: list[tuple[Plan, str, str]], folder: str, replaces: tuple[s
 
 
 def _remove_stale_now_and_then(folder: str) -> None:
-    """Remove what killed runs left in the folder, unless it was looked through a moment ago."""
+    """Remove what killed runs left in the folder, unless it was searched a moment ago."""
     if time.monotonic() - _swept.get(folder, -math.inf) > _SWEEPING_SECONDS:
         _swept[folder] = time.monotonic()
         remove_stale(folder)

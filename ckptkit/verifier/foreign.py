@@ -116,7 +116,7 @@ class _Aside:
         return getattr(self._stream, name)
 
     def close(self) -> None:
-        """Nothing: others go on writing to it."""
+        """Nothing: others continue to write to it."""
 
 
 def error_text(error: BaseException) -> str:

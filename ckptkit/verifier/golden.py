@@ -18,8 +18,8 @@ digests of `ckptkit.digests`.  Files of the first releases have neither, and an 
 gives the same values; inputs that came from a file are kept as tensors.  Of an output of more than 1 MiB
 every ``step``-th element is kept, in C order.
 
-A reader accepts what the above says and nothing else.  The reference is taken from a golden only where it
-is a library's by name: a golden never decides which of a user's files are run.
+A reader accepts what the above says and nothing else.  The reference is taken from a golden file only if it is a
+library's by name: a golden file never decides which of a user's files are run.
 """
 
 from __future__ import annotations

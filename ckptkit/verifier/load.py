@@ -1,4 +1,4 @@
-"""The load and weights checks: the weights go into the model, whole or not at all, and are looked at there."""
+"""The load and weights checks: the weights go into the model, whole or not at all, and are checked there."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tensors of outputs, the model's and its leaf modules': what they hold, and how far those of two runs are apart.
+"""The tensors of outputs, the model's and its leaf modules': their content, and how far those of two runs are apart.
 
 The first leaf modules whose outputs differ show where two checkpoints diverge.
 """
@@ -45,8 +45,8 @@ class OutputTolerance:
     """How far apart two outputs may be and still agree.
 
     They agree if no element differs by more than ``atol + rtol * s``, where ``s`` is the largest magnitude in either
-    output: an element near zero is as uncertain as the sums it came from, which its own size does not show.  Where no
-    ``atol`` is given it is 0, and where that is not enough, what was measured: see `above`.
+    output: an element near zero is as uncertain as the sums it came from, which its own size does not show.  If no
+        ``atol`` is given it is 0, and if that is not enough, the measured noise: see `above`.
     """
 
     atol: float
@@ -106,7 +106,7 @@ class OutputDifference:
     Attributes:
         path: where both are in the output.
         is_equal: bit for bit.
-        is_close: within the tolerance; whole numbers and truth values only where they are equal.
+        is_close: within the tolerance; whole numbers and truth values only if they are equal.
         max_abs: largest absolute difference; infinite where one side is not a number.
         max_rel: the same, as a share of the largest magnitude in either.
         allowed: the largest absolute difference that is close.
@@ -186,7 +186,7 @@ def compare_outputs(
         ours: outputs by path.
         theirs: others.
         tolerance: how far they may be apart.
-        noise: asked for each output's where some are further apart; ``None``: that is final.
+        noise: called for each output's if some are further apart; ``None``: the result is final.
     """
     found = []
     for path in dict.fromkeys((*ours, *theirs)):

@@ -41,7 +41,7 @@ _ZSTD = ("stream.zstd/1",)
 
 _HEAD_NBYTES = 1536
 _TAIL_NBYTES = 2048
-"""Bytes before and after an item's values that are looked at: torch writes some 700 and 850."""
+"""Bytes before and after an item's values that are examined: torch writes some 700 and 850."""
 
 _AROUND_NBYTES = 1 << 20
 """Bytes of a file of ``torch.save`` beyond those of its one tensor."""

@@ -7,8 +7,8 @@ that package; Megatron's root is a subclass), and of whose attributes four are r
   chunks; or to a placeholder for an object that was pickled
 - ``storage_data``: from a name, and of a chunk its offset, to a file, and the first byte and the number of bytes in it;
   the ``index`` beside them is a hint, and is skipped
-- ``planner_data``: from a name to the keys that lead to its value in what was saved: texts are keys of dicts, numbers
-  are indices of lists; ``None`` where nothing was flattened, and not there in files of Megatron's
+- ``planner_data``: from a name to the keys that lead to its value in the saved object: texts are keys of dicts, numbers
+  are indices of lists; ``None`` if nothing was flattened, and missing in Megatron's files
 - ``version``, since torch 2.9
 
 ``storage_meta``, ``all_local_plans``, ``mcore_data`` and whatever else there is are skipped; their names are judged as

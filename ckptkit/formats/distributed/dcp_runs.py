@@ -13,10 +13,10 @@ tensor and every planned write likewise (``torch/distributed/checkpoint/metadata
     bytes    TEXT, BytesStorageMetadata, which has no state
     write    WriteItem: index MetadataIndex, type, bytes_io_data NONE, tensor_data NONE or TensorWriteData
 
-`Runs` takes over when the machine has built the first of a kind, goes on as long as the bytes are exactly that, and
-leaves one `Run` on the machine's stack for all of them; FRAMEs, and whatever is shaped differently, are left to the
-machine.  Each `Run` must stand once where it belongs when the pickle ends, and nothing but sizes and texts is given
-out for memo entries that were left out: a pickle that does anything else with them is `Runs.is_odd`, and is read again
+`Runs` takes over when the machine has built the first of a kind, continues as long as the bytes have exactly that form,
+and leaves one `Run` on the machine's stack for all of them; FRAMEs, and anything of another form, are left to the
+machine.  Each `Run` must stand once where it belongs when the pickle ends, and nothing but sizes and texts is given out
+for memo entries that were left out: a pickle that does anything else with them is `Runs.is_odd`, and is read again
 without.
 """
 
@@ -195,7 +195,7 @@ class Runs:
         return False
 
     def built(self, machine: Machine, target: Object, /) -> None:
-        """Go on with what follows an object of a known class."""
+        """Continue after an object of a known class."""
         name = target.cls.name if isinstance(target.cls, Global) else ""
         runs = _RUNS.get(name)
         if runs is None or self.memo.is_odd:

@@ -68,7 +68,7 @@ class File:
     Attributes:
         name: of it.
         root: its tree.
-        own: the values of its dict by their keys; nothing where it is not one.
+        own: the values of its dict by their keys; empty if it is not one.
     """
 
     __slots__ = ("name", "own", "root")
@@ -235,7 +235,7 @@ def _shape(node: object) -> tuple[int, ...] | None:
 
 
 def frozen_weights(models: Mapping[int, File]) -> dict[str, TensorEntry]:
-    """The weights that no optimizer has, combined of the ranks' shares where there are several.
+    """The weights that no optimizer has, combined from the ranks' shares if there are several.
 
     Raises:
         CorruptError: a rank's share is missing or of another size.

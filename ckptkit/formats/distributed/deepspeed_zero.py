@@ -181,7 +181,7 @@ def _groups(
 
 
 def _number(value: object) -> object:
-    """A number; of an enum, of whatever class, its value."""
+    """A number; for an enum of any class, its value."""
     if isinstance(value, Object) and len(value.args) == 1:
         value = value.args[0]
     return value if isinstance(value, (int, list)) else None

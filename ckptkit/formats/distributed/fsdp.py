@@ -59,7 +59,7 @@ class _Set:
     """Files whose names differ only in the number of a rank.
 
     Attributes:
-        key: of what is in them, where there are several sets.
+        key: of their content, if there are several sets.
         step: what distinguishes it from others with this key.
         files: by rank.
         worlds: the world sizes in their names.
@@ -128,7 +128,7 @@ def _merged(sets: Sequence[_Set], shards: Mapping[str, Shard]) -> list[Ranks]:
 
 
 def _chosen(folder: FolderSource) -> list[_Set]:
-    """The sets of files that are one checkpoint: those of the step that is meant, where there are several.
+    """The sets of files that are one checkpoint: those of the chosen step, if there are several.
 
     Raises:
         CorruptError: a rank is there twice, or it is not clear which step is meant.

@@ -8,8 +8,8 @@ rank, ``mp_rank_TT[_PPP][_EEE]/model_optim_rng.pt`` for the ranks of tensor, pip
 - ``args``: a Namespace, which says how many ranks there are; ``checkpoint_version``; ``iteration``
 - ``model``: the rank's state_dict, or dicts inside dicts; of a virtual pipeline ``model0``, ``model1``, ..., whose
   layers follow one another in the order of their numbers and then of the stages
-- ``optimizer`` and what else it takes to go on; with a distributed optimizer the file is ``model_rng.pt``, and buffers
-  are in ``distrib_optim.pt`` or ``optim.pt`` beside it
+- ``optimizer`` and everything else needed to continue; with a distributed optimizer the file is ``model_rng.pt``, and
+  buffers are in ``distrib_optim.pt`` or ``optim.pt`` beside it
 
 Slices are joined by the rules of `ckptkit.formats.distributed.tensor_parallel`.  Layers are counted from 0 in each
 stage, and experts in each rank: they get the numbers that they have in the whole.  What two stages hold, and the copy

@@ -130,7 +130,7 @@ def share_of(found: Distributed, name: str, rank: int, known: dict[int, Mesh]) -
         found: the tensor in its file.
         name: of it, for messages.
         rank: whose file it is, which meshes of old torch do not say.
-        known: the meshes of this file that were looked at, by the id of their node.
+        known: the meshes of this file that were read, by the id of their node.
 
     Raises:
         UnsupportedError: it is a sum that was not made yet, or its own part is not a plain tensor.

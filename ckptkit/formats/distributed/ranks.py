@@ -98,7 +98,7 @@ class Ranks:
 
     Args:
         trees: of each rank's file, by its name, in the order of the ranks.
-        key: of what they hold; ``""``: they are all there is.
+        key: of their content; ``""``: they are all there is.
         is_sharded: whether the model's parameters are distributed: then what an optimizer's own state_dict() has that
             are plain tensors is of flat parameters.
 

@@ -3,7 +3,7 @@
 Layout (torch 2.14 ``torch/distributed/checkpoint/hf_storage.py``, ``_hf_utils.py``, ``save_distributed=True``):
 
 - names: ``shard-RRRRR-model-CCCCC-of-NNNNN.safetensors``: of the rank R, from 1, the tensors of the file C of N into
-  which they are to be consolidated.  There is no index.  ``consolidate_safetensors_files`` makes one, beside the folder
+  which they will be consolidated.  There is no index.  ``consolidate_safetensors_files`` makes one, beside the folder
   ``sharded`` that these are in, and it is opened by itself
 - each is a safetensors file whose tensors are boxes of wholes.  Its metadata say in ``DCP_SHARDING_INFO``, as JSON, the
   offsets of each: ``{name: {"saved_offsets": [7, 0]}}``; ``DCP_VERSION`` is "1.0"

@@ -318,7 +318,7 @@ def sliced(names: Iterable[str]) -> list[str]:
 
 
 def require_one_run(roots: Mapping[str, object]) -> None:
-    """See that the files of ranks are of one run and step, as far as they say it.
+    """Check that the files of ranks are from one run and step, as far as they say.
 
     Raises:
         CorruptError: they say different things.
@@ -333,7 +333,7 @@ def require_one_run(roots: Mapping[str, object]) -> None:
 
 
 def same_said(a: object, b: object) -> bool:
-    """Whether two values say the same, where they are plain."""
+    """Whether two values are equal, if they are plain."""
     plain = (bool, int, float, str, type(None))
     return not isinstance(a, plain) or not isinstance(b, plain) or a == b or (a != a and b != b)
 
@@ -447,7 +447,7 @@ def _embeddings(probe: Probe, ranks: Mapping[str, Mapping[str, object]]) -> Iter
 
 
 def _params(probe: Probe) -> dict[str, object]:
-    """What ``params.json`` says, where there is one."""
+    """The content of ``params.json``, if there is one."""
     folder = probe.file
     if not isinstance(folder, FolderSource) or "params.json" not in folder.names:
         return {}

@@ -8,8 +8,8 @@ of it under the whole's name.  No file says how it was cut, so that rules do, by
   first layer of a SwiGLU is two: the gates of all ranks come first, then what they gate
 - replicated: every rank has a copy; one is taken, and the others are compared where values are read
 
-A tensor without a rule is one that all ranks have a copy of where they begin with the same values, and it is compared
-likewise; where they do not, it is refused and never guessed.
+A tensor without a rule counts as a copy if all ranks' tensors begin with the same values, and is compared like one;
+otherwise it is refused and never guessed.
 
 `MEGATRON_RULES` and `LLAMA_RULES` are those of Megatron (names of megatron-core and its predecessors) and of Meta's
 ``consolidated.00.pth``, ``consolidated.01.pth``, ... (`transformers`' ``convert_llama_weights_to_hf.py``).  Others are

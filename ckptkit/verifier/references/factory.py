@@ -46,8 +46,7 @@ class Reference:
         args: the arguments it is built with, without those ckptkit adds.
         make: builds the model, in eval mode; each call makes another.
         inputs: of the model; empty if unknown.
-        outputs: path to shape of each output for the first ``inputs``, ``None`` for a size that is not known;
-            empty where that is not known.
+        outputs: path to shape of each output for the first ``inputs``, ``None`` for an unknown size; empty if unknown.
     """
 
     spec: str | None
@@ -172,7 +171,7 @@ def _wanted(factory: Any) -> dict[str, Any]:
 
 
 def _resolved(factory: Any, annotation: Any) -> Any:
-    """The annotation; one that is text, as its module reads it, or empty where it cannot be read."""
+    """The annotation; if it is text, as its module reads it, or empty if it cannot be read."""
     if not isinstance(annotation, str):
         return annotation
     function = inspect.unwrap(factory)

@@ -1,4 +1,4 @@
-"""Models of timm, torchvision and transformers: how they are built without weights, and what they take.
+"""Models of timm, torchvision and transformers: how they are built without weights, and their inputs.
 
 timm: ``timm/models/_factory.py`` (``create_model``) and ``_pretrained.py`` (``PretrainedCfg``) of timm 1.0.
 
@@ -197,7 +197,7 @@ def transformers_reference(name: str, args: Mapping[str, object]) -> Reference:
 
     Args:
         name: a folder with a ``config.json``, or a model type, such as ``"bert"``.
-        args: settings of the configuration that are to be others.
+        args: settings of the configuration to change.
 
     Raises:
         VerifyError: there is neither, or the configuration cannot be read.
