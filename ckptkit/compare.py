@@ -132,7 +132,7 @@ class _Comparison:
             CorruptError: something differs, or does not have the checksum that is recorded for it.
         """
         whole = self._storages.values()
-        # Views of larger storages, and what was cut out of some: is that whole which they were cut from?
+        # Views of larger storages, and storages cut from some: are those that they were cut from sound?
         others = {id(whole): (place, whole) for place, s in self._places.values() for whole in s.originals}
         checked = {id(s.original or s) for _, s, _ in whole if _covers_original(s)} if others else set()
         if self._passed is not None:  # all were summed as they came

@@ -74,7 +74,7 @@ def spooled(parts: Iterable[bytes], nbytes: int | None, source: Source, what: st
     try:
         spool, room = reserve(CHUNK_NBYTES if nbytes is None else nbytes)
         for part in parts:
-            # Bytes that are too many are told by whoever makes them.
+            # The maker of the bytes reports too many.
             piece = memoryview(part) if nbytes is None else memoryview(part)[: nbytes - done]
             if done + len(piece) > room.nbytes:
                 _, further = reserve(-(-len(piece) // CHUNK_NBYTES) * CHUNK_NBYTES)

@@ -184,7 +184,7 @@ def _in_values(checkpoint: Checkpoint, names: list[str]) -> list[str]:
 def _places(root: object) -> dict[str, str]:
     """For each name in the tree, the first key of the root under which it occurs."""
     places: dict[str, str] = {}
-    seen: set[int] = set()  # of all keys together: what they share is gone through once
+    seen: set[int] = set()  # for all keys together: shared parts are searched once
     for key, value in mapping_items(root) or []:
         for node in walk(value, seen):
             if isinstance(node, Global):
@@ -196,7 +196,7 @@ def _whole_model(checkpoint: Checkpoint, contents: Everything) -> Iterator[Findi
     if checkpoint.module is None or any(finding.code == "bound-method" for finding in checkpoint.findings):
         return
     if format_named(checkpoint.origin.format).has_classes:
-        return  # what needs no class has a finding of its own
+        return  # values that need no class have their own finding
     cls = getattr(checkpoint.module, "class_name", "?")
     yield Finding(
         code="whole-model",
@@ -269,7 +269,7 @@ def _not_a_model(checkpoint: Checkpoint, contents: Everything) -> Iterator[Findi
     if not is_state_dict or checkpoint.module is not None or checkpoint.part is not None:
         return
     if checkpoint.origin.is_program:
-        return  # which are run, and have findings of their own
+        return  # which are run, and have their own findings
     path, names = checkpoint.origin.path, list(islice(checkpoint.state_dict.everything, _SAMPLED))
     what = "build the model, then load these into it"
     fix = f"model.load_state_dict(ckptkit.load_state_dict({path!r}))"

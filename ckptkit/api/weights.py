@@ -354,7 +354,7 @@ def verify(path: Readable, **options: Unpack[VerifyKeywords]) -> Report[VerifyDo
             with open(asked.against, ignore_checksums=asked.ignore_checksums) as opened:
                 named = section if any(each.path == section for each in opened.sections) else None
             other = stack.enter_context(weights(asked.against, "to compare with", section=named))
-        # Only now: importing torch takes seconds, and what cannot be read is told at once.
+        # Only now: importing torch takes seconds, and an unreadable file is reported at once.
         require_torch()
         from ckptkit.verifier import verify as run
 

@@ -396,7 +396,7 @@ def with_receipt(checkpoint: Checkpoint, file: Source, version: str, tokens: Tok
             {name: tokens.of(part) for name, part in sorted(named.items())} if named else tokens.of(file)
         )
     receipt["operations"] = list(checkpoint.operations)
-    text = json.dumps([*earlier(checkpoint.metadata), receipt])  # ASCII: half a surrogate pair may stand in them
+    text = json.dumps([*earlier(checkpoint.metadata), receipt])  # ASCII: half a surrogate pair may be in them
     return checkpoint.replace(metadata={**checkpoint.metadata, KEY: text})
 
 

@@ -187,7 +187,7 @@ class Conversion:
         restored: bool = False,
     ) -> None:
         self._options = options
-        # First what beside the weights goes, since an optimizer stands in the way of dropping parameters.
+        # First the parts beside the weights, because an optimizer prevents dropping parameters.
         result = source.rewrite(rewrite.LeaveOut(options.leave_out)) if options.leave_out else source
         self._tensorless: list[str] = []
         if options.all_tensors:

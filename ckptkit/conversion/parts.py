@@ -226,7 +226,7 @@ def _finished(job: _Job, options: ConvertOptions, parts: Parts) -> Tally:
         from ckptkit.compare import check_output
 
         metadata = {key: value for key, value in job.checkpoint.metadata.items() if key != KEY}  # digests are in it
-        try:  # what was written to has the same values where it was copied, or touched
+        try:  # a modified file has the same values if it was copied or touched
             return check_output(
                 job.checkpoint.replace(metadata=metadata), path, values=options.check and bool(modified)
             )
@@ -308,7 +308,7 @@ def over_workers(
             if failed is not None or outcome.problem is not None:
                 failed = (
                     failed or outcome
-                )  # told once no other part is written any more: all that they wrote is removed
+                )  # reported once no other part is being written: everything they wrote is removed
                 continue
             record = outcome.result()
             done += sum(shard["nbytes"] for shard in record["shards"].values())

@@ -148,7 +148,7 @@ def measure_pair(a: TensorEntry, b: TensorEntry, tolerance: Tolerance, measured:
     import numpy
 
     sums = Sums()
-    with numpy.errstate(all="ignore"):  # signalling NaN, and what is past float64
+    with numpy.errstate(all="ignore"):  # signaling NaN, and values beyond float64
         for left, right in chunks_side_by_side(a, b, _BLOCK):
             sums += _block(left, right, a.dtype, b.dtype, tolerance)
             measured(len(left) + len(right))

@@ -310,7 +310,7 @@ def _whole(a: Checkpoint, b: Checkpoint, rule: SameContent, *, is_alone: bool) -
         yield from side_by_side([(Place(), a.rest, b.rest)], rule, (around[0], around[1]))
         yield from side_by_side([(Place().below("(discarded)"), a.discarded, b.discarded)], rule)
     else:
-        # One is no more than weights: what the other is, and has beside them.
+        # One has only weights: what the other is, and has beside them.
         if one_module or not is_alone:
             yield Met(Place(), a.module or a.rest, b.module or b.rest)
         for place, node in () if a.origin.is_program else _beside(a.rest):

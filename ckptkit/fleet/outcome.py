@@ -82,7 +82,7 @@ def done_here(work: Callable[[T], R], task: T, seconds: float | None) -> Outcome
     thread.start()
     until = time.monotonic() + seconds
     while thread.is_alive() and (left := until - time.monotonic()) > 0:
-        thread.join(min(left, 0.5))  # an interrupt is heard meanwhile
+        thread.join(min(left, 0.5))  # an interrupt is received in the meantime
     return outcomes[0] if outcomes else Outcome(problem="timed-out", text=late(seconds))
 
 

@@ -271,7 +271,7 @@ def _main_left_alone() -> Iterator[None]:
 
     def without_main(name: str) -> dict[str, Any]:
         data = original(name)
-        if name == _NAME:  # other threads may start what they like meanwhile
+        if name == _NAME:  # other threads may start processes in the meantime
             data.pop("init_main_from_name", None)
             data.pop("init_main_from_path", None)
         return data
@@ -296,7 +296,7 @@ def _begin(channel: Channel, driver: int, others: Iterable[int]) -> NoReturn:
             os.close(fd)
         sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: PTH123, SIM115 - as long as the process lives
         signal.set_wakeup_fd(-1)  # an event loop of the original's would take our signals for its own
-        gc.freeze()  # to look for garbage in what is the original's would copy it all
+        gc.freeze()  # searching the original's objects for garbage would copy them all
         _serve(channel, driver)
         code = 0
     except BaseException:
@@ -330,7 +330,7 @@ def _serve(channel: Channel, driver: int) -> None:
 
 
 def _stop(number: int, _: object) -> None:
-    signal.signal(number, signal.SIG_IGN)  # once: what is unfinished is being removed
+    signal.signal(number, signal.SIG_IGN)  # once: unfinished work is being removed
     raise StopWorker(number)
 
 

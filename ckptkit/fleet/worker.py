@@ -132,7 +132,7 @@ def run(
             f"the worker cannot read the task (are its functions and classes in an importable module?): {told(error)}"
         )
         failed = ("failed", text, None)
-        return _versions(), [failed] if count == 1 else [], 0.0, False  # which of several is not known
+        return _versions(), [failed] if count == 1 else [], 0.0, False  # which of several is unknown
     abandoned = threading.Event()
     if seconds is None:
         results = list(_results(function, given, begun + budget, abandoned))

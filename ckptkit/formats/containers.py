@@ -93,7 +93,7 @@ def index_of(probe: Probe) -> str | None:
     text = probe.json_object
     if text is None or b'"weight_map"' not in text:
         return None
-    # Metadata, which customarily stands before the map, may name files too.
+    # Metadata, which usually comes before the map, may name files too.
     begin = re.search(rb'"weight_map"\s*:\s*\{', text)
     found = re.compile(rb'\.safetensors"\s*[,}]').search(text, begin.end() if begin else 0)
     return "torch-sharded" if found is None else "safetensors-sharded"

@@ -321,7 +321,7 @@ class ContentSearch:
                 if self._members_left < 0:
                     self.unread(name, f"more than {self._limits.members:,} members")
                     return
-                # Of one of torch's in another archive it is told which.
+                # For one of torch's in another archive the path says which.
                 self.look((name if self._levels < 0 else f"{name}/{inner}") if name else inner, record)
         finally:
             self._levels += 1
@@ -370,7 +370,7 @@ def names_left(probe: Probe, known: Iterable[GlobalUse] = ()) -> tuple[GlobalUse
             if probe.head[:1] in (b"\x80", LOCAL_SIGNATURE[:1]):
                 found.extend(scanned(whole.read(0, min(SCANNED_NBYTES, whole.nbytes)), (*known, *contents.uses())))
     except CkptkitError:
-        pass  # what is wrong with it was said
+        pass  # its problem was reported
     return tuple(use for use in merge_uses(contents.uses(), found) if use.kind == "name")
 
 

@@ -263,7 +263,7 @@ class Surveyor:
                 self._unreadable[path] = places.unreadable_folder(path, error)
                 continue
             met |= self._is_one(path, key, [entry.name for entry in entries])
-            # Where each look is a trip, shards are left to the index that stands for them.
+            # If each look takes a request, shards are left to their index.
             shards = indexes_by_shard(path) if places.is_url(path) else {}
             folders = []
             for entry in entries:
@@ -294,7 +294,7 @@ class Surveyor:
             return True
         try:
             found = None if folder in self._inside else sharded_at(folder, names)
-        except CkptkitError:  # what cannot be looked at in it is told when it is met
+        except CkptkitError:  # unreadable files in it are reported when they are met
             return False
         if found is None:
             return False
@@ -342,7 +342,7 @@ class Surveyor:
         claims: list[Format] = []
         kind: str | None = None
         if name == "data.pkl" and is_unpacked(os.path.dirname(path) or os.curdir):
-            pass  # of an archive that was unpacked, and all of it
+            pass  # of an unpacked archive, and all of it
         elif name.startswith("._") and probe.head.startswith(_APPLE_DOUBLE):
             kind = "AppleDouble file"
         elif not says_checkpoint(name):

@@ -276,7 +276,7 @@ def _archive_in(probe: Probe) -> _Archive | None:
         return archive
     if [container.name for container in FORMATS if container.claims(probe)] != ["torch-tar"] or holds_one(probe):
         return None
-    identify(probe, FORMATS)  # which refuses what is two things at once
+    identify(probe, FORMATS)  # which refuses a file that is two things at once
     for member in read_members(probe.file.whole, probe.limits, probe.limits.members):
         if member.path is not None and not member.path.endswith("/"):
             archive.add(member.path, member.data(probe.file.whole))
@@ -427,7 +427,7 @@ def begins_like_one(probe: Probe) -> bool:
         return _begins_a_layout(probe.file.whole, probe.limits)
     try:
         head = b"".join(_first(compression, probe))
-    except Exception:  # it cannot be looked into, so nothing is known of it
+    except Exception:  # it cannot be read, so nothing is known about it
         return False
     inner = Probe(Held(head, probe.file.path), probe.limits)
     if inner.head.startswith(LOCAL_SIGNATURE):
@@ -462,7 +462,7 @@ def _first(compression: Compression, probe: Probe) -> Iterator[bytes]:
 def _begins_a_layout(area: ByteRange, limits: Limits) -> bool:
     """Whether the members of a tar archive, as far as they exist, are those of a layout."""
     names: dict[str, object] = {}
-    with contextlib.suppress(FormatError):  # cut off, where this is the beginning of one
+    with contextlib.suppress(FormatError):  # cut off, if this is the beginning of one
         for member in read_members(area, limits, _MOST_NAMES):
             names[_tidy(member.path or "")] = None
     return _layout_of(names) is not None or "model_weights.ckpt" in names

@@ -229,7 +229,7 @@ def scanned(data: bytes, known: Iterable[GlobalUse] = ()) -> tuple[GlobalUse, ..
     hidden: set[tuple[bytes, bytes]] = set()
     for _, module, name in _text_names(data):
         found[module, name] += 1
-        # What stands before it may look like its beginning.
+        # The bytes before it may look like its beginning.
         hidden.update((module[at + 1 :], name) for at in range(len(module) - 1) if module[at] in b"ci")
     judged = {use.name for use in known}
 

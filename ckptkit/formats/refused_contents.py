@@ -60,7 +60,7 @@ def is_pickle(probe: Probe) -> bool:
 
 def describe_pickle(probe: Probe) -> tuple[str, tuple[GlobalUse, ...]]:
     """One sentence, and the verdict on every name the pickle asks for, as far as it can be read."""
-    if _LEGACY_MAGIC in probe.head[:16]:  # not in that of a storage behind a name
+    if _LEGACY_MAGIC in probe.head[:16]:  # not in that of a storage after a name
         return "a torch checkpoint of the legacy format (before torch 1.6) that is truncated in its first bytes", ()
     data = probe.file.read(0, min(probe.file.size, probe.limits.pickle_nbytes))
     try:

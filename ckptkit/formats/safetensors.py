@@ -307,7 +307,7 @@ def _layouts(raw: bytes, limits: Limits) -> tuple[dict[str, TensorLayout], dict[
     Raises:
         FormatError: the header is not as described above.
     """
-    with contextlib.suppress(FormatError):  # JSON's reader will say what is wrong
+    with contextlib.suppress(FormatError):  # the JSON reader will say what is wrong
         found = _customary(raw, limits)
         if found is not None:
             return found
@@ -360,7 +360,7 @@ def _customary(raw: bytes, limits: Limits) -> tuple[dict[str, TensorLayout], dic
     if not text.startswith("{") or not text.endswith("}") or start >= len(text):
         return None
     found = _TENSOR.findall(text[start:-1] + ",")
-    # Nothing was passed over: what was found is as long as the text.
+    # Nothing was skipped: the matches are as long as the text.
     if len("".join(itertools.chain.from_iterable(found))) + _FIXED_NBYTES * len(found) != len(text) - start:
         return None
     if len(found) > limits.entries:
@@ -389,7 +389,7 @@ def _customary(raw: bytes, limits: Limits) -> tuple[dict[str, TensorLayout], dic
 def _entries(layouts: Mapping[str, TensorLayout], file: Source, start: int, prefix: str) -> dict[str, object]:
     """The tensors, each with its own storage; ``prefix`` is before the storages' keys."""
     entries: dict[str, object] = {}
-    strides: dict[int, tuple[int, ...]] = {}  # of the shapes in the layouts, which stay where they are
+    strides: dict[int, tuple[int, ...]] = {}  # of the shapes in the layouts, which do not move
     for name, (row, shape, begin, end) in layouts.items():
         stride = strides.get(id(shape))
         if stride is None:

@@ -217,7 +217,7 @@ def _by_name(file: Source) -> Part | None:
     return None
 
 
-# What lies beside it, where that can be looked at.
+# The files beside it, if they can be listed.
 
 
 def _is_listed(file: Source) -> bool:

@@ -147,7 +147,7 @@ class SafetensorsUnits(_Units):
         lengths = [_json_nbytes(name) for name in names]
         entry = self._state_dict[names[0]]
         described = sum(lengths) + len(names) * (_SAFETENSORS_NAME + len(str(entry.shape)))
-        described += (len(names) - 1) * max(lengths)  # beside each other name stands the one kept
+        described += (len(names) - 1) * max(lengths)  # each other name, with the one kept
         modules = [path for path in map(_module, names) if path in (self._recorded or ())]
         described += sum(_SAFETENSORS_VERSION + _json_nbytes(json.dumps(path)) for path in modules)  # JSON inside JSON
         return Unit(names, entry.nbytes + described)

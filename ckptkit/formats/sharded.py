@@ -231,7 +231,7 @@ def _read_shard(name: str, probe: Probe, allowed: Sequence[str], problems: _Prob
             return None
         container = identify(part, CONTAINERS)
         if container.name not in allowed:
-            from ckptkit.formats.contents import names_left  # nobody waits for it where all is well
+            from ckptkit.formats.contents import names_left  # nobody waits for it if all is well
 
             what = f"{name} (it is {container.name}, but the index promises {' or '.join(allowed)})"
             problems.add(_UNREADABLE, what, names_left(part))

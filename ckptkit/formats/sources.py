@@ -167,7 +167,7 @@ class _OpenFile(SourceFile):
         return super().sibling(name)
 
     def release(self) -> None:
-        if self._closed:  # what was opened by nobody's name cannot be opened again
+        if self._closed:  # a file that was opened without a name cannot be opened again
             super().release()
 
 
@@ -220,7 +220,7 @@ def opened(file: Any) -> Source:
     inner = file.file if isinstance(file, temporary) else file
     raw = inner.raw if isinstance(inner, (io.BufferedReader, io.BufferedRandom)) else inner
     try:
-        if isinstance(file, io.BytesIO):  # whose value shares its bytes, and keeps nobody from writing to it
+        if isinstance(file, io.BytesIO):  # whose value shares its bytes, and does not prevent writing to it
             return Held(memoryview(file.getvalue())[file.tell() :], "<BytesIO>")
         if isinstance(raw, io.FileIO) and stat.S_ISREG(os.fstat(raw.fileno()).st_mode):
             if inner.writable():

@@ -174,7 +174,7 @@ class TorchArchive:
             )
         self._fetch_own()
         self._used: set[str] = set()  # what something refers to
-        self._known: set[str] = set()  # what is known to be no more than it is read as
+        self._known: set[str] = set()  # known to be nothing else than it is read as
         self._looked = False
         self._levels = levels
         self._pickles = 0

@@ -238,7 +238,7 @@ class _Remains:
                 raise _given_up()
         raise _given_up()
 
-    # Saying what was found.
+    # The message.
 
     def _count(self) -> int:
         return 0 if self._pickle is None else sum(isinstance(node, TensorEntry) for node in walk(self._pickle.root))
@@ -263,7 +263,7 @@ class _Remains:
         whole += f" complete{first}. Download or copy the file again"
         if cut.filled is not None:
             return f"truncated: all {size - cut.filled:,} bytes from byte {cut.filled:,} on are zeros; {whole}"
-        # What is still to come, headers and directory entries included.
+        # The rest, including headers and directory entries.
         name_nbytes = len(self._prefix) + 1
         expected = cut.needed + len(self._storages) * (CENTRAL.size + name_nbytes) + END.size
         expected += sum(list(missing.values())[1:]) + max(len(missing) - 1, 0) * (LOCAL.size + name_nbytes)

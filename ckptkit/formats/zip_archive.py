@@ -457,7 +457,7 @@ def _check_gap(before: _Central | None, nbytes: int, window: _Window, at: int) -
         start = window.hold(at, nbytes)  # which may read other data
         found = layout.unpack_from(window.data, start)
         mask = MAX32 if nbytes <= _NARROW_DESCRIPTOR_NBYTES else -1
-        # A signature stands before the three values, or nothing does.
+        # A signature comes before the three values, or nothing.
         if found[-3:] == (before.crc, before.packed & mask, before.nbytes & mask) and (
             len(found) == 3 or found[0] == DESCRIPTOR_SIGNATURE
         ):

@@ -473,7 +473,7 @@ def storage_document(listing: Listing) -> StorageDocument:
     storages: Collection[Storage] = [*[entry.storage for entry in rows.entries], *bare]
     if several or bare:
         storages = dict(zip(map(id, storages), storages, strict=True)).values()
-    # What is alone in its storage, and is all of it, leaves nothing.
+    # A tensor that is its whole storage leaves nothing.
     others = [entry for entry in rows.entries if id(entry.storage) in several] if several else []
     return {
         "storages": len(storages),

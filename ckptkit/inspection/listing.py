@@ -320,10 +320,10 @@ def list_tensors(checkpoint: Checkpoint, beside: Sequence[FoundTensor] | None = 
             are_own.append(found.is_own)
         else:
             others.append(found)
-    if len(names) + len(others) > DEFAULT_LIMITS.entries:  # one tensor may stand in a list a million times
+    if len(names) + len(others) > DEFAULT_LIMITS.entries:  # one tensor may be in a list a million times
         raise LimitError("names of tensors", limit=DEFAULT_LIMITS.entries, actual=len(names) + len(others))
     characters = sum(map(len, names)) + sum(map(len, filter(None, sections)))
-    if characters > DEFAULT_LIMITS.name_characters:  # one long key may stand above thousands of tensors
+    if characters > DEFAULT_LIMITS.name_characters:  # one long key may be above thousands of tensors
         raise LimitError("characters of names", limit=DEFAULT_LIMITS.name_characters, actual=characters)
     several = shared_storages(entries)
     kinds = _Kinds(checkpoint)

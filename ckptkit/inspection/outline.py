@@ -276,7 +276,7 @@ def _fill(made: dict[str, _Names], leaves: Iterable[tuple[str, _Branch]], *, pac
             up, _, label = above.rpartition(".")
             if packs and up and label and up not in made and up.count(".") < _MAX_LEVELS:
                 below = _below(up, made)
-                if not below:  # else it was among what is unpacked now
+                if not below:  # otherwise it was among those unpacked now
                     run, prefix = below, up + "."
                     run += None, name[len(prefix) :], leaf
                     continue
@@ -311,7 +311,7 @@ def _below(path: str, made: dict[str, _Names]) -> _Names:
         above, last = "", path  # one piece
     outside = _below(above, made)
     inside = made.get(path)
-    if inside is None:  # else it was among what is unpacked now
+    if inside is None:  # otherwise it was among those unpacked now
         inside = made[path] = []
         outside += last, inside
     return inside
@@ -344,7 +344,7 @@ class _Branches:
         """The branch of all, with what is below each branch in order and summed up, from the bottom."""
         known = self._known
         branch: _Branch | None = None
-        for inside in reversed(made.values()):  # what is below was made later
+        for inside in reversed(made.values()):  # its children were made later
             note = notes.get(id(inside), "") if notes else ""
             key = tuple([item[-1] if item.__class__ is list else item for item in inside])
             if note:

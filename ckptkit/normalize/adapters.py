@@ -300,7 +300,7 @@ def small_values(entry: TensorEntry, count: int) -> tuple[float, ...] | None:
     try:
         data = source.read(entry.storage_offset * entry.itemsize, entry.nbytes)
     except CkptkitError:
-        return None  # whoever reads the tensor itself will say what is wrong
+        return None  # reading the tensor itself will report the problem
     if entry.dtype == "bfloat16":  # the upper half of a float32
         return tuple(
             struct.unpack("<f", struct.pack("<I", bits << 16))[0] for bits in struct.unpack(f"{order}{count}H", data)

@@ -440,7 +440,7 @@ def _without(name: str, anywhere: Collection[str], leading: Collection[str]) -> 
 
 def unwrapped_path(path: str) -> str:
     """A module's path without wrappers; ``""``: it is a wrapper of the root."""
-    # It has no tensor's name at its end; a stand-in keeps the last segment apart.
+    # It does not end in a tensor's name; a stand-in keeps the last segment apart.
     return unwrapped(path + ".x" if path else "x")[:-2]
 
 

@@ -119,7 +119,7 @@ def is_nested(node: object, key: object, root: object, visit: Callable[[int], bo
     keys = [inner for inner, _ in mapping_items(node) or [] if isinstance(inner, str)]
     is_customary = isinstance(key, str) and key in CUSTOMARY_KEYS
     if (not is_customary or len(keys) == 1) and _leads_to_weights(node, visit):
-        return False  # what lies there is
+        return False  # what is there is
     if any(_OTHERS.search(each.lower()) for each in (key, *keys) if isinstance(each, str)):
         return False
     tree = _tree(node, visit)

@@ -366,7 +366,7 @@ def spread_text(node: object) -> str:
     return "" if spread is None else spread.how
 
 
-# What is told, and the gate.
+# The messages, and the gate.
 
 
 def part_findings(checkpoint: Checkpoint) -> Iterator[Finding]:

@@ -80,7 +80,7 @@ def _scalings(state_dict: StateDict, *, alike: bool = False) -> Iterator[tuple[s
     beside: _Beside = {}
     for name in scaled:
         bare = _bare(name.rpartition(".")[2])
-        for place in (_parent(name), name):  # what stands beside it, and what it bears
+        for place in (_parent(name), name):  # the names beside it, and its own
             beside.setdefault((place, None), []).append(name)
             beside.setdefault((place, bare), []).append(name)
     for name, entry in state_dict.items() if scaled else ():
@@ -237,7 +237,7 @@ def quantization_in(state_dict: StateDict) -> QuantizationDocument | None:
         start, stem = f"{module}." if module else "", ""
         named = f"{start}{bare}"
         if bare not in ("weight", "W") and len(names) > 1 and all(f"{name}_".startswith(f"{named}_") for name in names):
-            module, start, stem = named, named, "*"  # several stand beside one another, each with its own
+            module, start, stem = named, named, "*"  # several are beside one another, each with its own
         parts = {stem + name[len(start) :]: state_dict.everything[name] for name in names}
         found = shapes.facts(parts)
         layout = layouts.get(alike := (found, *parts))

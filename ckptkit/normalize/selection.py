@@ -264,7 +264,7 @@ _OTHER = "other objects"
 
 def other_parts(checkpoint: Checkpoint) -> list[str]:
     """The keys of training state and whatever else is in the file beside the selected state_dict."""
-    if checkpoint.rest is STATE_DICT or checkpoint.origin.is_program:  # what is in one means nothing to torch.load
+    if checkpoint.rest is STATE_DICT or checkpoint.origin.is_program:  # the content of one means nothing to torch.load
         return []
     pairs = mapping_items(checkpoint.rest)
     if pairs is None:

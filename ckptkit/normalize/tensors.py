@@ -462,7 +462,7 @@ def _of_list(node: list[object] | tuple[object, ...]) -> list[tuple[object, obje
 
     shown = ((i, i, child) for i, child in enumerate(node) if not isinstance(child, _SCALARS) and is_new(child))
     steps = list(islice(shown, most + 1))
-    if len(steps) > most:  # never a part of them: a tensor may be behind
+    if len(steps) > most:  # never a part of them: a tensor may follow
         raise LimitError("values in a list", limit=most, actual=len(steps))
     return steps  # type: ignore[return-value]
 

@@ -139,7 +139,7 @@ def _is_same_scalar(a: object, b: object) -> bool:
 
 def _same_scalar(a: object, b: object) -> bool:
     if isinstance(a, float) and isinstance(b, float):
-        return struct.pack("<d", a) == struct.pack("<d", b)  # NaN is not equal to itself, and -0.0 is to 0.0
+        return struct.pack("<d", a) == struct.pack("<d", b)  # NaN is not equal to itself, but -0.0 is equal to 0.0
     return type(a) is type(b) and a == b
 
 

@@ -202,7 +202,7 @@ class CallsThatReach:
         function, _ = self._callee(cls, ())
         keeps = function is None or not _calls_back(function)
         stack: list[object] = list(args)
-        if _is_dills_setter(args):  # judged by what it is then given
+        if _is_dills_setter(args):  # judged by its arguments then
             setter = stack.pop()
             if isinstance(setter, Global):
                 setter.calls += 1

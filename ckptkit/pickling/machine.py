@@ -132,7 +132,7 @@ class Machine:
         if self.frame_end not in (self.pos, NO_FRAME):
             raise AmbiguousError("STOP is not the end of its frame")
         self.watchers.clear()
-        del self.reach  # which holds the machine in turn: without it, what was read is gone as soon as nobody has it
+        del self.reach  # which holds the machine in turn: without it, the result is freed as soon as it is unused
         return self.stack.pop()
 
     def _left_over(self) -> str:

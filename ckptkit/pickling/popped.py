@@ -37,7 +37,7 @@ class _Value(NamedTuple):
     top: object  # of the stack, without it
     filled: object  # how far the top was
     end: int  # position after the POP
-    is_new: bool  # whether it is the result of a call that was made right before, and is kept nowhere
+    is_new: bool  # whether it is the result of the call right before, and is kept nowhere
     before: int | None  # pairs that it had before some were set right before it was popped
 
 

@@ -254,7 +254,7 @@ class TensorShortcut:
         sizes, strides, reach = geometry
         row = DTYPES[storage.dtype]
         if (first + reach) * row.itemsize > storage.nbytes or row.kind == "quantized":
-            return None  # it does not lie inside its storage, or is no plain tensor
+            return None  # it is not inside its storage, or is not a plain tensor
         return tensor_of(storage, first, sizes, strides, row.name, needs_grad == b"\x88")
 
     def _found(self, data: bytes, at: int, memo: dict[int, object]) -> re.Match[bytes] | None:
@@ -285,7 +285,7 @@ class TensorShortcut:
                 return indices
         found = tuple(int.from_bytes(put, "little") for put in puts if put)
         if found[0] <= self._last or sorted(found) != [*found]:
-            self._spelled.clear()  # an entry may take the place of one that was left out
+            self._spelled.clear()  # an entry may replace one that was left out
         return found if len(set(found)) == len(found) and memo.keys().isdisjoint(found) else None
 
     def _number(self, opcode: bytes) -> int:

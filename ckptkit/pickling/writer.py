@@ -83,7 +83,7 @@ class _Writer:
         self.repeats = 0
         self.root: object = None
         self.references: Counter[int] | None = None
-        self.unset: dict[int, InertDict] = {}  # dicts of which what is set late is still to be written
+        self.unset: dict[int, InertDict] = {}  # dicts whose late pairs are not written yet
 
     def run(self, root: object) -> None:
         self.root = root
@@ -363,7 +363,7 @@ class _Writer:
         self.path.pop()
 
     def _persistent(self, node: PersistentId) -> Iterator[object]:
-        # Never memoized: a pickler asks for the persistent id anew each time it meets the object.
+        # Never memoized: a pickler asks for the persistent id each time it meets the object.
         yield node.pid
         self.out += b"Q"
 
@@ -438,7 +438,7 @@ class _Writer:
                 for found in unfinished:
                     del self.memo[found]
                 return unfinished
-            if not self._is_shared(key):  # a pickler would not write it anew either
+            if not self._is_shared(key):  # a pickler would not write it again either
                 unfinished[key] = self.memo[key]
         return {}
 

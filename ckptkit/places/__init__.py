@@ -175,7 +175,7 @@ def require_local(destination: str) -> None:
         raise FileAccessError(told, path=shown(destination))
 
 
-# What lies there.
+# What is there.
 
 
 def isdir(path: str) -> bool:
@@ -307,7 +307,7 @@ def unreadable_folder(folder: str, error: OSError) -> FileAccessError:
     return FileAccessError(f"{folder}: the folder cannot be read: {error.strerror}", path=folder)
 
 
-# What is in it.
+# Its content.
 
 
 def opened(path: str) -> Source:

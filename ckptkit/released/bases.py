@@ -89,7 +89,7 @@ def _folder_of(path: str) -> str:
     return path if places.isdir(path) and not _is_sharded(path) else places.split(path)[0]
 
 
-# A manifest that files are held against.
+# A manifest that files are checked against.
 
 
 def based(manifest: Manifest, path: str, paths: Sequence[str]) -> Manifest:

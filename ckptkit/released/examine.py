@@ -190,7 +190,7 @@ class _Contents:
         return list(other_values_in(self.checkpoint, plain, self.weights.others, self.beside))
 
 
-@dataclass(frozen=True, kw_only=True)  # without slots: what was found once is kept
+@dataclass(frozen=True, kw_only=True)  # without slots: results are cached
 class Examined:
     """A file, as far as it was examined.
 
@@ -341,12 +341,12 @@ def examine_file(
         if checkpoint.origin.state_path is None:
             contents.weights  # noqa: B018 - what has names beyond all use is refused, whatever is asked of it
         reading, given = Reading(), formats.given_of(file)
-        is_whole = given is file  # else a file that is compressed or an archive, and what is in it
+        is_whole = given is file  # otherwise a compressed file or an archive, and its content
         is_read, unlike = bool(hash_file or digest or values or held), None
         is_held = checksums and not ignore_checksums
         if checksums or is_folder(file):
             checkpoint, unlike = _looked_into(file, checkpoint, is_read=is_read, held=is_held)
-            contents.checkpoint = checkpoint  # what stands in it is the same
+            contents.checkpoint = checkpoint  # its content is the same
         files, parts = files_of(file)
         if is_read:
             reading = read_through(
@@ -360,7 +360,7 @@ def examine_file(
             )
         else:
             look_at_ends(files)
-        if is_folder(file) and is_held:  # what pieces lie in is known by now
+        if is_folder(file) and is_held:  # the sources of pieces are known by now
             reading.damages.extend(damages_of(contents.storages, reading.sums))
         hashes = reading.files
         if hash_file and not is_whole:

@@ -103,7 +103,7 @@ class Task:
         return places.below(self.folder, self.record.golden.path)
 
 
-@collector_paused()  # what is read is gone at the end, without it
+@collector_paused()  # without it, read values are freed at the end
 def held(task: Task, threads: int = 1) -> tuple[FileResult, Architecture | None]:
     """What of a file is not as manifest and policy want it; and the model it is of, where nothing else says which."""
     if task.other is not None:
@@ -152,7 +152,7 @@ def _looked_into(task: Task, threads: int) -> tuple[Examined, list[CheckFinding]
         threads=threads,
     )
     may_be_same = task.may_be_same
-    # What is far is read once, for all that may be needed.
+    # A remote file is read once, for everything that may be needed.
     at_once = not may_be_same or places.is_url(path)
     examined = digested = look(
         hash_file=record is not None,

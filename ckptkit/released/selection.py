@@ -191,7 +191,7 @@ def name_of(path: str, folder: str, seen: dict[str, str] | None = None) -> str:
         if not seen[above].endswith(".."):  # else the path may be that of the folder
             return f"{seen[above]}/{last}".removeprefix("./")
     name = places.relative(path, folder)
-    return path if name == path else name  # the same text takes no room of its own
+    return path if name == path else name  # the same text takes no extra memory
 
 
 def size_of(path: str) -> int:

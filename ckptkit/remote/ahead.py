@@ -150,7 +150,7 @@ class ReadAhead:
         block = self._lying[at]
         with _changed:
             while block.state == "coming" and not self._is_closed:
-                _changed.wait(0.2)  # an interrupt is heard meanwhile
+                _changed.wait(0.2)  # an interrupt is received in the meantime
                 require_wanted()
             if self._is_closed or block.state == "gone":
                 return None
@@ -265,7 +265,7 @@ class ReadAhead:
         if beyond > _AHEAD_NBYTES:
             return False
         for other in _Room.readers if _Room.nbytes + nbytes > MOST_NBYTES else ():
-            if _Room.had - other._had > _KEPT_NBYTES:  # whoever read there has gone elsewhere
+            if _Room.had - other._had > _KEPT_NBYTES:  # that reader has gone elsewhere
                 for read in [each for each in other._here if each.turn <= other._at]:
                     other._drop(read)
         return _Room.nbytes + nbytes <= MOST_NBYTES

@@ -105,7 +105,7 @@ class RemoteSource(Source):
         self.far: FarFile = replace(far, head=b"")
         self._keep(0, far.head)
 
-    # What was read is kept.
+    # Kept bytes.
 
     def _keep(self, offset: int, data: bytes) -> None:
         """Keep what is not kept yet of some bytes, or of their rest; no two spans overlap."""
@@ -185,7 +185,7 @@ class RemoteSource(Source):
                 nbytes, last = nbytes + wanted[last][1], last + 1
             part = wanted[first:last]
             self._fetch(part)
-            for area in part:  # what lies between two may be nowhere here
+            for area in part:  # the bytes between two may be nowhere here
                 yield self.read(*area)
             first = last
 
@@ -218,7 +218,7 @@ class RemoteSource(Source):
                 end = self._starts[at]
         return begin, end
 
-    # What is left until values are read.
+    # Checks delayed until values are read.
 
     def on_read(self, offset: int, nbytes: int, check: Callable[[bytes], object]) -> bool:
         """As `Source.on_read`."""
@@ -313,7 +313,7 @@ class RemoteSource(Source):
         """As `Source.folder`: a URL, where the server lists what is below it."""
         return self.path.rpartition("/")[0] if self.store.has_listings else None
 
-    # What lies beside it.
+    # Files beside it.
 
     def will_open(self, names: Sequence[str]) -> None:
         """As `Source.will_open`: they are opened side by side, with what is read of each at first."""
@@ -352,7 +352,7 @@ class RemoteSource(Source):
     def _beside(self, name: str) -> RemoteSource:
         return RemoteSource(self.store, self.store.beside(self.far.url, name))
 
-    # What is fetched ahead.
+    # Prefetching.
 
     def will_read(self, areas: Sequence[tuple[int, int]], passing: Passing | None = None) -> None:
         """As `Source.will_read`; of what is here of an earlier call some is kept."""

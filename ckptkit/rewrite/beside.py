@@ -238,7 +238,7 @@ class PutUnder:
     def __call__(self, checkpoint: Checkpoint) -> Checkpoint:
         if not checkpoint.state_dict.everything:
             raise RewriteError(f"there is no state_dict to put under {self.key!r:.200}")
-        result = with_tensors_replaced(checkpoint, lambda leaf: leaf)  # what it holds is ours to change
+        result = with_tensors_replaced(checkpoint, lambda leaf: leaf)  # its content is ours to change
         rest, path = result.rest, checkpoint.origin.state_path or ""
         at = None
         if rest is STATE_DICT or checkpoint.origin.is_program:

@@ -123,7 +123,7 @@ class _Work:
         return {target: self._value(name, target, part) for target, part in parts.items()}
 
     def _value(self, name: str, target: str, value: object) -> object:
-        key: object  # what is tied stays so
+        key: object  # ties are kept
         try:
             if isinstance(value, TensorEntry):
                 if name not in self._scaled:

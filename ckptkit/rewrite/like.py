@@ -168,7 +168,7 @@ class Like:
             kept = {"", *(path for source in targets for path in module_paths(source))}
             versions = {path: entry for path, entry in versions.items() if path in kept}
             versions = moved_versions(versions, targets, lambda path: path)
-        # What hangs on the mapping is no tensor of the model either.
+        # The mapping's attributes are not tensors of the model either.
         return checkpoint.replace(state_dict=StateDict(everything, versions=versions), rest=STATE_DICT)
 
     def cut(self, checkpoint: Checkpoint, rename: Callable[[str], str] | None = None) -> Checkpoint:

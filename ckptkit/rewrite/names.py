@@ -136,7 +136,7 @@ def moved_versions(
                 votes[path].add(name[len(path) + 1 :] if path else name, new)
     moved: dict[str, str] = {}
     best: dict[str, tuple[bool, int, str]] = {}
-    for path in sorted(versions, key=len):  # what a module lies in goes before it
+    for path in sorted(versions, key=len):  # a module's parent goes before it
         vote = votes[path]
         everything = vote.exactly == len(targets)
         if path == "":

@@ -189,7 +189,7 @@ def _viewed(runs: _Runs) -> int:
 def _cuttable(checkpoint: Checkpoint) -> list[tuple[Storage, _Runs]]:
     """The storages that have bytes no tensor views, and what is viewed of them."""
     uses: dict[int, _Use] = {}
-    taken: set[int] = set()  # all of them stays: one tensor views it, as in most files, or it stands by itself
+    taken: set[int] = set()  # the whole storage stays: one tensor uses it, as in most files, or it is a value itself
     for node in nodes(checkpoint):
         if isinstance(node, TensorEntry):
             storage = node.storage

@@ -373,7 +373,7 @@ class _Builder:
     # Tensors that are not plain ones.
 
     def _tensor(self, found: Rebuilt) -> object:
-        # Storages are read before torch is asked, so that what is wrong with the file is not told as torch's refusal.
+        # Storages are read before torch is called, so that a problem with the file is not reported as torch's refusal.
         check_indices(found.layout, self._numbers)
         with self._loader.at_once():
             made = self._laid_out(found.layout)

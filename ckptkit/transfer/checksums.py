@@ -375,7 +375,7 @@ def crc32(data: bytes | bytearray | memoryview, crc: int = 0) -> int:
         numpy.bitwise_xor(out, folded[far - near + start : far - near + end], out=out)
         if start == 0:  # the register's state is as good as in the first bytes
             out[:4] ^= numpy.frombuffer((crc ^ 0xFFFFFFFF).to_bytes(4, "little"), numpy.uint8)
-    # What would be folded beyond the end by one lag stays where it is.
+    # Bytes that one lag would fold beyond the end stay in place.
     numpy.bitwise_xor(source[last:], folded[last:nbytes], out=folded[far + last : far + nbytes])
     return zlib.crc32(folded[nbytes : nbytes + far], 0xFFFFFFFF)
 

@@ -193,7 +193,7 @@ def _is_locked(output: OutputFolder) -> bool:
     try:
         if locked(output.fd) and has_name(os.fstat(output.fd), output.temporary):
             return True
-    except OSError:  # there are no locks here: no other run may take it for one that was killed
+    except OSError:  # there are no locks here: no other run may treat it as one of a killed run
         named = beside(output.path, "")
         os.rename(output.temporary, named)
         output.temporary = named

@@ -111,7 +111,7 @@ def side_by_side(
     for start in range(0, len(tasks), _TOGETHER):
         some = tasks[start : start + _TOGETHER]
         sizes = known[start : start + _TOGETHER] if known else [nbytes(task) for task in some]
-        if sum(sizes) < MANY_NBYTES:  # threads gain nothing, and each result can be told before the next is begun
+        if sum(sizes) < MANY_NBYTES:  # threads gain nothing, and each result is there before the next task begins
             threads = 2 if len(tasks) < (os.cpu_count() or 1) else 1
             yield from (_done(work, some, sizes, number, threads) for number in range(len(some)))
         else:

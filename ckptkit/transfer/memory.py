@@ -83,7 +83,7 @@ def least(entry: TensorEntry) -> tuple[TensorEntry, tuple[int, ...]]:
     core = replace(entry, shape=shape)
     start, end = core.span()
     steps = entry.stride
-    if core.nbytes < end - start:  # something lies between
+    if core.nbytes < end - start:  # there is something between
         steps = contiguous_stride(shape)
     elif not core.is_contiguous:
         core = replace(core, shape=((end - start) // entry.itemsize,), stride=(1,))
@@ -149,7 +149,7 @@ def _read_into(memory: memoryview, run: ByteRange, sums: Checksums) -> None:
             passing.update(piece)
 
 
-# The other way: what lies in memory, as bytes of a file.
+# The other way: values in memory, as bytes of a file.
 
 _memory_at = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int)(
     ("PyMemoryView_FromMemory", ctypes.pythonapi)
@@ -372,7 +372,7 @@ class _Tree:
             members = [below("member", part) for part in sorted(value, key=repr)]
             return Object("reduce", Global("__builtin__", "set"), (members,))  # as pickles of torch's protocol say it
         node: Any = [] if kind is list else InertDict() if kind is dict else _ordered()
-        self._made[id(value)] = value, node  # before what is in it, which may lead back
+        self._made[id(value)] = value, node  # before its content, which may refer back
         if kind is list:
             node.extend([below(number, part) for number, part in enumerate(value)])
             return node

@@ -122,7 +122,7 @@ def created(plan: Plan, path: str, shown: str, replaced: os.stat_result | None =
         FileAccessError: it cannot be made.
     """
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
-    # Less the umask, as any program's output; what replaces a file that few may read is not read by more meanwhile.
+    # Less the umask, as any program's output; the replacement of a restricted file is restricted from the start.
     mode = 0o666 if replaced is None else 0o600
     host = this_host()
     while True:
@@ -255,7 +255,7 @@ def remove_stale(folder: str) -> None:
                 some = itertools.islice(ours.items(), start, start + _AT_ONCE)
                 held: set[tuple[int, int]] = set()
                 won = {path: digits for path, digits in some if _won(path, stack, held)}
-                # Only now: whoever had them open is gone, and changes no index any more.
+                # Only now: the run that had them open is gone, and changes no index any more.
                 for path in won and _named_by_no_index(folder, won):
                     remove_folder(path)
                     with contextlib.suppress(OSError):

@@ -280,7 +280,7 @@ class Parts:
         """
         path = os.path.join(self.staging, "finish.lock")
         with contextlib.ExitStack() as stack:
-            if fcntl is not None and os.path.isdir(self.staging):  # on Windows it would stand in the way of the folder
+            if fcntl is not None and os.path.isdir(self.staging):  # on Windows it would block the folder
                 with _access_told(self._shown):
                     fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
                 stack.callback(os.close, fd)

@@ -154,7 +154,7 @@ class DigestsInPassing:
         self._stop = stop
         self.in_order = {key: InOrder(file.size) for key, file in self._files.items() if file.is_far}
         near = [file for key, file in self._files.items() if key not in self.in_order]
-        # That it failed stops nothing else: it is raised where a digest is asked for.
+        # A failure stops nothing else: it is raised when a digest is requested.
         self._thread = Background(lambda: self._hash(near), threading.Event()) if near else None
 
     def _hash(self, files: Iterable[Source]) -> None:

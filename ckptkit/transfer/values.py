@@ -171,7 +171,7 @@ def unconverted(entry: TensorEntry, source: ConvertedRange) -> TensorEntry:
         nbytes=original.nbytes,
         location=entry.storage.location,
         source=original,
-        byteorder="little",  # the conversion itself knows the byte order, and wants the bytes as they lie
+        byteorder="little",  # the conversion itself knows the byte order, and needs the stored bytes
     )
     return replace(entry, storage=storage, dtype=conversion.dtype)
 

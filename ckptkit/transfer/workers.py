@@ -96,7 +96,7 @@ def in_parallel(
             threads += [Background(work, halt) for _ in range(workers)]
         for thread in threads:
             while thread.is_alive():
-                thread.join(0.2)  # an interrupt is heard meanwhile
+                thread.join(0.2)  # an interrupt is received in the meantime
     except BaseException:
         halt.set()
         for thread in threads:

@@ -189,7 +189,7 @@ def places(plan: Plan, shown: str, *, force: bool) -> list[tuple[Plan, str, str]
     if plan.in_folder is not None:
         return found
     if plan.index is not None:
-        # An index may be a link into a cache, whose folder is no place for shards: links in folders alone are followed.
+        # An index may be a link into a cache, whose folder is not for shards: only links to folders are followed.
         above, name = os.path.split(shown)
         folder = os.path.realpath(above)
         shards = [(shard, os.path.join(folder, at), os.path.join(above, at)) for at, shard in plan.shards.items()]

@@ -52,7 +52,7 @@ def check_fit(checkpoint: Checkpoint, model: nn.Module, context: Context) -> Ite
     yield from _remarks(fit)
     others, chosen = unselected_weights(checkpoint), checkpoint.origin.state_path
     if others:
-        # Whoever goes through them all comes to an end.
+        # All loops over them end.
         following = [section.path for section in checkpoint.sections if section.is_weights]
         following = following[following.index(chosen) + 1 :] if chosen in following else []
         yield Finding(
@@ -116,7 +116,7 @@ def _old_names(fit: Fit, checkpoint: Checkpoint, fittings: Sequence[Fitting], co
     others = f"; just as many after {listed([other.label for other in found[1:]], between=' or ')}" if found[1:] else ""
     in_passing = best.options == ("--strip-module",) and not best.unexpected
     here = " (verify --strip-module does this without writing a file)" if in_passing else ""
-    # What is left over has to go too; of several that fit, the one that is advised is named.
+    # The rest has to go too; of several that fit, the advised one is named.
     is_like = best.is_complete and bool(best.unexpected) and context.reference.spec is not None
     options = best.options if found[1:] or not is_like else ()
     return Finding(

@@ -126,6 +126,6 @@ def error_text(error: BaseException) -> str:
     try:
         with foreign():
             text = " ".join(str(error).split())[:500]
-    except Exception:  # it cannot even be told
+    except Exception:  # its message fails too
         text = ""
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

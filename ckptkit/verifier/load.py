@@ -68,7 +68,7 @@ def check_load(checkpoint: Checkpoint, model: nn.Module, context: Context) -> It
         )
         return
     context.loaded = True
-    if with_own_code:  # which may have changed what it was given; the file is asked again
+    if with_own_code:  # which may have changed its argument; the file is read again
         values.clear()
         pairs = _read_again(checkpoint.state_dict, fit)
     else:

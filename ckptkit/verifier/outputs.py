@@ -93,7 +93,7 @@ def tolerance_of(dtypes: Iterable[str], atol: float | None = None, rtol: float |
     order = list(TOLERANCES)
     widened = {"complex128": "float64", "complex64": "float32"}
     known = {widened.get(name, name) for name in dtypes}
-    # What is below 16 bits is held to be as imprecise as the last one.
+    # Types below 16 bits count as being as imprecise as the last one.
     ranks = [order.index(n) if n in order else len(order) - 1 for n in known if n in order or n.startswith("float")]
     default = TOLERANCES[order[max(ranks, default=order.index("float32"))]]
     return OutputTolerance(atol=default.atol if atol is None else atol, rtol=default.rtol if rtol is None else rtol)

@@ -218,7 +218,7 @@ class ItemReader:
         second = next(parts, None)
         if second is None:
             return Held(first, area.file.path).whole
-        with self._lock:  # nothing else is spooled meanwhile
+        with self._lock:  # nothing else is spooled in the meantime
             return spooled(chain((first, second), parts), None, self._folder, "has items of zstd, and takes")
 
 

@@ -95,7 +95,7 @@ def parse_metadata(data: bytes, limits: Limits) -> Metadata:
         )  # fmt: skip
         uses = _uses(pickle)
         read = None if runs.memo.is_odd else _Reader(runs.columns, limits).read(pickle)
-        if read is None:  # what was left out is used as no pickler does
+        if read is None:  # a left-out part is used as no pickler would
             pickle = read_pickle(data, constructors=_CONSTRUCTORS, limits=limits, whole=True)
             uses = _uses(pickle)
             read = _Reader(Columns(), limits).read(pickle)
@@ -164,7 +164,7 @@ class _Reader:
         except _OddError:
             del columns.offsets[before[0] :], columns.names[before[1] :], columns.tensors[before[2] :]
             return None
-        if sum(before) != self._rows:  # some runs stand nowhere, or in two places
+        if sum(before) != self._rows:  # some runs are nowhere, or in two places
             return None
         self._match(tensors, objects)
         version = state.get("version")
@@ -264,7 +264,7 @@ class _Reader:
         sizes = self._columns.sizes[row.start : row.stop]
         return TensorMetadata(row.name, dtype, row.shape, row.requires_grad is True, offsets, sizes, [])
 
-    # Where they lie.
+    # Where they are.
 
     def _stored(self, node: object) -> None:
         """Bring all items into the columns, and see what each says."""

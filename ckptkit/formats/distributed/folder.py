@@ -127,7 +127,7 @@ class FolderSource(Source):
             if not is_shard_name(name):
                 raise CorruptError(f"{name!r:.200} is not a path inside the folder", path=self.path)
             known = self.parts[name] = self.sibling(name)
-            if not self._is_listed and name not in self.own:  # what nobody lists is what is named
+            if not self._is_listed and name not in self.own:  # an unlisted folder has the files that are named
                 self.names = self.own = (*self.own, name)
             if len(self.parts) % _OPENED == 0:
                 _let_open(2 * (len(self.parts) + _OPENED))  # each may have a temporary file, too

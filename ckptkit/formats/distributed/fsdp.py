@@ -241,7 +241,7 @@ def _read_all(probe: Probe, names: Sequence[str]) -> dict[str, Shard]:
     return shards
 
 
-# What is to be told.
+# Findings.
 
 
 def _findings(sets: Sequence[_Set], merged: Sequence[Ranks], count: int, folder: FolderSource) -> Iterator[Finding]:

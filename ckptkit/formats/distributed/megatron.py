@@ -390,7 +390,7 @@ def _numbered(name: str, shift: Mapping[str, int], experts: int) -> str:
     return name
 
 
-# What is to be told.
+# Findings.
 
 
 def _tied(values: dict[str, object], args: Mapping[str, Any], stages: int, joiner: Joiner) -> Iterator[Finding]:

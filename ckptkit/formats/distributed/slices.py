@@ -60,7 +60,7 @@ _OTHERS = ("optim", "rng", "random_state", "scheduler")
 _LEVELS = 16
 """Dicts inside dicts, as in `ckptkit.normalize.nested`."""
 
-# Trees of dicts, and what lies beside them.
+# Trees of dicts, and values beside them.
 
 
 def flat(node: object, where: str) -> tuple[dict[str, object], dict[str, dict[str, object]]]:

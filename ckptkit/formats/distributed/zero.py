@@ -172,7 +172,7 @@ class Flats:
             have = sum(sizes)
             if self.is_split:
                 wanted = [total] * len(sizes)
-            else:  # all of one size; where padding was taken off, the last ones are shorter
+            else:  # all of one size; if padding was removed, the last ones are shorter
                 wanted = [min(max(have - rank * sizes[0], 0), sizes[0]) for rank in range(len(sizes))]
             for rank, size, right in zip(self.ranks[flat], sizes, wanted, strict=True):
                 if size != right or any(len(part.shape) != 1 or not part.is_contiguous for part in self.parts[flat]):
@@ -225,7 +225,7 @@ class Flats:
         while at < end:
             rank = bisect_right(ends, at)
             if rank == len(parts):
-                return  # whoever puts them together tells what is missing
+                return  # combining them reports missing ones
             count = min(ends[rank], end) - at
             yield _piece(parts[rank], at - ends[rank] + parts[rank].numel, count, at - slot.start, ranks[rank])
             at += count
@@ -259,7 +259,7 @@ class Moments(NamedTuple):
         """The state of one parameter, as an optimizer that has parameters one by one keeps it."""
         pairs: list[tuple[object, object]] = []
         for key, value in self.shared[slot.flat].items():
-            if isinstance(value, TensorEntry):  # of its own: whoever counts it up, counts one parameter's
+            if isinstance(value, TensorEntry):  # a separate one: counting it up counts one parameter's
                 value = replace(value, storage=replace(value.storage, key=f"{key}:{slot.name}"))
             pairs.append((key, value))
         for key, (flats, has) in self.flats.items():

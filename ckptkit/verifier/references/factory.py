@@ -216,7 +216,7 @@ def _value(text: str, wanted: Any) -> object:
 
 
 def _first_fitting(text: str, members: Sequence[Any]) -> object:
-    # Every text is a string, so that comes last; "None" is meant as it stands.
+    # Every text is a string, so that comes last; "None" is meant literally.
     for member in sorted(members, key=lambda member: (member is str) - (member is type(None))):
         try:
             return _value(text, member)

@@ -46,7 +46,7 @@ def timm_reference(name: str, args: Mapping[str, object]) -> Reference:
         require("timm")
         timm = importlib.import_module("timm")
     spec = f"timm:{name}"
-    if not timm.is_model(name):  # names of a hub are none, and are never looked up
+    if not timm.is_model(name):  # names on a hub do not count, and are never looked up
         raise VerifyError(f"timm has no model {name!r}{close(name.partition('.')[0], timm.list_models())}")
     for weights in _WEIGHTS:
         if literal(args.get(weights)):
@@ -304,7 +304,7 @@ def _transformers_inputs(transformers: Any, config: Any, model_class: Any) -> It
     yield Input(shape=shape, name=main, below=ids[1] if main == "input_ids" else None)
     pixels = shapes["pixel_values"]
     if main != "pixel_values" and "return_loss" in parameters and "pixel_values" in parameters and pixels:
-        yield Input(shape=pixels, name="pixel_values")  # text and images, held against each other
+        yield Input(shape=pixels, name="pixel_values")  # text and images, compared with each other
     if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in parameters and ids[1]:
         yield Input(shape=(1, ids[0]), name="decoder_input_ids", below=ids[1])
 

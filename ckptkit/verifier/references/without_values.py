@@ -76,7 +76,7 @@ class _Shells:
         handle = register_module_parameter_registration_hook(self._replaced)  # type: ignore[arg-type]
         try:
             with warnings.catch_warnings():
-                # A factory that loads a checkpoint of its own: those values are not wanted.
+                # A factory that loads its own checkpoint: those values are not needed.
                 warnings.filterwarnings("ignore", message="for .*: copying from a non-meta parameter")
                 return make()
         finally:
@@ -132,7 +132,7 @@ class _Shells:
             return kept or any(shell() is not None and id(shell()) not in owned for shell in self._made)
 
         if is_alive():
-            gc.collect()  # what hangs in cycles is not held
+            gc.collect()  # references in cycles do not count
             return is_alive()
         return False
 
