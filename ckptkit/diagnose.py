@@ -57,7 +57,7 @@ class Everything(NamedTuple):
 Diagnosis = Callable[[Checkpoint, Everything], Iterator[Finding]]
 
 _SAMPLED = 32
-"""Names by which a state_dict is told from what else has names and tensors."""
+"""Names that distinguish a state_dict from other mappings of names to tensors."""
 
 _SCALES = ("scale", "absmax", "SCB", "codebook", "Qidxs")
 """Of these one is in the names of every state_dict that has scales."""
@@ -107,7 +107,7 @@ def everything_in(
 
 
 def _may_be_quantized(state_dict: StateDict, names: str) -> bool:
-    """Whether it is worth looking: nearly all files have nothing of these dtypes, or under these names."""
+    """Whether to search at all: nearly all files have nothing with these dtypes or names."""
     if len(state_dict) != len(state_dict.everything):
         return True
     rows = [DTYPES[dtype] for dtype in {entry.dtype for entry in state_dict.values()}]
@@ -207,7 +207,7 @@ def _whole_model(checkpoint: Checkpoint, contents: Everything) -> Iterator[Findi
 
 
 def _weights(checkpoint: Checkpoint, *options: str) -> str | None:
-    """The command that writes the weights into what can hold them; ``None``: there are none."""
+    """The command that writes the weights into a container that can store them; ``None``: there are none."""
     state_dict = checkpoint.state_dict
     if not state_dict.everything:
         return None
@@ -307,7 +307,7 @@ def _quantized(checkpoint: Checkpoint, contents: Everything) -> Iterator[Finding
 
 
 _AVERAGED = pattern(r"(?:^|[._])(?:ema|shadow|averaged?)(?:[._]|\d*$)")
-"""How the keys of averaged weights are told: ``ema``, ``model_ema``, ``params_ema``, ``ema_model.shadow``."""
+"""Keys that identify averaged weights: ``ema``, ``model_ema``, ``params_ema``, ``ema_model.shadow``."""
 
 
 def _averaged(checkpoint: Checkpoint, contents: Everything) -> Iterator[Finding]:
@@ -328,7 +328,7 @@ _ELSEWHERE = (
     (pattern(r"numpy\._core\..+"), "arrays of numpy 2 or later"),
     (pattern(r"numpy\.core\..+"), "arrays of numpy before 2"),
 )
-"""Names that load only on some systems or with some versions, and what they stand for."""
+"""Names that load only on some systems or with some versions, and their explanations."""
 
 
 def _elsewhere(checkpoint: Checkpoint, contents: Everything) -> Iterator[Finding]:

@@ -377,7 +377,7 @@ class CheckDetails(_CheckDetails, total=False):
 
 
 class CheckDocument(CheckDetails):
-    """What ``ckptkit check`` tells.
+    """The document of ``ckptkit check``.
 
     Attributes:
         ok: whether no finding is an error.

@@ -24,7 +24,7 @@ __all__ = ["Shell", "at_hand", "command_line", "mkdir_command", "named", "quoted
 Shell = Literal["posix", "cmd", "powershell"]
 
 _QUOTES = "'\u2018\u2019\u201a\u201b"
-"""What PowerShell takes for a single quote."""
+"""The characters that PowerShell treats as a single quote."""
 
 
 def named(system: str, environment: Mapping[str, str]) -> Shell:
@@ -50,7 +50,7 @@ def at_hand() -> Shell:
 
 
 def quoted(word: str, shell: Shell | None = None) -> str:
-    """A word as it is typed.
+    """A word as typed.
 
     Args:
         word: what the program is to be given.

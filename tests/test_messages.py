@@ -148,6 +148,8 @@ SEVERAL = {
     "DEFAULT_LIMITS.arguments",
     "self._limits.members",
     "fitting",
+    "pace.files",
+    "pace.looked",
     "theirs",
     "ours",
 }

@@ -103,7 +103,7 @@ def shapes_digest(shapes: Sequence[tuple[int, ...]], masked: Collection[Dimensio
 
 
 def sketch(shapes: Shapes) -> list[int]:
-    """The smallest hashes, in ascending order; fewer than `SKETCH` where there are fewer tensors.  None is 0."""
+    """The smallest hashes other than 0, in ascending order; fewer than `SKETCH` if there are fewer tensors."""
     hashes = {zlib.crc32(f"{n} {s}".encode("utf-8", "surrogatepass")) * _MIX & 0xFFFFFFFF for n, s in shapes.items()}
     return sorted(hashes - {0})[:SKETCH]
 

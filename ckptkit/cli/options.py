@@ -163,7 +163,8 @@ def common_options(
         format_option: what is special about its ``--format``.
     """
     text, *others = renderers
-    format_option = {"type": Choice([text, "json", *others]), "default": text, "help": "Output.", **format_option}
+    kinds = Choice([text, "json", *others])
+    format_option = {"type": kinds, "default": text, "help": "Output format.", **format_option}
 
     def decorated(function: F) -> F:
         @functools.wraps(function)
@@ -172,7 +173,7 @@ def common_options(
             closing.begin()
             if as_json:
                 output = (*output, "json") if isinstance(output, tuple) else "json"
-            if "html" in output and output_file is None and ending.stdout().isatty():
+            if "html" in (output or ()) and output_file is None and ending.stdout().isatty():
                 raise click.UsageError("--format html: a page is for a browser; give --output FILE, such as page.html")
             with (
                 ending.into_file(output_file, _texts([*args, *options.values()])),

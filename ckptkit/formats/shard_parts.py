@@ -92,14 +92,14 @@ _MARKS = (".distcp", "rank", "shard-", "layer_", "consolidated.")
 _MEGATRON = r"(?:mp|tp)_rank_(\d+)(?:_(?:pp_rank_)?(\d+))?(?:_(\d+))?"
 _UNIVERSAL = r"(?:fp32|exp_avg|exp_avg_sq|step)\.pt"
 _NUMBERED = r"((?:rank|shard|part|layer|expert|consolidated)[._-]?|__)[0-9]+"
-"""Words before numbers that tell the files of one checkpoint apart."""
+"""Words before numbers that distinguish the files of one checkpoint."""
 
 _MOST_LISTED = 10_000
 """Names of a folder that are looked at."""
 
 
 def part_of(file: Source, said: Part | Literal["whole"] | None) -> Part | None:
-    """What a file is a part of; ``None``: it is whole, as far as can be told.
+    """The checkpoint that a file is part of; ``None``: it is whole, as far as is known.
 
     Args:
         file: the file.
@@ -157,7 +157,7 @@ _known: dict[str, tuple[tuple[int, int], frozenset[str]]] = {}
 
 
 def _shards_of(file: Source, name: str) -> frozenset[str]:
-    """The shards that an index beside a file names, which is read once while it stays as it is."""
+    """The shards in an index beside a file, which is read once while it does not change."""
     from ckptkit.formats.sharded import shard_names
 
     if file.is_far and _is_listed(file):
@@ -226,7 +226,7 @@ def _is_listed(file: Source) -> bool:
 
 
 def _place(file: Source) -> tuple[str, str]:
-    """The folder a file is in, as it is reached from here, and its name."""
+    """The folder a file is in, as reached from here, and its name."""
     folder, name = places.split(name_of(file))
     return (file.folder, name) if file.is_far and file.folder is not None else (folder, name)
 
@@ -247,7 +247,7 @@ def _is_dcp(file: Source) -> bool:
 
 
 def _placed(part: Part, file: Source) -> Part:
-    """The part with the folder of the files that belong together, or with what was made of them."""
+    """The part with the folder of the files that belong together, or with a file made from them."""
     if part.instead is not None or file.folder is None:
         return part
     folder, name = _place(file)
@@ -269,7 +269,7 @@ def _placed(part: Part, file: Source) -> Part:
 
 
 def _above(folder: str) -> str:
-    """The folder that one is in, as it is reached from here."""
+    """The folder that one is in, as reached from here."""
     above, own = places.split(folder)
     if places.is_url(folder):
         return above

@@ -57,7 +57,7 @@ _WORDS = ("rank", "layer_", "expert_", "consolidated.", ".distcp", "-of-", "comm
 
 
 def name_of(file: Source) -> str:
-    """The path by which a source is known: of what is in another, with the member's, without how it is compressed."""
+    """The path that identifies a source: for a member, with the member's name; without the compression."""
     name: str = getattr(file, "name", file.path)
     return name
 

@@ -1,4 +1,4 @@
-"""The header of a tar archive's member, as far as it tells that a file is one.
+"""The header of a tar archive's member, as far as it identifies a file.
 
 A tar archive's members: bounded, and so strict that no two readers disagree about it.
 
@@ -71,8 +71,8 @@ class Member(NamedTuple):
 
     Attributes:
         name: as the header has it.
-        kind: the type flag: ``"0"`` is a regular file; ``"x"`` stands for one of which a pax header says
-            that it is something else, or somewhere else, than its own header does.
+        kind: the type flag: ``"0"`` is a regular file; ``"x"`` means that a pax header describes it as something else,
+            or somewhere else, than its own header does.
         start: of its data in the file.
         nbytes: of its data, as declared; the file may be shorter.
         path: the name of a regular file, also where it is too long for the header: a pax header, or before it a member

@@ -98,7 +98,8 @@ Page.treemap = (() => {
       el("div", { class: "map" }, left, inside));
     let drawn = [];
     const value = (node) => node.sums[measure];
-    const kidsOf = (node) => [...node.kids.values()].sort((a, b) => value(b) - value(a));
+    const inOrder = new Intl.Collator("en", { numeric: true }).compare;
+    const kidsOf = (node) => [...node.kids.values()].sort((a, b) => value(b) - value(a) || inOrder(a.name, b.name));
 
     // The tiles below a node: the largest first, as many as can be seen; what is left is one tile in each.
     function tiles(top) {

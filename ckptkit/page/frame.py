@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from html import escape
 from importlib import resources
 from typing import Any
@@ -20,13 +20,16 @@ from typing import Any
 from ckptkit.extras import __version__, package_file
 from ckptkit.report import printable
 
-__all__ = ["charts_script", "element", "page", "plain"]
+__all__ = ["charts_script", "element", "page", "plain", "without_scripts"]
 
 _LARGEST = 1 << 53
 """The whole numbers below it are exact in JavaScript."""
 
 _UNSAFE = str.maketrans({"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"})
 """What could end an element or begin one, as JSON has it in strings, where alone it stands."""
+
+_MOST_WITHOUT_SCRIPTS = 50
+"""Lines of one list where scripts do not run."""
 
 _NOT_ASCII = re.compile(r"[^\x00-\x7f]")
 
@@ -62,7 +65,7 @@ def page(title: str, script: str, elements: Iterable[str], *, has_charts: bool =
     yield f'<meta name="generator" content="ckptkit {__version__}">'
     yield f"<title>{_ascii_text(title)}</title>"
     yield f"<style>{_own('page.css')}</style></head>"
-    yield '<body><noscript><p class="plain">This page needs JavaScript to show its data.</p></noscript>'
+    yield '<body><noscript><p>This page needs JavaScript to show all of its data. In short:</p></noscript>'
     yield '<div id="page"></div>'
     yield from elements
     yield from (f"<script>{text}</script>" for text in scripts)
@@ -87,6 +90,31 @@ def element(name: str, value: Any) -> str:
     """
     text = json.dumps(value, separators=(",", ":"), allow_nan=False)
     return f'<script type="application/json" data-name="{name}">{text.translate(_UNSAFE)}</script>'
+
+
+def without_scripts(
+    heading: str, texts: Iterable[str], findings: Sequence[Mapping[str, Any]] = (), *, more: Sequence[str] = ()
+) -> str:
+    """What a page, or one file of it, says where scripts do not run; elsewhere a browser does not show it.
+
+    Args:
+        heading: of it.
+        texts: a line each.
+        findings: of a document, as many of which are shown as anybody reads.
+        more: shown as a list below them, as many as of these.
+    """
+    told = [f"<h2>{_ascii_text(heading)}</h2>", *(f"<p>{_ascii_text(text)}</p>" for text in texts if text)]
+    fixes = (f"<pre>{_ascii_text(each['fix'])}</pre>" if each.get("fix") else "" for each in findings)
+    lines = [f"{each['severity']}: {_where(each)}{each['message']}" for each in findings]
+    for items in ([*zip(lines, fixes, strict=True)], [(each, "") for each in more]):
+        shown = [f"<li>{_ascii_text(text)}{fix}</li>" for text, fix in items[:_MOST_WITHOUT_SCRIPTS]]
+        shown += [f"<li>and {len(items) - len(shown):,} more</li>"] if len(items) > len(shown) else []
+        told += ["<ul>", *shown, "</ul>"] if shown else []
+    return f"<noscript>{''.join(told)}</noscript>"
+
+
+def _where(finding: Mapping[str, Any]) -> str:
+    return f"{finding['path']}: " if finding.get("path") else ""
 
 
 def plain(value: Any) -> Any:

@@ -2,7 +2,7 @@
 "use strict";
 
 (() => {
-  const { el, count, countOf, figure, size, short } = Page;
+  const { el, count, countOf, figure, size, short, whole } = Page;
   const STATS = ["min", "max", "mean", "std", "zeros", "nan", "inf"];
   const TRUST = {
     safe: ["safe", "good", "Plain data and torch's own functions: loading it runs nothing else."],
@@ -59,10 +59,10 @@
 
   function figures(file) {
     if (file.error) return [];
-    const made = [], weights = file.state_dict, whole = (number) => Number(number.toPrecision(3)) !== number && count(number);
+    const made = [], weights = file.state_dict, exact = (number) => Number(number.toPrecision(3)) !== number && count(number);
     if (weights) {
-      made.push({ label: "parameters", value: short(weights.parameters), note: whole(weights.parameters) });
-      if (weights.buffers) made.push({ label: "in buffers", value: short(weights.buffers), note: whole(weights.buffers) });
+      made.push({ label: "parameters", value: short(weights.parameters), note: exact(weights.parameters) });
+      if (weights.buffers) made.push({ label: "in buffers", value: short(weights.buffers), note: exact(weights.buffers) });
     }
     made.push({ label: "tensors", value: count(file.tensors.names.length) });
     if (weights) made.push({ label: "weights", value: size(weights.nbytes) });
@@ -127,7 +127,7 @@
       { name: "bytes", width: 84, number: true, show: (i) => size(tensors.kind(i).nbytes), key: (i) => tensors.kind(i).nbytes });
     if (tensors.stats)
       for (const name of STATS)
-        columns.push({ name: { nan: "NaN", inf: "Inf" }[name] || name, width: { zeros: 84, nan: 66, inf: 66 }[name] || 94, number: true,
+        columns.push({ name: { nan: "NaN", inf: "Inf" }[name] || name, width: { zeros: 84, nan: 66, inf: 66 }[name] || 104, number: true,
           show: (i) => { const value = tensors.stat(i, name); return figure(value === null ? value : Number(value)); }, key: (i) => { const value = tensors.stat(i, name); return value === null ? null : Number(value); },
           bad: name === "nan" || name === "inf" ? (i) => tensors.stat(i, name) > 0 : null });
     else columns.push({ name: "role", width: 100, show: (i) => (tensors.isTied(i) ? "tied" : tensors.kind(i).form || (tensors.kind(i).role === "unknown" ? "" : tensors.kind(i).role)), key: (i) => tensors.kind(i).role });
@@ -165,7 +165,9 @@
       el("header", {}, el("h3", {}, name), el("button", { type: "button", class: "quiet", onclick: close }, "Close")),
       el("div", { class: "two" }, Page.facts(told), right));
     const histogram = tensors.histograms && tensors.histograms[i];
-    if (histogram && tensors.stat(i, "min") === tensors.stat(i, "max")) right.append(el("p", { class: "none" }, `All ${countOf(binsOf(histogram).sum, "finite value")} are ${figure(tensors.stat(i, "min"))}.`));
+    const finite = histogram && binsOf(histogram), least = tensors.stats && tensors.stat(i, "min");
+    if (finite && least === tensors.stat(i, "max")) right.append(el("p", { class: "none" }, finite.sum === 1 ? `The only finite value is ${figure(least)}.` : `All ${count(finite.sum)} finite values are ${figure(least)}.`));
+    else if (finite && finite.bins.some((bin) => Math.abs(bin.middle) > 1e300)) right.append(el("p", { class: "none" }, "There are finite values above 1e300, which are too large to draw."));
     else if (histogram) requestAnimationFrame(() => drawHistogram(right, histogram, name));
     else if (tensors.stats) right.append(el("p", { class: "none" }, kind.dtype.includes("complex") ? "Complex values have no order, and so no histogram." : "There is no finite value to draw."));
     return made;
@@ -198,7 +200,7 @@
         traces: [{ type: "bar", x: bins.map((bin) => bin.middle), y: bins.map((bin) => bin.count), width: bins.map(() => width),
           marker: { color: colors.series(0), line: { width: 0 } }, hoverinfo: "text", textposition: "none",
           hovertext: bins.map((bin) => `${figure(bin.from)} to ${figure(bin.to)}<br>${countOf(bin.count, "value")}, ${((100 * bin.count) / sum).toPrecision(3)} %`) }],
-        layout: { bargap: 0.04, xaxis: { ...colors.axis, tickformat: ".4~g" }, yaxis: { ...colors.axis, type: isLog ? "log" : "linear", tickformat: "~s", dtick: isLog ? 1 : undefined } },
+        layout: { bargap: 0.04, xaxis: { ...colors.axis, tickformat: ".4~g" }, yaxis: { ...colors.axis, type: isLog ? "log" : "linear", tickformat: "~s", dtick: isLog || most.count < 6 ? 1 : undefined, range: isLog ? [-0.3, 1.05 * Math.log10(most.count) + 0.1] : undefined } },
       }),
     }));
   }
@@ -207,13 +209,15 @@
   function spread(tensors, hasSections, into, reveal) {
     const groups = new Map([["matrices", "Weights of 2 dimensions or more"], ["all", "All floating tensors"]]);
     const isFloat = (i) => /^(b?float)/.test(tensors.kind(i).dtype) && !tensors.isTied(i) && tensors.stat(i, "zeros") !== null;
+    const hasRoles = tensors.kinds.some((kind) => kind.role === "parameter"); // an optimizer's tensors have none
+    const isWeight = (i) => tensors.kind(i).shape.length > 1 && (!hasRoles || tensors.kind(i).role === "parameter");
     const weightsOf = (group) => {
       const found = [];
-      for (let i = 0; i < tensors.total; i++) if (isFloat(i) && (group === "all" || tensors.kind(i).shape.length > 1)) found.push(i);
+      for (let i = 0; i < tensors.total; i++) if (isFloat(i) && (group === "all" || isWeight(i))) found.push(i);
       return found;
     };
     let group = weightsOf("matrices").length > 1 ? "matrices" : "all";
-    let places = weightsOf(group), isLog = true;
+    let places = weightsOf(group), isLog = places.some((i) => tensors.stat(i, "std") > 0 || tensors.stat(i, "max") > 0);
     if (places.length < 2) return;
     const body = Page.part("Spread by layer", { note: "in file order" }, into);
     const chart = { redraw: () => {} };
@@ -226,7 +230,7 @@
     body.append(el("div", { class: "tools" },
       el("label", { class: "grow" }, "Show", el("select", { onchange: (event) => { group = event.target.value; places = weightsOf(group); chart.redraw(); chart.say(sayAll()); } },
         [...groups].filter(([value]) => weightsOf(value).length).map(([value, text]) => el("option", { value, selected: value === group }, text)))),
-      Page.choice("Scale", [[true, "Log"], [false, "Linear"]], true, (value) => { isLog = value; chart.redraw(); })));
+      Page.choice("Scale", [[true, "Log"], [false, "Linear"]], isLog, (value) => { isLog = value; chart.redraw(); })));
     const mostPoints = 1500;
     let drawn = [];
     Object.assign(chart, Page.chart(body, {
@@ -273,16 +277,16 @@
         label: "Optimizers and schedulers", thing: "optimizer or scheduler", total: told.length, height: 240,
         columns: [
           { name: "where", mono: true, show: (i) => told[i].path || "(whole file)" },
-          { name: "what", width: 230, show: (i) => `${told[i].kind || "unknown class"}${told[i].inferred ? " (by its settings)" : ""}` },
+          { name: "what", width: 300, show: (i) => `${told[i].kind || "unknown class"}${told[i].inferred ? " (by its settings)" : ""}` },
           { name: "learning rate", width: 170, number: true, show: (i) => rates(told[i].lr) },
-          { name: "steps or epoch", width: 120, number: true, show: (i) => figure("steps" in told[i] ? told[i].steps : told[i].last_epoch) },
+          { name: "steps or epoch", width: 140, number: true, show: (i) => whole("steps" in told[i] ? told[i].steps : told[i].last_epoch) },
           { name: "groups", width: 80, number: true, show: (i) => figure(told[i].groups) },
-          { name: "tensors", width: 80, number: true, show: (i) => figure(told[i].tensors) },
+          { name: "tensors", width: 90, number: true, show: (i) => figure(told[i].tensors) },
           { name: "bytes", width: 90, number: true, show: (i) => (told[i].nbytes ? size(told[i].nbytes) : "") },
         ],
       });
     }
-    const text = (value) => (typeof value === "string" ? value : typeof value === "number" ? figure(value) : JSON.stringify(value));
+    const text = (value) => (typeof value === "string" ? value : typeof value === "number" ? whole(value) : JSON.stringify(value));
     if (pairs.length)
       Page.table(body, {
         label: "Values", thing: "value", total: pairs.length, height: 330, search: pairs.length > 12 && ((i) => `${pairs[i][0]} ${text(pairs[i][1])}`), placeholder: "Search names and values",
@@ -302,7 +306,7 @@
       columns: [
         { name: "name", mono: true, show: (i) => uses[i].name, key: (i) => uses[i].name },
         { name: "verdict", width: 120, show: (i) => el("span", { class: `badge ${VERDICTS[uses[i].verdict]}` }, uses[i].verdict), key: (i) => GRAVITY.indexOf(uses[i].verdict) },
-        { name: "calls", width: 80, number: true, show: (i) => count(uses[i].count), key: (i) => uses[i].count },
+        { name: "calls", width: 100, number: true, show: (i) => count(uses[i].count), key: (i) => uses[i].count },
         { name: "where, and what to know", width: 420, show: (i) => [uses[i].reason, uses[i].where.join("; ")].filter(Boolean).join(" \u2013 ") },
       ],
     });
@@ -322,7 +326,7 @@
     const list = Page.table(body, {
       label: "Files", thing: "file", total: howMany, height: 300, search: (i) => heads[i].path, placeholder: "Search: part of a path, or a pattern such as *.pth",
       filters: [{ label: "found", value: (i) => worst(heads[i]) }, { label: "kind", value: (i) => words(heads[i].kind) }, { label: "trust", value: (i) => words(heads[i].trust) }],
-      open: (i) => show(i),
+      open: (i) => { show(i); Page.announce(`${Page.cut(heads[i].path, 200)} is shown below`); },
       columns: [
         { name: "file", mono: true, show: (i) => heads[i].path, key: (i) => heads[i].path },
         { name: "kind", width: 120, show: (i) => words(heads[i].kind), key: (i) => heads[i].kind },

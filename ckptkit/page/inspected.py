@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ckptkit.codes import CODES
 from ckptkit.formats.folder import passed_over_text
 from ckptkit.inspection import surveyed
-from ckptkit.page.frame import element, page, plain
+from ckptkit.page.frame import element, page, plain, without_scripts
 
 if TYPE_CHECKING:
     from ckptkit.inspection import Survey
@@ -58,6 +58,12 @@ def elements(
         facts: what there is to say of it beyond that, each with its label.
         combined: what is above the combined fix; ``None``: it is not shown.
     """
+    facts = [fact for fact in facts if fact[1]]
+    told_first = [sentence and f"{sentence[0].upper()}{sentence[1:]}.", *(f"{label}: {text}" for label, text in facts)]
+    words = (document["format"], document["kind"], document["trust"] and f"trust: {document['trust']}")
+    told_first.insert(1, ", ".join(each.replace("_", " ") for each in words if each))
+    error = [f"error: {document['error']['message']}"] if document["error"] is not None else []
+    yield without_scripts(document["path"], [*error, *told_first], document["findings"])
     weights = document["state_dict"]
     severities = [finding["severity"] for finding in document["findings"]]
     head = {
@@ -77,7 +83,7 @@ def elements(
         **{key: value for key, value in document.items() if key not in ("tensors", "modules")},
         "sentence": sentence,
         "combined_title": combined,
-        "facts": [list(fact) for fact in facts if fact[1]],
+        "facts": [list(fact) for fact in facts],
         "meanings": {code: CODES[code]._asdict() for code in sorted(codes & CODES.keys())},
         "modules": {module["path"]: module["text"] for module in document["modules"]},
     }

@@ -34,12 +34,14 @@ const Page = (() => {
     return String(number);
   }
   const count = (number) => number.toLocaleString("en-US");
-  function figure(value) {
+  function figure(value, mostWhole = 1e7) {
     if (typeof value !== "number") return value === null || value === undefined ? "" : String(value);
-    if (Number.isInteger(value) && Math.abs(value) < 1e7) return count(value);
+    if (Number.isInteger(value) && Math.abs(value) < mostWhole) return count(value);
     const most = Math.abs(value);
     return most >= 1e-3 && most < 1e6 ? String(Number(value.toPrecision(4))) : Number(value.toPrecision(4)).toExponential().replace("e+", "e");
   }
+  // The same, with whole numbers whole however large: where there is room.
+  const whole = (value) => figure(value, Infinity);
   const countOf = (number, thing) => `${count(number)} ${thing}${number === 1 ? "" : "s"}`;
   // The beginning and the end of a long text.
   const cut = (text, most) => (text.length <= most ? text : `${text.slice(0, most - Math.floor(most / 3) - 1)}\u2026${text.slice(-Math.floor(most / 3))}`);
@@ -66,6 +68,15 @@ const Page = (() => {
     const [a, b] = [one, other].map((text) => text.match(/[\d.]+/g).map(Number));
     return `rgb(${[0, 1, 2].map((n) => Math.round(a[n] + (b[n] - a[n]) * share)).join(", ")})`;
   }
+  // On paper it is light.
+  let shownTheme;
+  function printed(isPrinting) {
+    if (isPrinting) shownTheme = root.dataset.theme || "";
+    root.dataset.theme = isPrinting ? "light" : shownTheme;
+    redraws.forEach((redraw) => redraw());
+  }
+  addEventListener("beforeprint", () => printed(true));
+  addEventListener("afterprint", () => printed(false));
   function themeButton() {
     const label = () => (isDark() ? "Light" : "Dark");
     const button = el("button", { type: "button", class: "theme", onclick: () => {
@@ -82,7 +93,7 @@ const Page = (() => {
   const main = el("main", { id: "main", tabindex: "-1" });
   document.getElementById("page").append(
     el("a", { class: "skip", href: "#main" }, "Skip to the content"),
-    el("div", { class: "bar" }, el("div", { class: "brand" }, "ckptkit"), nav, themeButton()), main, live);
+    el("header", { class: "bar" }, el("div", { class: "brand" }, "ckptkit"), nav, themeButton()), main, live);
 
   // What the page is about: {path, sentence, badges: [{text, tone, title}], figures: [{label, value, note}], facts: [[label, text]]}.
   function header(told, into = main) {
@@ -191,5 +202,5 @@ const Page = (() => {
   }
 
   return { announce, anew, choice, color, copyable, count, countOf, cut, data, el, facts, figure, findings, header, howMany, isDark,
-    link, main, mixed, onTheme, part, sentence, short, size };
+    link, main, mixed, onTheme, part, sentence, short, size, whole };
 })();

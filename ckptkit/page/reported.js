@@ -2,7 +2,7 @@
 "use strict";
 
 (() => {
-  const { el, count, countOf, figure, main, size, short } = Page;
+  const { el, count, countOf, figure, main, size, short, whole } = Page;
   const words = (name) => (name || "").replace(/_/g, " ");
   const shapeText = (shape) => (shape.length ? shape.map((n) => (n < 0 ? "?" : n)).join(" \u00d7 ") : "scalar");
   const numel = (shape) => shape.reduce((product, n) => product * Number(n), 1);
@@ -27,12 +27,12 @@
   }
   const meter = (share, text, tone) => el("span", {}, text, el("span", { class: "meter", "aria-hidden": "true" },
     el("i", { style: { width: `${Math.min(100, 100 * share)}%`, background: tone ? `var(--${tone})` : "" } })));
-  const percent = (share) => (share === null || share === undefined ? "" : share >= 1 ? "100 %" : share > 0.9995 ? "< 100 %" : share === 0 ? "0 %" : share < 0.0005 ? "> 0 %" : `${(100 * share).toFixed(1)} %`);
-  const asText = (value) => (value === null || value === undefined ? "" : typeof value === "number" ? figure(value) : Array.isArray(value) ? value.map(asText).join(", ") : typeof value === "string" ? value : JSON.stringify(value));
+  const percent = (share) => (share === null || share === undefined ? "" : share >= 1 ? "100 %" : share === 0 ? "0 %" : share < 0.001 ? "< 0.1 %" : `${Math.min(99.9, 100 * share).toFixed(1)} %`);
+  const asText = (value) => (value === null || value === undefined ? "" : typeof value === "number" ? whole(value) : Array.isArray(value) ? value.map(asText).join(", ") : typeof value === "string" ? value : JSON.stringify(value));
 
   // A short table of our own words and a few values; rows: [cells, whether the row stands out].
   function plainTable(body, label, heads, rows) {
-    body.append(el("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": label }, el("table", { class: "compare" },
+    body.append(el("div", { class: "scroll", tabindex: "0", role: "group", "aria-label": label }, el("table", { class: "compare" },
       el("thead", {}, el("tr", {}, heads.map((head) => el("th", { scope: "col" }, head)))),
       el("tbody", {}, rows.map(([cells, isApart]) => el("tr", { class: isApart && "apart" }, cells.map((cell, n) => (n ? el("td", {}, cell) : el("th", { scope: "row" }, cell)))))))));
   }
@@ -51,7 +51,7 @@
 
     const sides = Page.part("The two files", { id: "files" });
     const file = (label, of) => [[label, of(told.a), of(told.b)], of(told.a) !== of(told.b)];
-    plainTable(sides, "The two files", ["", "A", "B"], [
+    plainTable(sides, "The two files", ["what", "A", "B"], [
       [["path", told.a.path, told.b.path], false],
       file("container", (each) => each.format), file("kind", (each) => words(each.kind)), file("written by", (each) => each.writer || ""),
       file("size", (each) => size(each.size)), file("weights under", (each) => (each.section === null ? "none" : each.section || "the whole file")),
@@ -64,18 +64,19 @@
   }
 
   // How far a tensor or a module is from what it was, as a share of its norm.
-  const AMOUNTS = [[1e-3, "info", "changed by under 0.1 %"], [0.1, "warning", "by under 10 %"], [Infinity, "error", "by 10 % or more"]];
+  const AMOUNTS = [[1e-3, "info", "changed by under 0.1 %"], [0.1, "warning", "by under 10 %"], [Infinity, "error", "by 10 % or more, NaN or Inf"]];
   const amount = (share) => AMOUNTS.find(([most]) => share < most) || AMOUNTS[2];
   const ELSE = "soft";
 
   function differing(told, { total, status, kind, number }) {
     const rows = told.rows;
-    // Where a was all zeros there is no share: what is not there any more has changed as much as it can.
-    const share = (i) => { const own = number(i, 2); return typeof own === "number" ? own : number(i, 0) > 0 ? 1 : null; };
+    // Where NaN or Inf came or went no share tells how far it is.  Where a was all zeros there is no share: what is not there any more has changed as much as it can.
+    const notFinite = new Set(rows.notFinite);
+    const share = (i) => { if (notFinite.has(i)) return Infinity; const own = number(i, 2); return typeof own === "number" ? own : number(i, 0) > 0 ? 1 : null; };
     const size1 = (i) => { const shape = kind(i)[3] || kind(i)[2]; return shape ? Math.max(1, numel(shape)) : 0; };
     const mean = (sums) => (sums[3] ? sums[2] / sums[3] : null);
     const toneOf = (value) => (value === null ? ELSE : amount(value)[1]);
-    const by = (sums) => (mean(sums) === null ? "" : `, by ${portion(mean(sums))}`);
+    const by = (sums) => (mean(sums) === null ? "" : mean(sums) === Infinity ? ", NaN or Inf" : `, by ${portion(mean(sums))}`);
     const places = new Map(told.modules.map((each) => [each.module, [0, 0]]));
     for (let i = 0; i < total; i++) {
       if (share(i) === null) continue;
@@ -120,7 +121,7 @@
   }
   // From 1e-7 of the norm to all of it, in steps of ten: a change of a thousandth is to be seen beside one of all.
   const scale = (share) => (share > 0 ? Math.max(0.02, Math.min(1, 1 + Math.log10(share) / 7)) : 0);
-  const portion = (share) => (share === 0 ? "0 %" : share < 1e-4 ? `${(100 * share).toExponential(1)} %` : `${Number((100 * share).toPrecision(3))} %`);
+  const portion = (share) => (share === Infinity ? "NaN or Inf" : share === 0 ? "0 %" : share < 1e-4 ? `${(100 * share).toExponential(1)} %` : `${Number((100 * share).toPrecision(3))} %`);
 
   function tensors(told, { total, status, kind, number, share, toneOf }) {
     const rows = told.rows;
@@ -144,7 +145,7 @@
       columns: [
         { name: "tensor", mono: true, show: (i) => (i in rows.was ? `${rows.names[i]} (was ${rows.was[i]})` : rows.names[i] || "(no name)"), key: (i) => rows.names[i] },
         { name: "what", width: 130, show: (i) => badge(status(i), TONES[status(i)]), key: (i) => rows.statusOf[i] },
-        { name: "dtype", width: 110, show: dtype, key: dtype },
+        { name: "dtype", width: rows.kinds.some((each) => each[1]) ? 180 : 110, show: dtype, key: dtype },
         { name: "shape", width: 170, number: true, show: shape, key: (i) => (kind(i)[2] ? numel(kind(i)[2]) : null), hint: "sorted by the number of elements" },
         { name: "max |b\u2212a|", width: 120, number: true, show: (i) => figure(number(i, 0)), key: (i) => number(i, 0) },
         { name: "mean |b\u2212a|", width: 120, number: true, show: (i) => figure(number(i, 1)), key: (i) => number(i, 1) },
@@ -169,7 +170,7 @@
     }
     if (told.sections.length) {
       const rows = told.sections, body = Page.part("Other parts of the files", { id: "parts", note: countOf(rows.length, "part") });
-      plainTable(body, "Other parts of the files", ["part", "kind", "tensors in A", "tensors in B", ""], rows.map((each) => [[each.path || "(the rest)", words(each.kind), asText(each.a), asText(each.b),
+      plainTable(body, "Other parts of the files", ["part", "kind", "tensors in A", "tensors in B", "result"], rows.map((each) => [[each.path || "(the rest)", words(each.kind), asText(each.a), asText(each.b),
         each.equal === null ? `only in ${each.a === null ? "B" : "A"}` : each.equal ? "the same" : `${countOf(each.differing, "tensor")} ${each.differing === 1 ? "differs" : "differ"}`], each.equal !== true]));
     }
     if (told.tree.length) {
@@ -196,8 +197,7 @@
     document.title = `${word} \u2013 ckptkit check`;
     verdict(tone, word, `${told.verdict[0].toUpperCase()}${told.verdict.slice(1)}.`);
     figures([["files", count(total)], ["passed", count(byState[2])], byState[0] && ["failed", count(byState[0])], byState[1] && ["not checked", count(byState[1])], ["findings", count(told.findings.length)]]);
-    const passed = Object.entries(told.passed_over || {});
-    const facts = [["manifest", told.manifest], ["policy", told.config], ["share of the files", told.part], ["passed over", passed.map(([kind, n]) => `${count(n)} ${kind}`).join(", ")]].filter(([, value]) => value);
+    const facts = [["manifest", told.manifest], ["policy", told.config], ["share of the files", told.part], ["other files", told.passed_over]].filter(([, value]) => value);
     if (facts.length) main.append(Page.facts(facts));
     const placeOf = new Map(told.paths.map((path, i) => [path, i])), of = new Map();
     for (const each of told.findings) {
@@ -266,7 +266,9 @@
   function verify(told) {
     document.title = `${told.ok ? "Passed" : "Failed"} \u2013 ckptkit verify`;
     const isPartial = told.findings.some((each) => each.code === "not-loaded");
-    verdict(told.ok ? "good" : "error", told.ok ? "Passed" : "Failed", `${told.path} against ${told.reference}${isPartial ? ": it was not loaded, and nothing was computed" : ""}.`);
+    const wrong = gravestFirst(told.findings.filter((each) => each.severity !== "info" || each.fix));
+    const reasons = [...new Set(wrong.filter((each) => each.severity === "error").map((each) => (told.meanings[each.code] ? told.meanings[each.code].title : each.message)))];
+    verdict(told.ok ? "good" : "error", told.ok ? "Passed" : "Failed", `${told.path} against ${told.reference}${reasons.length ? `: ${reasons.slice(0, 3).join("; ")}${reasons.length > 3 ? " and more" : ""}` : ""}${isPartial ? "; it was not loaded, and nothing was computed" : ""}.`);
     const whole = told.coverage, seconds = Object.values(told.seconds).reduce((sum, each) => sum + each, 0);
     figures([["tensors of the model", count(whole.tensors), `of ${count(whole.of)}`], ["parameters", percent(whole.parameters_share)],
       told.passes > 0 && ["forward passes", count(told.passes)], ["computed in", told.dtype, `on ${told.devices.join(", ")}`], ["time", time(seconds)]]);
@@ -276,15 +278,14 @@
     const foundBy = (name) => told.findings.filter((each) => each.check === name);
     const state = (each) => (!each.run ? ["not run", ""] : each.codes.includes("not-loaded") ? ["not loaded", "warning"] : each.severity === "error" ? ["failed", "error"] : each.severity === "warning" ? ["warning", "warning"] : ["ok", "good"]);
     const most = Math.max(...checks.map((each) => spent.get(each.name) || 0), 1e-9);
-    body.append(el("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Checks" }, el("table", { class: "compare wide" },
+    body.append(el("div", { class: "scroll", tabindex: "0", role: "group", "aria-label": "Checks" }, el("table", { class: "compare wide" },
       el("colgroup", {}, ["8rem", "8rem", "", "11rem"].map((width) => el("col", { style: { width } }))),
       el("thead", {}, el("tr", {}, ["check", "outcome", "result", "time"].map((head) => el("th", { scope: "col" }, head)))),
       el("tbody", {}, checks.map((each) => el("tr", {}, el("th", { scope: "row" }, each.name), el("td", {}, badge(...state(each))),
         el("td", {}, foundBy(each.name).map((one) => (one.severity === "info" || !told.meanings[one.code] ? one.message : told.meanings[one.code].title)).join("; ") || each.note || (each.run ? "no findings" : "")),
         el("td", { class: "number" }, each.run && spent.has(each.name) ? meter(spent.get(each.name) / most, time(spent.get(each.name))) : "")))))));
 
-    const wrong = told.findings.filter((each) => each.severity !== "info" || each.fix);
-    if (wrong.length) Page.findings(Page.part("Findings", { note: severities(wrong) }), gravestFirst(wrong).map((each) => ({ ...each, where: each.check && `check ${each.check}` })), told.meanings);
+    if (wrong.length) Page.findings(Page.part("Findings", { note: severities(wrong) }), wrong.map((each) => ({ ...each, where: each.check && `check ${each.check}` })), told.meanings);
     coverage(told);
     outputs(told);
     const inputs = told.inputs ? told.inputs.tensors.map((each) => `${each.name ? `${each.name}: ` : ""}${shapeText(each.shape)} ${each.dtype}`).join(", ") : "";

@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ckptkit.codes import CODES
-from ckptkit.page.frame import element, page, plain
+from ckptkit.formats.folder import passed_over_text
+from ckptkit.page.frame import element, page, plain, without_scripts
 from ckptkit.released.results import NOT_CHECKED, exit_code_of, verdict_of
 
 if TYPE_CHECKING:
@@ -76,8 +77,12 @@ def diff(document: DiffDocument, notes: Callable[[Any], str]) -> Iterator[str]:
     data = plain({**told_of, "meanings": _meanings(document["findings"]), "statuses": _STATUSES})
     data["rows"] = rows.columns()
     sides = " and ".join(document[side]["path"].rpartition("/")[2] for side in ("a", "b"))
-    has_charts = bool(data["rows"]["names"])
-    yield from page(f"{sides} - ckptkit diff", _SCRIPT, [element("diff", data)], has_charts=has_charts)
+    columns = data["rows"]
+    names = [f"{_STATUSES[n]}: {name}" for name, n in zip(columns["names"], columns["statusOf"], strict=True)]
+    has_charts = bool(names)
+    word = "The same" if document["ok"] else "Different"
+    short = without_scripts(f"{word}: {sides}", [document["summary"]], document["findings"], more=names)
+    yield from page(f"{sides} - ckptkit diff", _SCRIPT, [short, element("diff", data)], has_charts=has_charts)
 
 
 class _Rows:
@@ -89,6 +94,7 @@ class _Rows:
         self._columns: dict[str, list[Any]] = {"names": [], "statusOf": [], "kindOf": [], "figures": []}
         self._was: dict[int, str] = {}
         self._notes: dict[int, str] = {}
+        self._not_finite: list[int] = []
 
     def add(self, status: str, name: str, row: Mapping[str, Any], kind: tuple[Any, ...], note: str) -> None:
         """A tensor; ``kind``: dtype, the other dtype, shape, the other shape."""
@@ -102,12 +108,16 @@ class _Rows:
             column.append(value)
         if row.get("was"):
             self._was[at] = plain(row["was"])
+        nan = row.get("nan") or {"a": 0, "b": 0}
+        if nan["a"] != nan["b"] or row.get("infinite"):
+            self._not_finite.append(at)
         if note:
             self._notes[at] = plain(note)
 
     def columns(self) -> dict[str, Any]:
         """All of them."""
-        return {**self._columns, "kinds": self._texts, "was": self._was, "notes": self._notes}
+        columns = {**self._columns, "kinds": self._texts, "was": self._was, "notes": self._notes}
+        return {**columns, "notFinite": self._not_finite}
 
 
 def _short(value: float | None) -> float | int | str | None:
@@ -126,7 +136,8 @@ def check(document: CheckDocument) -> Iterator[str]:
     states = {id(file): _STATES.index(errors.get(file["path"], set())) for file in document["files"]}
     files = sorted(document["files"], key=lambda file: states[id(file)])
     data = {
-        **{key: document.get(key) for key in ("manifest", "config", "part", "checked", "passed_over")},
+        **{key: document.get(key) for key in ("manifest", "config", "part", "checked")},
+        "passed_over": passed_over_text(document["passed_over"]) if document["passed_over"] else "",
         "exit_code": exit_code_of(document),
         "verdict": verdict_of(document),
         "paths": [file["path"] for file in files],
@@ -139,7 +150,8 @@ def check(document: CheckDocument) -> Iterator[str]:
         "unchecked": sorted(NOT_CHECKED),
         "meanings": _meanings(document["findings"]),
     }
-    yield from page("ckptkit check", _SCRIPT, [element("check", plain(data))], has_charts=False)
+    short = without_scripts("ckptkit check", [data["verdict"], data["passed_over"]], data["findings"])
+    yield from page("ckptkit check", _SCRIPT, [short, element("check", plain(data))], has_charts=False)
 
 
 def verify(document: VerifyDocument) -> Iterator[str]:
@@ -151,7 +163,15 @@ def verify(document: VerifyDocument) -> Iterator[str]:
     ]
     data = {**document, "compared": compared, "meanings": _meanings(document["findings"])}
     name = document["path"].rpartition("/")[2]
-    yield from page(f"{name} - ckptkit verify", _SCRIPT, [element("verify", plain(data))], has_charts=False)
+    checks = [f"{check['name']}: {_outcome(check)}" for check in document["checks"]]
+    word = "Passed" if document["ok"] else "Failed"
+    heading = f"{word}: {document['path']} against {document['reference']}"
+    short = without_scripts(heading, (), document["findings"], more=checks)
+    yield from page(f"{name} - ckptkit verify", _SCRIPT, [short, element("verify", plain(data))], has_charts=False)
+
+
+def _outcome(check: Mapping[str, Any]) -> str:
+    return (check["severity"] or "ok") if check["run"] else "not run"
 
 
 def _compared(figures: Any, what: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:

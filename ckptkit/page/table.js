@@ -78,7 +78,7 @@ Page.table = (() => {
     const below = above.cloneNode(true);
     const rows = el("tbody", {}, above, below);
     const least = columns.reduce((sum, column) => sum + (column.width || 240), 0);
-    const grid = el("table", { class: "fixed", role: "grid", "aria-label": label, style: { minWidth: `${least}px` } },
+    const grid = el("table", { class: "fixed", role: open && "grid", "aria-label": label, style: { minWidth: `${least}px` } },
       el("colgroup", {}, columns.map((column) => el("col", { style: column.width ? { width: `${column.width}px` } : {} }))),
       el("thead", {}, el("tr", {}, heads)), rows);
     const scroll = el("div", { class: "scroll", style: { maxHeight: `${height}px` }, onscroll: () => draw() }, grid);

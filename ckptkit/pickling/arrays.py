@@ -58,8 +58,8 @@ class Array(NamedTuple):
     """The bytes of an array.
 
     Attributes:
-        dtype: torch name of a floating or complex type; ``"uint8"`` stands for all types without NaN; ``None``: the
-            values are not understood.
+        dtype: torch name of a floating or complex type; ``"uint8"`` represents all types without NaN; ``None``: the
+            values cannot be interpreted.
         data: the bytes, in some order of the elements, each element little-endian.
     """
 
@@ -110,7 +110,7 @@ class ArrayLayout(NamedTuple):
 
 
 def is_array(node: object) -> TypeGuard[Object]:
-    """Whether a node makes an array of numpy, or a scalar."""
+    """Whether a node makes a numpy array or scalar."""
     if not isinstance(node, Object) or not isinstance(node.cls, Global) or node.cls.name not in _MAKERS:
         return False
     return node.cls.module.partition(".")[0] == "numpy"

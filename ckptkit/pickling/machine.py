@@ -1,4 +1,4 @@
-"""The pickle machine: its stack, marks, memo and frames, and the opcodes a checkpoint seldom uses.
+"""The pickle machine: its stack, marks, memo and frames, and the opcodes that checkpoints rarely use.
 
 `ckptkit.pickling.reader` runs it; the opcodes that make up 99 % of a checkpoint are written out
 there, in its loop.  Each method here is one opcode, or what several share, and is named after it
@@ -41,7 +41,7 @@ class Shortcut(Protocol):
 
 
 class Hold(Protocol):
-    """Leaves bytes where they lie: what stands for them is pushed, and the machine's position and data are behind."""
+    """Leaves bytes in place: a placeholder is pushed, and the machine's position and data are after them."""
 
     def data(self, machine: Machine, nbytes: int, /) -> bool:
         """Whether that was done with the argument of such an opcode, at the machine's position."""
@@ -367,7 +367,7 @@ class Machine:
             self.popped.take(value, None, self.data, self.op_at, self.memo)
 
     def push(self, make: Callable[[list[object]], object]) -> None:
-        """What is made of the items since the last MARK."""
+        """The result for the items since the last MARK."""
         items = self.pop_mark()
         self.stack.append(self.made(make(items)))
 
@@ -446,7 +446,7 @@ class Machine:
         self.stack.append(self.persistent_load(self._id_of(text)))
 
     def _id_of(self, text: str) -> object:
-        """The tuple that a persistent id's text was made of; the text itself where it is not one's exactly."""
+        """The tuple that a persistent id's text was made from; the text itself if it does not match exactly."""
         if not _TEXT_ID.fullmatch(text):
             return text
         items: list[object] = []

@@ -56,7 +56,7 @@ class PickleResult(NamedTuple):
     Attributes:
         root: the inert tree.
         end: position after STOP, in bytes.
-        protocol: as declared by PROTO, 0 where there is none.
+        protocol: as declared by PROTO, 0 if there is none.
         globals: every name in it, in order of appearance.
         text_ids: whether persistent ids are text, as protocol 0 has them.
         discarded: what it makes and drops, and that belongs to nothing in the tree (`ckptkit.pickling.popped`).
@@ -88,14 +88,14 @@ def read_pickle(
     Args:
         data: the bytes; what follows the pickle is left alone unless ``whole`` says that nothing may.
         start: position of its first byte.
-        persistent_load: from a persistent id to the node that stands for it.
+        persistent_load: from a persistent id to its node.
         constructors: calls that are understood, by ``(module, name)`` of the callee.
         limits: bounds for this pickle.
         shortcut: understands a tensor's opcodes at once.  Where the pickle refers to what that leaves out, it is
             read again without.
         whole: whether the pickle must be all there is.
-        more: where ``data`` is only the beginning: from its length to a longer piece of the same bytes, or
-            to one no longer where there is none.
+        more: if ``data`` is only the beginning: from its length to a longer piece of the same bytes, or to the same
+            length if there is no more.
         hold: leaves the bytes of tensors and arrays where they lie; ``None``: they are in the tree.
         memo: an empty one to use; it may make entries that ``hold`` left out when they are asked for.
 

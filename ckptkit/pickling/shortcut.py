@@ -157,7 +157,7 @@ class TensorShortcut:
     def follow(
         self, data: bytes, at: int, memo: dict[int, object], stack: list[object], callee: Global, most: int
     ) -> tuple[int, int]:
-        """The names and tensors that follow a tensor, as far as they are like others; they are pushed.
+        """The names and tensors that follow a tensor, as far as they resemble others; they are pushed.
 
         Args:
             data: the pickle.
@@ -303,7 +303,7 @@ class TensorShortcut:
         return memo.get(index)
 
     def _geometry(self, spelled: tuple[bytes, bytes], memo: dict[int, object]) -> _Geometry | None:
-        """The geometry two sizes spell, or are in the memo; ``None``: an empty tensor, or one that is none."""
+        """The geometry of two sizes, spelled out or in the memo; ``None``: an empty tensor, or an invalid one."""
         shape, stride = ((self._there(_index(get), memo) if get[0] in b"hj" else None) for get in spelled)
         known = self._geometries.get(spelled)
         if known is not None and (shape is None or shape is known[0]) and (stride is None or stride is known[1]):

@@ -1,4 +1,4 @@
-"""What a name in a pickle would mean for whoever executed it.
+"""What a name in a pickle would mean for anyone who executed it.
 
 Four verdicts, from which `ckptkit.checkpoint.Checkpoint.trust` follows:
 
@@ -76,13 +76,13 @@ _REASONS = (
 """Names that honest files have and that are code all the same."""
 
 _MAX_PLACES = 4
-"""Places that are told of one name."""
+"""Places that are named for one name."""
 
 _MAX_KEYS = 3
-"""Keys that are told of one place."""
+"""Keys that are named for one place."""
 
 _MAX_KEY = 80
-"""Characters that are told of one key."""
+"""Characters that are shown for one key."""
 
 _LEAVES = (*SCALARS, Storage)
 
@@ -143,8 +143,8 @@ def merge_uses(*groups: Iterable[GlobalUse]) -> tuple[GlobalUse, ...]:
 def with_places(uses: tuple[GlobalUse, ...], root: object) -> tuple[GlobalUse, ...]:
     """The uses with the keys under which each name is in the tree.
 
-    Names that torch's own loader runs stand everywhere, and get none.  What is in an object is told
-    by the keys that lead to the object.
+    Names that torch's own loader runs stand everywhere, and get none.  Something in an object is named by the keys that
+    lead to the object.
 
     Args:
         uses: of the file; the tree is that of the first record each was found in.

@@ -224,7 +224,7 @@ def test_every_command_has_a_document_and_says_so() -> None:
         assert isinstance(option.type, click.Choice)
         assert {"text", "markdown"} <= {*outputs(name)}
         assert {"json", *outputs(name)} <= {*option.type.choices}
-        assert DOCUMENTS[name].__doc__.startswith(f"What ``ckptkit {name}`` tells")
+        assert DOCUMENTS[name].__doc__.startswith(f"The document of ``ckptkit {name}``")
 
 
 def test_flat_lines_of_a_saved_document(folder: Path) -> None:

@@ -338,10 +338,10 @@ def test_no_input_and_no_checkpoint_is_overwritten_by_the_output(folder: Path, r
     (folder / "weights" / "other.pth").write_bytes((folder / "other.pth").read_bytes())
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     for arguments, refused in (
-        (["inspect", "lin.pth", "-o", "./lin.pth"], "the command reads or writes this file itself"),
-        (["inspect", "lin.pth", "-o", "link.pth"], "the command reads or writes this file itself"),
-        (["check", "--manifest", "passed.json", "-o", "passed.json"], "the command reads or writes this file itself"),
-        (["convert", "lin.pth", "new.pth", "-o", "new.pth"], "the command reads or writes this file itself"),
+        (["inspect", "lin.pth", "-o", "./lin.pth"], "the command itself reads or writes this file"),
+        (["inspect", "lin.pth", "-o", "link.pth"], "the command itself reads or writes this file"),
+        (["check", "--manifest", "passed.json", "-o", "passed.json"], "the command itself reads or writes this file"),
+        (["convert", "lin.pth", "new.pth", "-o", "new.pth"], "the command itself reads or writes this file"),
         (["inspect", "weights", "-o", "weights/other.pth"], "this is a checkpoint"),
         (["inspect", "lin.pth", "-o", "hostile.pth"], "this is a checkpoint"),
     ):

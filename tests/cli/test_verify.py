@@ -181,7 +181,7 @@ def test_a_device_that_is_not_here_is_2_and_one_line(run: Any, folder: Path) -> 
     done = run("verify", "net.pth", *arguments, cwd=folder)
     assert done.returncode == 2
     assert done.stdout == "" and done.stderr.count("\n") == 1
-    assert done.stderr.startswith("ckptkit: error: device 'cuda:64' is not here")
+    assert done.stderr.startswith("ckptkit: error: device 'cuda:64' is not available")
 
 
 def test_a_pickled_model(run: Any, folder: Path) -> None:

@@ -102,7 +102,7 @@ def test_the_same_device_changes_nothing(save, convert) -> None:
     ("given", "words"),
     [
         (["cpu", "cuda:0"], "takes either one location for everything or OLD=NEW pairs"),
-        (["cpu", "cuda:0=cpu"], "not both"),
+        (["cpu", "cuda:0=cpu"], "takes either one"),
         (["a=cpu", "a=cuda"], "maps the same location twice"),
         (["no where"], "'no where' is not a device location"),
         ([""], "'' is not a device location"),

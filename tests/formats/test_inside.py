@@ -393,11 +393,11 @@ def test_a_path_that_exists_wins(put: Put) -> None:
 def test_what_is_no_member_is_told_with_those_there_are(put: Put) -> None:
     path = put("all.zip", zipped({"notes": b"", **{f"r{n}/m.pth": b"" for n in range(12)}, "z.txt": b""}))
     with pytest.raises(
-        MissingFileError, match=r"it has no member 'x.pth'; it holds 'r0/m.pth', .* and 4 more"
+        MissingFileError, match=r"it has no member 'x.pth'; it contains 'r0/m.pth', .* and 4 more"
     ) as caught:
         ckptkit.open(f"{path}!x.pth")
     assert (caught.value.path, len(caught.value.names)) == (str(path), 14)
-    with pytest.raises(MissingFileError, match=r"all.zip: 'r3' is a folder in it; it holds 'r3/m.pth'$"):
+    with pytest.raises(MissingFileError, match=r"all.zip: 'r3' is a folder in it; it contains 'r3/m.pth'$"):
         ckptkit.open(f"{path}/r3")
     with pytest.raises(FileAccessError, match=r"is not an archive; there is no 'x' to open"):
         ckptkit.open(f"{put('notes.txt', b'words')}!x")
@@ -433,7 +433,7 @@ def test_two_members_of_one_name(put: Put) -> None:
         with zipfile.ZipFile(data, "w") as archive:
             for _ in range(2):
                 archive.writestr("m.pth", MODEL)
-    with pytest.raises(AmbiguousError, match=r"'m.pth' are equal"):
+    with pytest.raises(AmbiguousError, match=r"'m.pth' have equal names"):
         ckptkit.open(f"{put('all.zip', data.getvalue())}!m.pth")
 
 
@@ -489,7 +489,7 @@ def test_what_a_zip_records_of_a_member_is_held(container: str, put: Put, tmp_pa
             lambda: ckptkit.diff(own, named),  # noqa: B023
             lambda: ckptkit.verify(named, model=lambda: nn.Linear(2, 3), forward=False),  # noqa: B023
         ):
-            with pytest.raises(CorruptError, match=r"its CRC-32 is \w{8}, recorded in the archive is \w{8}: damaged"):
+            with pytest.raises(CorruptError, match=r"its CRC-32 is \w{8}, but the archive records \w{8}: damaged"):
                 work()
         assert ckptkit.check(named, no_nan=True).exit_code == 2
         ckptkit.convert(named, out, ignore_checksums=True)

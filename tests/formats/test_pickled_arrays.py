@@ -346,7 +346,7 @@ def test_a_compressed_one_has_a_limit(tmp_path: Path) -> None:
     path = tmp_path / "model.joblib"
     joblib.dump({"w": np.zeros(3_000_000)}, path, compress=9)
     file = SourceFile(path)
-    with pytest.raises(LimitError, match="bytes of what is zlib-compressed"):
+    with pytest.raises(LimitError, match="bytes of zlib-compressed data"):
         formats.detect(formats.Probe(file, Limits(unpacked_nbytes=5 << 20, unpacked_ratio=2)))
     file.close()
 

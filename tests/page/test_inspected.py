@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import html
 import importlib.util
 import json
 import os
@@ -59,9 +60,10 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     values: dict[str, Any] = {f"m.{name}.weight": torch.randn(20, 20) * (n + 1) for n, name in enumerate(HOSTILE)}
     values |= {name: torch.full((3,), float(n)) for n, name in enumerate(HOSTILE)}
     values["m.bad.weight"] = torch.tensor([[float("nan"), 1.0, float("inf")]])
+    values["huge"] = torch.tensor([1e308, -1e308], dtype=torch.float64)
     values["x" * 1_000_000] = torch.ones(2, dtype=torch.complex64)
     values["." * 1_000_000] = torch.ones(2)
-    beside = {"epoch": float("nan"), "big": 2**70, HOSTILE[1]: HOSTILE[0], "args": {"<b>lr": "&lt;"}}
+    beside = {"epoch": float("nan"), "big": 2**70, "step": 12_345_678, HOSTILE[1]: HOSTILE[0], "args": {"<b>lr": "&lt;"}}
     torch.save({"state_dict": values, **beside}, made / "hostile.pth")
     torch.save(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)), made / "<img src=x onerror=window.pwned=8>.pth")
     (made / "broken.pth").write_bytes(b"PK\x03\x04 and no more")
@@ -93,6 +95,19 @@ def test_a_page_is_one_ascii_file_with_a_strict_policy(inspected: Pages) -> None
     assert len(scripts) == 5
     outside = re.sub(r"<script.*?</script>|<style>.*?</style>", "", text, flags=re.DOTALL)
     assert not re.search(r"\b(src|href|on\w+|url|import)\s*[=(]", outside.replace("script-src", "").replace("-src", ""))
+
+
+def test_without_scripts_it_says_the_essentials(inspected: Pages, files: Path) -> None:
+    (document,) = json.loads(output_of(inspect_command, str(RESUME), "--json"))["files"]
+    text = html.unescape("".join(re.findall("<noscript>(.*?)</noscript>", inspected(RESUME, "--stats").read_text())))
+    assert text.startswith("<p>This page needs JavaScript to show all of its data.")
+    assert str(RESUME) in text and "torch-zip, resume, trust: needs trust" in text
+    for finding in document["findings"]:
+        assert f"<li>{finding['severity']}: {finding['message']}" in text
+        assert finding["fix"] is None or f"<pre>{finding['fix']}</pre>" in text
+    several = "".join(re.findall("<noscript>(.*?)</noscript>", inspected(files, code=2).read_text()))
+    assert "&lt;img src=x onerror" in several and "truncated" in several
+    assert set(re.findall("<[^>]*>", several)) <= {f"<{end}{tag}>" for tag in ("h2", "p", "ul", "li", "pre") for end in ("", "/")}
 
 
 def test_data_is_no_markup_and_comes_back() -> None:
@@ -283,9 +298,12 @@ def test_names_are_data(browser: Browser, inspected: Pages, files: Path) -> None
     browser.click("#tensors tbody tr[data-at]")
     assert 10_000 < len(browser.text(".detail h3")) < 30_000
     assert "Complex values" in browser.text(".detail")
+    browser.typed(TENSORS, "huge")
+    browser.click("#tensors tbody tr[data-at]")
+    browser.until("return document.querySelector('.detail').textContent.includes('too large to draw')")
     told = dict(zip(browser.column("training", 1), browser.column("training", 2), strict=True))
     assert (told["epoch"], told["big"], told["args.<b>lr"]) == ("nan", str(2**70), "&lt;")
-    assert HOSTILE[0] in told.values()
+    assert HOSTILE[0] in told.values() and told["step"] == "12,345,678"
     assert "1 tensor with NaN or Inf: m.bad.weight" in browser.text("#spread-by-layer figcaption")
     hover = browser.js("""
         const node = document.querySelector('#spread-by-layer .chart');
@@ -306,7 +324,7 @@ def test_several_files_are_a_list(browser: Browser, inspected: Pages, files: Pat
     browser.typed("#files input", "*hostile*")
     browser.click("#files tbody tr[data-at]")
     assert browser.text("h1") == "hostile.pth"
-    assert browser.text("#tensors .count") == f"{2 * len(HOSTILE) + 3} tensors"
+    assert browser.text("#tensors .count") == f"{2 * len(HOSTILE) + 4} tensors"
 
 
 def test_very_many_tensors(browser: Browser, inspected: Pages, many: Path) -> None:
@@ -375,6 +393,8 @@ def test_no_width_is_too_narrow(browser: Browser, inspected: Pages) -> None:
         browser.size(width)
         assert browser.js("return document.documentElement.scrollWidth") <= width
         assert browser.js(wide) == []
+    cut = "return [...document.querySelectorAll('th > *')].filter((each) => each.scrollWidth > each.clientWidth)"
+    assert browser.js(cut) == []
 
 
 def test_what_a_screen_reader_is_told(browser: Browser, inspected: Pages) -> None:

@@ -62,7 +62,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     before: dict[str, Any] = {f"layers.{i}.{part}": torch.randn(6, 6) for i in range(8) for part in ("up", "down")}
     before |= {f"m.{name}": torch.randn(4) for name in HOSTILE}
     before |= {"cast": torch.randn(5), "head.weight": torch.randn(10, 4), "gone": torch.ones(3), "named": torch.rand(7)}
-    before |= {"zeros": torch.zeros(3)}
+    before |= {"zeros": torch.zeros(3), "holed": torch.ones(4)}
     after = copy.deepcopy(before)
     after["layers.3.up"] *= 1.5
     after["layers.5.down"] *= 1.0005
@@ -71,6 +71,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     after["cast"], after["head.weight"] = after["cast"].half(), torch.randn(3, 4)
     after["renamed"], after["new"] = after.pop("named"), torch.ones(2)
     after["zeros"] += 1
+    after["holed"][1] = float("nan")
     del after["gone"]
     for name, state, epoch in (("a.pth", before, 1), ("b.pth", after, 2)):
         torch.save({"state_dict": state, "epoch": epoch, HOSTILE[0]: HOSTILE[1] * epoch}, folder / name)
@@ -80,12 +81,12 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def test_a_difference_is_a_verdict_a_map_and_tables(browser: Browser, made: Made, pair: tuple[Path, Path]) -> None:
     browser.open(made(diff_command, *pair, code=1))
     assert browser.text("h1") == "Different" and browser.texts(".verdict.error")
-    assert "11 tensors differ" in browser.text(".verdict p")
+    assert "12 tensors differ" in browser.text(".verdict p")
     figures = dict(zip(browser.texts(".figures dt"), browser.texts(".figures dd"), strict=True))
     assert {each.strip() for each in figures} >= {"changed", "recast", "reshaped", "renamed", "added", "removed"}
     assert len(browser.all("#where-it-changed .chart path.surface")) > 8
     assert "layers" in browser.texts("#where-it-changed .inside .name")
-    assert counted(browser, "tensors") == "11 tensors"
+    assert counted(browser, "tensors") == "12 tensors"
     assert set(browser.column("tensors", 2)) == {"changed", "recast", "reshaped", "renamed", "added", "removed"}
     names = browser.column("tensors")
     assert [name for name in names if "pwned" in name] and any("\\u202e" in name for name in names)
@@ -100,7 +101,7 @@ def test_a_difference_is_a_verdict_a_map_and_tables(browser: Browser, made: Made
     browser.choose("#tensors select", "=changed")
     browser.click("#tensors th button", 6)
     amounts = browser.column("tensors", 7)
-    assert amounts[0].endswith(" %") and amounts[-1] == "0.05 %" and "50 %" in amounts
+    assert amounts[0] == "NaN or Inf" and amounts[1].endswith(" %") and amounts[-1] == "0.05 %" and "50 %" in amounts
     assert browser.one("#tensors th[aria-sort=descending]").text.startswith("changed by")
     browser.js("document.querySelector('#tensors tbody tr[data-at]').focus()")
     browser.keys(DOWN, END, ENTER)
@@ -116,6 +117,7 @@ def test_a_difference_is_a_verdict_a_map_and_tables(browser: Browser, made: Made
     names, bars = browser.texts("#where-it-changed .inside .name"), "#where-it-changed .inside .share i"
     colors = browser.js("return [...document.querySelectorAll(arguments[0])].map((bar) => bar.style.background)", bars)
     of = dict(zip(names, colors, strict=True))
+    assert of["holed"] == "var(--error)"
     assert (of["m"], of["zeros"], of["gone"], of["renamed"]) == ("var(--error)", "var(--error)", *["var(--soft)"] * 2)
     browser.click("#where-it-changed .inside button", names.index("layers"))
     assert browser.text("#where-it-changed .crumbs [aria-current]") == "layers"
@@ -206,6 +208,7 @@ def test_a_check_of_10_000_files_is_of_use(browser: Browser, tmp_path: Path) -> 
     assert page.stat().st_size < 6_000_000
     browser.open(page)
     assert browser.text("h1") == "Failed, and some files could not be checked"
+    assert "skipped: 3 files (3 texts)" in browser.texts("dl.facts dd")
     assert "3,334 of 10,000 files failed" in browser.text(".verdict p")
     assert 0 < len(browser.all("#files tbody tr[data-at]")) < 100
     assert browser.column("files", 2)[:3] == ["failed"] * 3, "what is wrong comes first"
@@ -279,6 +282,7 @@ def test_a_verification_that_fails(browser: Browser, made: Made, model: Path) ->
     browser.open(made(verify_command, model / "wrong.pth", *given, code=1), dark=True)
     browser.size(420)
     assert browser.text("h1") == "Failed" and "it was not loaded" in browser.text(".verdict p")
+    assert "lacks; the checkpoint has tensors that the reference lacks" in browser.text(".verdict p")
     browser.typed("#names input[type=search]", "bias")
     assert dict(zip(browser.column("names"), browser.column("names", 2), strict=True)) == {
         "2.bias": "missing",

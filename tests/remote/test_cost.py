@@ -94,7 +94,7 @@ def test_shards_are_looked_at_side_by_side(heads: bool, tmp_path: Path) -> None:
         assert len(store.asked) <= (count + 1) * (1 if heads else 2)
         assert far["tensors"] == ckptkit.inspect(tmp_path / "model.safetensors.index.json")["tensors"]
         del store.files[URL + names[7]], store.files[URL + names[9]]
-        with pytest.raises(CkptkitError, match=rf"2 shards missing: {names[7]}, {names[9]}; get them"):
+        with pytest.raises(CkptkitError, match=rf"2 shards missing: {names[7]}, {names[9]}; put them"):
             ckptkit.inspect(URL + "model.safetensors.index.json")
 
 
@@ -154,7 +154,11 @@ def test_a_member_of_a_far_archive(tmp_path: Path) -> None:
                 assert len(store.asked) <= most
         with ckptkit.open(URL + "v1.0/all.zip!models/a.pth") as file:
             assert len(file.load()) == 50
-        with pytest.raises(CkptkitError, match=r"all\.zip: it has no member 'models/c\.pth'; it holds 'models/a\.pth'"):
+        with pytest.raises(
+            CkptkitError,
+            match=r"all\.zip: it has no member 'models/c\.pth'; it contains "
+            r"'models/a\.pth'",
+        ):
             ckptkit.inspect(URL + "v1.0/all.zip!models/c.pth")
         with pytest.raises(CkptkitError, match=rf"give one of them: {URL}v1.0/all.zip!models/a.pth, "):
             ckptkit.inspect(URL + "v1.0/all.zip")

@@ -76,7 +76,7 @@ def test_what_urls_say(url, kind, repo, revision, path) -> None:
 def test_what_urls_do_not_say(url) -> None:
     with pytest.raises(FileAccessError, match=r"is not hf://user/repo\[@revision\]\[/path\]"):
         HubPath.of(url)
-    with pytest.raises(FileAccessError, match="buckets of the hub are not read"):
+    with pytest.raises(FileAccessError, match="buckets on the hub are not supported"):
         HubPath.of("hf://buckets/u/b/m.bin")
 
 

@@ -453,7 +453,11 @@ def test_the_dtype_is_that_of_a_cast_after_it(dtype: str, save: Save) -> None:
 def test_values_that_none_are_made_of_stay_or_are_refused(save: Save) -> None:
     saved = {"a": torch.ones(2), "m": torch.ones(3, device="meta"), "extra": {"x": 1}, "s": torch.eye(2).to_sparse()}
     path = save(saved)
-    with pytest.raises(RewriteError, match=r"1 value: m \(a meta tensor is a shape without values\); --exclude m"):
+    with pytest.raises(
+        RewriteError,
+        match=r"1 value cannot be made dense: m \(a meta tensor is a shape without "
+        r"values\); --exclude m",
+    ):
         ckptkit.convert(path, path.with_name("out.pth"), densify=True)
     ckptkit.convert(path, path.with_name("out.pth"), densify=True, exclude="m")
     got = torch.load(path.with_name("out.pth"), weights_only=True)
@@ -487,7 +491,7 @@ def test_what_stays_packed_is_told(tmp_path: Path) -> None:
 
 def test_it_is_offered_where_it_helps(save: Save, tmp_path: Path) -> None:
     path = save({"q": torch.quantize_per_tensor(torch.ones(2), 0.5, 0, torch.qint8), "a": torch.ones(1)})
-    with pytest.raises(RewriteError, match="--exclude q leaves them out, --densify makes dense tensors of them"):
+    with pytest.raises(RewriteError, match="--exclude q leaves them out, --densify makes dense tensors from them"):
         ckptkit.convert(path, tmp_path / "out.safetensors")
     [found] = [f for f in ckptkit.inspect(path)["findings"] if f["code"] == "not-a-plain-tensor"]
     assert found["fix"].endswith(" --densify")
@@ -706,7 +710,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "does not fit": (
         "quantization.Int8Tensor",
         {"qdata": torch.ones(4, 4, dtype=torch.int8), "scale": torch.ones(3)},
-        "do not fit each other",
+        "do not fit together",
     ),
     "no layout": (
         "dtypes.AffineQuantizedTensor",
@@ -725,7 +729,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
 def test_torchao_that_is_not_known_is_refused_by_name(torchao: Any, save: Save, case: str) -> None:
     cls, parts, message = REFUSED[case]
     path = save({"w": torchao(cls)((4, 4), torch.float32, block_size=(1, 4), **parts), "a": torch.ones(1)})
-    with pytest.raises(RewriteError, match=rf"1 value: w \(.*{message}.*\); --exclude w"):
+    with pytest.raises(RewriteError, match=rf"1 value cannot be made dense: w \(.*{message}.*\); --exclude w"):
         ckptkit.convert(path, path.with_name("out.safetensors"), densify=True)
     with pytest.raises(RewriteError, match=r"tensors of other classes \(w"):
         ckptkit.convert(path, path.with_name("out.safetensors"))

@@ -359,10 +359,10 @@ def test_by_a_dict_of_whole_names(through: Through) -> None:
 @pytest.mark.parametrize(
     ("rules", "message"),
     [
-        ({"a.v": "c"}, r"1 name of the dict is not in the state_dict: 'a\.v'; did you mean 'a\.w'\?"),
-        ({"x": "c", "y": "d"}, r"2 names of the dict are not in the state_dict: 'x', 'y'"),
+        ({"a.v": "c"}, r"1 name in the dict is not in the state_dict: 'a\.v'; did you mean 'a\.w'\?"),
+        ({"x": "c", "y": "d"}, r"2 names in the dict are not in the state_dict: 'x', 'y'"),
         ({"a.w": ""}, r"the dict leaves the name 'a\.w' empty"),
-        ({"a.w": 3}, r"'a\.w': 3 is not a name and its new one"),
+        ({"a.w": 3}, r"'a\.w': 3 is not a pair of an old name and a new name"),
         (lambda name: None, r"<lambda>\(\) returned None for the name 'a\.w'; expected its new name"),
         (lambda name: "", r"<lambda>\(\) leaves the name 'a\.w' empty"),
         (len, r"len\(\) returned 3 for the name"),
