@@ -8,32 +8,33 @@ The layers, each importing only from those to its right; a test enforces it:
         > inspection, conversion > diagnose, compare, stats, architectures, digests, options > rewrite > formats
         > transfer > normalize > pickling > plan, casting > checkpoint > tensor > computed > places > remote
         > bytesource > codes, documents, fleet, fixes > report, arguments, dtypes, limits, extras > nearness
-        > errors, display, shell
+        > errors, display, shell, patterns
 
 What a room is for, where its name does not say it:
 
 - `plan`: what writers make and `transfer` carries out; neither knows the other.
 - `compare`: the proof that an output is right. It reads through the readers, which the mover of bytes must not know.
 - `conversion`: turns options into rewriters, carries out one output or a folder of them, and reports what happened.
-- `inspection` makes the document that is shown; `diagnose` finds what is remarkable about a checkpoint.
+- `inspection`: makes the document that is shown; `diagnose` finds what is noteworthy about a checkpoint.
 - `computed`: bytes that must be made before they can be moved. `casting` computes one kind. Another kind reads tensors
   and is in `transfer`, which is why `rewrite` is above that.
 - `normalize`: has the one enumeration of everything in a file that has bytes (`tensors`), and the one comparison of two
   trees (`trees`). Everything that shows, compares, counts or digests uses them.
 - `formats`: the containers, one module each. Everything others ask about a container is in its row of the table
   (`containers`, `format_named`); no other room compares their names. `distributed` has the folders that several
-  processes wrote, one module a layout. `sources` and `inside` open what may take a file's place: open files, compressed
-  files, members of archives. `folder` says what is in a folder, `contents` which pickles and programs are in bytes that
-  no reader reads, and `refused` what to say about files that are not checkpoints.
-- `remote` makes a byte source of a file on another machine, one module a kind of server. `places` answers what a path
+  processes wrote, one module per layout. `sources` and `inside` open anything that can take a file's place: open files,
+  compressed files, members of archives. `folder` lists the content of a folder, `contents` finds pickles and programs
+  in bytes that no reader understands, and `refused` says what files that are not checkpoints are.
+- `remote`: makes a byte source of a file on another machine, one module per kind of server. `places` says what a path
   is and what is below it, for paths and URLs alike.
-- `fleet`: runs very many tasks in several processes, and knows nothing about checkpoints.
+- `fleet`: runs large numbers of tasks in several processes, and knows nothing about checkpoints.
 - `released`: what `ckptkit.manifest` records and `ckptkit.check` compares files with. `digests` says when two files
-  hold the same tensors. `differences` is what `ckptkit.diff` reports.
-- `architectures` knows which models have given names and shapes. `options` declares the options of every command, and
+  contain the same tensors. `differences` makes what `ckptkit.diff` reports.
+- `architectures`: knows which models have given names and shapes. `options` declares the options of every command, and
   `arguments` checks values. `nearness` finds the word that was meant, `fixes` the one command that does what several
   findings advise, and `shell` quotes it.
-- `documents` has the types of JSON documents, `display` escapes text and formats sizes, and `page` makes HTML pages.
+- `documents`: has the types of JSON documents; `display` escapes text and formats sizes, `page` makes HTML pages, and
+  `patterns` has the regular expressions that are only compiled when they are used.
 
 No room has the name of a public function: importing it would put the module in the function's place. That is why
 `ckptkit.verify` does its work in `verifier`.

@@ -3,21 +3,21 @@
 A string given where several are accepted is one value, not its letters.  A tolerance is a finite number of at least 0.
 A device is one that torch has.
 
-A declaration of an `Option` says how it is typed, what ``--help`` and what the docstring say of it, its default, and
-what a value given in Python becomes.  A command's `Options` are a class of them (`ckptkit.options`): the command line
-is made of it, and a function takes one.
+A declaration of an `Option` has its type, its text in ``--help`` and in the docstring, its default, and the conversion
+of a value given in Python.  A command's `Options` are a class of them (`ckptkit.options`): the command line is built
+from it, and a function takes one.
 """
 
 from __future__ import annotations
 
 import math
 import os
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Protocol, TypeVar, cast, overload
 
 from ckptkit.errors import RewriteError, VerifyError
 from ckptkit.nearness import did_you_mean, nearest
+from ckptkit.patterns import pattern
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -55,9 +55,9 @@ _ELSEWHERE = ("npu", "musa", "mlu", "gcu", "dml", "ort", "msnpu", "vsi", "rbln",
 _MEANT = {"gpu": "cuda", "nvidia": "cuda", "rocm": "cuda", "amd": "cuda", "tpu": "xla", "apple": "mps", "intel": "xpu"}
 """What people call devices."""
 
-_DEVICES = "; expected 'cpu', 'cuda:0', 'mps' or the like"
+_DEVICES = "; expected 'cpu', 'cuda:0', 'mps' or similar"
 
-_DEVICE = re.compile(r"([a-z][a-z0-9_]*)(?::(0|[1-9][0-9]{0,2}))?\Z")
+_DEVICE = pattern(r"([a-z][a-z0-9_]*)(?::(0|[1-9][0-9]{0,2}))?\Z")
 
 _MAX_INDEX = 127
 """torch keeps the index in a signed byte (``c10/core/Device.h``)."""
@@ -121,8 +121,8 @@ T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
 
 Kind = Literal["flag", "text", "texts", "pairs", "storage", "shapes", "device", "tolerance", "integer", "switch"]
-"""How an option is typed: alone; with a value, or several times with one (``texts``, ``pairs`` of KEY=VALUE, as are
-those of ``storage``, whose values nobody shows, ``shapes``); or as ``--NAME/--no-NAME``."""
+"""How an option is typed: alone; with a value, or several times with one (``texts``, ``pairs`` of KEY=VALUE, which
+``storage`` also is, but with hidden values, ``shapes``); or as ``--NAME/--no-NAME``."""
 
 
 class Option(Generic[T]):
@@ -178,7 +178,7 @@ class Option(Generic[T]):
 
     @property
     def typed(self) -> str:
-        """As it is typed: ``--strip-module``; ``--no-check`` for what is on by default."""
+        """The option as typed: ``--strip-module``; ``--no-check`` if it is on by default."""
         negated = "no-" if self.default is True else ""
         return self._switch or f"--{negated}{self.name.replace('_', '-')}"
 

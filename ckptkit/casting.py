@@ -42,11 +42,11 @@ CAST_SOURCES = (*CAST_TARGETS, "float8_e8m0fnu")
 """The dtypes that can be cast from."""
 
 _BLOCK = 1 << 17
-"""Values converted at a time: what is made of them on the way still fits into a core's own cache, and threads
-seldom wait for each other."""
+"""Values converted at a time: with their intermediate results they still fit into a core's own cache, and threads
+rarely wait for each other."""
 
 _SATURATES = "float8_e4m3fn"
-"""The one type in which what is past the range becomes the largest value."""
+"""The one type in which values beyond the range become the largest value."""
 
 _LARGEST = 0x7E
 """The bits of that value, 448."""
@@ -118,7 +118,7 @@ class Caster:
 
         Args:
             values: the bytes before.
-            cast: what was made of them.
+            cast: the result.
         """
         import numpy
 

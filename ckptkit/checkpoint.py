@@ -48,9 +48,8 @@ Kind = Literal["whole_model", "state_dict", "resume", "tensor", "collection", "o
 that are not a state_dict; no tensors."""
 
 Trust = Literal["safe", "needs_trust", "hostile"]
-"""``safe``: plain data and torch's own rebuild functions.  ``needs_trust``: other names, that a
-loader which executes the pickle would have to be trusted with.  ``hostile``: names that run,
-import or open things."""
+"""``safe``: plain data and torch's own rebuild functions.  ``needs_trust``: other names, which a loader that executes
+the pickle has to trust.  ``hostile``: names that run, import or open things."""
 
 
 class _Slot:
@@ -81,8 +80,8 @@ class StateDict(Mapping[str, TensorEntry]):
             file has none.
         container: inert node of the mapping's class and other attributes; ``None`` means that a plain ``OrderedDict``
             is written.
-        is_module: whether ``container`` is the module that the values were walked from, and is written as it is.
-            Renamed, selected or cast, they are those of no module any more, and a state_dict is written.
+        is_module: whether ``container`` is the module that the values were walked from, which is then written
+            unchanged.  After renaming, selecting or casting, a state_dict is written instead.
     """
 
     __slots__ = ("_is_plain", "_tensors", "container", "everything", "is_module", "versions")
@@ -130,7 +129,7 @@ class StateDict(Mapping[str, TensorEntry]):
 
     @property
     def is_plain(self) -> bool:
-        """Whether all its values are tensors with nothing below them, as of nearly all files."""
+        """Whether all its values are tensors with nothing below them, as in nearly all files."""
         if self._is_plain is None:
             self._is_plain = len(self._tensors) == len(self.everything) and all(
                 entry.attributes is None and entry.subclass is None and not entry.effects
@@ -155,7 +154,7 @@ class StateDict(Mapping[str, TensorEntry]):
         )
 
     def holding(self, everything: Mapping[str, object], versions: Mapping[str, object] | None) -> StateDict:
-        """Other values in its place: a mapping of the same class, or for a module its state_dict."""
+        """The same mapping with other values: of the same class, or for a module its state_dict."""
         return StateDict(everything, versions=versions, container=None if self.is_module else self.container)
 
     def renamed(self, rename: Callable[[str], str], versions: Mapping[str, object] | None) -> StateDict:
@@ -274,7 +273,7 @@ class Origin:
         state_path: the keys that lead to the state_dict, joined with dots; ``""`` is the whole file; ``None``: the file
             has no state_dict, or several of which none was chosen.
         pickle_protocol: of the file's object pickle; ``None`` if it has none.
-        writer: which torch wrote it, as far as the file tells: ``"torch 2.1 or later"``.
+        writer: which torch wrote it, as far as the file shows: ``"torch 2.1 or later"``.
         has_pickle: whether there is a pickle in the file.
         is_program: whether it contains a program, of which only the weights can be written.
         options: command-line options that make it read this way: ``("--section", "model")``.
@@ -302,13 +301,13 @@ class Part:
     """Which part of a checkpoint stored in several files a file is.
 
     Attributes:
-        layout: what the files are together, in plain words: ``"a DeepSpeed ZeRO stage 3 checkpoint"``.
+        layout: what the files are together, in words: ``"a DeepSpeed ZeRO stage 3 checkpoint"``.
         piece: which part: ``"rank 0 of 8"``; ``""``: not known.
         lacks: what is not in this file.
         instead: the index that opens them all, or the folder of the files that belong together; ``None``: there is
             none.
         opens: whether ckptkit opens ``instead`` as one checkpoint.
-        remedy: what helps, if it is not to give other files.
+        remedy: what helps, if giving other files does not.
     """
 
     layout: str
@@ -362,10 +361,10 @@ class Checkpoint:
         unvouched: parts of the file that are code or could not be read.
         module: inert node of the pickled ``nn.Module`` the state_dict was walked from, or ``None``.
         findings: what the reader noticed.
-        discarded: inert nodes of what its pickles make and discard, and that belongs to nothing they keep.
+        discarded: inert nodes of what its pickles make and discard, and nothing they keep refers to.
         part: which part of a checkpoint in several files it is; ``None``: it is the whole.
         replicas: values in several of its files that must be the same; every reader of its bytes compares them.
-        unread: what was not read when it was opened; ``unvouched`` says that there is something.
+        unread: what was not read when it was opened; if there is anything, ``unvouched`` says so.
         operations: what `rewrite` did to it, in order.
     """
 

@@ -43,11 +43,11 @@ _SHOWN = 90
 class CheckpointFile:
     """An open checkpoint: its contents and the file with its bytes.
 
-    Use it as a context manager, or call `close`.  What `rewrite` returns shares the open file.
+    Use it as a context manager, or call `close`.  The result of `rewrite` shares the open file.
 
     It is immutable, and any number of threads may use it at once: read entries, rewrite, save, load.  They share no
-    file position, one of them decompresses what is compressed, and no values are cached.  It belongs to its process;
-    pass the path to other processes.
+    file position, one of them decompresses compressed data, and no values are cached.  It belongs to its process; pass
+    the path to other processes.
 
     Attributes:
         checkpoint: the common representation that rewriters work on.
@@ -99,7 +99,7 @@ class CheckpointFile:
 
     @property
     def findings(self) -> tuple[Finding, ...]:
-        """What is remarkable about it, most severe first."""
+        """Noteworthy facts about it, most severe first."""
         from ckptkit.diagnose import diagnose
 
         return diagnose(self.checkpoint)
@@ -108,7 +108,7 @@ class CheckpointFile:
         """The checkpoint with each rewriter applied in turn; nothing on disk changes.
 
         Raises:
-            RewriteError: a rewriter cannot be applied (colliding names, say).
+            RewriteError: a rewriter cannot be applied (for example, because names collide).
         """
         return CheckpointFile(self.checkpoint.rewrite(*rewriters), self._file)
 
@@ -186,7 +186,7 @@ class CheckpointFile:
     ) -> OrderedDict[str, Any]:
         """The weights as torch tensors, as if `ckptkit.load_state_dict` had loaded what `save` writes.
 
-        The changes of rewriters apply (casts, names, what was left out).  No file is written; each storage is read
+        The changes of rewriters apply (casts, names, selections).  No file is written; each storage is read
         once, into torch's memory.
 
         Args:
@@ -294,7 +294,7 @@ def open(  # noqa: A001 - the name users expect
         FileAccessError: the file cannot be opened.
         FormatError: it is not a checkpoint, or damaged; or an archive of several, which the message names.
         SectionError: there is no such section.
-        MissingDependencyError: it is compressed with zstd, or is a URL of a kind, for which no package is installed.
+        MissingDependencyError: no package is installed for zstd compression, or for this kind of URL.
     """
     return CheckpointFile(
         *formats.read(path, section=section, tag=tag, tp_rules=tp_rules, ignore_checksums=ignore_checksums)
@@ -333,11 +333,11 @@ def save(
     tied: TiedPolicy = "alias",
     progress: Progress | None = None,
 ) -> Plan:
-    """Write values from memory with the guarantees of `CheckpointFile.save`: compared, and the old file or the new one.
+    """Write values from memory with the guarantees of `CheckpointFile.save`: bytes compared, no half file.
 
     Torch tensors on any device, numpy arrays, and entries of open checkpoints or parts of them may be mixed.  They are
     written without a second copy, and nobody may write to them in the meantime.  Shared memory is written once, and
-    ties are kept.  The same values give the same bytes. torch is not imported for arrays.
+    ties are kept.  The same values give the same bytes.  Arrays do not need torch.
 
     A ``.safetensors`` and shards store named tensors.  A ``.pth`` can also store a tree of dicts, lists, tuples, sets
     and plain values with tensors anywhere, such as ``{"model": model.state_dict(), "epoch": 3}``; arrays become

@@ -1,12 +1,12 @@
-"""Holds a written file against what it was written from: every node, name and byte.
+"""Compares a written file with its source: every node, name and byte.
 
 `check_output` opens the output with its own reader and compares, so that an error in the writer,
 the plan, the copying or the reader shows before the file gets its name.  The source's recorded
 checksums are checked as its bytes pass by.
 
-A source that is far is not fetched twice.  Each piece was read back from the output, and compared with the bytes that
-were read, or converted, as soon as it was written (`ckptkit.transfer.passing.Passed`); where the output's own reader
-finds a tensor, that must have been done with exactly those, and nothing been written since.
+A source on another machine is not fetched twice.  As soon as a piece was written, it was read back from the output and
+compared with the bytes that were read or converted (`ckptkit.transfer.passing.Passed`).  Where the output's own reader
+finds a tensor, exactly these bytes must have been compared, and nothing written since.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def check_output(
         path: the output; it is opened and read.
         compared: called as bytes are compared.
         passed: what passed by when it was written; ``None``: the source is read again.
-        values: whether to compare them; else only what is said of them: names, dtypes, shapes.
+        values: whether to compare them; otherwise only names, dtypes and shapes.
 
     Returns:
         Bytes of tensor data that were compared.
@@ -100,7 +100,7 @@ def _told(place: _At) -> str:
 
 
 class _Comparison:
-    """What has to be compared: collected first, so that several threads can share it; with places, which few need."""
+    """The pairs to compare: collected first, so that several threads can share them; with places, which few need."""
 
     def __init__(self, compared: Compared, passed: Passed | None = None) -> None:
         self._compared = compared
@@ -181,7 +181,7 @@ class _Comparison:
         self._require_sound(place, source, crc)
 
     def _same_as_passed(self, passed: Passed, place: _At, source: ByteSource, written: ByteSource) -> None:
-        """See that the output was compared when it was written; what was not, or not here, is read again."""
+        """Check that the output was compared when it was written; anything else is read again."""
         if source.nbytes != written.nbytes:
             raise _differs(place, min(source.nbytes, written.nbytes))
         for step in moved(0, source):
@@ -219,7 +219,7 @@ class _Comparison:
 
 
 def _known(passed: Passed, source: ByteSource | TensorEntry, written: ByteSource) -> int | None:
-    """As `Passed.same`, of what a reader gives for a range of a file, be it by way of a tensor in pieces."""
+    """As `Passed.same`, for a reader's range of a file, even inside a tensor in pieces."""
     steps = moved(0, written)
     lies_as_one = len(steps) == 1 and isinstance(steps[0], Copy) and steps[0].nbytes == written.nbytes
     return passed.same(source, steps[0].source.plain()) if lies_as_one else None
@@ -310,7 +310,7 @@ def _paired_storages(
 
     Args:
         roots: pairs of trees, each with its place.
-        lowered: what stands for the marker `STATE_DICT` in either.
+        lowered: the node in the place of the marker `STATE_DICT` in both.
 
     Raises:
         CorruptError: the trees differ in anything else.

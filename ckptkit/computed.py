@@ -1,9 +1,9 @@
-"""Bytes that are not in a file as they are wanted: compressed, of another dtype, computed from others, or in memory.
+"""Bytes that cannot be read from a file directly: compressed, of another dtype, computed from others, or in memory.
 
 The first three are made when they are asked for, and read like a `ckptkit.bytesource.ByteRange`.  A
 `DeflatedRange` is inflated once, into a temporary file without a name, one for all of a source.  A `ConvertedRange` is
-converted piece by piece as it is read, and a `DenseRange` is made block by block: `is_made` tells these two, of which
-nothing is kept, and `read_into` reads any.  `plain` gives of each a `ByteRange`.
+converted piece by piece as it is read, and a `DenseRange` is made block by block: `is_made` identifies these two, which
+keep nothing, and `read_into` reads any.  `plain` gives of each a `ByteRange`.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class Held(Source):
         path: what messages call it.
 
     Raises:
-        FileAccessError: they do not lie one behind the other.
+        FileAccessError: they are not consecutive.
     """
 
     __slots__ = ("_data",)
@@ -115,19 +115,19 @@ class Held(Source):
         return bytes(self._data[offset : offset + nbytes])
 
     def read_into(self, offset: int, buffer: bytearray | memoryview) -> None:
-        """As `Source.read_into`; no memory is taken for the bytes."""
+        """As `Source.read_into`, without allocating memory."""
         if self._closed or offset < 0 or offset + len(buffer) > self.size:
             self.read(offset, len(buffer))  # raises
         memoryview(buffer)[:] = self._data[offset : offset + len(buffer)]
 
     def close(self) -> None:
-        """As `Source.close`; whoever contains the bytes may resize them again."""
+        """As `Source.close`; the bytes may be resized again."""
         super().close()
         self._data.release()
 
 
 class _Computed:
-    """Bytes that are computed from others at most once, and only when they are asked for."""
+    """Bytes that are computed from others, at most once and only on request."""
 
     __slots__ = ("_lock", "_plain", "file", "name", "nbytes")
 
@@ -142,10 +142,10 @@ class _Computed:
         self._plain: ByteRange | None = None
 
     def plain(self) -> ByteRange:
-        """The bytes as they are wanted, in a temporary file that is closed with the file they came from.
+        """The decompressed or computed bytes, in a temporary file that is closed with the file they came from.
 
         Raises:
-            CorruptError: what they are made of is damaged.
+            CorruptError: the bytes they are made from are damaged.
             FileAccessError: the temporary file could not be written.
         """
         with self._lock:
@@ -222,11 +222,11 @@ class _ComputedRange:
 
     @property
     def file(self) -> Source:
-        """The file that contains what they are made of."""
+        """The file with the bytes they are computed from."""
         return self.whole.file
 
     def plain(self) -> ByteRange:
-        """The range as it is wanted, in a temporary file.
+        """The range, in a temporary file.
 
         Raises:
             CorruptError, FileAccessError: as `Inflation.plain`.
@@ -240,9 +240,10 @@ class _ComputedRange:
         return type(self)(self.whole, self.offset + start, nbytes)
 
 
-@dataclass(frozen=True, slots=True)
 class DeflatedRange(_ComputedRange):
     """``nbytes`` bytes at ``offset`` of what ``whole`` inflates to; read like a `ByteRange`."""
+
+    __slots__ = ()
 
     whole: Inflation
 
@@ -263,12 +264,12 @@ class Function(Protocol):
         ...
 
     def into(self, values: Buffer, out: bytearray | memoryview) -> None:
-        """The same into a buffer of the right size, so that no memory is taken for them."""
+        """The same into a buffer of the right size, without allocating memory."""
         ...
 
 
 class DTypeConversion(_Computed):
-    """Values that are converted to another dtype as they are read; nothing of them is kept.
+    """Values that are converted to another dtype as they are read; none are kept.
 
     Args:
         original: the values as they are in the file.
@@ -295,9 +296,10 @@ class DTypeConversion(_Computed):
         return ConvertedRange(self, 0, self.nbytes).chunks()
 
 
-@dataclass(frozen=True, slots=True)
 class ConvertedRange(_ComputedRange):
     """``nbytes`` bytes at ``offset`` of what ``whole`` converts to; read like a `ByteRange`."""
+
+    __slots__ = ()
 
     whole: DTypeConversion
 
@@ -337,7 +339,7 @@ class ConvertedRange(_ComputedRange):
 
 
 class DenseValues(_Computed):
-    """A tensor's values in C order, little-endian, that are made of other tensors' as they are asked for.
+    """A tensor's values in C order, little-endian, computed from other tensors' on request.
 
     They are made in blocks, of which each thread keeps the last: readers take pieces of any size.
 
@@ -345,7 +347,7 @@ class DenseValues(_Computed):
         function: gives the bytes of ``count`` elements from element ``first`` on; may be called from several threads.
         numel: how many elements there are.
         itemsize: bytes of one.
-        parts: the storages (`ckptkit.tensor.Storage`) that they are made of; at least one.
+        parts: the storages (`ckptkit.tensor.Storage`) that they are computed from; at least one.
         files: the sources that those are in.
         name: what the values are, for messages.
         block_nbytes: bytes of a block.
@@ -378,11 +380,11 @@ class DenseValues(_Computed):
         return DenseRange(self, 0, self.nbytes).chunks()
 
     def without_checksums(self) -> DenseValues:
-        """The same values, with no checksum recorded for what they are made of."""
+        """The same values, without the recorded checksums of their parts."""
         return self
 
     def copies(self, offset: int, nbytes: int) -> list[tuple[int, ByteRange]] | None:
-        """The bytes of a range as runs of files, each with where in it that begins; ``None``: they have to be made."""
+        """The bytes of a range as runs in files, each with its position there; ``None``: they have to be made."""
         del offset, nbytes
         return None
 
@@ -398,7 +400,7 @@ class DenseValues(_Computed):
         """The bytes of a block.
 
         Raises:
-            CorruptError: what they are made of is damaged.
+            CorruptError: the bytes they are made from are damaged.
         """
         kept: tuple[DenseValues, int, bytes] | None = getattr(_last, "block", None)
         if kept is None or kept[0] is not self or kept[1] != number:
@@ -412,9 +414,10 @@ class DenseValues(_Computed):
 _last = threading.local()
 
 
-@dataclass(frozen=True, slots=True)
 class DenseRange(_ComputedRange):
     """``nbytes`` bytes at ``offset`` of the values that ``whole`` makes; read like a `ByteRange`."""
+
+    __slots__ = ()
 
     whole: DenseValues
 
@@ -436,11 +439,11 @@ class DenseRange(_ComputedRange):
 
 
 ByteSource = ByteRange | DeflatedRange | ConvertedRange | DenseRange
-"""Where bytes lie: as they are, compressed, as values of another dtype, or as those that they are made of."""
+"""Where bytes are: stored unchanged, compressed, as values of another dtype, or in the parts they are computed from."""
 
 
 def is_made(source: ByteSource) -> TypeGuard[ConvertedRange | DenseRange]:
-    """Whether the bytes are made as they are read, and are nowhere."""
+    """Whether the bytes are made as they are read, and stored nowhere."""
     return isinstance(source, (ConvertedRange, DenseRange))
 
 

@@ -6,12 +6,11 @@ Computed from the common representation alone: no tensor byte is read, nothing i
 from __future__ import annotations
 
 import os
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from ckptkit.checkpoint import Checkpoint, StateDict, Storage, TensorEntry, shared_storages, tied_groups
 from ckptkit.dtypes import DTYPES
@@ -23,6 +22,7 @@ from ckptkit.normalize.sections import brief, step
 from ckptkit.normalize.selection import discarded_text, holding_suffix, other_parts, other_weights
 from ckptkit.normalize.shapes import are_data
 from ckptkit.normalize.tensors import FoundTensor, other_tensors
+from ckptkit.patterns import pattern
 from ckptkit.pickling.inert import Global, Object, mapping_items, walk
 from ckptkit.report import Finding, apart, convert_command, count_of, gravest_first, human_size, listed, share_of
 from ckptkit.shell import command_line
@@ -34,8 +34,7 @@ if TYPE_CHECKING:
 __all__ = ["DIAGNOSES", "Everything", "diagnose", "everything_in", "hostile_finding"]
 
 
-@dataclass(frozen=True, slots=True)
-class Everything:
+class Everything(NamedTuple):
     """Everything in a checkpoint that has bytes, found in one walk.
 
     Attributes:
@@ -58,7 +57,7 @@ class Everything:
 Diagnosis = Callable[[Checkpoint, Everything], Iterator[Finding]]
 
 _SAMPLED = 32
-"""Names by which a state_dict is told from what else has names and tensors."""
+"""Names that distinguish a state_dict from other mappings of names to tensors."""
 
 _SCALES = ("scale", "absmax", "SCB", "codebook", "Qidxs")
 """Of these one is in the names of every state_dict that has scales."""
@@ -108,7 +107,7 @@ def everything_in(
 
 
 def _may_be_quantized(state_dict: StateDict, names: str) -> bool:
-    """Whether it is worth looking: nearly all files have nothing of these dtypes, or under these names."""
+    """Whether to search at all: nearly all files have nothing with these dtypes or names."""
     if len(state_dict) != len(state_dict.everything):
         return True
     rows = [DTYPES[dtype] for dtype in {entry.dtype for entry in state_dict.values()}]
@@ -208,7 +207,7 @@ def _whole_model(checkpoint: Checkpoint, contents: Everything) -> Iterator[Findi
 
 
 def _weights(checkpoint: Checkpoint, *options: str) -> str | None:
-    """The command that writes the weights into what can hold them; ``None``: there are none."""
+    """The command that writes the weights into a container that can store them; ``None``: there are none."""
     state_dict = checkpoint.state_dict
     if not state_dict.everything:
         return None
@@ -226,8 +225,9 @@ def _prefix(checkpoint: Checkpoint, contents: Everything) -> Iterator[Finding]:
     carrying = [prefix for prefix in map(wrapper_of, names) if prefix]
     if not carrying or any(finding.code == "wrapped-model" for finding in checkpoint.findings):
         return
-    bare = Counter(map(unwrapped, names))
-    twice = next((name for name in names if bare[unwrapped(name)] > 1), None)
+    plain = [*map(unwrapped, names)]
+    bare = Counter(plain)
+    twice = next((name for name, each in zip(names, plain, strict=True) if bare[each] > 1), None)
     told = "" if twice is None else f"; it cannot be removed, because two would be called {unwrapped(twice)!r:.60}"
     yield Finding(
         code="module-prefix",
@@ -306,8 +306,8 @@ def _quantized(checkpoint: Checkpoint, contents: Everything) -> Iterator[Finding
         )
 
 
-_AVERAGED = re.compile(r"(?:^|[._])(?:ema|shadow|averaged?)(?:[._]|\d*$)")
-"""How the keys of averaged weights are told: ``ema``, ``model_ema``, ``params_ema``, ``ema_model.shadow``."""
+_AVERAGED = pattern(r"(?:^|[._])(?:ema|shadow|averaged?)(?:[._]|\d*$)")
+"""Keys that identify averaged weights: ``ema``, ``model_ema``, ``params_ema``, ``ema_model.shadow``."""
 
 
 def _averaged(checkpoint: Checkpoint, contents: Everything) -> Iterator[Finding]:
@@ -324,19 +324,19 @@ def _averaged(checkpoint: Checkpoint, contents: Everything) -> Iterator[Finding]
 
 
 _ELSEWHERE = (
-    (re.compile(r"pathlib\.(?:_local\.)?(?:PosixPath|WindowsPath)"), "paths of an operating system"),
-    (re.compile(r"numpy\._core\..+"), "arrays of numpy 2 or later"),
-    (re.compile(r"numpy\.core\..+"), "arrays of numpy before 2"),
+    (pattern(r"pathlib\.(?:_local\.)?(?:PosixPath|WindowsPath)"), "paths of an operating system"),
+    (pattern(r"numpy\._core\..+"), "arrays of numpy 2 or later"),
+    (pattern(r"numpy\.core\..+"), "arrays of numpy before 2"),
 )
-"""Names that load only on some systems or with some versions, and what they stand for."""
+"""Names that load only on some systems or with some versions, and their explanations."""
 
 
 def _elsewhere(checkpoint: Checkpoint, contents: Everything) -> Iterator[Finding]:
     names = _in_values(checkpoint, [use.name for use in checkpoint.globals])
     found = [
-        f"{what} ({next(name for name in names if pattern.fullmatch(name))})"
-        for pattern, what in _ELSEWHERE
-        if any(pattern.fullmatch(name) for name in names)
+        f"{what} ({next(name for name in names if known.fullmatch(name))})"
+        for known, what in _ELSEWHERE
+        if any(known.fullmatch(name) for name in names)
     ]
     if found:
         told = f"objects that load only on the system or with the versions they were saved with: {'; '.join(found)}"

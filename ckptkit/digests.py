@@ -10,28 +10,28 @@ Version 1, exactly, so that anybody can compute it with a SHA-256 and a JSON wri
   (no spaces, non-ASCII escaped as ``\uXXXX``) of ``[name,dtype,[sizes],digest]``:
   ``["fc.bias","float32",[10],"sha256:…"]``.
 - **Names** are those of the selected state_dict, each without wrappers (`ckptkit.normalize.modules`: leading
-  ``module`` and ``_orig_mod`` segments, and ``_orig_mod`` anywhere but last).  Where that would give two the same
-  name, all of the file's stay as they are.  A file without a selected state_dict has all its tensors, named by the
-  path of their section, a dot and their name in it.
+  ``module`` and ``_orig_mod`` segments, and ``_orig_mod`` anywhere but last).  If two would then have the same name,
+  all names of the file are used unchanged.  A file without a selected state_dict has all its tensors, named by the path
+  of their section, a dot and their name in it.
 - **Dtypes** are torch's names without ``torch.``.
 - A value of a state_dict that is **no plain tensor** (``_extra_state``, a quantized or sparse tensor) has a line
   too, at its place in the order, with its kind in place of a dtype and the tensors it consists of in place of
-  sizes: ``[name,kind,[[dtype,[sizes],digest],…],tree]``.  The kind is the qualified name of its class, or of the
-  function that makes it, or Python's name of a plain type; the tree is the digest of all that the value is made of,
-  as in a whole digest: scales, zero points, axes, sizes, numbers and text.  A tensor of a class of its own that has
-  attributes has their tree as a fifth value in its line.  Where there is a tree the first line is
-  ``ckptkit-content-2``.  Version 1 had ``null`` for each tree, and no fifth value; lock files that have it still hold.
+  sizes: ``[name,kind,[[dtype,[sizes],digest],…],tree]``.  The kind is the qualified name of its class, of the function
+  that makes it, or of its plain Python type; the tree is the digest of everything in the value, as in a whole digest:
+  scales, zero points, axes, sizes, numbers and text.  A tensor of a custom class with attributes has their tree as a
+  fifth value in its line.  Where there is a tree the first line is ``ckptkit-content-2``.  Version 1 had ``null`` for
+  each tree, and no fifth value; lock files that have it still hold.
 
 Order, wrappers, container, devices, strides, ties, requires_grad, module versions, metadata and everything beside the
 weights have no part in it.  A file without any tensor has no content digest.
 
-A **whole digest** is of everything in the file: every tensor wherever it lies, every value, key and class, calls that
-are made for their effect, ties, and the container's own metadata.  It is ``sha256:`` and the SHA-256 of
-``ckptkit-whole-1`` and one line for each of ``["tree",digest]``, ``["metadata",[[key,value],…]]`` and
-``["ties",[[name,…],…]]``.  A tree's digest is that of `tree_digest`.  What is saved again is the same: the order and
-names of records, their alignment and times, keys and sharing of storages, strides, byte order, devices, the pickle's
-protocol and memo, and the order of names of tensors do not count.  `ckptkit.differences` finds no difference between
-two files of one whole digest, with ``strict``.  Programs, and files with parts that are not read, have none.
+A **whole digest** covers everything in the file: every tensor wherever it is, every value, key and class, calls made
+for their effect, ties, and the container's own metadata.  It is ``sha256:`` and the SHA-256 of ``ckptkit-whole-1`` and
+one line for each of ``["tree",digest]``, ``["metadata",[[key,value],…]]`` and ``["ties",[[name,…],…]]``.  A tree's
+digest is that of `tree_digest`.  What is saved again is the same: the order and names of records, their alignment and
+times, keys and sharing of storages, strides, byte order, devices, the pickle's protocol and memo, and the order of
+names of tensors do not count.  `ckptkit.differences` finds no difference between two files of one whole digest, with
+``strict``.  Programs, and files with parts that are not read, have none.
 """
 
 from __future__ import annotations
@@ -79,12 +79,12 @@ class DigestLine:
 
     Attributes:
         name: without wrappers.
-        kind: the dtype, or what the value is that is not a plain tensor.
+        kind: the dtype, or what the value is if it is not a plain tensor.
         shape: the tensor's sizes; ``None``: it is not a plain tensor.
         digest: the tensor's; ``None``: it is not one.
-        parts: dtype, shape and digest of each tensor in a value that is none itself.
-        tree: the digest of all that such a value is made of, or of what hangs on a tensor of a class of its own;
-            ``None``: it is plain, or the line is one of version 1.
+        parts: dtype, shape and digest of each tensor in a value that is not a tensor itself.
+        tree: the digest of everything in such a value, or of the attributes of a tensor of a custom class; ``None``: it
+            is plain, or the line has version 1.
     """
 
     name: str
@@ -96,7 +96,7 @@ class DigestLine:
 
 
 def digest_text(digest: bytes) -> str:
-    """A SHA-256 as it is written: ``"sha256:…"``."""
+    """A SHA-256 in text form: ``"sha256:…"``."""
     return PREFIX + digest.hex()
 
 
@@ -164,14 +164,14 @@ def _whole(checkpoint: Checkpoint) -> tuple[object, object]:
 def tree_digest(root: object, values: Values, weights: object = STATE_DICT, *, flags: bool = True) -> str:
     """The digest of a tree: the same where `ckptkit.normalize.trees.SameContent` finds no difference.
 
-    A node's digest is the SHA-256 of its kind and what it is made of, each with its length: plain values as they are,
-    nodes by their digests.  Nodes that lead to each other are numbered in the order in which they are reached, and
-    digested together; how such a cycle is folded counts.
+    A node's digest is the SHA-256 of its kind and its parts, each with its length: plain values themselves, nodes by
+    their digests.  Nodes that refer to each other are numbered in the order in which they are reached, and digested
+    together; the way such a cycle is folded matters.
 
     Args:
         root: the tree; it may share nodes, contain cycles and be deep.
-        values: what tells tensors apart.
-        weights: what stands for the marker `STATE_DICT`.
+        values: the identity of tensors.
+        weights: the node in the place of the marker `STATE_DICT`.
         flags: as for `SameContent`.
     """
     done: dict[int, bytes] = {}
@@ -243,7 +243,7 @@ def _digest_group(first: object, group: set[int], rows: dict[int, list[object]],
 
 
 def _row(node: object, values: Values, flags: bool) -> list[object]:
-    """What makes up a node: its kind, plain values in a row as one text, others as they are."""
+    """The parts of a node: its kind, consecutive plain values as one text, others themselves."""
     pairs: list[tuple[object, object]] = []
     if isinstance(node, TensorEntry):
         told_flags = [getattr(node, name) for name in FLAGS] if flags else []
@@ -270,7 +270,7 @@ def _row(node: object, values: Values, flags: bool) -> list[object]:
 
 
 def value_kind(value: object) -> str:
-    """What a value is that is not a plain tensor: a class, or a function that makes it."""
+    """The kind of a value that is not a plain tensor: a class, or a function that makes it."""
     if isinstance(value, Object):
         return value.class_name
     if isinstance(value, Global):
@@ -281,6 +281,6 @@ def value_kind(value: object) -> str:
 
 
 def unwrapped_names(names: Sequence[str]) -> list[str]:
-    """The names without wrappers, in the same order; as they are, where two would become one."""
+    """The names without wrappers, in the same order; unchanged if two would be equal."""
     bare = [unwrapped_in_digests(name) for name in names]
     return bare if len(set(bare)) == len(bare) else list(names)

@@ -1,9 +1,9 @@
 """What people see: text from files that nothing acts upon, sizes, and what notebooks show.
 
 A notebook shows a block of HTML with a title, facts, a table and a tree that folds.  It is made of elements and inline
-styles that notebooks leave in: ``<details>`` folds without a script, and where styles are taken out (GitHub's view of a
-notebook) what is left is still an outline.  Text has the notebook's own color, so that it is readable on light and on
-dark; the few colors are of dots and bars, and what they say is beside them in words.
+styles that notebooks allow: ``<details>`` folds without a script, and without styles (as in GitHub's view of a
+notebook) an outline remains.  Text has the notebook's own color, so that it is readable on light and on dark; the few
+colors are of dots and bars, and what they say is beside them in words.
 
 No text of a file is markup, nothing is loaded, and nothing runs.  However much there is, a block stays small: cells,
 rows and lines are limited.

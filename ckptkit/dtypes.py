@@ -121,6 +121,6 @@ _CALLED = {
 
 
 def meant_dtype(given: str, known: Collection[str] = DTYPES) -> str:
-    """The end of a message about a dtype that is none: ``"; did you mean float16?"``, or nothing."""
+    """The end of a message about an unknown dtype: ``"; did you mean float16?"``, or nothing."""
     name = given.removeprefix("torch.")
     return did_you_mean(name, known, called={name: of for name, of in _CALLED.items() if of in known})

@@ -22,7 +22,7 @@ OLDEST_TORCH = (2, 1)
 _INSTALL = {package: f"pip install '.[{package}]'" for package in ("timm", "transformers")}
 _EXTRAS = {"zstandard": "zstd", "fsspec": "remote", "s3fs": "s3", "gcsfs": "gs", "adlfs": "az", "plotly": "report"}
 _INSTALL |= {package: f"pip install '.[{extra}]'" for package, extra in _EXTRAS.items()}
-"""Installs what is an extra of its own."""
+"""Installs an extra with its own name."""
 
 
 def require(package: str) -> None:

@@ -1,14 +1,14 @@
 """One command for all that the findings about a file advise.
 
-Each finding advises the conversion that it needs, by itself.  `combined_fix` puts them together; where two do not go
-together, these rules decide, and what is left out is told:
+Each finding advises the conversion that it needs, by itself.  `combined_fix` combines them; if two conflict, these
+rules decide, and it says what is left out:
 
 - A command that writes weights alone takes precedence over one that keeps everything: what it drops, the others advised
   to drop.
-- Weights are those that are selected; where none are, or another section is asked for, those of the most severe
-  finding. A section that is advised beside them, such as averaged weights, has a command of its own.
-- The weights go into the ``.safetensors`` that was advised, unless one of the commands needs a ``.pth``.  There are no
-  devices in a ``.safetensors``, so that nothing has to be moved to the CPU.
+- The weights are the selected ones; if none are selected, or another section is asked for, those of the most severe
+  finding. A section advised besides them, such as averaged weights, gets a separate command.
+- The weights go into the ``.safetensors`` that was advised, unless one of the commands needs a ``.pth``.  A
+  ``.safetensors`` has no devices, so nothing needs to be moved to the CPU.
 - Of two values for one option that takes one, the more severe finding's counts.
 """
 
@@ -69,7 +69,7 @@ class _Advice(NamedTuple):
 
     @property
     def is_named(self) -> bool:
-        """Whether what it writes is named after the source alone, and no number tells it from what others write."""
+        """Whether its output is named after the source alone, without a number against equal names."""
         stem = os.path.splitext(self.destination)[0]
         return not stem.rpartition("-")[2].isdigit()
 
@@ -89,8 +89,8 @@ def combined_fix(
     """The one conversion that does what all findings about a file advise; ``None``: none advises one.
 
     Args:
-        findings: of one file, most severe first, as they are told (`ckptkit.report.apart`).
-        beside: the keys of what the file holds beside its weights; ``None``: nobody knows.
+        findings: of one file, most severe first, as reported (`ckptkit.report.apart`).
+        beside: the keys of everything beside the file's weights; ``None``: unknown.
         is_model: whether the file is a pickled model, of which every conversion takes the weights.
         partly: codes of findings of which something is left after the conversion that they advise.
         needs: the flags that the weights of a section need beside, where the findings are of another.

@@ -6,13 +6,12 @@ far above what honest checkpoints need and far below what hurts.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 __all__ = ["DEFAULT_LIMITS", "Limits"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
+class Limits(NamedTuple):
     """Bounds for one read of one file."""
 
     pickle_nbytes: int = 128 << 20
@@ -55,7 +54,7 @@ class Limits:
     """How often nodes are referred to below one root: what is shared counts each time."""
 
     repeated_calls: int = 1000
-    """Calls that are written again since their arguments lead back to them.  CPython's own pickler recurses for each,
+    """Calls that are written again because their arguments lead back to them.  CPython's own pickler recurses for each,
     and stops before this many; without a bound the output grows with their square."""
 
     attribute_depth: int = 32
@@ -92,13 +91,13 @@ class Limits:
     bytes, in the text and in any string of it."""
 
     json_depth: int = 100
-    """Levels of a value in JSON that nobody reads; the Rust parser behind safetensors stops at 128."""
+    """Levels of a JSON value that nothing reads; the Rust parser in safetensors stops at 128."""
 
     source_nbytes: int = 64 << 20
     """Bytes of a program's source that are looked through; a model of 5,000 modules has about two million."""
 
     source_classes: int = 100_000
-    """Classes in it; every module of a program may have one of its own."""
+    """Classes in it; every module of a program may have its own."""
 
     index_nbytes: int = 64 << 20
     """Bytes of an index of shards.  100,000 tensors take about 12 MB."""
@@ -122,7 +121,7 @@ class Limits:
     thousands."""
 
     levels: int = 4
-    """Files inside one another that are processed: ``.tar.gz`` is two; archives can hold themselves."""
+    """How deep files inside one another are opened: ``.tar.gz`` is two; archives can hold themselves."""
 
     overlap: int = 64
     """How many times the bytes of its storage a view may have and still be processed: sliding windows of 64 still

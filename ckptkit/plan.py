@@ -109,7 +109,7 @@ def moved(target: int, source: ByteSource) -> list[Copy | Cast]:
 
 
 def _is_gathered(step: Step) -> bool:
-    """Whether what a step makes of others is their values in another order, as of a tensor in pieces."""
+    """Whether a step only puts values in another order, as for a tensor in pieces."""
     return isinstance(step, Cast) and isinstance(step.source, DenseRange) and step.source.whole.is_gathered
 
 
@@ -126,7 +126,7 @@ class IndexFile:
     metadata: Mapping[str, object]
 
     def to_bytes(self, names: Mapping[str, str] | None = None) -> bytes:
-        """The index as it is written; ``names`` gives shards other names than their own."""
+        """The index as written; ``names`` gives shards other names than their own."""
         shards = self.weight_map if names is None else {key: names[shard] for key, shard in self.weight_map.items()}
         document = {"metadata": dict(self.metadata), "weight_map": dict(shards)}
         return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass")

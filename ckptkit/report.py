@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, TypedDict, 
 
 from ckptkit.display import human_size, printable
 from ckptkit.errors import FailedReportError, RewriteError
+from ckptkit.patterns import pattern
 from ckptkit.shell import command_line, quoted, words_in
 
 if TYPE_CHECKING:
@@ -60,10 +61,10 @@ _MAX_ROWS = 20
 
 
 class FindingDocument(TypedDict):
-    """One thing worth telling.
+    """One fact worth reporting.
 
     Attributes:
-        code: stable, kebab-case; ``ckptkit explain CODE`` says more.
+        code: stable, in kebab-case; ``ckptkit explain CODE`` explains it.
         severity: ``"error"`` fails a report, ``"warning"`` and ``"info"`` do not.
         message: what, where, expected, found.
         fix: the command or option that fixes it.
@@ -91,10 +92,10 @@ class CombinedFix(TypedDict):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """One thing worth telling.
+    """One fact worth reporting.
 
     Attributes:
-        code: stable, kebab-case; ``ckptkit explain CODE`` says more.
+        code: stable, in kebab-case; ``ckptkit explain CODE`` explains it.
         severity: ``"error"`` fails a report, ``"warning"`` and ``"info"`` do not.
         message: what, where, expected, found.
         fix: the command or option that fixes it, or ``None``.
@@ -111,7 +112,7 @@ class Finding:
         return f"{self.code}: {self.message}" + (f" (fix: {self.fix})" if self.fix else "")
 
     def to_dict(self) -> FindingDocument:
-        """The finding as it is in JSON documents."""
+        """The finding for JSON documents."""
         return {"code": self.code, "severity": self.severity, "message": self.message, "fix": self.fix}
 
 
@@ -137,11 +138,11 @@ def worst(findings: Iterable[Finding]) -> Severity | None:
 class Report(Generic[_Document]):
     """The outcome of a command: its findings and its figures.
 
-    To type checkers it is generic in its document: ``Report[ckptkit.ConvertDocument]`` is what `ckptkit.convert` gives.
+    For type checkers it is generic in its document: `ckptkit.convert` returns ``Report[ckptkit.ConvertDocument]``.
 
     Attributes:
         findings: everything found, in the order it was found.
-        details: the command's own figures, as they are in its JSON document.
+        details: the command's own figures, for its JSON document.
     """
 
     findings: tuple[Finding, ...] = ()
@@ -171,7 +172,7 @@ class Report(Generic[_Document]):
         return html_block(repr(self)[1:-1], lines, headers if rows else (), rows, left_out, state=state)
 
     def raise_if_failed(self) -> None:
-        """Raise when the report is not ok.
+        """Raise if the report is not ok.
 
         Raises:
             FailedReportError: its message lists every finding of severity ``"error"``, with its fix.
@@ -238,9 +239,9 @@ def convert_command(
 ) -> str:
     """The command that rewrites ``path`` with these options, ready to be pasted into a shell.
 
-    The destination is named after the source, beside it or the archive it is in (here, where it is a URL), and is none
-    of ``taken`` and nothing that is there; ``is_clean`` says so in its name, which has it anyway where only that tells
-    it from the source.  What is neither a file nor standard input is called FILE.
+    The destination is named after the source, beside it or its archive (in the working directory for a URL), and is not
+    in ``taken`` and does not exist; ``is_clean`` says so in its name, which has it anyway if only that distinguishes it
+    from the source.  What is neither a file nor standard input is called FILE.
     """
     from itertools import chain, count
 
@@ -304,7 +305,7 @@ def apart(findings: Iterable[_Finding], given: Sequence[str] = ()) -> Iterator[_
 
 
 def glob_of(name: str, before: str = "") -> str:
-    """A pattern that matches a name, ready to be pasted into a shell; ``?`` stands for what cannot be typed.
+    """A pattern that matches a name, ready to be pasted into a shell; ``?`` replaces characters that cannot be typed.
 
     ``before`` is a pattern of what is before it: ``"*"``.
     """
@@ -370,7 +371,7 @@ def listed(
     return f"{between.join(shown[:-1])}{last}{shown[-1]}"
 
 
-_SIZE = re.compile(r"([0-9]{1,19})(\.[0-9]{1,19})? ?(?:([kmgt])(?:(i)b|b?)|b)?", re.ASCII | re.IGNORECASE)
+_SIZE = pattern(r"([0-9]{1,19})(\.[0-9]{1,19})? ?(?:([kmgt])(?:(i)b|b?)|b)?", re.ASCII | re.IGNORECASE)
 _LARGEST = (1 << 63) - 1
 
 
@@ -394,7 +395,7 @@ def parse_size(text: str) -> int:
 
 
 class Explanation(NamedTuple):
-    """The text behind a code."""
+    """The text of a code."""
 
     title: str
     """What was seen, in a line."""

@@ -24,7 +24,7 @@ __all__ = ["Shell", "at_hand", "command_line", "mkdir_command", "named", "quoted
 Shell = Literal["posix", "cmd", "powershell"]
 
 _QUOTES = "'\u2018\u2019\u201a\u201b"
-"""What PowerShell takes for a single quote."""
+"""The characters that PowerShell treats as a single quote."""
 
 
 def named(system: str, environment: Mapping[str, str]) -> Shell:
@@ -50,7 +50,7 @@ def at_hand() -> Shell:
 
 
 def quoted(word: str, shell: Shell | None = None) -> str:
-    """A word as it is typed.
+    """A word as typed.
 
     Args:
         word: what the program is to be given.
@@ -58,9 +58,8 @@ def quoted(word: str, shell: Shell | None = None) -> str:
     """
     shell = shell or at_hand()
     if shell == "posix":
-        import shlex  # most commands quote nothing, and start faster without
-
-        return shlex.quote(word)
+        is_plain = re.fullmatch(r"[\w@%+=:,./-]+", word, re.ASCII)  # what shlex.quote does, whose import takes long
+        return word if is_plain else "'" + word.replace("'", "'\"'\"'") + "'"
     if shell == "powershell":
         is_plain = re.fullmatch(r"[\w\\/.:*?\[\]=+-]+", word, re.ASCII)
         if is_plain and not re.match(r"-[^-].*[.:]", word):  # of -a.b it makes two words
@@ -81,7 +80,9 @@ def words_in(line: str, shell: Shell | None = None) -> list[str]:
     """The words of a command line that `command_line` made."""
     shell = shell or at_hand()
     if shell == "posix":
-        import shlex
+        if not {"'", '"', "\\"}.intersection(line):
+            return line.split()
+        import shlex  # most lines quote nothing, and are taken apart sooner without
 
         return shlex.split(line)
     if shell == "powershell":

@@ -1,6 +1,6 @@
 """Statistics of a tensor's values, streamed: the one thing `inspect` reads tensor bytes for.
 
-`NonFinite` counts NaN and Inf alone, in bytes that somebody else reads.
+`NonFinite` counts only NaN and Inf, in bytes that the caller reads.
 """
 
 from __future__ import annotations

@@ -66,7 +66,7 @@ class Storage:
 
     @property
     def originals(self) -> tuple[Storage, ...]:
-        """The storages of the file that these bytes are, are cut or converted from, or are made of."""
+        """The storages in the file that these bytes are, or are cut, converted or computed from."""
         whole = self.original or self
         if isinstance(whole.source, DenseRange):
             return tuple(
@@ -216,8 +216,8 @@ class TensorEntry:
         """The values, read from the file.
 
         Only the bytes between the first and the last element are read, in several reads if they are far apart. bfloat16
-        and the 8-bit types are those of the package ``ml_dtypes``.  Conjugated and negated values are computed.  If a
-        whole storage is read and the file has its checksum, the checksum is checked.
+        and the 8-bit types are those of the package ``ml_dtypes``.  Conjugated and negated values are computed.  A
+        checksum in the file is checked if its whole storage is read.
 
         Returns:
             A writable array with its own memory in this machine's byte order; its strides are those of the file if
@@ -365,7 +365,7 @@ tensor_of = made_by_position(TensorEntry)
 
 
 def as_tensor(node: TensorEntry | Storage, *, typed: bool = False) -> TensorEntry:
-    """A bare storage as the tensor of its bytes, or of elements of the type that it declares; a tensor as it is."""
+    """A bare storage as the tensor of its bytes, or of elements of the type that it declares; a tensor unchanged."""
     if isinstance(node, TensorEntry):
         return node
     dtype = (node.dtype if typed else None) or "uint8"

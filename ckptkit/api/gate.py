@@ -140,8 +140,8 @@ def check(
 
     Returns:
         A report whose findings name path, rule, expected and found, and whose ``passed_over`` counts the files that are
-        not checkpoints, by kind.  It includes what could not be read or checked; ``exit_code`` is that of ``ckptkit
-        check``.
+        not checkpoints, by kind.  It includes files that could not be read or checked; ``exit_code`` is that of
+        ``ckptkit check``.
 
     Raises:
         VerifyError: a policy has an invalid value, or there is nothing to check.

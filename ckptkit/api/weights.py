@@ -84,8 +84,9 @@ def load_state_dict(f: Readable, **options: Unpack[LoadKeywords]) -> OrderedDict
     returns; a tensor of a subclass with its own bytes becomes a plain tensor, and in a file without torch tensors,
     named arrays are the weights, as tensors.  Unlike torch, ckptkit checks indices, offsets, axes and sizes first.
 
-    Selections, new names and casts are those that `convert` would write.  A ``.pth`` is copied and its recorded
-    checksums are checked; a ``.safetensors`` is mapped.  To a CUDA device, bytes go from the file in pieces.
+    The weights are those that `convert` would write with the same selections, names and casts.  A ``.pth`` is copied
+    and its recorded checksums are checked; a ``.safetensors`` is mapped.  To a CUDA device, bytes go from the file in
+    pieces.
 
     Args:
         f: the file, or anything else that can be read; see `open`.

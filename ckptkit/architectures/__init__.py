@@ -1,19 +1,19 @@
 """Which known model has these names and shapes: `identify`, without torch.
 
-Shipped indexes of torchvision's and timm's models (`ckptkit.architectures.index`) hold digests of names and
-shapes, and the dimensions an argument decides, so that a model with another number of classes is found like the
-original, and the number with it.  Where none fits, sketches tell the closest.
+Shipped indexes of torchvision's and timm's models (`ckptkit.architectures.index`) contain digests of names and shapes,
+and the dimensions that an argument decides, so a model with another number of classes is identified like the original,
+together with that number.  If none fits, sketches find the most similar ones.
 
-A hint, never proof: nothing in the tensors' values is looked at, and models that compute differently may have
-the same names and shapes (``resnet18`` and ``quantized_resnet18`` before it is quantized).
+This is a hint, never proof: tensors' values are not read, and models that compute differently may have the same names
+and shapes (``resnet18`` and ``quantized_resnet18`` before it is quantized).
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Literal
+from itertools import chain
+from typing import Literal, NamedTuple
 
 from ckptkit.architectures.index import (
     LIBRARIES,
@@ -49,16 +49,16 @@ _MAX_LEVELS = 4
 """Prefixes in prefixes that are tried: ``model.encoder.backbone.``."""
 
 _MAX_ALIKE = 12
-"""Architectures told where more fit."""
+"""Architectures that are listed if more fit."""
 
 _MAX_CLOSEST = 3
-"""Architectures told where none fits."""
+"""Architectures that are listed if none fits."""
 
 _MAX_CANDIDATES = 12
 """Rows whose sketches are compared, of those that have most in common with the file."""
 
 _MIN_SIMILARITY = 0.3
-"""Below, nothing is said."""
+"""Below this, nothing is reported."""
 
 _BELOW_ONE = 0.99
 """What does not fit is not altogether alike, whatever the estimate."""
@@ -72,8 +72,7 @@ _SAID: Mapping[Deviation, str] = {
 }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Architecture:
+class Architecture(NamedTuple):
     """A known model that a state_dict is of, or is like.
 
     Attributes:
@@ -90,11 +89,11 @@ class Architecture:
     reference: str
     args: Mapping[str, object]
     exact: bool
-    similarity: float = 1.0
-    prefix: str = ""
-    others: int = 0
-    differs: Deviation | None = None
-    defaults: Mapping[str, int] = field(default_factory=dict)
+    similarity: float
+    prefix: str
+    others: int
+    differs: Deviation | None
+    defaults: Mapping[str, int]
 
     @property
     def label(self) -> str:
@@ -112,8 +111,7 @@ class Architecture:
         return ", ".join(parts)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _View:
+class _View(NamedTuple):
     """Names under a prefix, without it, sorted."""
 
     prefix: str
@@ -122,10 +120,11 @@ class _View:
 
 
 def identify(state_dict: StateDict) -> tuple[Architecture, ...]:
-    """The architectures whose names and shapes these are, best first; where there are none, the closest.
+    """The architectures with these names and shapes, best first; if there are none, the most similar.
 
-    Of those that fit alike, torchvision's come before timm's, models before their quantizable twins, and within
-    a library those that need fewer arguments are told alone.  Nothing is said of a few tensors, or of very many.
+    If several fit equally well, torchvision's come before timm's and models before their quantizable twins, and within
+    a library only those that need the fewest arguments are listed.  Nothing is reported for a few tensors, or for very
+    many.
 
     Args:
         state_dict: the weights; dtypes and values do not matter.
@@ -224,7 +223,7 @@ def _architecture(
 
 
 def _closest(views: list[_View]) -> tuple[Architecture, ...]:
-    """The models with most in common with any of the views, the same names and shapes told once.
+    """The models with most in common with any of the views, once for the same names and shapes.
 
     A model that has all but the head in common, or every name, is its own answer: what has less is left out.
     """
@@ -254,13 +253,15 @@ def _candidates(views: list[_View]) -> list[tuple[float, _View, str, int, Row]]:
     Similarity, view, library, the row's number, the row.
     """
     found = []
-    for view in views:
-        if len(view.shapes) > _MAX_SKETCHED:
-            continue
-        hashes, digest = sketch(view.shapes), names_digest(view.shapes)
+    sketched = [(view, sketch(view.shapes)) for view in views if len(view.shapes) <= _MAX_SKETCHED]
+    every = [*chain.from_iterable(hashes for _, hashes in sketched)]
+    known = {library: load(library).known(every) for library in LIBRARIES if sketched}
+    for view, hashes in sketched:
+        digest = names_digest(view.shapes)
         for library in LIBRARIES:
             index = load(library)
-            shared = sorted(index.sharing(hashes).items(), key=lambda item: (-item[1], item[0]))
+            sharing = index.sharing(known[library].intersection(hashes))
+            shared = sorted(sharing.items(), key=lambda item: (-item[1], item[0]))
             rows = {number: index.row(number) for number, _ in shared[:_MAX_CANDIDATES]}
             rows.update(index.having("names", digest))
             found += [(similarity(hashes, index.sketch(n)), view, library, n, rows[n]) for n in sorted(rows)]

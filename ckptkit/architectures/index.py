@@ -34,16 +34,15 @@ from __future__ import annotations
 
 import binascii
 import json
+import os
 import sys
 import zlib
 from array import array
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache
 from itertools import compress, count
 from math import isqrt
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 __all__ = [
     "LIBRARIES",
@@ -104,7 +103,7 @@ def shapes_digest(shapes: Sequence[tuple[int, ...]], masked: Collection[Dimensio
 
 
 def sketch(shapes: Shapes) -> list[int]:
-    """The smallest hashes, in ascending order; fewer than `SKETCH` where there are fewer tensors.  None is 0."""
+    """The smallest hashes other than 0, in ascending order; fewer than `SKETCH` if there are fewer tensors."""
     hashes = {zlib.crc32(f"{n} {s}".encode("utf-8", "surrogatepass")) * _MIX & 0xFFFFFFFF for n, s in shapes.items()}
     return sorted(hashes - {0})[:SKETCH]
 
@@ -127,8 +126,7 @@ _MAX_ARGUMENT = 1 << 31
 """No model has so many classes, or so large images."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Free:
+class Free(NamedTuple):
     """An argument that decides dimensions.
 
     Attributes:
@@ -157,8 +155,7 @@ class Free:
         return value
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
+class Row(NamedTuple):
     """A line of the index; see the module's docstring."""
 
     name: str
@@ -195,10 +192,11 @@ class Row:
 class ArchitectureIndex:
     """One library's models.  Only the lines that are asked for are parsed."""
 
-    def __init__(self, library: str, folder: Path | None = None) -> None:
+    def __init__(self, library: str, folder: str | os.PathLike[str] | None = None) -> None:
         self.library = library
-        self._folder = folder or Path(__file__).parent
-        self._text = (self._folder / f"{library}.jsonl").read_text(encoding="utf-8")
+        self._path = os.path.join(folder or os.path.dirname(__file__), library)
+        with open(f"{self._path}.jsonl", encoding="utf-8") as lines:  # noqa: PTH123 - ours; pathlib takes long to import
+            self._text = lines.read()
         self._lines: list[str] | None = None
         self._sketches: array[int] | None = None
 
@@ -217,11 +215,15 @@ class ArchitectureIndex:
         """The row of this number."""
         return _row(json.loads(self._all_lines()[number]))
 
-    def sharing(self, hashes: Sequence[int]) -> dict[int, int]:
+    def known(self, hashes: Iterable[int]) -> set[int]:
+        """Those of these hashes that any row's sketch has; few models have any, and `sharing` takes longer."""
+        return {*hashes}.intersection(self._all_sketches())
+
+    def sharing(self, hashes: Collection[int]) -> dict[int, int]:
         """How many of these hashes each row's sketch has, for rows that have any."""
         sketches = self._all_sketches()
         result: dict[int, int] = {}
-        for place in compress(count(), map({*hashes}.__contains__, sketches)):
+        for place in compress(count(), map({*hashes}.__contains__, sketches)) if hashes else ():
             result[place // SKETCH] = result.get(place // SKETCH, 0) + 1
         return result
 
@@ -236,8 +238,8 @@ class ArchitectureIndex:
 
     def _all_sketches(self) -> array[int]:
         if self._sketches is None:
-            lines = (self._folder / f"{self.library}.sketches").read_bytes()
-            self._sketches = array("I", binascii.a2b_base64(lines))
+            with open(f"{self._path}.sketches", "rb") as lines:  # noqa: PTH123 - the same
+                self._sketches = array("I", binascii.a2b_base64(lines.read()))
             if sys.byteorder == "big":
                 self._sketches.byteswap()
         return self._sketches

@@ -1,9 +1,9 @@
-"""Where bytes lie: sources that are read by position, and ranges of them.
+"""Sources of bytes that are read by position, and ranges of them.
 
-Tensors are addresses, not data.  A `Source` is whatever contains a file's bytes: a local file (`SourceFile`), bytes in
-memory, and whatever else a module of its own makes one.  A `ByteRange` says where in a source some bytes lie.  Nothing
-here moves a file position, so ranges can be read from several threads.  Bytes that are not in a source as they are
-wanted are in `ckptkit.computed`.
+Tensors are addresses, not data.  A `Source` gives access to a file's bytes: a local file (`SourceFile`), bytes in
+memory, and other kinds that have their own modules.  A `ByteRange` is the place of some bytes in a source.  Nothing
+here moves a file position, so several threads can read ranges.  `ckptkit.computed` has bytes that must be made before
+they can be read.
 """
 
 from ckptkit.bytesource.local import SourceFile, fill_from, flush_to_disk, read_at, spool_room, write_at

@@ -15,7 +15,7 @@ from ckptkit.errors import CorruptError, FileAccessError, MissingFileError
 __all__ = ["SourceFile", "fill_from", "flush_to_disk", "read_at", "spool_room", "write_at"]
 
 _PAGE = 4096
-"""What is made of a file begins at a multiple of this in its spool, so that it can be mapped."""
+"""Data made from a file begins at a multiple of this in its spool, so that it can be mapped."""
 
 _position = threading.Lock()
 """Held while a file's own position is used, on systems without positioned reads and writes."""
@@ -56,10 +56,10 @@ def fill_from(fd: int, buffer: bytearray | memoryview, offset: int) -> int:
 
 
 def flush_to_disk(fd: int) -> None:
-    """Wait until what was written to a file, or to a folder, is on the disk.
+    """Wait until everything written to a file or folder is on the disk.
 
-    macOS's ``fsync`` leaves it in the disk's own memory; ``F_FULLFSYNC`` does not (fcntl(2) there), where there is such
-    a thing: not on a network's disk.
+    macOS's ``fsync`` leaves it in the disk's own memory; ``F_FULLFSYNC`` does not (fcntl(2) there), but network disks
+    do not support it.
 
     Raises:
         OSError: it is not.
@@ -129,7 +129,7 @@ class SourceFile(Source):
 
     @classmethod
     def of_descriptor(cls, fd: int, path: str) -> SourceFile:
-        """An open file that needs no name of its own; ``path`` is what messages say.
+        """An open file that needs no name of its own; messages use ``path``.
 
         Raises:
             OSError: the descriptor is not open.
@@ -183,7 +183,7 @@ class SourceFile(Source):
         return data
 
     def read_into(self, offset: int, buffer: bytearray | memoryview) -> None:
-        """As `Source.read_into`; no memory is taken for the bytes."""
+        """As `Source.read_into`, without allocating memory."""
         if not hasattr(os, "preadv"):
             super().read_into(offset, buffer)
             return
@@ -231,7 +231,7 @@ def _stamp(status: os.stat_result) -> tuple[int, int, int, int]:
 
 
 class _Spool(SourceFile):
-    """A temporary file without a name: it grows, and nobody else writes to it."""
+    """A growing temporary file without a name, which nothing else writes to."""
 
     __slots__ = ()
 
@@ -241,7 +241,7 @@ class _Spool(SourceFile):
 
 
 def spool_room(source: Source, nbytes: int) -> tuple[int, ByteRange]:
-    """Room for so many bytes that are made of a source's, in its one temporary file, which is closed with it.
+    """Space for bytes that are made from a source's, in its one temporary file, which is closed with it.
 
     Returns:
         The temporary file's descriptor, to write them with, and where in it they are to lie.

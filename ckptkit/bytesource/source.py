@@ -1,4 +1,4 @@
-"""What contains bytes that are read by position, and ranges of them."""
+"""Sources of bytes that are read by position, and ranges of them."""
 
 from __future__ import annotations
 
@@ -39,18 +39,18 @@ _Record = TypeVar("_Record")
 
 
 class _Pace:
-    """How far this process is with what a command asks of it: numbers, which nobody reads where nobody watches.
+    """How far this process is with a command: numbers for whoever watches.
 
     Attributes:
-        read: bytes that were read of files on this machine since something was expected.
-        arrived: bytes that servers gave.
-        total: bytes to go through; 0: nobody knows.
-        finished: bytes of the files that are done with.
-        files, done: how many files there are to deal with, and how many are done with; 0: nobody knows.
-        looked: files that were looked at to see what they are.
-        stage: what is done now, in words.
-        began: when that, or what is expected, began (`time.monotonic`).
-        tell: called when one of these has changed; ``None``: nobody watches.
+        read: bytes read from files on this machine since something was expected.
+        arrived: bytes that servers sent.
+        total: bytes to process; 0: unknown.
+        finished: bytes of the files that are done.
+        files, done: how many files there are to process, and how many are done; 0: unknown.
+        looked: files that were opened to see what they are.
+        stage: the current step, in words.
+        began: when that step, or the expected work, began (`time.monotonic`).
+        tell: called when one of these changes; ``None``: nobody watches.
     """
 
     __slots__ = ("arrived", "began", "done", "files", "finished", "looked", "read", "stage", "tell", "total")
@@ -60,24 +60,24 @@ class _Pace:
         self.watch(None)
 
     def watch(self, tell: Callable[[], object] | None) -> None:
-        """From here on this is called when something has changed; all begins again."""
+        """Call this whenever something changes from now on; all numbers start again."""
         self.read = self.arrived = self.total = self.finished = self.files = self.done = self.looked = 0
         self.stage, self.began, self.tell = "", time.monotonic(), tell
 
     def expect(self, files: int, nbytes: int) -> None:
-        """So many files are to be dealt with, of so many bytes in all (0: nobody knows)."""
+        """Expect so many files, with so many bytes in total (0: unknown)."""
         self.files, self.total, self.began = files, nbytes, time.monotonic()
         self.read = self.finished = self.done = 0
 
     def enter(self, stage: str, nbytes: int = 0) -> None:
-        """Something else begins, of what is one step for whoever deals with several files; so many bytes are read."""
+        """A new step begins, within one file if there are several; it reads so many bytes."""
         if self.tell is not None and not self.files:
             self.expect(0, nbytes)
             self.stage = stage
             self.tell()
 
     def finish(self, nbytes: int) -> None:
-        """A file of so many bytes is done with."""
+        """A file of so many bytes is done."""
         if self.tell is not None:
             self.finished += nbytes
             self.done += 1
@@ -90,7 +90,7 @@ class _Pace:
             self.tell()
 
     def arrive(self, nbytes: int) -> None:
-        """A server gave so many bytes."""
+        """A server sent so many bytes."""
         self.arrived += nbytes
         if self.tell is not None:
             self.tell()
@@ -101,7 +101,7 @@ pace = _Pace()
 
 
 class Source:
-    """What contains the bytes of a file, read by position, from several threads at once.
+    """The bytes of a file, read by position, from several threads at once.
 
     All else reads through this protocol, so that a source of another kind is one subclass in one module.  It says how
     some bytes are got (`_some`); whether it can have changed (`stamp`) and what is beside it (`sibling`), where
@@ -116,7 +116,7 @@ class Source:
         path, size, identity: as above.
         parts: the sources that belong to this one (shards to their index) and are closed with it, by the names that it
             calls them by.
-        spool: the temporary file of what is made of its bytes (`ckptkit.bytesource.local.spool_room`), closed with it.
+        spool: the temporary file for data made from its bytes (`ckptkit.bytesource.local.spool_room`), closed with it.
     """
 
     is_far = False
@@ -221,7 +221,7 @@ class Source:
             piece[:] = self.read(offset + start, len(piece))
 
     def views(self, offset: int, nbytes: int) -> Iterator[bytes | memoryview]:
-        """The bytes from position ``offset`` on, in pieces of any size: as they are at hand, where they are.
+        """The bytes from position ``offset`` on, in pieces of any size, without a copy if possible.
 
         Raises:
             As `read`.
@@ -263,11 +263,11 @@ class Source:
     ) -> None:
         """These ranges, offset and size in bytes of each, are about to be read, in about this order.
 
-        A source that is far fetches them ahead of whoever reads; others need no word.  What is read beside them, or out
-        of order, is read as ever.
+        A source on another machine fetches them ahead of the reader; others ignore this.  What is read beside them, or
+        out of order, is read as ever.
 
         Args:
-            areas: the ranges; they take the place of those that were told before.
+            areas: the ranges; they replace those announced before.
             passing: called by a source that is far with where a run of bytes begins and the bytes, as they come: each
                 once, from several threads, in about their order.
         """
@@ -393,7 +393,7 @@ class ByteRange:
             yield self.read(start, min(chunk_nbytes, self.nbytes - start))
 
     def plain(self) -> ByteRange:
-        """This range, as it is; what `ckptkit.computed` holds has to be made first."""
+        """This range itself; `ckptkit.computed` has ranges that must be made first."""
         return self
 
 
@@ -422,7 +422,7 @@ _TRIPS = 16
 
 
 given_up: ContextVar[threading.Event | None] = ContextVar("ckptkit_given_up", default=None)
-"""Set once nobody wants any more what this thread reads: an interrupt is heard by the main thread alone."""
+"""Set once nobody needs the result of this thread any more: only the main thread receives an interrupt."""
 
 
 def require_wanted() -> None:
@@ -437,7 +437,7 @@ def require_wanted() -> None:
 
 
 def at_once(trips: Sequence[Callable[[], _Record]]) -> list[_Record]:
-    """Make trips to other machines at the same time, and give what comes of them.
+    """Make requests to other machines at the same time, and return their results.
 
     Raises:
         Exception: the first error of them, in their order, once all are back.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +14,7 @@ from ckptkit.inspection import surveyed
 from ckptkit.inspection.listing import each_kind, where
 from ckptkit.normalize.adapters import adapter_text
 from ckptkit.normalize.selection import EMBEDDINGS, KEY, earlier
+from ckptkit.patterns import pattern
 from ckptkit.report import count_of, human_size, listed
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ _WIDEST = (
 )  # fmt: skip
 """What takes most of the fields of a file on one line, so that those of several are below one another."""
 
-_WORD = re.compile(r"[a-z]+")
+_WORD = pattern(r"[a-z]+")
 _PROGRESS = frozenset({"epoch", "step", "iter", "iteration", "updates"})
 """Words in the names of values that say how far training had come; ``epochs`` and ``steps`` are settings."""
 

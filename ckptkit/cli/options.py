@@ -163,7 +163,8 @@ def common_options(
         format_option: what is special about its ``--format``.
     """
     text, *others = renderers
-    format_option = {"type": Choice([text, "json", *others]), "default": text, "help": "Output.", **format_option}
+    kinds = Choice([text, "json", *others])
+    format_option = {"type": kinds, "default": text, "help": "Output format.", **format_option}
 
     def decorated(function: F) -> F:
         @functools.wraps(function)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from heapq import nlargest
 from typing import TYPE_CHECKING, Literal
 
 from ckptkit.cli.options import Style, View, printable
@@ -129,6 +128,8 @@ def _tensor_note(dtype: str, shape: str, tied_to: str | None) -> Cell:
 
 def _largest(rows: Sequence[TensorRow], most: int) -> list[TensorRow]:
     """So many of the tensors that take most bytes, of those with several names the first."""
+    from heapq import nlargest  # the tree is shown sooner without
+
     return nlargest(most, (row for row in rows if row.tied_to is None), key=lambda row: row.nbytes) or [*rows[:1]]
 
 

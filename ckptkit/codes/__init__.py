@@ -1,9 +1,9 @@
-"""What ``ckptkit explain`` tells: every finding code, what it means and how to fix it; and topics.
+"""What ``ckptkit explain`` shows: topics, and every finding code with its meaning and how to fix it.
 
 Codes are stable: scripts match on them.  They are listed with the commands that report them.
 
-A topic is a markdown file in ``topics`` of at most 60 lines, which anybody can read as it is.  Its first line is
-``# NAME: TITLE``.  Its prose keeps to 80 columns; a comment ``<!-- table: NAME -->`` is where a table stands that is
+A topic is a markdown file in ``topics`` of at most 60 lines, which is readable as plain text.  Its first line is
+``# NAME: TITLE``.  Its prose keeps to 80 columns; a comment ``<!-- table: NAME -->`` marks the place of a table that is
 made from the code.  The commands in it run in the tests, in a clone, after the README's first.
 """
 

@@ -9,8 +9,8 @@ __all__ = ["CHECKS", "CONVERSION", "DIFFERENCES"]
 CONVERSION: dict[str, Explanation] = {
     "left-out": Explanation(
         "parts of the source that are not in the output",
-        "What was stored beside the weights (optimizer, scheduler, epoch, arguments) and was left out on request, "
-        "or, for a program, everything but its weights. Training cannot be resumed from the output alone.",
+        "These were stored beside the weights (optimizer, scheduler, epoch, arguments) and left out on request; from "
+        "a program, only the weights are written. Training cannot be resumed from the output alone.",
         "Write a .pth without --weights-only and --leave-out to keep them.",
     ),
     "weights-left-out": Explanation(
@@ -190,7 +190,7 @@ DIFFERENCES: dict[str, Explanation] = {
     "not-compared": Explanation(
         "something could not be compared",
         "A tensor is a view of far more elements than are stored, or has a type whose values cannot be computed, or "
-        "an object is too large to go through. What could not be compared does not count as equal.",
+        "an object is too large to compare. What could not be compared does not count as equal.",
         "Look at it with ckptkit inspect in both files, or select other weights with --section.",
     ),
     "nan-appeared": Explanation(
@@ -319,8 +319,8 @@ CHECKS: dict[str, Explanation] = {
     ),
     "worker-version": Explanation(
         "a worker has another version of ckptkit",
-        "With executor=, the work is done where the executor's workers are. Another version might find something "
-        "else than this one would, so its results are not used.",
+        "With executor=, the work is done where the executor's workers are. Another version might find "
+        "something different, so its results are not used.",
         "Install the same version of ckptkit for all workers.",
     ),
     "worker-failed": Explanation(

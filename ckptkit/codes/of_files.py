@@ -352,7 +352,7 @@ CODES: dict[str, Explanation] = {
         "ckptkit check FOLDER compares them all; convert, verify, diff and load do so before they begin.",
     ),
     "step-chosen": Explanation(
-        "the folder holds several steps, and one was chosen",
+        "the folder contains several steps, and one was chosen",
         "DeepSpeed and Megatron write the name of the last step into a file beside the steps (latest, "
         "latest_checkpointed_iteration.txt). Giving a folder with such a file means that step.",
         "--tag NAME chooses another.",

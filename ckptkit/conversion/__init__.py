@@ -1,17 +1,17 @@
 """One conversion, from its options to the output: `run`.  A `Job` is one output: planned, then carried out.
 
-What an output says about its making: the source's SHA-256, the operations, the ckptkit version.
+Receipts record how an output was made: the source's SHA-256, the operations, the ckptkit version.
 
-A receipt is in the string metadata (`ckptkit.normalize.selection`): JSON, a list that begins with those the source had,
-so that the last element is about this file::
+A receipt is in the string metadata (`ckptkit.normalize.selection`) as JSON: a list that begins with the source's
+receipts, so the last element is about this file::
 
     [{"ckptkit": "0.1.0", "format": "torch-zip", "sha256": "9f86d0…", "operations": ["StripModule()"]}]
 
-``sha256`` is of the source's bytes; of a sharded source it is an object: the SHA-256 of the index and of each
+``sha256`` is that of the source's bytes; for a sharded source it is an object with the SHA-256 of the index and of each
 shard, by name.  Nothing in a receipt depends on time, place or machine.
 
-The digests are computed while the bytes are moved, and so after the metadata is laid out.  Until then unguessable
-tokens of the same length are in their place.
+The digests are computed while the bytes are moved, after the metadata is laid out.  Until then, unguessable tokens of
+the same length take their place.
 """
 
 from __future__ import annotations
@@ -92,9 +92,9 @@ class Job:
             checkpoint: what is to be written.
             file: the source its bytes are in.
             destination: the output.
-            options: the container, the size of shards, and whether the metadata tell how it was made: with the
-                SHA-256 of the source where the output is written and checked, and nearly all of a source that is far is
-                read for it.
+            options: the container, the size of shards, and whether the metadata records how it was made: with the
+                SHA-256 of the source if the output is written and checked, and if nearly all of a remote source is read
+                for it.
 
         Raises:
             RewriteError: the container cannot store the checkpoint.
@@ -156,7 +156,7 @@ class Job:
             require_confirmed([self.asked, self.path, *(os.path.join(folder, s) for s in self.plan.shards)], options)
 
     def findings(self) -> Iterator[Finding]:
-        """What the output is that was not asked for: one file, where shards and an index were."""
+        """How the output differs from the request: one file instead of shards and an index."""
         if self.plan.index is None and self.asked != self.path:
             yield Finding(
                 code="not-sharded",
@@ -183,7 +183,7 @@ class Job:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What came of a conversion.
+    """The result of a conversion.
 
     Attributes:
         section: the weights that were converted; ``None``: no section is selected.
@@ -239,8 +239,8 @@ def run(
         destination: the output.
         options: what is asked for; ``like`` is a `ckptkit.Like` by now.
         rewrite: whether the checkpoint is to be changed as the options say; else it is written as it stands.
-        given: path by which others open the source, too.
-        task: what a worker was told, that writes a part.
+        given: the path by which others can open the source too.
+        task: the worker's instructions, if it writes a part.
 
     Raises:
         As `ckptkit.convert`.
@@ -349,7 +349,7 @@ def write_part(task: PartTask) -> PartRecord:
 
 
 def _section_meant(checkpoint: Checkpoint, file: Source, options: ConvertOptions) -> Checkpoint:
-    """The checkpoint with the section selected that is like the model asked for, where none is named."""
+    """The checkpoint with the section selected that matches the requested model, if none is named."""
     selected = checkpoint.origin.state_path
     path = section_like(checkpoint, file, options) if options.section is None else selected
     return checkpoint if path == selected else read_section(file, path, ignore_checksums=options.ignore_checksums)

@@ -99,7 +99,7 @@ def diagnose_wrappers(
         result: as it is written.
         changed: the names that are not those of the source.
         written: where; ``None``: nowhere.
-        stripped: whether wrappers were taken off, or another prefix alone, which may have hidden some.
+        stripped: whether wrappers or another prefix were removed, which may have hidden some.
     """
     names = list(result.state_dict.everything)
     code, told = "inner-module", inner_module_told(names) if stripped else None
@@ -137,7 +137,7 @@ def diagnose_dense(made: Mapping[str, str], padded: Collection[str], result: Che
     """Which tensors were made dense, and which weights are still packed.
 
     Args:
-        made: each, and what it was made of.
+        made: each, and what it was made from.
         padded: those that were nested, and have lost the sizes of what was in them.
         result: what is written.
     """
@@ -230,7 +230,7 @@ def diagnose_losses(
         result: as it is written.
         plan: of the output.
         leave_out: paths of parts that were to be left out.
-        beside: the checkpoint without what of it the metadata hold; ``None``: they contain nothing of it.
+        beside: the checkpoint without the values that are in the metadata; ``None``: none are.
     """
     if source.origin.is_program:
         pairs = mapping_items(source.rest) or []
@@ -449,7 +449,7 @@ def flat_in(plan: Plan, result: Checkpoint) -> Flat | None:
 
 
 def gathered_in(entries: Mapping[str, TensorEntry]) -> list[str]:
-    """The tensors whose elements do not lie as they are written."""
+    """The tensors whose elements are not stored in the order in which they are written."""
     return [name for name, entry in entries.items() if entry.nbytes and not entry.is_plain_bytes]
 
 

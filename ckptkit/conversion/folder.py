@@ -1,8 +1,8 @@
 """Folder to folder: each checkpoint below one is converted to the same place below another.
 
-What is in the source folder is listed first (`ckptkit.formats.folder`), so that no output is taken for a source, and
-all names are settled (`ckptkit.conversion.outputs`).  Then one file is converted after the other, or several by workers
-side by side, each with the guarantees of a conversion of its own; one that cannot be is told, and the others go on.
+The source folder is listed first (`ckptkit.formats.folder`), so no output is read as a source, and all names are
+settled (`ckptkit.conversion.outputs`).  Then one file is converted after the other, or several by parallel workers,
+each with the guarantees of a single conversion; one that fails is reported, and the others continue.
 
 Many small files are shared among processes unasked: reading what is in them and planning is done under the interpreter
 lock.  Large ones are moved by the threads of one process as fast, one after the other.
@@ -83,7 +83,7 @@ def convert_files(sources: Sequence[str], destination: str, options: ConvertOpti
     """
     started = time.monotonic()
     if not is_folder(destination, options):
-        raise RewriteError(f"{destination}: several files are put into a folder; one that is yet to be made ends in /")
+        raise RewriteError(f"{destination}: several files need a folder; end the path of a new one with /")
     if options.to is not None:
         _require_options(options, destination)
     items = [
@@ -112,7 +112,7 @@ def converted_all(
     refused: Mapping[str, CkptkitError] = MappingProxyType({}),
     passed: Mapping[str, str] = MappingProxyType({}),
 ) -> Report[Any]:
-    """Convert each of several files, here or by workers, though others cannot be; a report as of a folder.
+    """Convert each of several files, here or in workers, even if others fail; the report is that of a folder.
 
     Args:
         items: the files.
@@ -158,7 +158,7 @@ class _Task(NamedTuple):
 def _outcomes(
     tasks: list[_Task], convert: Convert, options: ConvertOptions, progress: _Progress
 ) -> Generator[ConvertedFile | UnconvertedFile, None, None]:
-    """What comes of each file, in their order."""
+    """The result of each file, in order."""
     own = ("progress", "confirm", "jobs", "executor", "part", "files_from", "storage_options")
     plain = options.but(**dict.fromkeys(own))
     if not _are_others(tasks, options, plain):
@@ -184,9 +184,9 @@ def _outcomes(
 
 
 def _written_before(task: _Task, convert: Convert, options: ConvertOptions) -> ConvertedFile | UnconvertedFile | None:
-    """The document of a file whose output came to be in the meantime, by a worker that died before it could tell of it.
+    """The document of a file whose output appeared in the meantime, from a worker that died before it could report it.
 
-    No output was there at first.  What is there now is taken for this file's where it is the same to the byte.
+    No output was there at first.  An existing file counts as this file's output if it is identical to the byte.
     """
     above, name = os.path.split(task.destination)
     folder = temporary_folder(os.path.join(os.path.realpath(above), name), task.destination)
@@ -202,7 +202,7 @@ def _written_before(task: _Task, convert: Convert, options: ConvertOptions) -> C
 
 
 def _are_others(tasks: list[_Task], options: ConvertOptions, plain: ConvertOptions) -> bool:
-    """Whether others than this process are to convert the files, who are told the plain options.
+    """Whether other processes convert the files, with the plain options.
 
     Raises:
         RewriteError: they are asked to, and an option cannot be sent to them.
@@ -224,7 +224,7 @@ def _are_others(tasks: list[_Task], options: ConvertOptions, plain: ConvertOptio
 
 
 def _converted(convert: Convert, options: ConvertOptions, folder: str, task: _Task) -> ConvertedFile | UnconvertedFile:
-    """What comes of one file, as a worker: paths are relative to ``folder``, where that is not its own."""
+    """The result of one file, in a worker; paths are relative to ``folder`` if that is not its own."""
     above = "" if os.getcwd() == folder else folder
     source, destination = (path if places.is_url(path) else os.path.join(above, path) for path in task[:2])
     return outcome(convert, source, destination, task.nbytes, options)
@@ -233,7 +233,7 @@ def _converted(convert: Convert, options: ConvertOptions, folder: str, task: _Ta
 def outcome(
     convert: Convert, source: str, destination: str, nbytes: int, options: ConvertOptions
 ) -> ConvertedFile | UnconvertedFile:
-    """What came of one file of a folder, as it is in JSON documents.
+    """The result of one file in a folder, for JSON documents.
 
     Args:
         convert: converts one file.

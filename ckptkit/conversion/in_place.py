@@ -1,4 +1,4 @@
-"""``--in-place``: a file becomes what is made of it; ``--backup``: the old one stays beside it under another name.
+"""``--in-place``: the output replaces the file; ``--backup``: the old one stays beside it under another name.
 
 The file is written as any output is (`ckptkit.transfer.writing`): under a temporary name, compared, and then given the
 old one's name and permissions, so that there is the old file or the whole new one at every moment.  Of a symbolic link
@@ -43,9 +43,8 @@ def convert_in_place(source: object, options: ConvertOptions, convert: Convert) 
         options: for each.
         convert: converts one file into itself.
 
-    Returns:
-        A report as of a conversion, whose ``details`` also hold the path of the ``backup``, ``None`` where none is
-        kept; of a list as of a folder.
+    Returns: A report as for a conversion, whose ``details`` also contain the path of the ``backup``, ``None`` if none
+        is kept; for a list, as for a folder.
 
     Raises:
         As `ckptkit.convert`; RewriteError: what is meant is not one file that can be replaced.
@@ -112,7 +111,7 @@ def _require_file(path: str) -> None:
 
 
 def _instead(path: str) -> str:
-    """How to say what to do in place of it."""
+    """The end of a message: what to do instead."""
     return "" if os.path.isdir(path) else f"; name a new one: ckptkit convert {quoted(places.shown(path))} NEW"
 
 
@@ -140,7 +139,7 @@ def _container(path: str, checkpoint: Checkpoint, file: Source, options: Convert
         told = f"--to {options.to} writes several files; --in-place replaces one"
         raise RewriteError(f"{path}: {told}{_instead(path)}", path=path)
     if asked.name != own.name and os.path.splitext(path)[1].lower() not in asked.suffixes:
-        told = f"is {own.name}, and its name is not one of {asked.name}"
+        told = f"is {own.name}, and its extension does not belong to {asked.name}"
         raise RewriteError(f"{path}: {told}; --in-place keeps the name{_instead(path)}", path=path)
     return asked.name
 

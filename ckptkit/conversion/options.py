@@ -1,6 +1,6 @@
-"""What ``convert`` does: options become rewriters, in a fixed order, and what came of them is told.
+"""Runs ``convert``: options become rewriters, in a fixed order, and their results are reported.
 
-Which of a file's weights are those of a model: each section is tried as if it had been chosen.
+Chooses the weights in a file that are those of a model: each section is tried as if it had been selected.
 """
 
 from __future__ import annotations
@@ -293,7 +293,7 @@ class Conversion:
         return result.rewrite(cast)
 
     def findings(self, plan: Plan, written: str | None = None) -> Iterator[Finding]:
-        """What can be told before anything is written.
+        """Findings that are known before anything is written.
 
         Args:
             plan: of the output.
@@ -355,7 +355,7 @@ class Conversion:
         yield from diagnose_casts(self.result, tally)
 
     def details(self, plan: Plan) -> ChangesDocument:
-        """What was changed, as it is in JSON documents."""
+        """The changes, for JSON documents."""
         entries, like = self.result.state_dict, self._like
         casts: list[CastDocument] = []
         for name, entry in entries.items():
@@ -414,7 +414,7 @@ def read_others(
 
 
 def section_like(checkpoint: Checkpoint, file: Source, options: ConvertOptions) -> str | None:
-    """The section whose weights are those of the model of ``options.like``; where none is, the selected one.
+    """The section whose weights are those of the model in ``options.like``; if there is none, the selected one.
 
     Args:
         checkpoint: what the file holds.
@@ -422,7 +422,7 @@ def section_like(checkpoint: Checkpoint, file: Source, options: ConvertOptions) 
         options: what is asked for.
 
     Raises:
-        RewriteError: several are, of different tensors; or none is, and none is selected.
+        RewriteError: several sections fit, with different tensors; or none fits, and none is selected.
     """
     like, selected = options.like, checkpoint.origin.state_path
     if like is None or options.all_tensors or not unselected_weights(checkpoint):

@@ -1,6 +1,6 @@
-"""Where outputs go: what a destination means, and whether each output of a folder has a name of its own.
+"""Where outputs go: what a destination means, and whether each output of a folder has its own name.
 
-A destination is a file, by its ending or that of ``--to``, or a folder, in which an output is named after its source.
+A destination is a file, by its extension or ``--to``, or a folder, in which an output is named after its source.
 All names are settled before anything is written.
 """
 
@@ -144,7 +144,7 @@ def told(
 
 
 def require_confirmed(paths: Iterable[str], options: ConvertOptions) -> None:
-    """Ask, where somebody is to be asked, whether what has one of these paths may be replaced.
+    """Ask, if there is someone to ask, whether existing files at these paths may be replaced.
 
     Raises:
         DestinationExistsError: it may not.
@@ -217,7 +217,7 @@ class Item(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of these files; nothing of what cannot be asked, which opening it will tell."""
+        """Bytes of these files, without those whose size is unknown; opening them reports the error."""
         sizes = 0
         for path in self.files:
             with suppress(OSError):
@@ -228,7 +228,7 @@ class Item(NamedTuple):
 def require_names(
     items: Sequence[Item], destination: str, options: ConvertOptions, own: Sequence[Item] | None = None
 ) -> None:
-    """See that each output has a name of its own, which nothing has that it may not replace.
+    """Check that each output has its own name, which no file has that may not be replaced.
 
     Args:
         items: all of the folder's.
@@ -322,7 +322,7 @@ def _key_in(folder: str) -> Callable[[str], str]:
 
 
 def _folds_case(folder: str) -> bool:
-    """Whether names that are equal but for case mean one file in a folder: a name tells that is there, in it or above.
+    """Whether names that differ only in case mean one file in a folder: an existing name in it or above shows.
 
     Where none has letters, or the folder begins another file system and is empty, the system's own way is taken.
     """

@@ -3,7 +3,7 @@
 What there is to share are the shards of an output (`ckptkit.transfer.parts`).  Each process reads the source and plans
 by itself; what travels is the paths, the options and which part is meant.  Processes of one machine help where there is
 something to compute, as with casts, or where a disk takes more from several; what is only copied is moved by the
-threads of one as fast.  Several machines, with one file system, help wherever each has a way of its own to the disks.
+threads of one as fast.  Several machines with one file system help if each has its own path to the disks.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _LISTED = 100
 """Parts that are missing of which a message has the commands."""
 
 _MOST_PARTS = 64
-"""Parts of an output that somebody else's executor is given, where there are so many shards: each plans once more."""
+"""Parts of an output for an external executor, if there are that many shards: each part plans again."""
 
 
 class _Job(Protocol):
@@ -106,7 +106,7 @@ class WrittenPart:
     kept: bool
 
     def to_dict(self) -> PartDocument:
-        """What a report says of it."""
+        """The text in a report."""
         shards = self.record["shards"]
         nbytes = sum(shard["nbytes"] for shard in shards.values())
         of = self.record["of"]
@@ -153,7 +153,7 @@ def write_part(job: _Job, options: ConvertOptions, share: Share, task: PartTask 
         job: all of the output.
         options: what is asked for.
         share: which part.
-        task: what a worker was told; ``None``: the part is for ``finish``.
+        task: the worker's instructions; ``None``: the part is for ``finish``.
 
     Raises:
         As `Parts.write`; RewriteError: the plan is not the one that the task is about.
@@ -275,7 +275,7 @@ def over_workers(
 
     Raises:
         RewriteError: the source or an option cannot travel.
-        CkptkitError: what a worker raised, or why one could not do its part; nothing stays behind.
+        CkptkitError: a worker's error, or why one could not do its part; nothing is left behind.
     """
     from ckptkit.fleet import each
 

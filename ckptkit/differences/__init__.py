@@ -1,8 +1,8 @@
 """What changed between two checkpoints, whatever their containers: `differ` makes a `Difference`.
 
 The weights are compared name by name; renamed tensors are found by content and by shape (`pairs`).  Bits decide
-(`bits`); figures are computed only for tensors that differ (`figures`).  What is beside the weights is compared too:
-sections, scalars, and everything in both files' trees (`rest`).
+(`bits`); figures are computed only for tensors that differ (`figures`).  Everything beside the weights is compared too:
+sections, scalars, and both files' trees (`rest`).
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _MOST_ROWS = 24
 """Rows that can still be read."""
 
 _MOST_SEGMENTS = 6
-"""Segments of the name of a module that stands for what differs in it."""
+"""Segments of the name of a module that sums up the differences in it."""
 
 _COUNTER = "num_batches_tracked"
 """What BatchNorm counts batches in: its last segment."""
@@ -186,7 +186,7 @@ class _Comparison:
         }
 
     def difference(self, *, trees: TreeComparison, findings: Sequence[Finding], **facts: Any) -> Difference:
-        """Compare, and tell everything."""
+        """Compare, and report everything."""
         known = {each.new: each for each in self._renamed}
         self._compare({each.new for each in self._renamed if each.by == "content"})
         self._compare_others()
@@ -313,7 +313,7 @@ def _names(names: Sequence[str]) -> str:
 def _prefixes(
     a: Checkpoint, b: Checkpoint, ours: Mapping[str, object], theirs: Mapping[str, object], given: Sequence[str]
 ) -> Iterator[Finding]:
-    """Whether names would agree that do not, if wrappers were taken off."""
+    """Whether names that differ would be equal without wrapper prefixes."""
     agreeing = sum(name in theirs for name in ours)
     if agreeing == len(ours) == len(theirs):
         return

@@ -1,7 +1,7 @@
 """Whether tensors have the same bits: read side by side, a piece at a time.
 
-Tensors whose values are in a row are compared as they lie, and nothing is computed; numpy is imported only for what has
-to be gathered.
+Tensors whose values are in a row are compared in place, without computing anything; numpy is imported only for values
+that must be gathered.
 """
 
 from __future__ import annotations

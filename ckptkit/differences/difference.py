@@ -239,7 +239,7 @@ _VERBS = {
     "removed": "was removed",
     "not compared": "was not compared",
 }
-"""What the verdict says of a module in which the same happened to all; others differ."""
+"""What the verdict says about a module in which everything changed in the same way; otherwise they differ."""
 
 _PLURALS = {"differs": "differ", "has another dtype": "have another dtype", "has another shape": "have another shape",
             "was added": "were added", "was removed": "were removed",
@@ -255,24 +255,24 @@ class Difference:
     Attributes:
         a, b: the files.
         unchanged: how many tensors have the same name, shape, dtype and bits in both.
-        added, removed: names that only ``b``, and only ``a``, has.
-        renamed: tensors with another name.
-        reshaped: tensors with another shape.
-        recast: tensors with another dtype.
+        added, removed: names that only ``b`` has, and names that only ``a`` has.
+        renamed: tensors with a different name.
+        reshaped: tensors with a different shape.
+        recast: tensors with a different dtype.
         changed: tensors with different values, the largest change first.
         within_tolerance: the same for tensors that differ only within the tolerance.
         values: values that are not plain tensors (quantized, extra state) and differ.
         not_compared: what could not be compared.
-        same_order: whether what both have is in the same order.
+        same_order: whether the values that both have are in the same order.
         metadata, training: what differs of each.
         sections: the other parts that contain tensors.
-        tree: all that differs in the files' trees: beside the weights, in attributes of modules and of tensors, in
-            classes and settings.  Tensors come first, then the order is the file's; at most 1,000 are listed.
+        tree: every difference in the files' trees: beside the weights, in attributes of modules and of tensors, in
+            classes and settings.  Tensors come first, then the rest in file order; at most 1,000 are listed.
         tree_differences: how many there are.
-        ties: names that are one tensor in only one of the files.
-        modules: the differences rolled up; see `ckptkit.differences.rolled_up`.
-        findings: what is remarkable about it.
-        strict: whether what is beside the tensors counts for `ok`.
+        ties: names that are tied in only one of the files.
+        modules: the differences summed up by module; see `ckptkit.differences.rolled_up`.
+        findings: anything noteworthy.
+        strict: whether differences beside the tensors count for `ok`.
     """
 
     a: DiffFile
@@ -335,7 +335,7 @@ class Difference:
 
     @property
     def same_beside(self) -> bool:
-        """Whether metadata, ties, and the whole trees are the same too; containers and devices do not count."""
+        """Whether metadata, ties and the whole trees are also the same; containers and devices do not count."""
         alone = any(section["equal"] is None for section in self.sections)
         return not (self.metadata or self.training or self.ties or self.tree_differences or alone)
 
@@ -346,7 +346,7 @@ class Difference:
 
     @property
     def tensors(self) -> int:
-        """Number of tensors and other values in the weights of either; what both have counts once."""
+        """Number of tensors and other values in the weights of either; those in both count once."""
         touched = {each["name"] for each in (*self.reshaped, *self.recast, *self.changed, *self.within_tolerance)}
         touched |= {each["name"] for each in (*self.values, *self.not_compared)} | {each["to"] for each in self.renamed}
         return self.unchanged + len(touched) + len(self.added) + len(self.removed)

@@ -1,8 +1,8 @@
-"""By how much the values of two tensors differ: sums that pieces contribute to, and the figures made of them.
+"""By how much the values of two tensors differ: sums to which pieces contribute, and the figures computed from them.
 
 - Differences are of the elements that are finite in both, in float64; of whole numbers they are exact, whatever
-  their size.  Of complex numbers the absolute difference is the modulus, and norms and cosine are those of the
-  vector of real and imaginary parts.
+  their size.  For complex numbers the absolute difference is the modulus, and norms and cosine are those of the vector
+  of real and imaginary parts.
 - Two elements are *equal* where their bits are; of tensors of different dtypes, where their values are.
 - A zero and a negative zero are equal in value and not in bits.  They are counted, and so are NaN on one side,
   on both, and of those the ones whose sign differs.
@@ -29,7 +29,7 @@ MEASURED = 1 << 22
 """Elements of a tensor that one thread measures before it looks for other work."""
 
 _BLOCK = 1 << 15
-"""Elements measured at a time: with all that is made of them they fit into a core's own cache."""
+"""Elements measured at a time: with all intermediate results they fit into a core's own cache."""
 
 _WHOLE = ("int", "bool")
 
@@ -101,7 +101,7 @@ class Sums:
         return Sums(**{**multiplied, "largest": self.largest})
 
     def to_dict(self) -> dict[str, Any]:
-        """The figures, as JSON has them; ``None`` where there is none, or float64 cannot hold it."""
+        """The figures for JSON; ``None`` if there is none, or float64 cannot represent it."""
         norms = math.sqrt(self.squares_a), math.sqrt(self.squares_b)
         mean = self.total / self.finite if self.finite else None
         cosine = _ratio(self.product, norms[0] * norms[1])
@@ -165,7 +165,7 @@ def _block(left: memoryview, right: memoryview, a: str, b: str, tolerance: Toler
 
 
 def _whole(left: memoryview, right: memoryview, a: str, b: str, tolerance: Tolerance) -> Sums:
-    """Whole numbers: their differences are computed as unsigned integers, which contain all there are."""
+    """Whole numbers: their differences are computed as unsigned integers, which can represent all of them."""
     import numpy
 
     wide = numpy.uint64 if a == "uint64" else numpy.int64
@@ -304,7 +304,7 @@ def _cast_differs(left: memoryview, right: memoryview, a: str, b: str, alike: An
     """The elements that a cast does not make equal: of the wider dtype to the narrower, as torch casts.
 
     The first number is of casts of ``left``, the second of casts of ``right``; of two floating dtypes as wide as
-    each other either could be the source.  Where there is no such cast it counts unequal values.  Whole numbers are
+    each other either could be the source.  If there is no such cast, it counts unequal values.  Whole numbers are
     cast to a floating dtype, whatever their widths; between each other their values must be equal.
 
     Args:
@@ -312,7 +312,7 @@ def _cast_differs(left: memoryview, right: memoryview, a: str, b: str, alike: An
         right: values of dtype ``b``.
         a: the one dtype.
         b: the other.
-        alike: which have equal values as they are.
+        alike: which values are equal without a cast.
     """
     kinds = DTYPES[a].kind, DTYPES[b].kind
     unlike = _count(~alike)

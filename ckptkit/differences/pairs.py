@@ -7,16 +7,16 @@ which both files have as many, are matched in file order; that is a guess unless
 
 Whether tensors have the same bits: read side by side, a piece at a time.
 
-Tensors whose values are in a row are compared as they lie, and nothing is computed; numpy is imported only for what has
-to be gathered.
+Tensors whose values are in a row are compared in place, without computing anything; numpy is imported only for values
+that must be gathered.
 
 The figures of many pairs of tensors, in pieces and on every core; only then is numpy imported.
 
 The reading: which pairs of tensors have the same bits, and by how much the others differ; on every core.
 
 A pair is compared once however many names it has.  Bits come first, up to the first piece that differs; values are
-computed only of what was found to differ, which is when numpy is imported.  Of files that are far each piece is held in
-memory until both are done, so that it is fetched once; what was equal before the first piece that differs is fetched
+computed only of what was found to differ, which is when numpy is imported.  For remote files each piece is kept in
+memory until both are done, so that it is fetched once; the equal part before the first piece that differs is fetched
 again, for the figures of the whole.
 """
 
@@ -49,7 +49,7 @@ _ENDS = (4, 3, 2, 1, 0)
 """Last segments of names that are looked at where contents do not decide, most first."""
 
 _HELD_NBYTES = 64 << 20
-"""Bytes of a piece that is held in memory; only one that is not contiguous can have more."""
+"""Bytes of a piece that is kept in memory; only one that is not contiguous can have more."""
 
 _APART = 2
 """Pieces of far files within which threads are at work."""
@@ -75,7 +75,7 @@ class Renamed:
     confidence: Literal["certain", "likely", "guess"]
 
     def to_dict(self) -> RenamedRow:
-        """As it is in JSON."""
+        """For JSON documents."""
         return {"from": self.old, "to": self.new, "by": self.by, "confidence": self.confidence}
 
 
@@ -228,7 +228,7 @@ def all_sums(
 
 
 Pair = tuple[object, ...]
-"""What a pair of tensors is known by."""
+"""The identity of a pair of tensors."""
 
 _Waiting = list[tuple[Pair, TensorEntry, TensorEntry, int]]
 """Pairs, and the bytes of one of the two."""
@@ -238,8 +238,8 @@ class PairReader:
     """Pairs of tensors to compare, collected first so that several threads can share them.
 
     Args:
-        progress: called with the bytes processed so far, and those to go through in all.
-        tolerance: by which what differs is measured.
+        progress: called with the bytes processed so far and the total.
+        tolerance: for measuring differences.
 
     Attributes:
         checksums: those recorded for the storages of every tensor that is read.
@@ -304,7 +304,7 @@ class PairReader:
         yield partial(self._compare_small, small)
 
     def _held_comparisons(self, waiting: _Waiting) -> Iterator[Callable[[], object]]:
-        """In the order in which they were told, and each piece as it is measured."""
+        """In the order in which they were added, and each piece as soon as it is measured."""
         for key, a, b, _ in waiting:
             for left, right in pieces(a, b, MEASURED):
                 spans = [end - start for start, end in (left.span(), right.span())]
@@ -337,7 +337,7 @@ class PairReader:
             self.advance(a.nbytes + b.nbytes)
 
     def same(self, key: Pair) -> bool | None:
-        """Whether a pair that was compared has the same bits; ``None``: it cannot be told."""
+        """Whether a pair that was compared has the same bits; ``None``: unknown."""
         return self._same[key]
 
     def expect(self, nbytes: int) -> None:

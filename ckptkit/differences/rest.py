@@ -3,8 +3,8 @@
 What differs in the whole trees of two checkpoints: beside the weights, around them, and in what hangs on them.
 
 Trees are processed side by side (`ckptkit.normalize.trees`), by what they mean: values, names of classes, keys and
-their order, and every tensor, in whatever it lies.  Containers and devices do not count.  Of a container that contains
-weights alone it is told what it leaves out.
+their order, and every tensor, in whatever it lies.  Containers and devices do not count.  For a container that stores
+only weights, its findings say what it leaves out.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def _training(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def named_tensors(checkpoint: Checkpoint) -> dict[str, object]:
-    """Every tensor of a file without weights, every bare storage and array, each under a name of its own."""
+    """Every tensor of a file without weights, every bare storage and array, each under its own name."""
     listing = list_tensors(checkpoint)
     names = _Names[object]()
     for row in listing.rows:
@@ -134,7 +134,7 @@ class _Names(Generic[_Value]):
 
 
 def other_sections(checkpoint: Checkpoint) -> dict[str, dict[str, TensorEntry]]:
-    """The tensors of other sections, by section and name; those of none are told where they are."""
+    """The tensors of other sections, by section and name; tensors in no section are reported by place."""
     selected = checkpoint.origin.state_path
     sections: dict[str, _Names[TensorEntry]] = {}
     if not other_tensors(checkpoint):
@@ -377,7 +377,7 @@ class ValueComparison:
         }
 
     def same(self, name: str) -> bool | None:
-        """Whether the two values of a name are the same; ``None``: it cannot be told."""
+        """Whether the two values of a name are the same; ``None``: unknown."""
         same = [False if key is None else self._work.same(key) for _, key in self._found[name]]
         return False if False in same else None if None in same else True
 

@@ -1,9 +1,9 @@
-"""One piece of work for each of very many tasks: in this process, in several, or on the engine that a user has.
+"""Runs one function for each of a large number of tasks: in this process, in several, or on the user's own engine.
 
-The room knows nothing of checkpoints.  `engine` is what others call; `driver` hands out the tasks and gives back what
-came of them, in their order; `pool` has processes of our own, `executors` those of somebody else's
-`concurrent.futures.Executor`; `worker` is what happens in either, and `outcome` what comes of a task.  What travels is
-bytes, pickled by us: every engine gets the same, and what cannot be pickled is told of the task that it is about.
+This room knows nothing about checkpoints.  `engine` is what others call; `driver` hands out the tasks and returns their
+results in order; `pool` has our own processes, `executors` those of any `concurrent.futures.Executor`; `worker` runs in
+either, and `outcome` is the result of a task.  Only pickled bytes are sent: every engine gets the same, and an error in
+pickling is reported for the task it belongs to.
 """
 
 from ckptkit.fleet.engine import cores, each

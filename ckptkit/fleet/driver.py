@@ -1,13 +1,12 @@
-"""The driver: tasks are handed out and their results given back, in order, whatever becomes of each.
+"""The driver hands out tasks and returns their results in order, whatever happens to each.
 
 A task is pulled from the iterable when there is room for it, so many batches are under way as workers take, and
 results wait in pickled form for those before them.  A batch is one task at first, and grows while batches come back
 sooner than is worth a trip.
 
 What a worker leaves undone is handed out again.  A batch that is lost with its worker is tried once more, one task at a
-time; where others may have been at fault, as they are when memory runs out or an engine loses what waited on the same
-machine, those that are lost again are tried while nothing else runs.  What is lost then is ``died``: the others have
-their results.
+time; if others may have been at fault, as when memory runs out or an engine loses all tasks on a machine, the tasks
+that are lost again are tried while nothing else runs.  What is lost then is ``died``: the others have their results.
 """
 
 from __future__ import annotations
@@ -149,7 +148,7 @@ class _Driver(Generic[T, R]):
         self._error: Exception | None = None
 
     def outcomes(self) -> Iterator[tuple[T, Outcome[R]]]:
-        """Each task with what came of it, in order."""
+        """Each task with its result, in order."""
         number, looked = 0, 0.0
         while True:
             is_all = self._hand_out()

@@ -1,8 +1,8 @@
 """What a caller asks for: the work for each of the tasks, and where it is done.
 
-Small work is done here, for a process of its own costs some hundredths of a second; a fleet's is shared out to
-processes (`ckptkit.fleet.pool`) or to an executor that was given (`ckptkit.fleet.executors`) by the driver
-(`ckptkit.fleet.driver`), which are imported when they are needed.
+Little work is done here, because a process takes some hundredths of a second to start; a fleet's is shared among
+processes (`ckptkit.fleet.pool`) or by a given executor (`ckptkit.fleet.executors`), through the driver
+(`ckptkit.fleet.driver`), all imported when needed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _BATCH_SECONDS = 0.05
 """What a batch is to take: a trip to a process takes some hundredths of that."""
 
 _GIVEN_BATCH_SECONDS = 0.25
-"""The same with an executor of somebody else, which may be of other machines."""
+"""The same with an external executor, which may use other machines."""
 
 
 def cores() -> int:
@@ -86,22 +86,22 @@ def each(
 ) -> Iterator[tuple[T, Outcome[R]]]:
     """Call ``work`` for every task, and give back each with its outcome, in the order of the tasks.
 
-    Nothing is lost: of every task there is an outcome.  Tasks are pulled as they are needed; closing the iterator, or
-    an interrupt, ends what is under way.  With one job the work is done in this process, and a limit is kept by
-    a thread that is left behind when it is late; a task that ends the process ends all.
+    Nothing is lost: of every task there is an outcome.  Tasks are pulled as needed; closing the iterator, or an
+    interrupt, ends the ones in progress.  With one job the work is done in this process, and the time limit is enforced
+    with a thread that is abandoned when it is late; a task that ends the process ends everything.
 
     Args:
         tasks: plain data that can be pickled; any iterable.
         work: a function of a module, or a `functools.partial` of one, which others can import.
         jobs: how many processes; ``None``: as `cores` counts them.
-        executor: any `concurrent.futures.Executor`, in place of processes of our own; it is not shut down.
+        executor: any `concurrent.futures.Executor` to use instead of local processes; it is not shut down.
         seconds: the limit of one task; ``None``: none.
         worth: number of tasks from which processes of our own are worth starting.  Without ``jobs``, a limit makes
             them worth it always: only another process can be stopped.
 
     Raises:
-        CkptkitError: ``jobs`` or ``seconds`` is not a number above 0, ``jobs`` and ``executor`` are both given, or the
-            executor is none.  Once it is needed elsewhere: ``work`` cannot be pickled.
+        CkptkitError: ``jobs`` or ``seconds`` is not a number above 0, ``jobs`` and ``executor`` are both given, or
+            ``executor`` is not an executor.  Once it is needed elsewhere: ``work`` cannot be pickled.
     """
     if jobs is not None and executor is not None:
         raise CkptkitError("give either jobs or an executor: an executor has its own number of workers")
@@ -151,7 +151,7 @@ def _raised(error: Exception) -> Iterator[NoReturn]:
 
 
 def _may_start() -> bool:
-    """Whether this process may have others: a worker may not, be it ours or of `multiprocessing`."""
+    """Whether this process may have workers: a worker, ours or `multiprocessing`'s, may not."""
     ours, process = sys.modules.get("ckptkit.fleet.worker"), sys.modules.get("multiprocessing.process")
     return not (getattr(ours, "is_one", False) or (process is not None and process.current_process().daemon))
 

@@ -108,11 +108,11 @@ class Given:
         for ticket in [ticket for ticket, since in self._since.items() if now - since > self._limit]:
             del self._since[ticket]
             is_begun = not self._futures.pop(ticket).cancel()
-            text = f"the executor did not report it for {self._limit:g} s, the time allowed for its whole batch"
+            text = f"the executor returned no result for {self._limit:g} s, the time allowed for its whole batch"
             yield ticket, Lost(text=text, problem="timed-out", is_final=is_begun)
 
     def close(self) -> None:
-        """Cancel what has not begun; the rest ends by itself, and nobody listens."""
+        """Cancel everything that has not begun; the rest ends by itself, and its results are ignored."""
         futures, self._futures = list(self._futures.values()), {}
         for future in futures:
             future.cancel()

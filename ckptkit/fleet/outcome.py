@@ -1,4 +1,4 @@
-"""What comes of a task; and the work in this process, which needs nothing else."""
+"""The result of a task; and running tasks in this process, which needs nothing else."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ Problem = Literal["died", "timed-out", "failed", "version"]
 
 @dataclass(frozen=True, kw_only=True)  # with slots, `Outcome[int](...)` is an error of Python's
 class Outcome(Generic[R]):
-    """What came of a task.
+    """The result of a task.
 
     Attributes:
         value: what the work returned; ``None`` where there is a problem.
-        problem: ``None``: there is none; ``"failed"``: the work raised an error, or something could not be pickled;
-            ``"died"``: so did its worker, or nobody took it; ``"timed-out"``; ``"version"``: the worker has another
+        problem: ``None``: there is none; ``"failed"``: the task raised an error, or something could not be pickled;
+            ``"died"``: so did its worker, or no worker took it; ``"timed-out"``; ``"version"``: the worker has another
             ckptkit.
         text: the problem in a sentence.
         error: what the work raised, where that is an error of ckptkit.
@@ -49,7 +49,7 @@ class Outcome(Generic[R]):
 
 
 def told(error: BaseException) -> str:
-    """An error in a line: ckptkit's own as it is, others with their type."""
+    """An error in a line: ckptkit's own unchanged, others with their type."""
     text = str(error).strip()
     if isinstance(error, CkptkitError):
         return text
@@ -59,7 +59,7 @@ def told(error: BaseException) -> str:
 
 
 def late(seconds: float) -> str:
-    """What is told of a task that took longer than it may."""
+    """The message for a task that exceeded its time limit."""
     return f"it took longer than the limit of {seconds:g} s"
 
 

@@ -171,7 +171,7 @@ class Pool:
 
 
 def _ending(code: int | None) -> str:
-    """What is told of an exit code, as `multiprocessing` gives them."""
+    """The message for an exit code from `multiprocessing`."""
     if code is None:
         return "does not end"
     if code >= 0:

@@ -5,7 +5,7 @@ Linux, for what other threads hold would stay locked in the copy for ever; by it
 takes longer than all the forks.  Elsewhere workers are new Pythons, which do not run the user's ``__main__`` again: it
 may have no guard against that.
 
-A worker does not hear Ctrl-C, which is the driver's to deal with; SIGTERM lets it clean up.  It ends with its driver,
+A worker ignores Ctrl-C, which the driver handles; SIGTERM lets it clean up.  It ends with its driver,
 however that ends.
 """
 
@@ -84,7 +84,7 @@ class Process(Protocol):
 
 
 def started() -> Process:
-    """A worker; to be called while signals are held (`signals_held`), so that none is without a record of it.
+    """A worker; call this while signals are held (`signals_held`), so that every worker is recorded.
 
     Raises:
         OSError, RuntimeError: the system, or Python, does not let it start.
@@ -306,7 +306,7 @@ def _begin(channel: Channel, driver: int, others: Iterable[int]) -> NoReturn:
 
 
 def _serve(channel: Channel, driver: int) -> None:
-    """Do one batch after the other, until nobody is there."""
+    """Do one batch after the other, until the driver is gone."""
     worker.is_one = True
     sys.stdout = sys.stderr  # whatever is printed here is not what the driver reports
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -15,7 +15,7 @@ from ckptkit.nearness import meant_file
 __all__ = ["STDIN", "Share", "paths_from"]
 
 STDIN = "-"
-"""What stands for standard input among paths."""
+"""The path that means standard input."""
 
 _HEAD_NBYTES = 8192
 """Twice the longest path of Linux (``PATH_MAX``): a list whose names end in NUL has one among them."""

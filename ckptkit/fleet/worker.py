@@ -1,12 +1,12 @@
-"""What is done in a worker: a batch of tasks, each with its own result, whatever becomes of the others.
+"""The work of a worker: a batch of tasks, each with its own result, whatever happens to the others.
 
-`run` is called with plain data and answers with plain data, so that it may run in any process, of any machine, that has
-this version of ckptkit.  A batch ends before its last task where it takes longer than was thought, so that no task
-waits for long behind others that are slow: those not begun are handed out again.
+`run` takes and returns plain data, so it can run in any process, on any machine, that has this version of ckptkit.  A
+batch that takes longer than expected ends early, so that no task waits long for slow ones; tasks that have not begun
+are handed out again.
 
-The limit of seconds is kept here: tasks run in a thread of their own, which is abandoned with the task that is late.
-Where nothing of Python runs any more (a library that contains the interpreter's lock, a disk that does not answer), no
-limit can be kept here; whoever handed out the batch has one, too.
+The time limit is enforced here: tasks run in a separate thread, which is abandoned if a task is late.  If Python itself
+is blocked (a library that holds the GIL, a disk that does not respond), no limit works here; whoever handed out the
+batch has one too.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ PROTOCOL = 5
 """Of the pickles that travel: every Python that ckptkit runs on reads it."""
 
 Result = tuple[str, str, "bytes | None"]
-"""The problem (``""``: none), what is told of it, and the pickled value, or the pickled error where there is one."""
+"""The problem (``""``: none), its message, and the pickled value, or the pickled error if there is one."""
 
 Reply = tuple[tuple[str, str], list[Result], float, bool]
 """The worker's versions of ckptkit and Python; the results of the tasks that were begun, in order, and none where
@@ -53,7 +53,7 @@ they cannot be read; the seconds that it took; whether a thread was abandoned.""
 
 
 SLICE = 0.5
-"""Seconds that a wait takes at most: on Windows, none is interrupted by Ctrl-C."""
+"""The longest wait in seconds: on Windows, Ctrl-C does not interrupt one."""
 
 SLACK = 5.0
 """Seconds that a worker may be late, over its limits, before it is given up."""
@@ -63,7 +63,7 @@ Call = tuple[str, bytes, bytes, int, "float | None", float, str]
 
 
 is_one = False
-"""Whether this process is a worker: it has none of its own."""
+"""Whether this process is a worker, which has no workers itself."""
 
 
 class RefusedError(Exception):
@@ -195,7 +195,7 @@ def _result(function: Callable[[Any], Any], task: Any) -> Result:
 
 
 def _failure(error: BaseException) -> Result:
-    """What is told of an error that the work raised; ckptkit's own travel whole."""
+    """The message for an error that the task raised; ckptkit's own are sent whole."""
     data = None
     if isinstance(error, CkptkitError):
         with suppress(Exception):

@@ -88,9 +88,9 @@ def read(
         source: what it is read from; see `source_of`.  A source is closed where it cannot be read.
         section: path of the weights to select, where the file contains several.
         tag: which of several steps is meant, where a folder contains such.
-        tp_rules: the file of rules by which slices of ranks in a folder are joined
+        tp_rules: the file with the rules for joining slices of ranks in a folder
             (`ckptkit.formats.distributed.tensor_parallel`).
-        ignore_checksums: whether to forget those that are recorded for the storages, so that none is held.
+        ignore_checksums: whether to discard the recorded checksums of the storages, so none is checked.
         limits: bounds on what the file may ask for.
 
     Returns:
@@ -131,7 +131,7 @@ def reread(file: Source, *, section: str | None = None, ignore_checksums: bool =
 
 
 def _entered(file: Source, limits: Limits) -> Probe:
-    """What is in a file that is compressed or an archive; any other as it is."""
+    """The content of a compressed file or an archive; any other file itself."""
     probe: Probe | None = None
     try:
         with collector_paused():
@@ -198,7 +198,7 @@ def _read(probe: Probe) -> RawCheckpoint:
 def _part_instead(
     file: Source, seen: tuple[GlobalUse, ...], error: FormatError
 ) -> tuple[tuple[GlobalUse, ...], FormatError, FormatError]:
-    """What is told of archives end to end, one per tensor, compressed ones too: names, cause and error."""
+    """The error for archives end to end, one per tensor, compressed ones too: names, cause and error."""
     from ckptkit.formats.shard_parts import part_error
 
     return (*seen, *error.globals), error, part_error(file)
@@ -238,7 +238,7 @@ def source_of(path: Readable, tag: str | None = None, tp_rules: str | os.PathLik
 
     Raises:
         FileAccessError: it cannot be opened; of a folder the message says what to give instead.
-        FormatError: an archive in which it lies is damaged, or a folder is.
+        FormatError: an archive that contains it is damaged, or a folder is.
     """
     given = os.fsdecode(path) if isinstance(path, (str, os.PathLike)) else None
     if tag is not None and (given is None or places.isfile(given) or given == STDIN):
@@ -407,7 +407,7 @@ def target(
 
     Args:
         destination: the output; its ending chooses the container.  One that ends in ``.index.json`` asks for
-            shards.  Of a container that is a folder it is that, whatever its name.
+            shards.  A container that is a folder counts as one, whatever its name.
         to: container name that overrides the ending; ``safetensors-sharded`` and ``torch-sharded`` ask for shards.
         shard_nbytes: the most bytes of a file; what has more becomes shards and an index.
 

@@ -1,14 +1,14 @@
 """Files that are compressed as a whole.
 
-They are known by their first bytes, whatever they are called, and decompressed once, into a temporary file:
+They are identified by their first bytes, whatever their names, and decompressed once, into a temporary file:
 
-- gzip (RFC 1952): members one behind the other; zeros may follow the last
-- xz (``xz-file-format.txt``): streams, with zeros in fours between and behind them
-- bzip2: streams one behind the other
+- gzip (RFC 1952): consecutive members; zeros may follow the last
+- xz (``xz-file-format.txt``): streams, with zeros in fours between and after them
+- bzip2: consecutive streams
 - zstd (RFC 8878): frames, some of which are skipped; Python 3.14 reads them, before it the package zstandard
 
-Each has checksums or lengths that are held.  What is cut off, damaged or followed by something else is refused, as is
-what becomes many times what it was (`Limits.unpacked_ratio`).
+Each has checksums or lengths, which are checked.  What is cut off, damaged or followed by something else is refused, as
+is what becomes many times what it was (`Limits.unpacked_ratio`).
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ _PACKED_NBYTES = 256 << 10
 """Bytes that are given to a decompressor at a time."""
 
 FRAME_NBYTES = 8 << 10
-"""The same where what comes of them cannot be bounded: zstd makes at most 32,768 of one (RFC 8878, RLE_Block)."""
+"""The same if the size of the result has no bound: zstd makes at most 32,768 bytes of one (RFC 8878, RLE_Block)."""
 
 _MEMORY_NBYTES = 256 << 20
-"""Memory that a decompressor may take for what it looks back to: xz -9 takes 65 MiB, zstd --long 128 MiB."""
+"""Memory that a decompressor may use for its window: xz -9 uses 65 MiB, zstd --long 128 MiB."""
 
 
 class _Zlib:
@@ -76,7 +76,7 @@ class _Zstandard:
 
 
 def _standard(name: str) -> Any:
-    """A module of Python own that it can be built without."""
+    """A module of Python's own that a Python build can lack."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -100,11 +100,11 @@ class Compression:
     """A way of compressing.
 
     Attributes:
-        name: as it is told.
+        name: its name in messages.
         endings: of what is compressed so.
         begins: how it begins, and whatever follows what is complete.
         stream: a new decompressor, as those of the module ``bz2``.
-        padding: zeros behind it come in so many; 0: none may.
+        padding: the unit of zeros that may follow it; 0: none may.
         is_padded_between: whether more may follow them.
     """
 
@@ -193,7 +193,7 @@ PACKED_PICKLES = (
     Compression("zlib", (), re.compile(rb"\x78[\x01\x5e\x9c\xda]"), lambda: _Zlib(is_gzip=False)),
     Compression("lzma", (), re.compile(rb"\x5d\0\0"), lambda: _lzma("FORMAT_ALONE")),
 )
-"""How joblib compresses: in two ways more, whose first bytes alone tell too little to take any file for one."""
+"""joblib's compressions: two more, whose first bytes alone are too little to identify a file."""
 
 ENDINGS = tuple(ending for compression in _COMPRESSIONS for ending in compression.endings)
 """Of compressed files; they never decide what a file is."""

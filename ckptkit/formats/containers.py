@@ -35,7 +35,7 @@ __all__ = [
 
 
 def _archive(kind: str) -> Callable[[Probe], bool]:
-    """Whether a file is this one of torch zip archives."""
+    """Whether a file is this kind of torch zip archive."""
 
     def claims(probe: Probe) -> bool:
         if not probe.records:
@@ -158,7 +158,7 @@ FORMATS: tuple[Format, ...] = (
         loader="torch.distributed.checkpoint.load",
     ),
     Format(
-        name="fsdp", title="one .pt a rank: FSDP1, DTensor",
+        name="fsdp", title="one .pt per rank: FSDP1, DTensor",
         claims=_folder("fsdp"), reader="distributed.fsdp", is_folder=True,
     ),
     Format(
@@ -170,7 +170,7 @@ FORMATS: tuple[Format, ...] = (
         claims=_folder("megatron"), reader="distributed.megatron", is_folder=True,
     ),
     Format(
-        name="safetensors-dcp", title="the hub's sharded safetensors, one file a rank",
+        name="safetensors-dcp", title="the hub's sharded safetensors, one file per rank",
         claims=_folder("safetensors-dcp"), reader="distributed.safetensors_dcp", is_folder=True,
         has_pickle=False, tensors_alone=True,
     ),
@@ -212,7 +212,7 @@ _COMPRESSED = (
 """First bytes of what is decompressed: gzip, xz, bzip2, zstd, and zstd's frames that are skipped."""
 
 PACKED = (LOCAL_SIGNATURE, *_COMPRESSED)
-"""First bytes of all that may hold files, but for tar archives, which have none of their own."""
+"""First bytes of everything that may contain files, except tar archives, which have none."""
 
 
 def holds_files(probe: Probe) -> bool:

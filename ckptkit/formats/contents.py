@@ -1,18 +1,18 @@
-"""What is in bytes that no container's reader understands: pickles, archives, compiled code.
+"""The content of bytes that no container's reader understands: pickles, archives, compiled code.
 
-A record that nothing refers to, a resource of a package, a file of the user's in a program, a member of an archive, a
-file that is not a checkpoint: whoever is told to will load it, whatever its name.  So each is known by its first bytes
+A record that nothing refers to, a resource of a package, a user's file in a program, a member of an archive, a file
+that is not a checkpoint: someone may load any of them, whatever its name.  So each is identified by its first bytes
 (`ckptkit.formats.magic`):
 
-- a pickle of any protocol, or several one behind the other, torch's row of pickles before 1.6, a numpy array of objects
-  (``numpy/lib/_format_impl.py``: a header, then a pickle): the names in it are judged
+- a pickle of any protocol, or several consecutive ones, the series of pickles that torch wrote before 1.6, a numpy
+  array of objects (``numpy/lib/_format_impl.py``: a header, then a pickle): the names in it are judged
 - a zip or tar archive: its records are looked at in the same way, one level deep, and where one of them is an archive
-  of torch, those of that too
+  of torch's, those of that too
 - code compiled for a machine
 - anything else is data
 
-What is compressed, encrypted or damaged, is deeper, or is larger than `ckptkit.limits.Limits` has room for is not read,
-and that is said: nobody vouches for it.
+Anything compressed, encrypted or damaged, nested deeper, or larger than `ckptkit.limits.Limits` allows is not read, and
+is reported as unread.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ from ckptkit.report import count_of
 __all__ = ["ContentSearch", "Inside", "head_of", "look_inside", "names_left"]
 
 _HEAD_NBYTES = BLOCK_NBYTES
-"""First bytes that tell what a record is: as many as a tar archive's header has."""
+"""First bytes that identify a record: as many as a tar archive's header has."""
 
 _DEFLATED_NBYTES = 4096
 """Packed bytes that are inflated for them at first."""
@@ -103,7 +103,7 @@ class ContentSearch:
     Args:
         limits: bounds on what the file may ask for: `Limits.members`, `Limits.looked_nbytes` and `Limits.pickle_nbytes`
             are for all that is looked at.
-        levels: archives that are opened inside one another; one of torch is opened one level deeper.
+        levels: how deep archives inside archives are opened; torch's own are opened one level deeper.
 
     Attributes:
         pickles: where they were found: names of records, ``""`` for the file itself.
@@ -129,7 +129,7 @@ class ContentSearch:
         """Look at a record, or at a file as a whole.
 
         Args:
-            name: that it has in what is told of it; ``""``: it is the file.
+            name: its name in messages; ``""``: it is the file.
             held: its bytes.
             is_program: whether it is code, or a part of it, whatever it looks like.
         """
@@ -147,7 +147,7 @@ class ContentSearch:
         self._uses.append(GlobalUse(name=what, verdict="unknown", count=1, where=(name,), reason=reason, kind="code"))
 
     def unread(self, name: str, why: str) -> None:
-        """Say that a record was not read."""
+        """Report that a record was not read."""
         what = "unread content"
         self.beyond.append((name, why))
         self._uses.append(GlobalUse(name=what, verdict="unknown", count=1, where=(name,), reason=why, kind="unread"))
@@ -200,7 +200,7 @@ class ContentSearch:
             raise FormatError(str(error)) from error
 
     def _array(self, name: str, head: bytes, held: Record | ByteRange) -> None:
-        """An array file of numpy: its pickle, where its values are objects."""
+        """A numpy array file: its pickle, if its values are objects."""
         width = 2 if head[6:7] == b"\x01" else 4
         start = 8 + width + int.from_bytes(head[8 : 8 + width], "little")
         area = None
@@ -232,7 +232,7 @@ class ContentSearch:
         if declared and is_small and area.read(0, 2) == b"\x80\x02" and is_plain_pickle(area.read()):
             self.pickles.append(name)
             return True
-        row = PickleRow(area, replace(self._limits, pickle_nbytes=self._pickled_left))
+        row = PickleRow(area, self._limits._replace(pickle_nbytes=self._pickled_left))
         found = _Found(is_one=declared)
         is_list = not declared and _LIST.match(row.source.read(0, min(row.left, _HEAD_NBYTES))) is not None
         is_legacy = self._read_row(row, name, area, found, is_list=is_list)
@@ -274,7 +274,7 @@ class ContentSearch:
         return found.count == most
 
     def _follow(self, row: PickleRow, rest: bytes, found: _Found, error: FormatError) -> None:
-        """Look at what is where a pickle could not be read, and behind it."""
+        """Search where a pickle could not be read, and after it."""
         found.uses += error.globals
         found.is_one = found.is_one or error.called or any(map(runs, error.globals))
         if found.is_one:
@@ -344,7 +344,7 @@ def head_of(held: Record | ByteRange) -> bytes:
 
 
 def names_left(probe: Probe, known: Iterable[GlobalUse] = ()) -> tuple[GlobalUse, ...]:
-    """The names in a file that was refused, so that what it would run is told all the same.
+    """The names in a file that was refused, so that everything it would run is reported all the same.
 
     A reader stops at the first thing that is wrong, which need not be the worst, and may be something that other
     readers pass over.

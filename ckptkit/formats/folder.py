@@ -1,16 +1,17 @@
 """What is in folders: each file is a checkpoint, or is skipped and counted by kind, or cannot be read.
 
-A checkpoint is known by its first bytes (`ckptkit.formats.containers`), whatever its name.  A name decides in one case
-alone: a file that is none and is called ``.safetensors``, ``.pth`` and the like is a checkpoint that cannot be read (a
-git-lfs pointer, an error page, an interrupted download), not a file of another kind.  Others are called ``.bin``,
-``.pkl`` and ``.jit``, too: one that is known to be something else is skipped.
+A checkpoint is identified by its first bytes (`ckptkit.formats.containers`), whatever its name.  The name decides in
+only one case: a file that is called ``.safetensors``, ``.pth`` and so on but is none of these is a checkpoint that
+cannot be read (a git-lfs pointer, an error page, an interrupted download), not a file of another kind.  Other files
+have the extensions ``.bin``, ``.pkl`` and ``.jit`` too: one that is known to be something else is skipped.
 
-- An index stands for its shards.  A folder that several processes wrote is one checkpoint, and stands for the files
-  that are its own (`ckptkit.formats.distributed`); others in it are met as anywhere.
+- An index represents its shards.  A folder that several processes wrote is one checkpoint, and represents the files
+  that belong to it (`ckptkit.formats.distributed`); others in it are handled as anywhere.
 - Only regular files are opened.  Links are followed, those to folders after the folders themselves, and each file and
   each folder is met once, by device and inode: in a cache of the hub the blob and its name are one file.
-- ``.git`` is not entered.  AppleDouble files (``._name``, RFC 1740) and outputs that ckptkit did not complete are none.
-- What may hold pickles that are not torch's is listed: whoever allows none looks into these
+- ``.git`` is not entered.  AppleDouble files (``._name``, RFC 1740) and incomplete outputs of ckptkit are not
+  checkpoints.
+- A file that may contain pickles that are not torch's is listed; policies against pickles search it
   (`ckptkit.formats.contents`).
 """
 
@@ -65,10 +66,10 @@ _TEXTS = frozenset(("text file", "JSON file", "HTML page", "git-lfs pointer", "e
 _APPLE_DOUBLE = b"\x00\x05\x16\x07"
 
 _DEEPEST = 64
-"""Folders above one that are told from others."""
+"""Folders above one that distinguish it from others."""
 
 _DIRECTORY_NBYTES = 1 << 20
-"""Bytes at the end of a zip archive that cannot be read in which a record of torch is looked for."""
+"""Bytes at the end of an unreadable zip archive that are searched for a record of torch."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,7 +152,7 @@ class Surveyor:
     """Meets files and folders, each once.
 
     Args:
-        is_unfinished: whether a name is that of an output of ckptkit's own that was not completed.
+        is_unfinished: whether a name belongs to an incomplete output of ckptkit.
         limits: bounds on what a file may ask for.
     """
 
@@ -225,8 +226,7 @@ class Surveyor:
     def folder(self, folder: str) -> FileAccessError | None:
         """Everything in a folder and in those below it.
 
-        Returns:
-            What is to be said where there is no checkpoint, and nothing that could be one.
+        Returns: The message if there is no checkpoint, and nothing that could be one.
         """
         before, passed = len(self._unreadable), Counter(self._passed.values())
         with places.opened_ahead(folder, _is_a_part):
@@ -418,7 +418,7 @@ _SPECIAL = {
 
 
 def _is(asked: Callable[[], bool]) -> bool:
-    """Whether an entry of a folder is what is asked, behind its links."""
+    """Whether an entry of a folder passes a test, with links followed."""
     try:
         return asked()
     except OSError:  # links that lead to one another
@@ -426,7 +426,7 @@ def _is(asked: Callable[[], bool]) -> bool:
 
 
 def _is_a_part(name: str) -> bool:
-    """Whether a file is called as one of several that their folder, or an index, stands for."""
+    """Whether a file has the name of one of several that their folder, or an index, represents."""
     from ckptkit.formats.shard_parts import known_as
 
     shard = CUSTOMARY.fullmatch(name)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from ckptkit.bytesource import Source
 from ckptkit.checkpoint import Checkpoint, GlobalUse
@@ -26,24 +26,24 @@ HEAD_NBYTES = 512
 """First bytes of a file that sniffing looks at."""
 
 TORCH_MARKS = ("/data.pkl", "/model.json", "/archive_format", "/.data/extern_modules")
-"""Records by which the root folder of one of torch archives is known."""
+"""Records that identify the root folder of a torch archive."""
 
 
 def is_folder(file: Source) -> bool:
-    """Whether a source stands for a folder of files (`ckptkit.formats.distributed.folder`), and has no bytes itself."""
+    """Whether a source represents a folder of files (`ckptkit.formats.distributed.folder`), and has no bytes itself."""
     return hasattr(file, "layout")
 
 
 class Probe:
-    """A file as it is seen by whoever must say what it is: its first bytes, and once only, its directory.
+    """A file for those who must say what it is: its first bytes and, read once, its directory.
 
     Attributes:
         file: the file.
         limits: bounds on what it may ask for.
         prefix: what is before the key of each storage: the name of a shard, and a colon.
         head: its first `HEAD_NBYTES` bytes, or all there are.
-        outcomes: of containers that cannot claim a file without reading it: by name what came of it, or the error;
-            ``None``: the file is none of theirs.
+        outcomes: for containers that cannot claim a file without reading it: the result or the error by name; ``None``:
+            the file is none of theirs.
     """
 
     def __init__(self, file: Source, limits: Limits, prefix: str = "") -> None:
@@ -55,7 +55,7 @@ class Probe:
 
     @cached_property
     def records(self) -> Records | None:
-        """Every record of a zip archive, or of one that was unpacked, by its full name; ``None``: the file is none.
+        """Every record of a zip archive, or of an unpacked one, by its full name; ``None``: the file is neither.
 
         Raises:
             CorruptError: the file begins like one, and is damaged or ambiguous; where it was cut off
@@ -82,13 +82,12 @@ class Probe:
         return self.file.read(0, self.file.size) if begins and self.file.size <= self.limits.index_nbytes else None
 
 
-@dataclass(frozen=True, slots=True)
-class Around:
+class Around(NamedTuple):
     """What a checkpoint was found in.
 
     Attributes:
         given: the file that was given: one that is compressed, or an archive.
-        findings: what is to be told of the way.
+        findings: about the way to it.
         uses: the names in the pickles beside it, and what could not be read.
         has_pickle: whether there may be any.
         where: the way, for messages.
@@ -119,21 +118,20 @@ class Around:
         return error
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Format:
+class Format(NamedTuple):
     """One container, and everything about it that others ask: no name of one is compared anywhere else.
 
     Attributes:
         name: as in `Origin.format` and the JSON documents.
-        suffixes: endings of destinations that choose it, the customary one first.
         claims: whether the file claims to be of this container.
-            After that the decision stands: what is wrong with the file is that container's error.
+            After that the decision is final: anything wrong with the file is that container's error.
         reader: the module that reads it.
+        suffixes: endings of destinations that choose it, the customary one first.
         writer: the module that writes it; ``None``: cannot be written.
         has_pickle: whether there may be pickles in it; the shards of an index without any must be of ``shards``.
         is_program: whether it contains a program, of which only the weights can be written.
-        tensors_alone: whether tensors under names are all that it can hold, each with bytes of its own; else there is
-            a tree, and tensors share storages in it.
+        tensors_alone: whether it can store only named tensors, each with its own bytes; otherwise there is a tree, and
+            tensors share storages in it.
         shards: of an index, the container that its shards are written in.
         is_folder: whether it is a folder that several processes wrote, and that is one checkpoint.
         ties_once: whether tied tensors are in it under one name alone, and who loads it fills in the others.
@@ -141,14 +139,14 @@ class Format:
         maps_location: whether ``loader`` takes a ``map_location``.
         has_classes: whether the classes of its modules are in it, so that loading it needs none of them.
         title: what writes such files, in a line.
-        words: what it is to whoever meets one for the first time, ``{}`` for where its class is named; ``""``: what
-            it holds says that.
+        words: what it is, for a reader who sees one for the first time, with ``{}`` in the place of its class; ``""``:
+            its content says that.
     """
 
     name: str
-    suffixes: tuple[str, ...] = ()
     claims: Callable[[Probe], bool]
     reader: str
+    suffixes: tuple[str, ...] = ()
     writer: str | None = None
     has_pickle: bool = True
     is_program: bool = False

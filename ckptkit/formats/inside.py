@@ -1,6 +1,6 @@
-"""What is inside a file: the members of an archive, what they decompress to, and which of them is meant.
+"""The content of a file: the members of an archive, what they decompress to, and which of them is meant.
 
-The members of a zip or tar archive are files; those of torch own archives are records, and none is a file.  Archives
+The members of a zip or tar archive are files; those of torch's own archives are records, not files.  Archives
 that contain several checkpoints of which one is the model are in `_LAYOUTS`:
 
 - ``.nemo`` (NeMo, ``nemo/core/connectors/save_restore_connector.py``): a tar, compressed or not, with
@@ -68,7 +68,7 @@ class _Layout:
 
     Attributes:
         what: what it is.
-        needs: members by which it is known.
+        needs: members that identify it.
         meant: the one that is opened.
         pickled: members that contain pickles in JSON.
     """
@@ -265,7 +265,7 @@ _KINDS = {"1": "a link", "2": "a link", "3": "a device", "4": "a device", "6": "
 
 
 def _archive_in(probe: Probe) -> _Archive | None:
-    """The archive that a file is; ``None``: it is not one, or one of torch."""
+    """The archive that a file is; ``None``: it is not one, or it is torch's."""
     archive = _Archive(probe.file, probe.limits)
     if probe.records is not None:
         if archive_kind(probe) is not None:
@@ -289,7 +289,7 @@ def _archive_in(probe: Probe) -> _Archive | None:
 
 
 def entered(probe: Probe) -> Probe:
-    """The checkpoint in a file that is compressed or an archive, with what is to be told of the way; else the file.
+    """The checkpoint in a compressed file or an archive, with findings about the way to it; otherwise the file.
 
     Raises:
         FormatError: it is damaged, too large, or an archive of several checkpoints.
@@ -315,7 +315,7 @@ def entered(probe: Probe) -> Probe:
 
 
 def _step(probe: Probe, path: str, around: Around) -> tuple[Inner, Around] | None:
-    """What a file decompresses to, or the member of it that is meant, and the way to it; ``None``: none is."""
+    """What a file decompresses to, or its only meant member, and the way to it; ``None``: there is none."""
     compression = compression_of(probe.head)
     if compression is not None:
         found = decompressed(probe.file, compression, probe.limits)
@@ -438,7 +438,8 @@ def begins_like_one(probe: Probe) -> bool:
 
 
 _BEGINNING_NBYTES = 256 << 10
-"""Bytes of a compressed file that are looked at in a folder; bzip2 gives none before a block of up to 900,000."""
+"""Bytes of a compressed file that are decompressed to identify it in a folder; bzip2 returns none before a block of up
+to 900,000."""
 
 _MOST_NAMES = 64
 """Members of an archive in a folder whose names are looked at."""
@@ -459,7 +460,7 @@ def _first(compression: Compression, probe: Probe) -> Iterator[bytes]:
 
 
 def _begins_a_layout(area: ByteRange, limits: Limits) -> bool:
-    """Whether the members of a tar archive, as far as there are any of it, are those of a layout."""
+    """Whether the members of a tar archive, as far as they exist, are those of a layout."""
     names: dict[str, object] = {}
     with contextlib.suppress(FormatError):  # cut off, where this is the beginning of one
         for member in read_members(area, limits, _MOST_NAMES):

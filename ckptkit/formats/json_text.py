@@ -1,10 +1,10 @@
 """JSON from a stranger's file, read strictly: the header of safetensors and the index of shards.
 
-Readers of JSON (RFC 8259) disagree about what the standard leaves open, so that is refused: keys given twice, numbers
-that are none (``NaN``), halves of surrogate pairs.  What costs more memory than a checkpoint needs
-is refused before it is parsed: an empty list takes three bytes of text and seventy of memory.
+Readers of JSON (RFC 8259) disagree where the standard leaves a choice, so this is refused: duplicate keys, invalid
+numbers (``NaN``), halves of surrogate pairs.  What costs more memory than a checkpoint needs is refused before it is
+parsed: an empty list takes three bytes of text and seventy of memory.
 
-Module versions (torch's ``_metadata`` of a state_dict) in containers that have no place of their own for them.
+Module versions (torch's ``_metadata`` of a state_dict) in containers without a place for them.
 
 They decide how BatchNorm and others load.  safetensors headers keep them in ``__metadata__`` under
 `VERSIONS`, as JSON: ``{"": {"version": 1}, "bn1": {"version": 2}}``; other readers pass over it.
@@ -29,6 +29,7 @@ from typing import NoReturn
 from ckptkit.checkpoint import StateDict
 from ckptkit.errors import AmbiguousError, CorruptError, FormatError, LimitError
 from ckptkit.limits import DEFAULT_LIMITS, Limits
+from ckptkit.patterns import pattern
 from ckptkit.pickling.inert import Global, InertDict, Object, mapping_items
 
 __all__ = [
@@ -46,14 +47,14 @@ __all__ = [
     "versions_text",
 ]
 
-_SURROGATE = re.compile("[\ud800-\udfff]")
-_ESCAPED_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
-_KEY = re.compile(rb'"[ \t\r\n]*:')
-_MINUS_ZERO = re.compile(rb"-0(?![.eE0-9])")
+_SURROGATE = pattern("[\ud800-\udfff]")
+_ESCAPED_SURROGATE = pattern(rb"\\u[dD][89a-fA-F]")
+_KEY = pattern(rb'"[ \t\r\n]*:')
+_MINUS_ZERO = pattern(rb"-0(?![.eE0-9])")
 
 
 def shown(name: object) -> str:
-    """A name as it is in a message: the beginning of an endless one."""
+    """A name for messages, without the rest of an endless one."""
     return repr(name[:80] + "…" if len(name) > 80 else name) if isinstance(name, str) else f"a {type(name).__name__}"
 
 
@@ -74,7 +75,7 @@ def check_count(raw: bytes, limits: Limits, what: str) -> None:
 
 
 def parse(raw: bytes, limits: Limits, what: str, hook: Callable[[dict[str, object]], object] | None = None) -> object:
-    """The value a text stands for; objects are dicts, or what ``hook`` makes of them.
+    """The value of a text; objects are dicts, or the results of ``hook``.
 
     Args:
         raw: the text.
@@ -130,7 +131,7 @@ def _integer(digits: str) -> int | float:
 
 
 def check_ignored(value: object, what: str) -> None:
-    """Refuse in a value that nobody reads what other parsers refuse anywhere.
+    """Refuse, in a value that nothing reads, what other parsers refuse anywhere.
 
     Raises:
         CorruptError: half a surrogate pair, a number no float can hold, or nesting too deep.
@@ -171,7 +172,7 @@ def versions_from(text: str | None, limits: Limits) -> dict[str, object] | None:
 
 
 def versions_text(state_dict: StateDict) -> str | None:
-    """The versions as JSON; ``None``: there are none, or JSON cannot hold them."""
+    """The versions as JSON; ``None``: there are none, or JSON cannot represent them."""
     if not state_dict.versions:
         return None
     document: dict[str, dict[str, object]] = {}

@@ -1,9 +1,9 @@
 """What bytes are, by the first of them: a pickle, compressed, an archive that is not read, code for a machine.
 
-A pickle need not declare itself.  CPython's unpicklers (``Lib/pickle.py``, ``Modules/_pickle.c``) take any opcode that
-needs nothing on the stack as the first one, and whoever means harm chooses it.  Many of these opcodes are letters, so a
-text can begin like a pickle: it is one where it comes to an end, or to a call, before the first byte that no unpickler
-takes.
+A pickle need not declare itself.  CPython's unpicklers (``Lib/pickle.py``, ``Modules/_pickle.c``) accept any opcode
+that needs nothing on the stack as the first one, and an attacker can choose it.  Many of these opcodes are letters, so
+a text can begin like a pickle: it is one where it comes to an end, or to a call, before the first byte that no
+unpickler takes.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from itertools import chain
 
 from ckptkit.checkpoint import GlobalUse
@@ -29,7 +28,7 @@ __all__ = [
 ]  # fmt: skip
 
 PickleGuess = str | None
-"""``"pickle"``; ``"maybe"``: the first bytes do not tell; ``None``: it is not one."""
+"""``"pickle"``; ``"maybe"``: the first bytes do not decide; ``None``: it is not one."""
 
 _WORD = rb"[A-Za-z_\x80-\xff][^\n\0 ]*"
 _SPACE = rb"[ \t\r\v\f]*"
@@ -51,7 +50,7 @@ _MODULE = re.compile(rb"[ci]([A-Za-z_][\w.]{0,100})\Z")
 _ATTRIBUTE = re.compile(rb"\n(?=([A-Za-z_][\w.]{0,100})\n)")
 _TEXT = rb"(?:\x8c[\x01-\x64]|X[\x01-\x64]\0\0\0)([A-Za-z_][\w.]{0,99})(?:\x94|q.|r....|p[0-9]+\n)?"
 _STACK_GLOBAL = re.compile(_TEXT + _TEXT + rb"\x93", re.DOTALL)
-"""Names as they are in a pickle that cannot be read to its end (protocol 0 to 3, and 4 on)."""
+"""Names in the bytes of a pickle that cannot be read to its end (protocol 0 to 3, and 4 on)."""
 
 _STORAGE = re.compile(
     rb"_load_from_bytes.{1,80}(?:l\xfc\x9cF\xf9 j\xa8P\x19|l\xc3\xbc\xc2\x9cF\xc3\xb9 j\xc2\xa8P\x19)", re.DOTALL
@@ -61,10 +60,10 @@ _STORAGE = re.compile(
 _NAME_NBYTES = 102
 
 SCANNED_NBYTES = 8 << 20
-"""Bytes in which names are looked for where the pickle cannot be read."""
+"""Bytes that are searched for names if the pickle cannot be read."""
 
 _CALL_OPCODES = 1000
-"""Opcodes in which the call of a name is looked for."""
+"""Opcodes that are searched for the call of a name."""
 
 _PLAIN = re.compile(
     rb"(?:K.|M..|J....|q.|h.|r....|j....|[N()t\]}aelsud0R\x85-\x89\x94]|ctorch\.jit\._pickle\nbuild_[a-z]+\n){0,1000}",
@@ -73,7 +72,7 @@ _PLAIN = re.compile(
 """Opcodes of numbers and containers, and what TorchScript's own unpickler makes lists of."""
 
 PADDING = b"\0 \t\r\n"
-"""Bytes that may follow a pickle and are none."""
+"""Bytes that may follow a pickle and are not part of one."""
 
 OPAQUE: dict[bytes, str] = {
     b"\x1f\x8b": "gzip-compressed; decompress it first (gunzip, or tar -xzf for a .tar.gz)",
@@ -115,7 +114,7 @@ _COMPILED_NAME = re.compile(
 
 
 def opaque(head: bytes) -> str | None:
-    """What it is that may hold pickles and cannot be read; ``None``: it can, or is not a container."""
+    """The kind of file that may contain pickles and cannot be read; ``None``: it can, or is not a container."""
     found = _IS_OPAQUE.match(head)
     if found is not None:
         return OPAQUE[found[0]].partition(";")[0]
@@ -166,8 +165,8 @@ def guess_pickle(head: bytes, size: int) -> PickleGuess:
 def is_plain_pickle(data: bytes) -> bool:
     """Whether it is one pickle of protocol 2 of numbers, texts and containers.
 
-    As those are that TorchScript keeps for debugging, by the thousand: to go from text to text takes a tenth of the
-    time that reading them does.
+    TorchScript keeps thousands of such texts for debugging: scanning from text to text takes a tenth of the time that
+    reading them does.
     """
     at, before = 2, 0
     while at > before:
@@ -180,10 +179,10 @@ def is_plain_pickle(data: bytes) -> bool:
 
 
 def passes_over(error: FormatError, data: bytes, size: int, start: int = 0) -> bool:
-    """Whether some unpickler may go on where a pickle could not be read further.
+    """Whether some unpickler may continue where a pickle could not be read further.
 
-    What is refused without being damaged is told by the error's type.  Beside that CPython takes lines of any length,
-    its unpickler in Python a frame that is cut off, and after a STOP whoever reads one pickle may read another.
+    The error's type shows whether a pickle was refused without being damaged.  Besides, CPython accepts lines of any
+    length, its Python unpickler a truncated frame, and after a STOP a reader of one pickle may read another.
 
     Args:
         error: of `read_pickle`.
@@ -199,7 +198,7 @@ def passes_over(error: FormatError, data: bytes, size: int, start: int = 0) -> b
 
 def attempts(data: bytes) -> Iterator[bool]:
     """For one name after the other that stands somewhere in the data, whether it is called there."""
-    limits = replace(DEFAULT_LIMITS, opcodes=_CALL_OPCODES)
+    limits = DEFAULT_LIMITS._replace(opcodes=_CALL_OPCODES)
     starts = (found.start() for found in _STACK_GLOBAL.finditer(data))
     for start in chain((start for start, _, _ in _text_names(data)), starts):
         try:

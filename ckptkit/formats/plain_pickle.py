@@ -6,17 +6,17 @@ Layout: one pickle of any protocol and nothing after it.  A tensor is the call t
 that storage in it.  Since protocol 3 that is an opcode with the bytes after it, and the storage is where it lies;
 before, it is a text that ``_codecs.encode`` makes bytes of, which are put into a temporary file.
 
-Each call gives a storage of its own: tensors that shared one share it no longer, unless pickle saw that they are one
-object.  A call that was given anything else stays the call it is.
+Each call makes a separate storage: tensors that shared one no longer do, unless pickle saw that they are one object.  A
+call that was given anything else stays the call it is.
 
-Where there is no torch storage, numpy's arrays under names are tensors (`ckptkit.normalize.made_plain`).  Such a pickle
-is a checkpoint if there are weights in it by that, or if it contains arrays and nothing else, in lists and dicts.  One
-array alone is none, and neither is what has arrays in its objects (a table, a scikit-learn model):
+If there is no torch storage, named numpy arrays are tensors (`ckptkit.normalize.made_plain`).  Such a pickle
+is a checkpoint if there are weights in it by that, or if it contains arrays and nothing else, in lists and dicts.  A
+single array is not a checkpoint, nor is a pickle with arrays in its objects (a table, a scikit-learn model):
 `ckptkit.formats.refused_contents` says what that is.
 
 joblib (``joblib/numpy_pickle.py``) writes of an array a ``NumpyArrayWrapper``, whose BUILD is followed by a byte that
 counts padding, the padding, and the array's bytes; where ``numpy_array_alignment_bytes`` is not there, by the bytes
-alone.  In an array of objects a pickle of its own is there, and such a file is not read.  joblib compresses all of it:
+alone.  An array of objects contains another pickle, and such a file is not read.  joblib compresses all of it:
 zlib, gzip, bz2, xz or lzma; what that holds is put into a temporary file.
 
 What the machine reads is the file without the large arrays and storages in it (`_Text`): gigabytes are skipped.
@@ -63,7 +63,7 @@ _TEXT = 8
 """How many times the bytes of other pickles one may have that contains its storages as text."""
 
 _BEGIN_NBYTES = 64
-"""First bytes of a storage's file that tell what it is."""
+"""First bytes that identify a storage's file."""
 
 _WINDOW_NBYTES = 256 << 10
 """Bytes that are read at a time, at least."""
@@ -185,7 +185,7 @@ def _holds(area: ByteRange, marks: tuple[bytes, ...], most: int) -> bool:
 
 
 def _inflated(probe: Probe) -> ByteRange | None:
-    """What a compressed file holds, in the temporary file; all of one that is not; ``None``: nothing of joblib."""
+    """The content of a compressed file, in the temporary file; the whole of any other; ``None``: not joblib's."""
     whole = probe.file.whole
     if probe.head[:1] not in _PACKED:
         return whole
@@ -205,7 +205,7 @@ def _inflated(probe: Probe) -> ByteRange | None:
 # Storages and arrays.
 
 _MOST = 200_000
-"""Storages that are read: each is five small pickles of its own; as torch writes them, they take some 0.1 ms."""
+"""Storages that are read: each is five small pickles; as torch writes them, they take some 0.1 ms."""
 
 _PICKLES_NBYTES = 1024
 _COUNT_NBYTES = 8
@@ -221,7 +221,7 @@ class _Held(bytes):
     """The beginning of the bytes of a storage's file, whose pickles are in it.
 
     Attributes:
-        storage: which is in them; its key is that of the file.
+        storage: the one in them; its key is that of the file.
     """
 
     storage: Storage
@@ -242,7 +242,7 @@ class _Text:
 
     @property
     def left(self) -> int:
-        """Bytes behind those that were read."""
+        """Bytes after those that were read."""
         return self.area.nbytes - self.place(len(self.data))
 
     def place(self, at: int) -> int:
@@ -338,7 +338,7 @@ class _Table(LegacyTable):
         return found
 
     def _pass(self, machine: Machine, nbytes: int, *, always: bool = False) -> bool:
-        """Go on behind bytes that stay where they lie; not where they must be read up to their end first."""
+        """Continue after bytes that stay in place, unless they must be read to their end first."""
         is_worth_it = nbytes >= _APART_NBYTES and nbytes * _APART_SHARE >= machine.pos
         is_here = machine.pos + nbytes <= len(machine.data)
         if machine.frame_end == NO_FRAME and (is_worth_it or (always and not is_here)):

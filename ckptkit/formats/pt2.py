@@ -1,6 +1,6 @@
 """Exported programs: what ``torch.export.save`` and ``torch._inductor.aoti_compile_and_package`` write.
 
-Layout since 2.8, one of torch archives (`ckptkit.formats.torch_archive`; ``torch/export/pt2_archive/_package.py``,
+Layout since 2.8: a torch archive (`ckptkit.formats.torch_archive`; ``torch/export/pt2_archive/_package.py``,
 ``constants.py`` and ``torch/_export/serde/schema.py``):
 
 - ``archive_format``: ``pt2``; ``archive_version``; ``.data/version``
@@ -91,7 +91,7 @@ _Parts = list[tuple[object, object]]
 
 
 class _Reader:
-    """What an archive says of its models, in whichever of the layouts."""
+    """The description of an archive's models, in any of the layouts."""
 
     def __init__(self, archive: TorchArchive) -> None:
         self._archive = archive
@@ -145,7 +145,7 @@ class _Reader:
         return [] if empty else [(key, root)]
 
     def _load(self, name: str) -> object:
-        """The object that ``torch.save`` wrote into a record; ``None``: it is not an archive of torch."""
+        """The object that ``torch.save`` wrote into a record; ``None``: it is not a torch archive."""
         nested = self._archive.nested(name)
         if nested is None:
             if self._archive.records[name].nbytes:

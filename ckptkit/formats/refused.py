@@ -1,4 +1,4 @@
-"""What a file is that is not a checkpoint, by its first bytes, and what to do about it.
+"""What a file that is not a checkpoint is, by its first bytes, and what to do about it.
 
 Sources beside those named below: the magic numbers of each format's own specification; for ONNX, TensorFlow
 and Core ML, which have none, the first fields of their protobuf messages (``onnx.proto`` ``ModelProto``,
@@ -72,7 +72,7 @@ _TORCHSHARP_NBYTES = {0: 1, 1: 1, 2: 2, 3: 4, 4: 8, 5: 2, 6: 4, 7: 8, 11: 1, 15:
 _WIDE_NBYTES = END64.size + LOCATOR.size
 
 _SAMPLES = 64
-"""Places of a file that begins with zeros where it is looked at: enough to tell one that is nothing else."""
+"""Positions that are examined in a file that begins with zeros: enough to recognize one that is nothing else."""
 
 _SAMPLE_NBYTES = 64 << 10
 
@@ -121,10 +121,10 @@ _PAGE = re.compile(rb"\s*(?:<!doctype\s+html|<html|<head|<script|<!--)", re.IGNO
 
 
 def kind_of_file(probe: Probe) -> str:
-    """What a file is that no container claims, in a word or two, by its first bytes alone: for counting many.
+    """The kind of a file that no container claims, in a word or two, by its first bytes only: for counting many.
 
-    Among the words are ``"empty file"``, ``"zero-filled file"``, ``"git-lfs pointer"``, ``"HTML page"`` and
-    ``"unknown file"``; pickles are told apart before.
+    Among the kinds are ``"empty file"``, ``"zero-filled file"``, ``"git-lfs pointer"``, ``"HTML page"`` and ``"unknown
+    file"``; pickles are recognized before.
     """
     head = probe.head
     if not head:

@@ -1,14 +1,14 @@
 """A pickle that torch.save did not write: what it asks for, found without executing it.
 
-What a text is that was taken for a checkpoint: error pages, pointers, configurations, source code.
+What a text file in a checkpoint's place is: an error page, a pointer, a configuration, source code.
 
-ZIP archives that are not checkpoints of torch: what they are by their records' names, and what to do.
+ZIP archives that are not torch checkpoints: what their records' names say they are, and what to do.
 
 - ``.npz``: arrays as ``.npy`` records (``numpy/lib/_npyio_impl.py``)
 - ``.keras``: ``config.json``, ``metadata.json`` and ``model.weights.h5`` (``keras/src/saving/saving_lib.py``)
 - ``.mar`` (TorchServe): ``MAR-INF/MANIFEST.json`` (``model_archiver/model_packaging_utils.py``)
 - ``.docx``, ``.xlsx``, ``.pptx``: ``[Content_Types].xml`` (ECMA-376); ``.jar``, ``.apk``, wheels
-- any other: what is inside is for whoever unpacks it; files in it that look like checkpoints are named
+- any other: its content is seen only after unpacking; files in it that look like checkpoints are named
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def describe_pickle(probe: Probe) -> tuple[str, tuple[GlobalUse, ...]]:
 
 
 def names_joblib(names: Iterable[GlobalUse]) -> bool:
-    """Whether a pickle with these names is one of joblib, which puts arrays between the opcodes."""
+    """Whether a pickle with these names is a joblib pickle, which puts arrays between the opcodes."""
     return any(use.name.startswith(("joblib.numpy_pickle", "sklearn.externals.joblib.numpy_pickle")) for use in names)
 
 
@@ -132,7 +132,7 @@ _MAPPING = re.compile(r"(?:---\s*\n|[\w-]+:(?:\s|$)|- \w)")
 
 
 def describe_text(probe: Probe) -> str | None:
-    """One sentence about a text, with the remedy; ``None``: the file is none."""
+    """One sentence about a text file, with the remedy; ``None``: it is not text."""
     raw = probe.file.read(0, min(_READ_NBYTES, probe.file.size))
     text = _decoded(raw)
     if text is None:
@@ -151,7 +151,7 @@ def describe_text(probe: Probe) -> str | None:
 
 
 def _decoded(raw: bytes) -> str | None:
-    """The text, or ``None`` where the bytes are none; the last character may be cut."""
+    """The text, or ``None`` if the bytes are not text; the last character may be cut."""
     name = "utf-8"
     if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) and len(raw) > 3:
         name = "utf-16"
@@ -205,7 +205,7 @@ _DOCUMENTS = (
     ("peft_type", "an adapter's configuration"),
     ("nbformat", "a notebook"),
 )
-"""Keys by which the JSON files that are beside checkpoints are told."""
+"""Keys that identify the JSON files beside checkpoints."""
 
 
 def _json(text: str, probe: Probe) -> str | None:
@@ -260,7 +260,7 @@ def describe_zip(records: Mapping[str, Record]) -> str:
     """One sentence: what the archive is, and the remedy where there is one.
 
     Args:
-        records: by their full names; none of torch containers claims them.
+        records: by their full names; no torch container claims them.
     """
     names = [name for name in records if not name.endswith("/")]
     inside = [name for name in names if name.lower().endswith(_CHECKPOINTS)]

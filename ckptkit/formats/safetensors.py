@@ -1,4 +1,4 @@
-"""The header of a safetensors file: what it says of each tensor, and whether that can be.
+"""The header of a safetensors file: its facts about each tensor, and whether they are possible.
 
 Everything here is checked in the header itself and against the number of bytes after it; the layout is described in
 `ckptkit.formats.safetensors`.  Each thing that can be wrong has its message.
@@ -7,12 +7,12 @@ Compared with the safetensors library (0.8, ``safetensors/src/tensor.rs``) this 
 
 - a header that does not begin with ``{``, as the format's description says it must
 - names given twice, of which the library takes the last and other parsers the first
-- a tensor described by a list in place of an object, or a dtype by an object, which serde takes too
+- a tensor described by a list instead of an object, or a dtype by an object, which serde accepts too
 - numbers from 2^62 on (as sizes beside a 0): torch counts in 63 bits
 - more than `Limits.entries` tensors or `Limits.dimensions` dimensions
-- values of fields nobody knows that are nested more than 100 deep; the library stops at 128
+- values of unknown fields nested more than 100 deep; the library stops at 128
 
-safetensors: a JSON header and plain tensors behind it.
+safetensors: a JSON header followed by plain tensors.
 
 Layout (the safetensors project's README "Format" and ``safetensors/src/tensor.rs``):
 
@@ -20,7 +20,7 @@ Layout (the safetensors project's README "Format" and ``safetensors/src/tensor.r
 - N bytes: UTF-8 JSON that begins with ``{`` and may end in spaces; each key is a tensor's name with ``dtype``,
   ``shape`` and ``data_offsets`` [begin, end) in bytes after the header; the key ``__metadata__`` maps strings to
   strings
-- the data: contiguous, C order, little-endian; no holes, no overlaps, nothing behind
+- the data: contiguous, C order, little-endian; no holes, no overlaps, nothing after it
 
 A reader must accept data that is not aligned (older files); a finding says so.
 What is wrong with a header, and where this reader is stricter than the library, is in
@@ -99,7 +99,7 @@ _UNPACKED = DTYPES["float4_e2m1fn"]
 
 
 def compact(fields: dict[str, object]) -> object:
-    """A tensor's description as soon as it is parsed, in a fifth of the memory; anything else as it is."""
+    """A tensor's description as soon as it is parsed, in a fifth of the memory; anything else unchanged."""
     if len(fields) == 3 and fields.keys() == _FIELDS:
         dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
         row = BY_SAFETENSORS.get(dtype) if isinstance(dtype, str) else None
@@ -118,7 +118,7 @@ def _as_torch(row: DType, shape: list[int]) -> tuple[DType, tuple[int, ...]]:
 
 
 def header_shape(row: DType, shape: tuple[int, ...]) -> list[int]:
-    """The shape that a header gives a tensor of torch."""
+    """The shape of a torch tensor, from the header."""
     return [*shape[:-1], 2 * shape[-1]] if row is _PACKED else list(shape)
 
 
@@ -141,7 +141,7 @@ def strings(node: object) -> dict[str, str]:
 
 
 def layout(name: str, info: object, limits: Limits) -> TensorLayout:
-    """What the header says of a tensor, checked in itself.
+    """The header's facts about a tensor, checked for themselves.
 
     Raises:
         CorruptError: a field is missing or not what it must be.
@@ -162,7 +162,7 @@ def layout(name: str, info: object, limits: Limits) -> TensorLayout:
 
 
 def _explained(name: str, info: object) -> TensorLayout:
-    """The slow way to a `TensorLayout`, for what is odd or wrong: fields nobody knows are left, as the library does.
+    """The slow way to a `TensorLayout`, for anything odd or wrong: unknown fields are ignored, as in the library.
 
     Raises:
         As `layout`.
@@ -330,7 +330,7 @@ _TENSOR = re.compile(r'"([^"\\\x00-\x1f]*)":\{"dtype":"([^]]*)\],"data_offsets":
 """A tensor as the safetensors library and this writer write it; its dtype, shape and numbers need another look."""
 
 _KIND = re.compile(rf'([A-Z0-9_]*)","shape":\[((?:{_COUNT}(?:,{_COUNT})*)?)')
-"""The dtype and the shape of a tensor, as they are between a quotation mark and a bracket."""
+"""The dtype and the shape of a tensor, between a quotation mark and a bracket."""
 
 _NUMBER = re.compile(_COUNT)
 
@@ -346,10 +346,10 @@ _FIXED_NBYTES = len('"":{"dtype":"],"data_offsets":[,]},')
 def _customary(raw: bytes, limits: Limits) -> tuple[dict[str, TensorLayout], dict[str, str]] | None:
     """The same, at a quarter of the time, where the header is as the library writes it.
 
-    ``None``: it is not so to the byte, and nothing is said of it.
+    ``None``: it does not have exactly this form, and nothing more is known.
 
     Raises:
-        FormatError: something is wrong with it, perhaps not what is told of it.
+        FormatError: something is wrong with it, perhaps something other than the message says.
     """
     check_count(raw, limits, "the header")
     if len(raw) > _CUSTOMARY_NBYTES or not raw.isascii():
@@ -388,7 +388,7 @@ def _customary(raw: bytes, limits: Limits) -> tuple[dict[str, TensorLayout], dic
 
 
 def _entries(layouts: Mapping[str, TensorLayout], file: Source, start: int, prefix: str) -> dict[str, object]:
-    """The tensors, each with a storage of its own; ``prefix`` is before the storages' keys."""
+    """The tensors, each with its own storage; ``prefix`` is before the storages' keys."""
     entries: dict[str, object] = {}
     strides: dict[int, tuple[int, ...]] = {}  # of the shapes in the layouts, which stay where they are
     for name, (row, shape, begin, end) in layouts.items():

@@ -1,8 +1,8 @@
-"""What a container of named tensors cannot hold: all of it is said before anything is written.
+"""Finds what a container of named tensors cannot store, and reports all of it before anything is written.
 
-safetensors contains plain tensors of the dtypes it knows, and strings.  A sharded checkpoint contains a state_dict
-alone, in whatever its shards are.  What else there is must be named by whoever writes, to be left out: training state
-with ``--weights-only`` or ``--leave-out``, tensors with ``--exclude``.
+safetensors stores plain tensors of the dtypes it supports, and strings.  A sharded checkpoint contains a state_dict
+alone, in whatever its shards are.  Everything else must be left out explicitly: training state with ``--weights-only``
+or ``--leave-out``, tensors with ``--exclude``.
 
 The writing half of `ckptkit.formats.safetensors`, where the layout is described.
 """

@@ -86,17 +86,20 @@ _RULES = (
     _Rule(r"consolidated\.(?P<n>\d+)\.\w+", "a Llama checkpoint in tensor-parallel parts", _SLICES, False),
 )
 
+_MARKS = (".distcp", "rank", "shard-", "layer_", "consolidated.")
+"""One of these is in every name that a rule fits."""
+
 _MEGATRON = r"(?:mp|tp)_rank_(\d+)(?:_(?:pp_rank_)?(\d+))?(?:_(\d+))?"
 _UNIVERSAL = r"(?:fp32|exp_avg|exp_avg_sq|step)\.pt"
 _NUMBERED = r"((?:rank|shard|part|layer|expert|consolidated)[._-]?|__)[0-9]+"
-"""Words before numbers that tell the files of one checkpoint apart."""
+"""Words before numbers that distinguish the files of one checkpoint."""
 
 _MOST_LISTED = 10_000
 """Names of a folder that are looked at."""
 
 
 def part_of(file: Source, said: Part | Literal["whole"] | None) -> Part | None:
-    """What a file is a part of; ``None``: it is whole, as far as can be told.
+    """The checkpoint that a file is part of; ``None``: it is whole, as far as is known.
 
     Args:
         file: the file.
@@ -111,11 +114,11 @@ def part_of(file: Source, said: Part | Literal["whole"] | None) -> Part | None:
 
 def known_as(name: str) -> tuple[str, bool] | None:
     """The layout whose files, or folders, are called so, and whether one of them alone is a part."""
-    for rule in _RULES:
-        found = re.fullmatch(rule.pattern, name, re.ASCII)
-        if found is not None:
-            of, number = (int(found.groupdict().get(group) or 0) for group in ("of", "n"))
-            return rule.layout, rule.alone or of > 1 or number > 0
+    ruled = _ruled(name)
+    if ruled is not None:
+        rule, found = ruled
+        of, number = (int(found.groupdict().get(group) or 0) for group in ("of", "n"))
+        return rule.layout, rule.alone or of > 1 or number > 0
     ranks = re.fullmatch(_MEGATRON, name, re.ASCII)
     return None if ranks is None else ("a Megatron checkpoint", any(int(number or 0) for number in ranks.groups()))
 
@@ -131,7 +134,7 @@ def part_error(file: Source) -> PartError:
 def _shard(file: Source) -> Part | None:
     """As one of the shards of an index, or by a shard's customary name."""
     folder, name = _place(file)
-    customary = re.fullmatch(CUSTOMARY, name)
+    customary = CUSTOMARY.fullmatch(name) if "-of-" in name else None
     count = int(customary[3]) if customary is not None else 0
     layout, lacks = "a sharded checkpoint", "the other tensors are in the other shards"
     usual = (f"{customary[1]}{customary[4]}.index.json",) if count > 1 and customary is not None else ()
@@ -154,7 +157,7 @@ _known: dict[str, tuple[tuple[int, int], frozenset[str]]] = {}
 
 
 def _shards_of(file: Source, name: str) -> frozenset[str]:
-    """The shards that an index beside a file names, which is read once while it stays as it is."""
+    """The shards in an index beside a file, which is read once while it does not change."""
     from ckptkit.formats.sharded import shard_names
 
     if file.is_far and _is_listed(file):
@@ -179,13 +182,21 @@ def _shards_of(file: Source, name: str) -> frozenset[str]:
     return _known[index][1]
 
 
+def _ruled(name: str) -> tuple[_Rule, re.Match[str]] | None:
+    """The first rule that fits a name."""
+    for rule in _RULES if any(mark in name for mark in _MARKS) else ():
+        found = re.fullmatch(rule.pattern, name, re.ASCII)
+        if found is not None:
+            return rule, found
+    return None
+
+
 def _by_name(file: Source) -> Part | None:
     """As what a process of several wrote, by what it and its folder are called."""
     folder, name = _split(file)
-    for rule in _RULES:
-        found = re.fullmatch(rule.pattern, name, re.ASCII)
-        if found is None:
-            continue
+    ruled = _ruled(name)
+    if ruled is not None:
+        rule, found = ruled
         of, number = (found.groupdict().get(group) for group in ("of", "n"))
         count = int(of) if of else _ranks_beside(_names(file, folder), found)
         if not rule.alone and count < 2 and (of or not int(number or 0)):
@@ -194,7 +205,7 @@ def _by_name(file: Source) -> Part | None:
         piece = "" if number is None else f"{rule.word} {int(number)}" + (f" of {count}" if known else "")
         return Part(layout=rule.layout, piece=piece, lacks=rule.lacks)
     above, parent = places.split(folder)
-    ranks = re.fullmatch(_MEGATRON, parent, re.ASCII)
+    ranks = re.fullmatch(_MEGATRON, parent, re.ASCII) if "rank" in parent else None
     beside = len(_folders_alike(file)) if ranks is not None else 0
     if ranks is not None and (beside > 1 or any(int(number or 0) for number in ranks.groups())):
         piece = f"{parent}, one of {beside} folders," if beside > 1 else parent
@@ -215,7 +226,7 @@ def _is_listed(file: Source) -> bool:
 
 
 def _place(file: Source) -> tuple[str, str]:
-    """The folder a file is in, as it is reached from here, and its name."""
+    """The folder a file is in, as reached from here, and its name."""
     folder, name = places.split(name_of(file))
     return (file.folder, name) if file.is_far and file.folder is not None else (folder, name)
 
@@ -236,7 +247,7 @@ def _is_dcp(file: Source) -> bool:
 
 
 def _placed(part: Part, file: Source) -> Part:
-    """The part with the folder of the files that belong together, or with what was made of them."""
+    """The part with the folder of the files that belong together, or with a file made from them."""
     if part.instead is not None or file.folder is None:
         return part
     folder, name = _place(file)
@@ -258,7 +269,7 @@ def _placed(part: Part, file: Source) -> Part:
 
 
 def _above(folder: str) -> str:
-    """The folder that one is in, as it is reached from here."""
+    """The folder that one is in, as reached from here."""
     above, own = places.split(folder)
     if places.is_url(folder):
         return above

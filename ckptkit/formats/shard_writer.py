@@ -22,7 +22,7 @@ Only where that alone is larger than wanted is a file larger than wanted: it con
 first if what it has beside tensors, below, takes more.)
 
 The first shard has the versions of all modules, each other one those of its own modules; other attributes of the
-mapping are in the first torch shard alone.  The checkpoint's string metadata is in each shard and in the index.
+mapping are only in the first torch shard.  The checkpoint's string metadata is in each shard and in the index.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ is a JSON object with
 - ``weight_map``: each tensor's name -> the name of the shard that holds it, relative to the index
 - ``metadata``: may be missing; ``total_size`` is the number of bytes of all tensors
 
-The shards are whole files of their own, ``model-00001-of-00002.safetensors`` by custom.  An index
+The shards are complete files, ``model-00001-of-00002.safetensors`` by convention.  An index
 that names a ``.safetensors`` file is "safetensors-sharded", and all its shards must be
 safetensors; any other is "torch-sharded", and its shards are what their content says, but never
 an index themselves.
@@ -17,7 +17,7 @@ a symbolic link is followed, since Hugging Face's cache consists of such links.
 
 Names are in the order of the ``weight_map``.  What shards hold beyond it comes after, in the shards' order, because
 loaders that read whole shards take it too; a finding says so.  Other names of a listed tensor, which a safetensors
-shard has in its metadata alone, are none of it, and are where `ckptkit.formats.json_text` says.  A storage's key is the
+shard has only in its metadata, are not listed, and are where `ckptkit.formats.json_text` says.  A storage's key is the
 shard's name, a colon and its key there. Ties inside a shard stay ties.
 
 Everything that is wrong is reported at once: shards that are missing, git-lfs pointers, damaged or

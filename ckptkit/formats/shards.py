@@ -8,7 +8,8 @@ import os
 import re
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import NamedTuple
 
 from ckptkit import places
 from ckptkit.bytesource import Source
@@ -17,6 +18,7 @@ from ckptkit.dtypes import DTYPES
 from ckptkit.formats.json_text import shown
 from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.normalize import RawCheckpoint
+from ckptkit.patterns import pattern
 from ckptkit.pickling.inert import TreeMap
 from ckptkit.pickling.trust import merge_uses
 from ckptkit.report import Finding, count_of, listed
@@ -39,10 +41,10 @@ __all__ = [
     "unnamed_shards",
 ]
 
-CUSTOMARY = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.[A-Za-z]+)", re.ASCII)
+CUSTOMARY = pattern(r"(.+)-(\d{5})-of-(\d{5})(\.[A-Za-z]+)", re.ASCII)
 """What shards are called: the stem, the number of one, how many there are, and the ending."""
 
-_ODD_PATH = re.compile(r"[\0\\]|^/|^[A-Za-z]:|(?:^|/)\.{0,2}(?:/|$)")
+_ODD_PATH = pattern(r"[\0\\]|^/|^[A-Za-z]:|(?:^|/)\.{0,2}(?:/|$)")
 
 
 def is_shard_name(name: str) -> bool:
@@ -55,7 +57,7 @@ _WORDS = ("rank", "layer_", "expert_", "consolidated.", ".distcp", "-of-", "comm
 
 
 def name_of(file: Source) -> str:
-    """The path by which a source is known: of what is in another, with the member's, without how it is compressed."""
+    """The path that identifies a source: for a member, with the member's name; without the compression."""
     name: str = getattr(file, "name", file.path)
     return name
 
@@ -112,8 +114,7 @@ LISTED = 5
 """Names that a message lists of each kind."""
 
 
-@dataclass(frozen=True, slots=True)
-class Shard:
+class Shard(NamedTuple):
     """One shard as it was read.
 
     Attributes:

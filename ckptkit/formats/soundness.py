@@ -1,7 +1,7 @@
-"""What was not read when a checkpoint was opened, and is before its bytes are read.
+"""The checks that opening a checkpoint puts off until its bytes are read.
 
-Checksums that an archive recorded, pickles of a folder that were left for later, copies that must be equal; and a
-sharded checkpoint that is hostile is refused.
+They cover checksums that an archive recorded, pickles of a folder that were left for later, and copies that must be
+equal; a hostile sharded checkpoint is refused.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ __all__ = ["as_hostile", "hashed_parts", "is_part", "judged", "require_sound"]
 
 
 def require_sound(file: Source, checkpoint: Checkpoint, *, held: bool = True) -> Checkpoint:
-    """Look into all that was not read when the checkpoint was opened: whoever reads its bytes, begins here.
+    """Check everything that opening the checkpoint put off; every reader of its bytes begins here.
 
-    What is read of a member that is in a zip archive as it is, is checked against the checksum that is recorded there;
-    pickles that were left for later are judged; and what is in several files of a folder is compared.
+    A stored member of a zip archive is checked against its recorded checksum, pickles that were left for later are
+    judged, and values in several files of a folder are compared.
 
     Args:
         file: the source.
@@ -32,10 +32,10 @@ def require_sound(file: Source, checkpoint: Checkpoint, *, held: bool = True) ->
         held: whether bytes are checked against checksums and copies; what is left for later is judged in any case.
 
     Returns:
-        The checkpoint with the names in what was left for later.
+        The checkpoint, with the names in pickles that were left for later.
 
     Raises:
-        CorruptError: bytes are others than recorded, or differ where they must be the same.
+        CorruptError: bytes do not match their recorded checksum, or differ where they must be the same.
         FormatError: what was left for later is damaged, or a sharded checkpoint is hostile.
     """
     for each in (file, *file.parts.values()) if held else ():
@@ -95,7 +95,7 @@ def judged(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def is_part(file: Source, path: str) -> bool:
-    """Whether a path is that of a file in the folder that is read, without which its checkpoint is lost."""
+    """Whether a path belongs to a file in the folder being read, without which its checkpoint is lost."""
     if not is_folder(file) or file.is_far or not os.path.lexists(path):
         return False
     from ckptkit.formats.distributed.folder import FolderSource

@@ -1,6 +1,6 @@
 """What a checkpoint may be read from beside a local file: a part of another source, open files, bytes, stdin.
 
-Each is a `ckptkit.bytesource.Source` of its own; nothing else knows the difference.  The position of a file that is
+Each is a separate `ckptkit.bytesource.Source`; nothing else knows the difference.  The position of a file that is
 given open stays where it was, unless it can only be read from beginning to end: that one is read to its end.
 """
 
@@ -26,7 +26,7 @@ __all__ = ["Inner", "opened", "room_for", "standard_input"]
 
 
 class Inner(Source):
-    """A file inside another source: a range of it, or of the temporary file in which it was decompressed.
+    """A file inside another source: a range of it, or of the temporary file into which it was decompressed.
 
     Args:
         path: what messages call it.
@@ -66,7 +66,7 @@ class Inner(Source):
         return self.area.read(offset, nbytes)
 
     def read_into(self, offset: int, buffer: bytearray | memoryview) -> None:
-        """As `Source.read_into`; no memory is taken for the bytes."""
+        """As `Source.read_into`, without allocating memory."""
         if self._closed or offset < 0 or offset + len(buffer) > self.size:
             self.read(offset, len(buffer))  # raises
         self.area.file.read_into(self.area.offset + offset, buffer)
@@ -138,7 +138,7 @@ def room_for(file: Source, limits: Limits) -> int:
 
 
 class _OpenFile(SourceFile):
-    """A regular file that somebody else opened, by a descriptor of our own."""
+    """A regular file that the caller opened, through our own descriptor."""
 
     __slots__ = ("_has_name",)
     _has_name: bool
@@ -172,7 +172,7 @@ class _OpenFile(SourceFile):
 
 
 class _Seekable(Source):
-    """A file of somebody else's making that is read by position, in which it then is where it stood."""
+    """A file that someone else opened, read by position; its position does not change."""
 
     __slots__ = ("_begin", "_file")
 

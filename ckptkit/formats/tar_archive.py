@@ -1,4 +1,4 @@
-"""The header of a tar archive's member, as far as it tells that a file is one.
+"""The header of a tar archive's member, as far as it identifies a file.
 
 A tar archive's members: bounded, and so strict that no two readers disagree about it.
 
@@ -15,11 +15,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from ckptkit.bytesource import ByteRange
 from ckptkit.errors import AmbiguousError, CorruptError, LimitError
 from ckptkit.limits import Limits
+from ckptkit.patterns import pattern
 from ckptkit.report import count_of
 
 __all__ = ["BLOCK_NBYTES", "Member", "checksums", "is_header", "read_members"]
@@ -61,18 +62,17 @@ _MAX_PADDING_NBYTES = 1 << 20
 _PAX_KEYS = frozenset({"atime", "ctime", "mtime", "uid", "gid", "uname", "gname", "size", "comment"})
 """What is known about a member without changing what it is, or where; others rename or redirect it."""
 
-_OCTAL = re.compile(rb" *([0-7]{1,12})[ \0]*\Z")
-_RECORD = re.compile(rb"([1-9][0-9]{0,7}) ([A-Za-z.]{1,64})=")
+_OCTAL = pattern(rb" *([0-7]{1,12})[ \0]*\Z")
+_RECORD = pattern(rb"([1-9][0-9]{0,7}) ([A-Za-z.]{1,64})=")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Member:
+class Member(NamedTuple):
     """One member.
 
     Attributes:
         name: as the header has it.
-        kind: the type flag: ``"0"`` is a regular file; ``"x"`` stands for one of which a pax header says
-            that it is something else, or somewhere else, than its own header does.
+        kind: the type flag: ``"0"`` is a regular file; ``"x"`` means that a pax header describes it as something else,
+            or somewhere else, than its own header does.
         start: of its data in the file.
         nbytes: of its data, as declared; the file may be shorter.
         path: the name of a regular file, also where it is too long for the header: a pax header, or before it a member
@@ -119,7 +119,7 @@ def read_members(area: ByteRange, limits: Limits, most: int) -> Iterator[Member]
         else:
             is_named = member.kind == "0" and (as_stated or path)
             kind = member.kind if as_stated else "x"
-            yield replace(member, kind=kind, path=(path or member.name) if is_named else None)
+            yield member._replace(kind=kind, path=(path or member.name) if is_named else None)
             size, path, as_stated = None, _long_name(member, area, limits) if member.kind == "L" else "", True
         if following > area.nbytes:
             raise CorruptError(

@@ -11,11 +11,11 @@ them a file is follows from records that only that one has, as in ``torch/serial
 - ``.data/extern_modules``: torch.package (since 1.8)
 - ``data.pkl`` and none of these: torch-zip
 
-torch refuses an archive with anything outside its root folder, and one whose root is inside another folder, as
-unpacking and packing again makes them.  Here the root is the one folder that has the records of torch; what is outside
-is told, and goes through for its names.  Two such folders are refused.
+torch refuses an archive with anything outside its root folder, and one whose root is inside another folder, as after
+unpacking and packing again.  Here the root is the one folder that has torch's records; everything outside it is
+reported, and searched for names.  Two such folders are refused.
 
-Records beside the data tell who wrote it.  ``version`` counts formats, not releases: 2 is torch 1.4
+Records beside the data show who wrote it.  ``version`` counts formats, not releases: 2 is torch 1.4
 and 1.5, 3 since 1.6.  Since 2.1 there are ``byteorder`` and ``.data/serialization_id``, since 2.7
 ``.format_version`` and ``.storage_alignment`` (``docs/source/notes/serialization.rst``, pytorch pull
 requests 94503, 100994, 143879 and 147788).
@@ -36,6 +36,7 @@ from ckptkit.formats.format import TORCH_MARKS, Probe
 from ckptkit.formats.zip_archive import LOCAL_SIGNATURE, read_directory
 from ckptkit.formats.zip_records import Record, Records, fetch_beginnings, read_record, record_source
 from ckptkit.limits import Limits
+from ckptkit.patterns import pattern
 from ckptkit.pickling.reader import Constructor, PickleResult, read_pickle
 from ckptkit.pickling.shortcut import TensorShortcut
 from ckptkit.pickling.tensors import TEXT_IDS_MESSAGE, StorageTable
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
 __all__ = ["METADATA", "PICKLE_FUNCTIONS", "ArchiveKind", "TorchArchive", "archive_kind"]
 
 METADATA = "ckptkit/metadata.json"
-"""The record in which ckptkit keeps a checkpoint's string metadata, a JSON object; torch passes over it."""
+"""The record in which ckptkit keeps a checkpoint's string metadata, a JSON object; torch ignores it."""
 
 PICKLE_FUNCTIONS = frozenset(
     {"build_intlist", "build_tensorlist", "build_doublelist", "build_boollist", "build_tensor_from_id",
@@ -77,12 +78,12 @@ _OWN_NBYTES = 64
 """Bytes that they have at most."""
 
 
-_OWN_ROOT = re.compile(r"(.+)/(?:data\.pkl|constants\.pkl|archive_format|\.data/extern_modules)\Z", re.DOTALL)
-"""A record of which an archive has one, and what is above it."""
+_OWN_ROOT = pattern(r"(.+)/(?:data\.pkl|constants\.pkl|archive_format|\.data/extern_modules)\Z", re.DOTALL)
+"""A record that an archive has only once, and the folders above it."""
 
 
 def archive_kind(probe: Probe) -> ArchiveKind | None:
-    """Which of torch archives a file is; ``None``: none of them."""
+    """Which kind of torch archive a file is; ``None``: none of them."""
     records = probe.records
     if not records:
         return None
@@ -125,16 +126,16 @@ def _root(records: Mapping[str, Record]) -> str | None:
 
 
 def _has_version(records: Mapping[str, Record], root: str) -> bool:
-    """Whether there is what every writer of torch leaves beside the data."""
+    """Whether the records that every torch writer adds beside the data are there."""
     return any(f"{root}{name}" in records for name in ("version", ".data/version", "archive_version"))
 
 
-_STORAGES = re.compile(r"(?:\A|/)(?:data|constants|tensors|weights|traced_inputs)/[^/]*\Z|\.storage\Z")
+_STORAGES = pattern(r"(?:\A|/)(?:data|constants|tensors|weights|traced_inputs)/[^/]*\Z|\.storage\Z")
 """Names of records that are the bytes of tensors, most of them."""
 
 
 class TorchArchive:
-    """One of torch archives, its records by their name below the root folder.
+    """A torch archive of any kind, with its records by their name below the root folder.
 
     Args:
         records: of the zip archive.
@@ -143,7 +144,7 @@ class TorchArchive:
 
     Attributes:
         records, limits: these.
-        programs: folders in which all is a program for one machine.
+        programs: folders that contain only a program for one machine.
 
     Raises:
         AmbiguousError: more than one folder in the archive is torch's.
@@ -165,7 +166,7 @@ class TorchArchive:
                 for name, record in records.items()
                 if not name.startswith(root) and not (name.endswith("/") and root.startswith(name))
             }
-        if any(map(_OWN_ROOT.match, self._outside)):
+        if self._outside and any(map(_OWN_ROOT.match, self._outside)):
             roots = sorted({root[:-1], *(found[1] for found in map(_OWN_ROOT.match, self._outside) if found)})
             raise AmbiguousError(
                 f"an archive with {len(roots)} root folders ({', '.join(roots[:3])}); torch treats the first as the "
@@ -195,7 +196,7 @@ class TorchArchive:
 
         Args:
             name: below the root folder.
-            limit: the most bytes it may have; the limit of a pickle where none is given.
+            limit: the most bytes it may have; by default the limit of a pickle.
 
         Raises:
             CorruptError: it is not there, or damaged.
@@ -242,7 +243,7 @@ class TorchArchive:
         return "big" if byteorder == "big" else "little"
 
     def writer(self) -> str | None:
-        """Which torch wrote it, as far as the records tell; ``None``: no torch leaves such records."""
+        """Which torch wrote it, as far as the records show; ``None``: no torch leaves such records."""
         if ".format_version" in self.records or ".storage_alignment" in self.records:
             return "torch 2.7 or later"
         if ".data/serialization_id" in self.records:
@@ -407,7 +408,7 @@ class TorchArchive:
 
     @property
     def is_repacked(self) -> bool:
-        """Whether something is outside the root folder, or that inside another: torch writes and reads neither."""
+        """Whether something is outside the root folder, or the root is in another: torch never writes that."""
         return bool(self._outside) or self._root.count("/") > 1
 
     def findings(self) -> list[Finding]:
@@ -469,7 +470,7 @@ class TorchArchive:
 
 
 def _unvouched(uses: Iterable[GlobalUse]) -> Iterator[Finding]:
-    """What nobody vouches for beside names."""
+    """Parts besides names that count for trust."""
     for use in uses:
         shown = ", ".join(place[:80] for place in use.where) + (", ..." if use.count > len(use.where) else "")
         if use.kind == "code" and use.name == "compiled code":

@@ -1,4 +1,4 @@
-"""Pickles one behind the other in a file, with raw bytes between them, as torch wrote before 1.6.
+"""Consecutive pickles in a file, with raw bytes between them, as torch wrote before 1.6.
 
 Nothing says where a pickle ends before it is read, and gigabytes of tensors may follow it.  So it is read from a window
 of the file that grows until it contains the pickle.
@@ -6,7 +6,7 @@ of the file that grows until it contains the pickle.
 torch-legacy: what ``torch.save`` wrote from spring 2017 (0.1) to 1.5, and still does when it is asked to.
 
 Layout (``torch/serialization.py`` ``_legacy_save`` and ``_legacy_load``; ``torch/csrc/serialization.cpp``
-``writeFileRaw``), one behind the other, nothing between them and nothing after:
+``writeFileRaw``), one after the other, nothing between them and nothing after:
 
 - a pickle of the number 0x1950a86a20f9469cfc6c
 - a pickle of the protocol, 1001
@@ -16,22 +16,20 @@ Layout (``torch/serialization.py`` ``_legacy_save`` and ``_legacy_load``; ``torc
 - a pickle of the list of storage keys, sorted; a key is the decimal address the storage had
 - for each key of that list, in its order: the number of elements (8 bytes) and the elements
 
-Counts and elements are little-endian whatever ``little_endian`` says.  Old releases wrote counts,
-and some of them elements, as a big-endian machine has them: such a file says nothing of the order
-of its elements and is refused.
+Counts and elements are little-endian whatever ``little_endian`` says.  Old releases wrote counts, and some of them
+elements, in the order of a big-endian machine: such a file does not record the order of its elements and is refused.
 
 A reader must accept pickles of any protocol, in Python 2's dialect too, views of storages, classes
 with their source, and untyped storages (float8, uint16), which torch writes in this format and does
-not read back.  Torch believes the list of keys; here it must name each storage of the object
-once and no other, each count must be what the object says, and the last storage must end the file:
-there is no checksum, and this account is all that tells a damaged file.
+not read back.  Torch believes the list of keys; here it must name each storage of the object once and no other, each
+count must match the object, and the last storage must end the file: there are no checksums, and only this account
+reveals a damaged file.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
 from functools import partial
 from struct import Struct
 
@@ -96,7 +94,7 @@ class PickleRow:
 
         Args:
             where: what it is, for messages: the record, and after a comma the place in it.
-            persistent_load: from a persistent id to the node that stands for it.
+            persistent_load: from a persistent id to its node.
             constructors: calls that are understood.
             window: bytes that are read at first.
 
@@ -124,7 +122,7 @@ class PickleRow:
             raise error.at(where=where) from error.__cause__
         self.pos += pickle.end
         self.uses.extend(global_uses(pickle.globals, where.partition(",")[0]))
-        return replace(pickle, end=self.pos)
+        return pickle._replace(end=self.pos)
 
     def plain(self, where: str) -> object:
         """The next pickle's value, which must be plain: no names, nothing that is called.

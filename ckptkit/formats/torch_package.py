@@ -1,10 +1,10 @@
 """torch.package: objects, the Python code they need, and their storages in one archive.
 
-Layout, one of torch archives (`ckptkit.formats.torch_archive`; ``torch/package/package_exporter.py`` and
+Layout: a torch archive (`ckptkit.formats.torch_archive`; ``torch/package/package_exporter.py`` and
 ``package_importer.py``):
 
-- ``PACKAGE/RESOURCE``: what ``save_pickle`` (pickle protocol 3), ``save_text`` and ``save_binary`` wrote;
-  a name tells nothing, so that a pickle is what begins like one
+- ``PACKAGE/RESOURCE``: what ``save_pickle`` (pickle protocol 3), ``save_text`` and ``save_binary`` wrote; the name does
+  not tell them apart, so a resource that begins like a pickle is one
 - ``….py``: the sources of the modules that were interned, run by the importer
 - ``.data/KEY.storage``: the storages, shared by all pickles; the KEY in a persistent id is an int
 - ``.data/extern_modules``: names of the modules that are imported from outside, one per line
@@ -95,7 +95,7 @@ def _is_resource(name: str) -> bool:
 
 
 def _is_pickle(archive: TorchArchive, name: str) -> bool:
-    """Whether a resource begins like a pickle: `PackageImporter.load_pickle` may be told to load any."""
+    """Whether a resource begins like a pickle: `PackageImporter.load_pickle` may be asked to load any."""
     record = archive.records[name]
     if record.deflated:
         return archive.read(name).startswith(_PICKLE_STARTS)

@@ -20,7 +20,7 @@ data aligned to 64 bytes, checksums recorded; torch 1.6 and later load it.  It l
 ``.format_version``: with it torch may compute record offsets from its own writer's layout instead
 of reading them.  The same checkpoint gives the same bytes.
 
-What `ckptkit.formats.torch_archive` says is common to all of torch archives is not repeated here.
+`ckptkit.formats.torch_archive` describes what all torch archives have in common.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ class ZipWriter:
         self._pos = 0
 
     def add_literal(self, name: str, data: bytes, *, is_final: bool = True) -> None:
-        """Plan a record of bytes that are at hand; not final are those in which something is filled in later."""
+        """Plan a record of bytes in memory; records that are filled in later are not final."""
         target = self._header(name, len(data), zlib.crc32(data) if is_final else None)
         self._steps.append(LiteralBytes(target, data))
 
@@ -202,7 +202,7 @@ def archive_of(
 
     Args:
         root: the tree.
-        state_dict: what stands for the marker `STATE_DICT` in it.
+        state_dict: the node in the place of the marker `STATE_DICT` in it.
         protocol: see `ckptkit.pickling.writer.write_pickle`.
         common_sizes: likewise.
 
@@ -246,7 +246,7 @@ def archive_of(
 
 
 def finished(archive: ZipWriter) -> tuple[tuple[Step, ...], int]:
-    """The steps and the size of an archive of torch, once its last record is in it."""
+    """The steps and the size of a torch archive, once its last record is in it."""
     archive.add_literal("version", b"3\n")
     return archive.finish()
 

@@ -1,6 +1,6 @@
 """TorchScript: programs that ``torch.jit.save`` and ``_save_for_lite_interpreter`` write.
 
-Layout, one of torch archives (`ckptkit.formats.torch_archive`; ``torch/csrc/jit/serialization`` ``export_module.cpp``,
+Layout: a torch archive (`ckptkit.formats.torch_archive`; ``torch/csrc/jit/serialization`` ``export_module.cpp``,
 ``import.cpp``, ``pickler.cpp``, ``python_print.cpp``):
 
 - ``data.pkl``: the module, pickle protocol 2: objects of classes ``__torch__.…`` whose state is a
@@ -15,18 +15,17 @@ Layout, one of torch archives (`ckptkit.formats.torch_archive`; ``torch/csrc/jit
 - ``extra/…``: files of the user's
 
 Of the pickle's own functions ``torch.jit._pickle.build_intlist`` and its kin give their list, and
-``restore_type_tag`` its value (``torch/jit/_pickle.py``).  What it calls storages and sparse tensors is told in
-`ckptkit.pickling.dialects`.
+``restore_type_tag`` its value (``torch/jit/_pickle.py``).  `ckptkit.pickling.dialects` describes its names for storages
+and sparse tensors.
 
 The reader turns each script module into the inert node of an ``nn.Module``: its state gets
-``_parameters``, ``_buffers`` and ``_modules`` by what the class's source says.  Nothing of the source
-is run, and only that of classes in use is read; without it a tensor that requires a gradient is a
-parameter and any other a buffer.  As in torch itself, buffers that were not persistent are saved.
-Classes keep their own name (``torch.nn.modules.conv.Conv1d`` for
-``__torch__.torch.nn.modules.conv.___torch_mangle_0.Conv1d``, which stays under ``_script_class``);
-but quantized ones, whose state_dict is another in Python, keep ``__torch__``.
+``_parameters``, ``_buffers`` and ``_modules`` by what the class's source says.  The source is never run, and only that
+of classes in use is read; without it a tensor that requires a gradient is a parameter and any other a buffer.  As in
+torch itself, buffers that were not persistent are saved. Classes keep their own name (``torch.nn.modules.conv.Conv1d``
+for ``__torch__.torch.nn.modules.conv.___torch_mangle_0.Conv1d``, which stays under ``_script_class``); but quantized
+ones, whose state_dict is another in Python, keep ``__torch__``.
 
-What the state_dict does not hold is beside it: *attributes* are the modules' other values with tensors in them, packed
+Everything outside the state_dict is beside it: *attributes* are the modules' other values with tensors in them, packed
 weights among them, and *constants* are those of the code, by their number.
 
 TorchScript of torch 1.0 to 1.3 (``model.json``) is recognized and refused.

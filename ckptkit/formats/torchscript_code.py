@@ -1,4 +1,4 @@
-"""The source in a TorchScript archive: what it says of classes, and nothing else.
+"""The source in a TorchScript archive: its facts about classes, and nothing else.
 
 ``torch/csrc/jit/serialization/python_print.cpp`` writes each class of a module so::
 
@@ -34,7 +34,7 @@ _FINAL = re.compile(r"^  (\w+) : Final\[[^=\n]{1,60}\] = (.{1,200})$", re.MULTIL
 
 @dataclass(frozen=True, slots=True)
 class ScriptClass:
-    """A module's class, as its source tells it.
+    """A module's class, according to its source.
 
     Attributes:
         parameters, buffers: names of the attributes that are.
@@ -47,7 +47,7 @@ class ScriptClass:
 
 
 class ScriptClasses:
-    """What the source in an archive says of its classes; each file is read when it is first asked for.
+    """The facts about classes in an archive's source; each file is read on first use.
 
     Args:
         archive: the archive.
@@ -131,7 +131,7 @@ _NONE: frozenset[str] = frozenset()
 
 
 def _strings(items: str) -> frozenset[str]:
-    """The strings in a list, which must follow one another: what comes behind anything else is left out."""
+    """The strings in a list, which must be consecutive: everything after anything else is left out."""
     found = set()
     match = _ITEM.match(items)
     while match is not None:
@@ -153,7 +153,7 @@ def _unescaped(text: str) -> str:
 
 
 def _literal(text: str) -> object:
-    """The number, string or tuple of numbers that a text stands for; the text itself where it is something else."""
+    """The number, string or tuple of numbers in a text; the text itself if it is something else."""
     whole = _ITEM.fullmatch(text)
     if whole is not None:
         return _unescaped(whole[1])

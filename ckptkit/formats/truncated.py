@@ -1,13 +1,12 @@
 """A zip archive whose directory cannot be used: what is left of it, seen from the front.
 
 The directory is the last thing written and the first thing read, so a download that stops early leaves an archive that
-readers refuse whole.  But records stand one behind the other, each behind its own header
-(`ckptkit.formats.zip_archive`), and torch writes ``data.pkl`` first, which says the size of every storage.  So the
-archive can be processed without a directory:
+readers refuse whole.  But records are consecutive, each after its own header (`ckptkit.formats.zip_archive`), and torch
+writes ``data.pkl`` first, which has the size of every storage.  So the archive can be processed without a directory:
 
 - a header that states sizes states where the next one is
-- torch's headers state none (flag bit 3): ``data.pkl`` ends at its STOP, a storage has the size
-  the pickle gives it, other records are small and end at the descriptor behind them
+- torch's headers state none (flag bit 3): ``data.pkl`` ends at its STOP, a storage has the size in the pickle, other
+  records are small and end at the descriptor after them
 
 The answer is a sentence for the error that is raised anyway.  Nothing that is found here is used
 to read tensors: what the front and the directory say may differ.
@@ -37,7 +36,7 @@ _DESCRIPTOR_SIZES = (16, 24)
 """Bytes of a data descriptor (APPNOTE 4.3.9): signature, checksum, two sizes of four bytes, or of eight."""
 
 _ZEROS_NBYTES = 16
-"""Bytes before a run of zeros that tell whether it begins inside the record before it."""
+"""Bytes before a run of zeros that show whether it begins inside the record before it."""
 
 _MAX_RECORDS = 100_000
 """Records that are processed: the answer is a courtesy, and not worth more than a second."""

@@ -1,8 +1,8 @@
-"""An archive of torch that was unpacked: each record is a file of its own below one folder.
+"""An unpacked torch archive: each record is a separate file below one folder.
 
 ``folder/data.pkl`` with ``folder/data/0``, … and ``version`` or ``byteorder`` beside it is what unzip makes of a
-torch-zip (`ckptkit.formats.torch_archive` says what else such archives hold).  The folder and its ``data.pkl`` stand
-for all of it.  It is read as the archive would be: the files one behind the other, in the order of their names,
+torch-zip (`ckptkit.formats.torch_archive` says what else such archives hold).  The folder and its ``data.pkl``
+represent all of it.  It is read like the archive: the files one after the other, in the order of their names,
 ``data.pkl`` first, are the bytes of one `Source`, in which each record has a place.
 
 Regular files count, and links that lead to some inside the folder.  Nothing outside it is read: a link that leads out
@@ -35,7 +35,7 @@ _Stamp = tuple[int, int, int, int]
 
 
 def is_unpacked(folder: str) -> bool:
-    """Whether a folder is what is left of an archive of torch, with its pickle and what every writer leaves."""
+    """Whether a folder is an unpacked torch archive, with its pickle and the records that every writer adds."""
     if is_url(folder):
         return False
     beside = any(os.path.isfile(os.path.join(folder, name)) for name in ("version", "byteorder", ".data/version"))
@@ -43,7 +43,7 @@ def is_unpacked(folder: str) -> bool:
 
 
 def packing_of(folder: str) -> str | None:
-    """What a folder is that contains the records of one of torch archives; ``None``: it does not."""
+    """What to say about a folder with the records of a torch archive; ``None``: it has none."""
     if is_url(folder):
         return None
 
@@ -77,7 +77,7 @@ def unpacked_source(path: str) -> UnpackedSource | None:
 
 
 class UnpackedSource(Source):
-    """The files of a folder, one behind the other.
+    """The files of a folder, one after the other.
 
     Args:
         path: what messages call it: the folder, or the pickle in it.

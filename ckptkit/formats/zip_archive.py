@@ -17,7 +17,7 @@ Of an archive that is far the directory alone is read at first: where each recor
 left between it and the next (`ckptkit.formats.zip_far`).  The records' own headers and data descriptors are checked
 against it before a record is read here, or before values are given to anyone (`ckptkit.bytesource.Source.settle`).
 
-A CRC-32 of 0 with data behind it means "not recorded" (``set_crc32_options(False)`` in torch).
+A CRC-32 of 0 with data after it means "not recorded" (``set_crc32_options(False)`` in torch).
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ __all__ = ["LOCAL_SIGNATURE", "TAIL_NBYTES", "Record", "Records", "ends_like_a_z
 CENTRAL_SIGNATURE = b"PK\x01\x02"
 _LOCAL_BRIEF = Struct("<4s2xHH4xIIIHH")
 _CENTRAL_BRIEF = Struct("<4s4xHH4xIIIHHHH6xI")
-"""The same without what tells nothing: versions, times, attributes."""
+"""The same without irrelevant fields: versions, times, attributes."""
 
 _LATER = [0, 0, 0]
 """Checksum and sizes in a record's own header where a data descriptor follows."""
@@ -166,7 +166,7 @@ class _Window:
         self._ahead = WINDOW_NBYTES
 
     def hold(self, offset: int, nbytes: int) -> int:
-        """Where in `data` the byte at ``offset`` is, once it and those behind it are held."""
+        """The position in `data` of the byte at ``offset``, once it and those after it are there."""
         start = offset - self.start
         if start < 0 or start + nbytes > len(self.data):
             close = 0 <= start <= len(self.data) + WINDOW_NBYTES
@@ -309,7 +309,7 @@ class _LeftForLater:
     Args:
         area: where the archive lies, in a file that is far.
         listed: what the directory says, in order of position.
-        begins: where the records' data begins, as far as the directory tells.
+        begins: where the records' data begins, according to the directory.
         directory_at: where the directory begins.
 
     Attributes:
@@ -358,7 +358,7 @@ class _LeftForLater:
             self._look_at_all(error)
 
     def _look_at_all(self, error: FormatError) -> None:
-        """Something is wrong: tell what is told of a local file, of which all headers are read at once, in order."""
+        """Something is wrong: report the error of a local file, whose headers are all read at once, in order."""
         self._are_all_known = True
         try:
             if len(self._listed) <= _MOST_LOOKED_AT:
@@ -441,9 +441,9 @@ def _check_header(window: _Window, record: _Central, start: int) -> int:
 
 
 def _check_gap(before: _Central | None, nbytes: int, window: _Window, at: int) -> None:
-    """What is behind a record's data must be its data descriptor, and say what the directory says.
+    """A record's data must be followed by its data descriptor, which must agree with the directory.
 
-    A descriptor that is announced and left out misleads nobody: the directory counts.
+    A missing descriptor misleads nobody: the directory counts.
 
     Args:
         before: the record; ``None``: the gap begins the archive.

@@ -1,13 +1,13 @@
 """Where the data of a zip archive's records begins, by its directory alone: for archives that are far.
 
-A record's data begins behind its own header, whose extra field has a length of its own.  But a strict archive leaves no
-byte to nobody: from one record to the next there are its header, name and extra field, its data, and a data descriptor
-where one is announced.  Without a descriptor what is left over is the extra field.  With one there are several ways to
-share what is left, of which torch's own writer (``caffe2/serialize/inline_container.cc``, ``getPadding``) takes one: an
-extra field of at least four bytes moves the data to a multiple of 64, and the descriptor begins with a signature.
-Where that cannot be so for all records the headers of those that have descriptors are read, many at once.
+A record's data begins after its own header, whose extra field has its own length.  But a strict archive accounts for
+every byte: from one record to the next there are its header, name and extra field, its data, and a data descriptor if
+one is announced.  Without a descriptor what is left over is the extra field.  With one there are several ways to share
+what is left, of which torch's own writer (``caffe2/serialize/inline_container.cc``, ``getPadding``) takes one: an extra
+field of at least four bytes moves the data to a multiple of 64, and the descriptor begins with a signature. Where that
+cannot be so for all records the headers of those that have descriptors are read, many at once.
 
-What is told here is not yet checked against the headers themselves.
+Nothing here is checked yet against the headers themselves.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ckptkit.formats.zip_records import HAS_DESCRIPTOR, LOCAL, MAX16, SIGNED_DES
 __all__ = ["told_by_directory"]
 
 _ALIGNMENT = 64
-"""``kFieldAlignment``; what ``storage_alignment`` asks for instead is a multiple of it, or is not told here."""
+"""``kFieldAlignment``; ``storage_alignment`` asks for a multiple of it, or for something unknown here."""
 
 _PADDING_HEADER_NBYTES = 4
 """Of an extra field that is nothing but room."""

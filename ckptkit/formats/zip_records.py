@@ -25,6 +25,7 @@ from typing import NamedTuple
 from ckptkit.bytesource import ByteRange, byte_range
 from ckptkit.computed import DEFLATE_MOST, ByteSource, DeflatedRange, Inflation
 from ckptkit.errors import AmbiguousError, CorruptError, LimitError, UnsupportedError
+from ckptkit.patterns import pattern
 
 __all__ = [
     "CENTRAL", "DEFLATED", "DESCRIPTOR_SIGNATURE", "END", "END64", "FEW", "HAS_DESCRIPTOR", "LOCAL", "LOCAL_SIGNATURE",
@@ -46,7 +47,7 @@ TAIL_NBYTES = END.size + MAX16
 REPACK = "unpack it (7z x FILE -oOUT) and pack its folder again, stored: cd OUT && zip -0 -r NEW.pth FOLDER"
 """What helps where an archive contains a checkpoint in a way that is not read."""
 
-_ODD_NAME = re.compile(r"\A\Z|[\0\\]|\A/|(?:\A|/)\.\.(?:/|\Z)")
+_ODD_NAME = pattern(r"\A\Z|[\0\\]|\A/|(?:\A|/)\.\.(?:/|\Z)")
 
 LOCAL_SIGNATURE = b"PK\x03\x04"
 """First bytes of a record, and so of an archive."""
@@ -79,7 +80,7 @@ _FIXED = (0, 1, 2, 3, 8, 9, 10, 11, *range(28, 36))
 
 _OWN_FIXED = (0, 1, 2, 3, 6, 7, 8, 9, 26, 27)
 _OWN_SIZES = range(14, 26)
-"""Those of its own header, and where its checksum and sizes stand."""
+"""Those of its own header, and the positions of its checksum and sizes."""
 
 _END_SIGNATURE = b"PK\x05\x06"
 
@@ -142,7 +143,7 @@ def _occurrences(wanted: bytes, data: bytes) -> list[int]:
 
 
 def check_names(names: list[str]) -> None:
-    """Names that leave their folder, or that some file system takes for one another, are refused."""
+    """Names that leave their folder, or that some file system treats as equal, are refused."""
     everything = "\n".join(("", *names))
     if everything.endswith("\n") or any(mark in everything for mark in ("\0", "\\", "..", "\n/", "\n\n")):
         for name in names:
@@ -168,7 +169,7 @@ class Record(NamedTuple):
 
     Attributes:
         name: full name, root folder included.
-        data: its bytes as they are in the file, deflated or not.
+        data: its bytes in the file, deflated or not.
         nbytes: size once inflated.
         deflated: whether it is compressed.
         crc32: of the inflated bytes; ``None``: not recorded.
@@ -182,7 +183,7 @@ class Record(NamedTuple):
 
 
 class Records(Mapping[str, Record]):
-    """The records of an archive by name; each is made as it is asked for.
+    """The records of an archive by name, made on request.
 
     Args:
         area: where the archive lies.
@@ -342,7 +343,7 @@ Row = tuple[int, bytes, str, int, int, int, int, int]
 
 
 def rows_alike(directory: bytes, pos: int, stride: int, count: int, flags: int, method: int) -> list[Row]:
-    """The headers behind one without extra fields that are as long, and say the same but for name, place and sizes.
+    """The headers after one without extra fields that have its length, and equal it apart from name, place and sizes.
 
     Args:
         directory: the zip directory.
@@ -373,7 +374,7 @@ def rows_alike(directory: bytes, pos: int, stride: int, count: int, flags: int, 
 
 
 def begins_alike(area: ByteRange, listed: list[Row], first: int, count: int, end: int, directory_at: int) -> list[int]:
-    """Where the data of many small records begins that are written alike, one close behind another.
+    """Where the data begins of many small, similar records, one shortly after another.
 
     Their own headers are laid out as a table, whose columns are compared whole with what the directory says.
 
@@ -421,7 +422,7 @@ def begins_alike(area: ByteRange, listed: list[Row], first: int, count: int, end
 
 
 def _are_own(table: bytes, columns: list[bytes], before: int, rows: list[Row]) -> bool:
-    """Whether records' own headers say what the directory says of them.
+    """Whether records' own headers agree with the directory.
 
     Args:
         table: the headers with their names.
@@ -442,6 +443,6 @@ def _are_own(table: bytes, columns: list[bytes], before: int, rows: list[Row]) -
 
 
 def _say(table: bytes, layout: str, rows: list[Row]) -> bool:
-    """Whether each row of a table says of a record's checksum and sizes what the directory says."""
+    """Whether each row of a table has the record's checksum and sizes from the directory."""
     signature = (DESCRIPTOR_SIGNATURE,) if "s" in layout else ()
     return list(Struct("<" + layout).iter_unpack(table)) == [(*signature, *row[5:]) for row in rows]

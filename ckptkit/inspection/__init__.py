@@ -1,11 +1,11 @@
 """The inspect document: one file's `Checkpoint` as the JSON that ``ckptkit inspect --json`` prints.
 
-The document is the single source of every output: text and markdown are rendered from it.  What its fields mean,
-`ckptkit.inspection.document` says.
+The document is the single source of every output: text and markdown are rendered from it.
+`ckptkit.inspection.document` explains its fields.
 
 `survey` makes it with the tensors as rows (`ckptkit.inspection.listing.TensorRow`), of which a file may have 100,000;
-`describe` with the tensors as the dicts they are in JSON; `json_chunks` writes what `survey` made, and `surveyed` makes
-it of a document that was written.
+`describe` makes it with the tensors as dicts, as in JSON; `json_chunks` writes the result of `survey`, and `surveyed`
+reads it back.
 """
 
 from __future__ import annotations
@@ -263,7 +263,7 @@ def describe_error(path: str, error: CkptkitError) -> UnreadFile:
 
 
 def _globals(uses: Sequence[GlobalUse], where: str = "") -> list[GlobalDocument]:
-    """The names with their verdicts; ``where`` is the place of those that do not tell theirs."""
+    """The names with their verdicts; ``where`` is the place of those without one."""
     return [
         {
             "name": use.name,

@@ -160,7 +160,7 @@ class OptimizerDocument(TypedDict):
 
 
 class SchedulerDocument(TypedDict):
-    """A learning rate scheduler's state; ``path``, ``kind``, ``inferred``, ``lr`` as of an optimizer."""
+    """A learning rate scheduler's state; ``path``, ``kind``, ``inferred``, ``lr`` as for an optimizer."""
 
     path: str
     kind: str | None
@@ -319,7 +319,7 @@ class InspectedFile(FileFacts):
 class UnreadFile(TypedDict):
     """A file that could not be read, and why; ``globals`` are names in its pickles, if they are the reason.
 
-    Findings are those of a sharded checkpoint that is hostile.
+    Findings are those of a hostile sharded checkpoint.
     """
 
     path: str

@@ -1,8 +1,8 @@
 """The tensors of a checkpoint, one row each: where it stands, what it is, what it is tied to.
 
 A row has the fields of one element of the inspect document's ``tensors``; `TensorRow.to_dict` is that
-element and `TensorRow.to_json` its text.  Files have 100,000 of them, of few kinds: `Rows` tells what the tensors
-of a file are from one row of each kind, and makes the others where somebody asks for them.
+element and `TensorRow.to_json` its text.  Files have 100,000 of them, of few kinds: `Rows` describes the tensors of a
+file from one row of each kind, and makes the others on request.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.normalize.modules import BUFFER_NAMES, Role, role_of
 from ckptkit.normalize.sections import is_plain_value, join
 from ckptkit.normalize.tensors import FoundTensor, other_tensors
+from ckptkit.patterns import pattern
 from ckptkit.pickling.arrays import is_array, layout_of
 from ckptkit.pickling.inert import Object
 
@@ -44,10 +45,10 @@ class TensorRow(NamedTuple):
     """One tensor, under one name; the fields are those of the inspect document.
 
     Attributes:
-        entry: the tensor; ``None``: it is an array of numpy, or another value that is not a plain tensor.
+        entry: the tensor; ``None``: it is a numpy array, or another value that is not a plain tensor.
         form: ``"storage"``, ``"numpy"`` or a kind of `ckptkit.normalize.not_plain`: it is in the file as that;
             ``None``: as a tensor.
-        value: what such a value is, in words; what it is made of has rows of its own, whose names begin with its name.
+        value: what such a value is, in words; its parts have their own rows, whose names begin with its name.
     """
 
     section: str | None
@@ -140,7 +141,7 @@ class TensorRow(NamedTuple):
         return f'{text}, "stats": {json.dumps(stats)}}}'
 
 
-_JSON_GAPS = re.compile(r'(?<="name": )""|(?<="storage": )""')
+_JSON_GAPS = pattern(r'(?<="name": )""|(?<="storage": )""')
 """Where the JSON text of a kind's row has no name and no storage; in strings quotes have a backslash before them."""
 
 
@@ -149,8 +150,8 @@ class Rows(Sequence[TensorRow]):
 
     Attributes:
         sections, names, entries: where each tensor stands, and the tensor.
-        kinds: a row of each kind: of the tensors that differ in name, storage and what they are tied to alone.  Of
-            some rows of a file they are those of all.
+        kinds: a row of each kind: of the tensors that differ in name, storage and what they are tied to alone.  The
+            same fields for some rows as for all.
         kind_of: the kind of each tensor, by its place in ``kinds``.
         tied_to: the name that a tensor is tied to, by its place in ``names``.
     """
@@ -247,12 +248,12 @@ def each_kind(rows: Sequence[TensorRow]) -> Sequence[TensorRow]:
 
 
 def where(rows: Sequence[TensorRow], test: Callable[[TensorRow], bool]) -> Sequence[TensorRow]:
-    """The rows that pass a test, of what `each_kind` tells apart."""
+    """The rows that pass a test on the properties that `each_kind` distinguishes."""
     return rows.where(test) if isinstance(rows, Rows) else list(filter(test, rows))
 
 
 def rows_of(tensors: Sequence[TensorRow] | list[TensorDocument]) -> Sequence[TensorRow]:
-    """The rows that the elements of a document's ``tensors`` stand for; rows are given back as they are."""
+    """The rows for the elements of a document's ``tensors``; rows are returned unchanged."""
     if isinstance(tensors, Rows):
         return tensors
     rows: list[Any] = [*tensors]
@@ -272,7 +273,7 @@ class Listing(NamedTuple):
 
     Attributes:
         rows: the tensors, in file order.
-        others: storages that are in the file by themselves, numpy's arrays, and what is made of tensors.
+        others: separate storages, numpy's arrays, and values made from tensors.
         several: storages that several of the tensors view, by ``id``.
         partial: the tensors that are not all of their storage, or repeat its elements.
     """
@@ -340,7 +341,7 @@ def list_tensors(checkpoint: Checkpoint, beside: Sequence[FoundTensor] | None = 
 
 
 class _Kinds(dict[tuple[Any, ...], int]):
-    """The kinds of a file's tensors by what tells them apart; a row is made of each when it is first asked for."""
+    """The kinds of a file's tensors by what distinguishes them; each makes a row on first use."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._sections: dict[str | None, str] = {section.path: section.kind for section in checkpoint.sections}
@@ -367,7 +368,7 @@ class _Kinds(dict[tuple[Any, ...], int]):
 
 
 def other_rows(listing: Listing) -> Iterator[TensorRow]:
-    """The rows of storages that stand by themselves, of values made of tensors, and of numpy arrays.
+    """The rows of separate storages, of values made from tensors, and of numpy arrays.
 
     An array that is but a number has none.
     """
@@ -423,7 +424,7 @@ def _ties(
 
 
 def wanted(name: str, filters: Sequence[str]) -> bool:
-    """Whether a name matches one of the glob patterns; all do where there are none."""
+    """Whether a name matches one of the glob patterns; if there are none, every name does."""
     from fnmatch import fnmatchcase
 
     return not filters or any(fnmatchcase(name, pattern) for pattern in filters)

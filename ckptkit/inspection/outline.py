@@ -43,13 +43,12 @@ class OutlineLine(NamedTuple):
     Attributes:
         level: 0 for the whole.
         label: name, below what is above it.
-        copies: how many alike it stands for.
-        tensors, parameters, buffers, others, nbytes: of all it stands for; of a line below a folded
-            one, of one of them.  Tied tensors count as tensors alone; parameters, buffers and what is
-            neither in elements.
+        copies: how many equal ones it represents.
+        tensors, parameters, buffers, others, nbytes: of everything it represents; for a line below a folded one, of one
+            of them.  Tied tensors count as tensors alone; parameters, buffers and what is neither in elements.
         note: dtype and shape of a tensor, class and settings of a module, or dtypes.
         is_tensor: whether it is a tensor.
-        dtypes: of all it stands for, as text.
+        dtypes: of everything it represents, as text.
         pieces: the note without them: of a tensor its shape, and the name it is tied to; of a module its class and
             settings, or the first tensors it holds.
     """
@@ -103,8 +102,8 @@ _Names = list[Any]
 Once it is made, the branch of it all is the last item.
 
 Files have 100,000 modules, most with one tensor, below others that are all alike (the experts of a layer, its blocks).
-So the names that follow one another two levels below a name, ``0.weight`` and ``0.bias``, stand as they are, with
-their tensors, after a ``None``, until another comes between: that is an odd number of items.
+So consecutive names two levels below a name, ``0.weight`` and ``0.bias``, are kept unchanged, with their tensors, after
+a ``None``, until another comes between: that is an odd number of items.
 """
 
 
@@ -112,7 +111,7 @@ class Outline:
     """The tree of some tensors.
 
     Args:
-        rows: the tensors; what a value that is not a plain tensor is made of is not shown.
+        rows: the tensors; the parts of a value that is not a plain tensor are not shown.
         modules: of a whole model, as the inspect document lists them.
         sectioned: whether names begin with their section.
         sort: ``"file"``, ``"name"`` or ``"size"``; numbered siblings are in the order of their numbers but in the last.
@@ -239,7 +238,7 @@ def outline_of(
 
 
 def _without_parts(rows: Sequence[TensorRow]) -> Sequence[TensorRow]:
-    """The rows without those of what a value is made of."""
+    """The rows without the parts of values."""
     values = {(row.section, row.name) for row in rows if row.value is not None}
     if not values:
         return rows
@@ -259,7 +258,7 @@ def _fill(made: dict[str, _Names], leaves: Iterable[tuple[str, _Branch]], *, pac
     Args:
         made: what is below each name.
         leaves: the names, with the tensors' branches.
-        packs: whether names two levels below one may stand as they are.
+        packs: whether names two levels below one may be kept unchanged.
     """
     run: _Names | None = None
     prefix = ""
@@ -415,7 +414,7 @@ class _Branches:
 
 
 def _order(labels: Sequence[str], sort: str) -> list[int] | None:
-    """The order of labels by name; or as they are, but those that differ in a number by that; ``None``: as they are."""
+    """The order of labels by name, with numbers in numeric order; or unchanged; ``None``: unchanged."""
     if sort == "name":
         return sorted(range(len(labels)), key=lambda at: natural_key(labels[at]))
     slots: dict[str, list[int]] = {}

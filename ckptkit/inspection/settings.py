@@ -4,9 +4,9 @@ A module prints as its class name around what its ``extra_repr`` gives (``torch/
 ``Module.__repr__``), then its children.  What each class of ``torch.nn`` puts there is one row of
 `_RULES`, as torch 2.15 has it: its normalization layers say ``bias=`` too, those of 2.11 do not.
 
-A class that is not torch's may well derive from one that is: it is known by its attributes
-(`_FAMILIES`).  Any other prints with its scalars, unless it has children: such a class seldom has an
-``extra_repr``, and its scalars repeat what the children say.
+A class that is not torch's may derive from one that is: it is identified by its attributes (`_FAMILIES`).  Any other
+prints with its scalars, unless it has children: such a class rarely has an ``extra_repr``, and its scalars repeat what
+the children say.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class _Text(str):
 
 
 class _Part(NamedTuple):
-    """One setting as it is printed: a format over the module's attributes.
+    """One setting as printed: a format over the module's attributes.
 
     It is left out where ``attribute`` has its ``usual`` value (or is a tuple of nothing else), and
     where the file has no such attribute, as those of older versions of torch.
@@ -189,7 +189,7 @@ _FAMILIES: tuple[tuple[frozenset[str], tuple[_Part, ...]], ...] = tuple(
         ("in_features out_features", _LINEAR),
     )
 )
-"""Attributes that only a class derived from one of torch has all of, and what it then shows."""
+"""Attributes that together identify a class derived from one of torch's, and what it then shows."""
 
 _CONTAINERS = frozenset({"ParameterList", "ParameterDict"})
 

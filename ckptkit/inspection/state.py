@@ -2,13 +2,13 @@
 
 The training state is scalars, optimizers and schedulers.  An optimizer's state_dict is
 ``{"state": {0: {...}}, "param_groups": [{"lr": ..., "params": [...]}]}`` and does not name its class.  The options in
-its groups tell: what ``torch/optim`` sets as defaults differs from class to class (`_OPTIMIZERS`).  A scheduler's
-state_dict is its ``__dict__`` (``torch/optim/lr_scheduler.py``), which tells in the same way.  Both are inferences and
+its groups identify it: ``torch/optim`` sets different defaults in each class (`_OPTIMIZERS`).  A scheduler's state_dict
+is its ``__dict__`` (``torch/optim/lr_scheduler.py``), which identifies it in the same way.  Both are inferences and
 marked so; a pickled object says what it is.
 
 No tensor is read but those of one element, of which a few: step counts, a best metric.
 
-A pickled model's modules are told as ``print(model)`` shows them.
+A pickled model's modules are shown as ``print(model)`` shows them.
 """
 
 from __future__ import annotations
@@ -194,7 +194,7 @@ def _mappings(root: object) -> Iterator[tuple[str, str | None, InertDict]]:
 
 
 def _kind(class_name: str | None, known: tuple[tuple[str, str], ...], names: set[str]) -> str | None:
-    """What it is: a pickled object's class is known, else its keys tell."""
+    """Its class: known for a pickled object, otherwise inferred from its keys."""
     if class_name is not None:
         return class_name.rpartition(".")[2]
     return next((kind for kind, keys in known if names.issuperset(keys.split())), None)

@@ -1,14 +1,13 @@
 """Raw tree -> `Checkpoint`, and the state_dict back to a tree.
 
 `ckptkit.normalize.sections` says what is in the tree and `ckptkit.normalize.selection` which part is the state_dict.
-Here that part is taken out, the marker `STATE_DICT` put in its place, and what is remarkable on the
-way noted:
+Here that part is replaced by the marker `STATE_DICT`, and anything noteworthy becomes a finding:
 
 - a whole model gives the state_dict that `ckptkit.normalize.modules` walks
-- a bound method such as ``model.state_dict`` contains the whole model, and is read as one
+- a bound method such as ``model.state_dict`` contains the whole model, and is read as the model
 - a list of (name, tensor) pairs is a state_dict, and written back as one
-- where several parts could be meant none is taken: the sections are listed, and whoever needs
-  weights is asked for ``--section``
+- if several parts could be meant, none is chosen: the sections are listed, and commands that need weights ask for
+  ``--section``
 """
 
 from __future__ import annotations
@@ -56,7 +55,7 @@ from ckptkit.report import listed as enumerated
 __all__ = ["RawCheckpoint", "lower_state_dict", "needs_protocol", "normalize", "origin_alone"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
 class RawCheckpoint:
     """What a container's reader hands over: the tree and the container's own facts.
 
@@ -67,7 +66,7 @@ class RawCheckpoint:
         findings: what the reader noticed.
         discarded: as in `Checkpoint`.
         has_pickle, is_program: as in `Origin`.
-        kind: what the file holds, where the container says it; ``None``: the tree tells.
+        kind: the kind of content, if the container determines it; ``None``: the tree does.
         is_prefixed: of a shard, whether the keys of its storages have the shard's name before them already.
         replicas, unread: as in `Checkpoint`.
         world_size, mesh: as in `ckptkit.checkpoint.Spread`.
@@ -300,7 +299,7 @@ def _same(leaf: object) -> object:
 
 
 def needs_protocol(root: object) -> bool:
-    """Whether anything might mean something else in the protocol of torch own files; torch refuses every other."""
+    """Whether anything might mean something else in the protocol of torch's own files; torch refuses every other."""
     for node in walk(root):
         if isinstance(node, Global):
             if node.module.partition(".")[0] not in ("torch", "collections") or "." in node.name:

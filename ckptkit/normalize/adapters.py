@@ -1,4 +1,4 @@
-"""Adapters and textual inversions: small files that belong to a larger model, told by the names of their tensors.
+"""Adapters and textual inversions: small files that belong to a larger model, identified by the names of their tensors.
 
 Whose names they are:
 
@@ -11,7 +11,7 @@ Whose names they are:
 - textual inversions: ``string_to_param`` and ``emb_params`` (AUTOMATIC1111), ``<token>`` (diffusers), ``clip_l`` and
   ``clip_g`` (of Stable Diffusion XL)
 
-A down projection is [rank, in, …], an up projection [out, rank, …]: both tell the rank.  Numbers that are recorded, the
+A down projection is [rank, in, …], an up projection [out, rank, …]: both show the rank.  Numbers that are recorded, the
 alpha among them, are read; no other value is.
 """
 
@@ -31,6 +31,7 @@ from ckptkit.checkpoint import Checkpoint, TensorEntry
 from ckptkit.computed import can_be_looked_at
 from ckptkit.errors import CkptkitError
 from ckptkit.normalize.selection import EMBEDDINGS
+from ckptkit.patterns import pattern
 from ckptkit.pickling.inert import mapping_items
 from ckptkit.report import count_of, listed, printable
 
@@ -46,9 +47,9 @@ __all__ = [
 ]
 
 _SAMPLED = 32
-"""Names by which a state_dict is told from what else has names and tensors."""
+"""Names that distinguish a state_dict from other mappings of names to tensors."""
 
-_PART = re.compile(
+_PART = pattern(
     r"(?:^|[._])(?:"
     r"lora(?:_linear_layer|[0-9]+)?[._](?P<lora>A|B|up|down|mid|embedding_[AB]|magnitude_vector)|"
     r"(?P<kin>hada|lokr)_(?P<factor>[wt][12](?:_[ab])?)|"
@@ -59,9 +60,9 @@ _PART = re.compile(
 
 _KINDS = {"hada": "loha", "lokr": "lokr", "ia3": "ia3", "oft": "oft", "boft": "boft", "vera": "vera", "dora": "dora"}
 
-_EMBEDDING = re.compile(r"<[^<>]+>|emb_params|clip_[lg]|t5xxl")
+_EMBEDDING = pattern(r"<[^<>]+>|emb_params|clip_[lg]|t5xxl")
 
-_SCRIPTS = re.compile(r"(?:lora_(?:unet|te[0-9]?|transformer|prior_unet)|lycoris(?:_unet)?)_")
+_SCRIPTS = pattern(r"(?:lora_(?:unet|te[0-9]?|transformer|prior_unet)|lycoris(?:_unet)?)_")
 """How names begin that have no dots in their modules."""
 
 _PIPELINES = ("unet.", "text_encoder", "transformer.", "diffusion_model.")
@@ -94,31 +95,31 @@ _BASE_KEYS = (
 """In the metadata, the most telling first."""
 
 _BASES = (
-    (re.compile(r"(?:^|[._])(?:double_blocks|single_transformer_blocks)[._]"), "FLUX.1 or a related model"),
-    (re.compile(r"(?:^|[._])joint_(?:transformer_)?blocks[._]"), "Stable Diffusion 3 or a related model"),
+    (pattern(r"(?:^|[._])(?:double_blocks|single_transformer_blocks)[._]"), "FLUX.1 or a related model"),
+    (pattern(r"(?:^|[._])joint_(?:transformer_)?blocks[._]"), "Stable Diffusion 3 or a related model"),
 )
 """Models that have modules of these names."""
 
 _UNET = ("down_blocks", "up_blocks", "mid_block", "input_blocks", "output_blocks", "middle_block")
 
-_CROSS_ATTENTION = re.compile(r"(?:^|[._])attn2[._](?:processor\.)?to_[kv]$")
+_CROSS_ATTENTION = pattern(r"(?:^|[._])attn2[._](?:processor\.)?to_[kv]$")
 
 _CONTEXTS = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "Stable Diffusion XL"}
-"""By how wide the text is that a UNet attends to."""
+"""By the width of the text that a UNet attends to."""
 
 _ENCODERS = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 1280: "Stable Diffusion XL"}
-"""By how wide the text encoder is that an embedding is for; of several the widest."""
+"""By the width of the text encoder that an embedding is for; the widest of several."""
 
 SMALL_FORMATS = {"float32": "f", "float64": "d", "float16": "e", "int64": "q", "int32": "i", "int16": "h", "int8": "b",
                  "uint8": "B", "bool": "?"}  # fmt: skip
-"""The dtypes whose values `small_values` tells, as `struct` has them; those of bfloat16 it makes of their halves."""
+"""The dtypes whose values `small_values` reads, as `struct` codes; it makes bfloat16 from halves."""
 
 _MAX_SHOWN = 8
 """Kinds of modules, and words, in a line of text."""
 
 _CALLED = {
     "lora": "LoRA", "dora": "DoRA", "loha": "LoHa", "lokr": "LoKr", "ia3": "IA3", "oft": "OFT", "boft": "BOFT",
-    "vera": "VeRA", "mixed": "LoRA and relatives of it", "textual_inversion": "textual inversion",
+    "vera": "VeRA", "mixed": "LoRA and related types", "textual_inversion": "textual inversion",
 }  # fmt: skip
 
 Mixed = Literal["mixed"]
@@ -138,7 +139,7 @@ class AdapterDocument(TypedDict):
         targets: how many there are of each kind of module, the most first; of embeddings, how many vectors a word has
             for each text encoder.  At most 50.
         others: tensors beside, which are not an adapter's.
-        base: the model that it was made for; ``None``: nothing tells.
+        base: the model that it was made for; ``None``: unknown.
         told_by: what says so: ``"adapter_config.json"``, ``"metadata"``; ``"names"``: names and shapes make it likely.
     """
 
@@ -157,6 +158,9 @@ class AdapterDocument(TypedDict):
 def is_adapter(names: Sequence[str]) -> bool:
     """Whether the tensors are an adapter's: at least half of the first names are."""
     names = names[:_SAMPLED]
+    text = "\n".join(names)
+    if not any(word in text for word in ("lora", *_KINDS)):  # nor does any match, then
+        return False
     return 2 * sum(_PART.search(name) is not None for name in names) >= len(names) > 0
 
 
@@ -240,7 +244,7 @@ class _Module:
 
     @property
     def ranks(self) -> Iterator[int]:
-        """What each of the shapes tells."""
+        """The facts that each shape shows."""
         cores = {part[1]: shape[0] for part, shape in self.shapes.items() if part in ("t1", "t2")}
         for part, shape in self.shapes.items():
             if part in _DOWN:
@@ -267,8 +271,8 @@ def _target(module: str) -> str:
 
 def _base(modules: Mapping[str, _Module]) -> str | None:
     """The model that has such modules, where that is plain."""
-    for pattern, base in _BASES:
-        if any(map(pattern.search, modules)):
+    for blocks, base in _BASES:
+        if any(map(blocks.search, modules)):
             return base
     widths = {
         module.shapes[part][1]
@@ -304,7 +308,7 @@ def small_values(entry: TensorEntry, count: int) -> tuple[float, ...] | None:
 
 
 def _recorded(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """Ranks, alphas and base that the metadata of a safetensors file tells."""
+    """Ranks, alphas and base from the metadata of a safetensors file."""
     found: dict[str, Any] = {}
     config = _parsed(metadata.get("lora_adapter_metadata"))  # of diffusers: those of peft, each after its component
     alphas = {_number(value) for key, value in config.items() if key.endswith("lora_alpha")} - {None}
@@ -354,7 +358,7 @@ def _of_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _parsed(text: str | None) -> Mapping[str, Any]:
-    """A JSON object; an empty one where the text is none."""
+    """A JSON object; an empty one if the text is none."""
     try:
         return _mapping(json.loads(text or "null"))
     except (ValueError, RecursionError):
@@ -377,7 +381,7 @@ def _number(value: object) -> float | int | None:
 
 
 def _embedding(checkpoint: Checkpoint) -> AdapterDocument:
-    """Of a textual inversion: how many vectors each word has, and which text encoder is as wide as they are."""
+    """For a textual inversion: how many vectors each word has, and which text encoder has their width."""
     shapes = {name: entry.shape for name, entry in checkpoint.state_dict.items() if 0 < len(entry.shape) < 3}
     vectors = {name: shape[0] if len(shape) > 1 else 1 for name, shape in islice(shapes.items(), _MAX_TARGETS)}
     beside = dict(mapping_items(checkpoint.rest) or [])

@@ -57,13 +57,13 @@ class Form(NamedTuple):
     pairs: list[tuple[object, object]] = []  # noqa: RUF012 - never changed
 
     def may_be(self, other: Form) -> bool:
-        """Whether parts of the two stand for each other though their kinds differ: a list for a tuple."""
+        """Whether parts of the two correspond although their kinds differ: a list for a tuple."""
         labels = [label for label, _ in self.parts]
         return bool(self.pairs and other.pairs) or (bool(labels) and labels == [label for label, _ in other.parts])
 
 
 def form_of(node: object) -> Form:
-    """What a node is that is not a tensor, storage or plain value."""
+    """What a node is if it is not a tensor, storage or plain value."""
     form, effects = _own_form(node), effects_of(node)
     if not effects:
         return form
@@ -86,7 +86,7 @@ def _own_form(node: object) -> Form:
 
 
 def _set(frozen: bool, members: Sequence[object]) -> Form:
-    """Members in an order of their own: that in the file changes from run to run."""
+    """Members in a canonical order, because the file's changes from run to run."""
     tokens = [token_of(member) for member in members]
     if None not in tokens:
         members = [member for _, member in sorted(zip(tokens, members, strict=True), key=lambda pair: pair[0] or b"")]
@@ -133,7 +133,7 @@ def _is_object(node: object) -> bool:
 
 
 def meant(node: object) -> object:
-    """The bytes that a call makes, before there were opcodes for them; any other node as it is."""
+    """The bytes that a call makes, from before there were opcodes for them; any other node unchanged."""
     if not isinstance(node, Object) or not isinstance(node.cls, Global) or node.cls.name not in ("bytes", "bytearray"):
         return node
     made = {"builtins.bytes": bytes, "builtins.bytearray": bytearray}.get(_name(node.cls))
@@ -165,7 +165,7 @@ def _attribute(node: object) -> str:
 
 
 def _array(node: Object, name: str, *, is_call: bool) -> Form | None:
-    """An array of numpy: its type, shape, order and bytes, however its protocol says them."""
+    """A numpy array: its type, shape, order and bytes, however its protocol encodes them."""
     if name == "numpy._core.multiarray._reconstruct" and isinstance(node.state, tuple) and len(node.state) == 5:
         cls, *rest = node.args or (None,)
         is_plain = isinstance(cls, Global) and cls.qualified == "numpy.ndarray" and rest == [(0,), b"b"]
@@ -180,7 +180,7 @@ def _array(node: Object, name: str, *, is_call: bool) -> Form | None:
 
 
 def token_of(node: object, depth: int = 4) -> bytes | None:
-    """What tells keys and members of sets apart; ``None``: they are more than plain values and names."""
+    """The identity of keys and members of sets; ``None``: they are not plain values and names."""
     node = meant(node)
     if isinstance(node, PLAIN):
         return plain_bytes(node)
@@ -220,7 +220,7 @@ def is_ordered(pairs: list[tuple[object, object]]) -> bool:
 
 
 def content_of(node: object) -> tuple[str, list[object], list[tuple[object, object]]]:
-    """What a node is that is not a tensor: its kind, its parts, and its pairs where it is a mapping.
+    """What a node is if it is not a tensor: its kind, its parts, and its pairs if it is a mapping.
 
     Of pairs with one key the last counts, and names of tensors are sorted, so that their order is not part of it.
     """

@@ -3,7 +3,7 @@
 - numpy's arrays (`ckptkit.pickling.arrays`), where a file has no torch tensor: those that a mapping holds
   under its keys, if at least half of what it holds are arrays and the others are plain values or mappings.  detectron2
   and caffe2 save ``{"model": {name: array}}`` and ``{"blobs": {name: array}}``, flax dicts in dicts.  An array of
-  structured, text or object type, of a subclass or masked is none, and neither is a scalar.
+  structured, text or object type, of a subclass or masked is not included, nor is a scalar.
 - tensors of devices that torch pickles as an array or as a copy in main memory (XLA;
   ``torch._utils._rebuild_device_tensor_from_numpy`` and ``_from_cpu_tensor``), of which an array of another dtype is
   cast: numpy has no bfloat16.
@@ -103,12 +103,12 @@ def _wanted(root: object, *, everything: bool) -> list[Object]:
 
 
 def arrays_made_plain(root: object, path: str, *, everything: bool = False) -> tuple[object, list[Finding]]:
-    """The tree with its arrays as tensors, and what is to be said of it; of a tree without any the tree itself.
+    """The tree with its arrays as tensors, and the findings; a tree without arrays is returned as it is.
 
     Args:
         root: the tree, without a torch tensor.
         path: of the file that it is in.
-        everything: whether arrays become tensors wherever they stand.
+        everything: whether all arrays become tensors.
 
     Raises:
         CorruptError: of an array that would be one, the bytes do not fit.
@@ -142,7 +142,7 @@ def devices_made_plain(checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint with tensors of devices among its weights as plain ones; those that do not fit stay what they are.
 
     Raises:
-        DTypeError: one would have to be cast to a dtype that nothing is cast to.
+        DTypeError: one would have to be cast to a dtype that nothing can be cast to.
     """
     made = _OfDevices(checkpoint.origin.path)
     state_dict = checkpoint.state_dict

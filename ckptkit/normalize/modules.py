@@ -9,8 +9,8 @@ modules, which keep their weights packed and whose rules `_packed_values` knows.
 What a pickle holds of a module (`module_state`) is its ``__dict__``, in one of these places:
 
 - the state that BUILD applies, or a member of it where ``__getstate__`` gave a tuple
-- an argument of the function that makes it again: ``torch.fx`` (``reduce_graph_module(dict, code)`` and its relatives)
-  and classes with a ``__reduce__`` of their own; StyleGAN's (``torch_utils/persistence.py``
+- an argument of the function that rebuilds it: ``torch.fx`` (``reduce_graph_module(dict, code)`` and similar) and
+  classes with their own ``__reduce__``; StyleGAN's (``torch_utils/persistence.py``
   ``_reconstruct_persistent_obj(meta)``) have it in ``meta["state"]``
 - nowhere: ``torch.compile`` saves ``OptimizedModule(module, context)``, and quantized convolutions a tuple of their
   settings and tensors (torch/ao/nn/quantized/modules/conv.py ``__getstate__``); objects of TorchScript
@@ -18,9 +18,9 @@ What a pickle holds of a module (`module_state`) is its ``__dict__``, in one of 
   which a tensor that requires a gradient is a parameter and another a buffer. Their ``__dict__`` is combined here.
 
 Wrappers of a model leave prefixes in names.
-`MODULE` and ``_forward_module`` are taken for a wrapper's where they lead a name: further in, ``module`` may be
-somebody's own attribute (``mlp_module.module.weight``), and only who knows the model can tell
-(`inner_module_rules`).  The others are nobody's: they are a wrapper's wherever they stand.
+`MODULE` and ``_forward_module`` are treated as a wrapper's only at the beginning of a name: after it, ``module`` may be
+a model's own attribute (``mlp_module.module.weight``), and only the model can tell (`inner_module_rules`).  The others
+belong to no model: they are a wrapper's wherever they are.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from ckptkit.checkpoint import TensorEntry
 from ckptkit.dtypes import DTYPES
 from ckptkit.errors import CorruptError, LimitError
 from ckptkit.limits import DEFAULT_LIMITS
+from ckptkit.patterns import pattern
 from ckptkit.pickling.inert import Global, InertDict, InertSet, Object, mapping_items, named_items, states, tensors_in
 from ckptkit.report import count_of
 from ckptkit.shell import command_line
@@ -62,7 +63,7 @@ __all__ = [
 ]
 
 Role = Literal["parameter", "buffer", "unknown"]
-"""What a tensor is; ``"unknown"``: it is none of a model's."""
+"""The role of a tensor; ``"unknown"``: it is not part of a model."""
 
 BUFFER_NAMES = frozenset(
     {
@@ -82,8 +83,8 @@ def tensor_role(name: str, entry: TensorEntry, *, known: bool) -> tuple[Role, bo
     Args:
         name: in the state_dict.
         entry: the tensor.
-        known: whether the file says it (whole models do; a state_dict saves both alike, and then
-            customary names and whole-number dtypes tell buffers).
+        known: whether the file states it (whole models do; a state_dict saves both alike, and then customary names and
+            whole-number dtypes identify buffers).
     """
     return role_of(entry.dtype, entry.is_parameter, name.rpartition(".")[2] in BUFFER_NAMES, known=known)
 
@@ -178,7 +179,7 @@ def _as_module_dict(
 
 
 def _is_quantized(node: object, name: str = "") -> bool:
-    """Whether an object is a quantized module of torch whose class name begins with ``name``."""
+    """Whether an object is one of torch's quantized modules, with a class name that begins with ``name``."""
     cls = node.cls if isinstance(node, Object) else None
     return isinstance(cls, Global) and cls.module.startswith(_QUANTIZED) and cls.name.startswith(name)
 
@@ -214,8 +215,8 @@ def walk_module(module: object) -> Iterator[tuple[str, object]]:
 def known_versions(module: object) -> dict[str, object]:
     """The entries of torch ``_metadata`` that matter and that the file lets us know, by module path.
 
-    ``state_dict()`` writes each class's ``_version``, which is in the code, not in the file.  For
-    torch's own classes whose loading depends on it, what the object holds tells which it was.
+    ``state_dict()`` writes each class's ``_version``, which is in the code, not in the file.  For torch's own classes
+    whose loading depends on it, the object's content shows which version it was.
     """
     versions: dict[str, object] = {}
     for prefix, node, state in _modules(module):
@@ -396,7 +397,7 @@ _LEADING = frozenset({MODULE, "_forward_module"})
 
 _WRAPPERS = _ANYWHERE | _LEADING
 
-_INNER_MODULE = re.compile(rf"\.{MODULE}(?=\.)")
+_INNER_MODULE = pattern(rf"\.{MODULE}(?=\.)")
 
 _FEW = 3
 """Modules with an inner `MODULE` that get a rule each."""
@@ -405,7 +406,7 @@ _FEW = 3
 def unwrapped(name: str) -> str:
     """The name without wrappers.
 
-    Segments of wrappers go in any order and nesting: leading ones, and those of torch own wrappers anywhere
+    Segments of wrappers go in any order and nesting: leading ones, and those of torch's own wrappers anywhere
     (``model._orig_mod.layer``).  The last segment is never taken away.
     """
     return _without(name, _ANYWHERE, _LEADING) if _may_be_wrapped(name) else name
@@ -431,7 +432,9 @@ def unwrapped_in_digests(name: str) -> str:
 def _without(name: str, anywhere: Collection[str], leading: Collection[str]) -> str:
     *parents, last = name.split(".")
     parents = [part for part in parents if part not in anywhere]
-    kept = next((place for place, part in enumerate(parents) if part not in leading), len(parents))
+    kept = 0
+    while kept < len(parents) and parents[kept] in leading:
+        kept += 1
     return ".".join([*parents[kept:], last])
 
 
@@ -451,7 +454,7 @@ def wrapper_of(name: str) -> str:
 
 
 def inner_module_rules(names: Sequence[str]) -> list[str]:
-    r"""The rules ``REGEX=>REPLACEMENT`` that take `MODULE` off names where it is further in; none if there are none.
+    r"""The rules ``REGEX=>REPLACEMENT`` that remove `MODULE` after the beginning of names; empty if there are none.
 
     Args:
         names: without wrappers: ``features.module.0.weight`` gives ``^features\.module\.=>features.``.
@@ -465,7 +468,7 @@ def inner_module_rules(names: Sequence[str]) -> list[str]:
 
 
 def inner_module_told(names: Sequence[str]) -> tuple[str, list[str]] | None:
-    """What is said of names with `MODULE` further in, and the options that take it off; ``None``: there are none.
+    """The finding about names with `MODULE` after their beginning, and options to remove it; ``None``: no such names.
 
     No options are given where two names would become one.
     """

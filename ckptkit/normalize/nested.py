@@ -4,10 +4,11 @@
 ``language_model.embedding.word_embeddings.weight``.  A tree of dicts with string keys is read so where
 
 - all that it holds are tensors (and ``_extra_state``), none of them an optimizer's, and no two get one name
-- some module in it is a dict of its own (its names have no dots): a dict of whole state_dicts, each with dotted
-  names, is several models
-- it is under a customary key, or the names are those of parameters, three dicts down
-- no key of its own says that it contains several models, or an optimizer, and none in it that weights are there
+- some module in it is a separate dict (its names have no dots): a dict of whole state_dicts, each with dotted names, is
+  several models
+- it is under a customary key, or its names look like those of parameters, three dicts down
+- none of its keys says that it contains several models or an optimizer, and no key in it says that the weights are
+  there
 
 It is written as it was while every name stays; where names are changed or left out, or nothing is beside it any more
 (``--weights-only``), as one flat dict under the dotted names.
@@ -26,7 +27,7 @@ from ckptkit.pickling.tensors import is_tensor_like
 __all__ = ["NestedDicts", "is_nested", "nested_values", "nested_versions"]
 
 _MAX_LEVELS = 16
-"""Dicts inside dicts; modules are seldom nested deeper than ten."""
+"""Nested dicts; modules are rarely nested deeper than ten."""
 
 _MODULES_DEEP = 3
 """Dicts from the top to a tensor where nothing else says that they are a model's."""
@@ -83,7 +84,7 @@ class _Tree:
         holders: how many dicts hold tensors.
         levels: dicts from the top to the deepest tensor.
         is_bare: whether some dict below the top contains tensors, and no dotted name.
-        is_parameters: whether the names in such a dict are those of parameters.
+        is_parameters: whether the names in such a dict look like those of parameters.
         dicts: the ``id`` of each.
     """
 
@@ -100,7 +101,7 @@ def nested_values(node: object, visit: Callable[[int], bool] = lambda _: True) -
 
     Args:
         node: the outermost dict.
-        visit: told how many values are about to be looked at; whether they may.
+        visit: called with the number of values about to be examined; whether that is allowed.
     """
     tree = _tree(node, visit)
     return None if tree is None else tree.values
@@ -154,7 +155,7 @@ def nested_versions(
 
     Args:
         node: the outermost dict.
-        versions: what one dict has of its own.
+        versions: what one dict has itself.
     """
     found: dict[str, object] = {}
     stack = [("", node)]

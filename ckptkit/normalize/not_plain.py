@@ -1,14 +1,14 @@
 """Values in the places of tensors that are not plain ones: what they are, in facts and in words; nothing is built.
 
-They are tensors that torch makes of other tensors (`ckptkit.pickling.layouts` says which), tensors of a class that has
-no bytes of its own (`ckptkit.pickling.tensors.Wrapped`: DTensor, torchao's), strided ones with hooks or metadata that
-is not torch's, any of them as a parameter or as a subclass, and numpy's arrays (`ckptkit.pickling.arrays`).  One whose
-parts do not fit together is told with the reason, and has the tensors that are found in it.
+They are tensors that torch makes from other tensors (`ckptkit.pickling.layouts` lists them), tensors of a class without
+its own bytes (`ckptkit.pickling.tensors.Wrapped`: DTensor, torchao's), strided ones with hooks or metadata that is not
+torch's, any of them as a parameter or as a subclass, and numpy's arrays (`ckptkit.pickling.arrays`).  One whose parts
+do not fit together is reported with the reason, and has the tensors that are found in it.
 
-`dense_form` says what dense values each can be made of.  Of torchao's classes (https://github.com/pytorch/ao; 0.5 to
-0.18) those are known whose numbers lie as they are, one in a byte, and whose ``dequantize()`` is ``(number - zero
-point) * scale`` by blocks: AffineQuantizedTensor with a plain, QDQ or float8 layout, Int8Tensor, Float8Tensor,
-IntxUnpackedTensor and IntxUnpackedToInt8Tensor, and LinearActivationQuantizedTensor around any of them.
+`dense_form` says which dense values each can become.  The supported torchao classes (https://github.com/pytorch/ao; 0.5
+to 0.18) are those with unpacked numbers, one in a byte, whose ``dequantize()`` is ``(number - zero point) * scale`` by
+blocks: AffineQuantizedTensor with a plain, QDQ or float8 layout, Int8Tensor, Float8Tensor, IntxUnpackedTensor and
+IntxUnpackedToInt8Tensor, and LinearActivationQuantizedTensor around any of them.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ __all__ = [
 ]
 
 _MOST = 100
-"""Nodes that are looked at in what one value is made of: a dozen are usual."""
+"""Nodes that are examined in one value: a dozen are usual."""
 
 _UNKNOWN = "?"
-"""In place of a dtype, of a value that does not fit its parts."""
+"""The dtype of a value that does not fit its parts."""
 
 _STRIDED = ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor_v3")
 
@@ -58,10 +58,10 @@ class Value(NamedTuple):
         what: the kind, or a class, as a message names it.
         dtype: torch name of its elements; of arrays that torch has no type for numpy's; ``"?"``: its parts do not fit.
         shape: of the whole; -1 where a nested tensor's parts differ.
-        nbytes: bytes in the file of all that it is made of.
-        detail: what else tells it from others of its dtype and shape; may be empty.
-        parts: the tensors, storages and arrays that it is made of, under torch's names for them.
-        location: device tag, as the file says it; ``""``: not told.
+        nbytes: bytes in the file of all its parts.
+        detail: what else distinguishes it from others with its dtype and shape; may be empty.
+        parts: its tensors, storages and arrays, under torch's names for them.
+        location: the device tag in the file; ``""``: unknown.
     """
 
     kind: str
@@ -95,7 +95,7 @@ class _Facts(NamedTuple):
 
 
 def describe_value(node: object) -> Value | None:
-    """What a node is that torch or numpy makes a tensor or array of; ``None``: a plain tensor, or something else."""
+    """What a node is if torch or numpy makes a tensor or array from it; ``None``: a plain tensor, or something else."""
     if not isinstance(node, Object):
         return None
     if is_array(node):
@@ -239,7 +239,7 @@ class Scaled(NamedTuple):
         numbers: of 8 bits, one in a byte.
         scales: floating, one for each block in C order.
         block: sizes of a block; the last of a dimension may be cut short.
-        zero_points: as many, taken from the numbers first; ``None``: there are none.
+        zero_points: as many, subtracted from the numbers first; ``None``: there are none.
         dtype: of the values that are made.
     """
 
@@ -251,11 +251,11 @@ class Scaled(NamedTuple):
 
 
 Form = Quantized | Sparse | Nested | Jagged | Scaled
-"""What dense values are made of."""
+"""The parts from which dense values are made."""
 
 
 class Dense(NamedTuple):
-    """What dense values a value can be made of, and what tensor they become."""
+    """The parts of one value, and the dense tensor they become."""
 
     form: Form
     is_parameter: bool = False
@@ -263,10 +263,10 @@ class Dense(NamedTuple):
 
 
 def dense_form(node: object) -> Dense | None:
-    """What dense values can be made of; ``None``: it is a plain tensor, an array, or no tensors.
+    """The source of dense values; ``None``: it is a plain tensor, an array, or not a tensor.
 
     Raises:
-        UnsupportedError: it is a tensor and none can be made of it; the message says why.
+        UnsupportedError: it is a tensor that cannot be made dense; the message says why.
         CorruptError: its parts do not fit together.
     """
     if not isinstance(node, Object):
@@ -289,7 +289,7 @@ def dense_form(node: object) -> Dense | None:
 
 
 def can_be_dense(name: str, value: object) -> bool:
-    """Whether dense values can be made of a value of a state_dict, or it goes with one of which they can."""
+    """Whether a value of a state_dict can be made dense, or belongs to one that can."""
     if isinstance(value, Global):
         return name.endswith(PACKED_DTYPE)
     parts = packed_parts(name, value)
@@ -328,7 +328,7 @@ _IMPLEMENTATIONS = {
     "PlainAQTTensorImpl": "int_data", "PlainAQTLayout": "int_data", "QDQTensorImpl": "int_data",
     "Float8AQTTensorImpl": "float8_data", "Float8AQTLayout": "float8_data",
 }  # fmt: skip
-"""The parts of torchao's AffineQuantizedTensor whose numbers lie as they are, and what these are called."""
+"""The parts of torchao's AffineQuantizedTensor with unpacked numbers, and their names."""
 
 _SCALED = ("Float8Tensor", "Int8Tensor", "IntxUnpackedTensor", "IntxUnpackedToInt8Tensor")
 """Its later classes of that kind."""

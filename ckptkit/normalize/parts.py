@@ -1,4 +1,4 @@
-"""What a tree says of being a part: one rank's, one slice's or one stage's share of a checkpoint.
+"""What a tree shows about being a part: the share of one rank, slice or stage of a checkpoint.
 
 Facts of the layouts (torch 2.14, DeepSpeed 0.19, Megatron-LM; each seen in files that they wrote):
 
@@ -8,9 +8,9 @@ Facts of the layouts (torch 2.14, DeepSpeed 0.19, Megatron-LM; each seen in file
   is whole where its own shards are as many elements as ``metadata.size``
 - *FSDP* before ``use_orig_params`` joins parameters into one-dimensional ``_flat_param`` (fairscale:
   ``flat_param_0``); names and shapes of what is joined are not in the file
-- *DeepSpeed* (``deepspeed/runtime/engine.py`` ``_save_checkpoint``): ``param_shapes`` says the weights' shapes, of
-  which ZeRO stage 3 leaves empty stubs under ``module``; optimizer files hold ``single_partition_of_fp32_groups`` or
-  ``fp32_flat_groups``; ``module`` is ``None`` where a pipeline's layers are in files of their own
+- *DeepSpeed* (``deepspeed/runtime/engine.py`` ``_save_checkpoint``): ``param_shapes`` has the weights' shapes, for
+  which ZeRO stage 3 leaves empty stubs under ``module``; optimizer files have ``single_partition_of_fp32_groups`` or
+  ``fp32_flat_groups``; ``module`` is ``None`` if a pipeline's layers are in separate files
 - *Megatron-LM* (``megatron/training/checkpointing.py``): ``args`` says how many ranks share a model
 - *safetensors of torch.distributed.checkpoint* have ``DCP_SHARDING_INFO`` in their metadata
 
@@ -53,7 +53,7 @@ CODE = "part-of-a-checkpoint"
 UNPROVEN = "completeness-unknown"
 
 WHOLE: Final = "whole"
-"""What a tree says that tells how many ranks share the model: one."""
+"""The answer for a tree that records one rank: the file is whole."""
 
 _MOST_KEYS = 1000
 """Keys of a file's own dict; what has more is a state_dict."""
@@ -84,7 +84,7 @@ def part_in(
         root: the tree as it was read.
         state_dict: the weights that were found in it.
         metadata: the container's own strings.
-        names: of the globals in the file's pickles, which tell whether the tree is worth a walk.
+        names: of the globals in the file's pickles, which show whether the tree is worth a walk.
     """
     if "DCP_SHARDING_INFO" in metadata:
         return Part(
@@ -133,7 +133,7 @@ def is_flat_name(name: str) -> bool:
 
 
 def _own_keys(root: object) -> Mapping[str, object]:
-    """The values of a file's own dict by their keys; nothing of what is not such a dict."""
+    """The values of a file's own dict by their keys; empty for anything but such a dict."""
     pairs = mapping_items(root)
     return {} if pairs is None or len(pairs) > _MOST_KEYS else {k: v for k, v in pairs if isinstance(k, str)}
 
@@ -267,13 +267,13 @@ def _has_flat(own: Mapping[str, object], state_dict: StateDict) -> bool:
 
 
 class _Spread(NamedTuple):
-    """A distributed tensor, as far as a file tells.
+    """A distributed tensor, as far as a file describes it.
 
     Attributes:
         is_part: whether the file lacks some of its values.
         how: its placements, or how many of its shards are there.
-        rank: whose file it is; ``None``: not told.
-        ranks: of how many; 0: not told.
+        rank: whose file it is; ``None``: unknown.
+        ranks: of how many; 0: unknown.
     """
 
     is_part: bool
@@ -342,7 +342,7 @@ def mesh_sizes(mesh: InertDict) -> list[int]:
 
 
 def _numbers(node: object) -> list[int]:
-    """The numbers of a layout's shape, which may be one number, or have several in place of one."""
+    """The numbers of a layout's shape, which may be one number or several nested ones."""
     found = node if isinstance(node, (list, tuple)) else (node,)
     nested = [_product(part) if (part := shape_of(each)) is not None else each for each in found]
     return [number for number in nested if isinstance(number, int)]
@@ -402,7 +402,7 @@ def require_whole(checkpoint: Checkpoint, *, allow_part: bool = False) -> None:
 
 
 def way_out(part: Part) -> str:
-    """What to give in place of a part, or with it."""
+    """What to give instead of a part, or with it."""
     if part.remedy:
         return part.remedy
     if part.instead is None:

@@ -1,6 +1,6 @@
 """Plain values as JSON, and back: those of Python that a pickle holds, but for objects.
 
-JSON's own values are what they are in Python; what JSON cannot tell apart is an object with one key::
+JSON's own values are the same in Python; values that JSON cannot distinguish are an object with one key::
 
     {"$tuple": [...]}    {"$set": [...]}    {"$frozenset": [...]}    {"$size": [...]} (torch.Size)
     {"$dict": [[key, value], ...]}          a dict with other keys than text, or with one that begins with $
@@ -138,10 +138,10 @@ def is_unicode(text: str) -> bool:
 
 
 def _members(node: object) -> tuple[str, Sequence[object]]:
-    """What tells a value of several, as the key of an object (``""``: a list), and what it holds.
+    """The tag of a value with several members, as the key of an object (``""``: a list), and its content.
 
     Raises:
-        NotPlainError: it is none that is known.
+        NotPlainError: it is of no known kind.
     """
     if isinstance(node, (list, tuple)):
         return "$tuple" if isinstance(node, tuple) else "", node

@@ -12,8 +12,8 @@ garbage, and so is what is multiplied by a scale that was rounded.  The names, b
 - optimum-quanto: ``weight._data`` and ``weight._scale``; torch's quantized modules: ``scale`` beside packed parameters
 - MXFP4 of gpt-oss: ``gate_up_proj_blocks`` and ``gate_up_proj_scales``
 
-How many bits a value has, the shapes tell: of GPTQ [in * bits / 32, out] int32 beside scales [in / group, out], of AWQ
-[in, out * bits / 32] beside the same scales; of both the zeros are [in / group, out * bits / 32].
+The shapes show how many bits a value has: in GPTQ [in * bits / 32, out] int32 beside scales [in / group, out], in AWQ
+[in, out * bits / 32] beside the same scales; in both the zeros are [in / group, out * bits / 32].
 """
 
 from __future__ import annotations
@@ -134,9 +134,9 @@ class LayoutDocument(TypedDict):
     Attributes:
         method: ``"gptq"``, ``"awq"``, ``"bitsandbytes"``, ``"compressed-tensors"``, ``"fp8"``, ``"int8"``, ``"nvfp4"``,
             ``"mxfp4"``, ``"hqq"``, ``"aqlm"``, ``"quanto"``, ``"torch"``; ``"other"``: weights with scales of another.
-        dtype: what a value is: ``"int4"``, ``"nf4"``, ``"float8_e4m3fn"``; ``None``: not told.
-        bits: of a value; ``"mixed"``: its tensors contradict each other; ``None``: not told.
-        strategy: what has a scale of its own: the tensor, a row (``"channel"``), a group in a row, or a block.
+        dtype: of a value: ``"int4"``, ``"nf4"``, ``"float8_e4m3fn"``; ``None``: unknown.
+        bits: of a value; ``"mixed"``: its tensors contradict each other; ``None``: unknown.
+        strategy: what has its own scale: the tensor, a row (``"channel"``), a group in a row, or a block.
         group_size: values that have a scale together, along a row; of bitsandbytes in storage order.
         block: rows and columns of a block.
         modules: how many there are.
@@ -304,7 +304,7 @@ def _whose(last: str) -> str | None:
 
 
 class _Shapes:
-    """Tells how weights are quantized, once for all that are alike; sizes that are in tensors are read for it."""
+    """Finds out how weights are quantized, once for all similar ones; sizes stored in tensors are read for it."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[object, ...], _Facts] = {}
@@ -352,7 +352,7 @@ class _Shapes:
 
 
 def _by_names(last: str, value: TensorEntry, tensors: Mapping[str, TensorEntry]) -> _Facts | None:
-    """Of what names alone tell, the weight's and those beside it."""
+    """From names alone: the weight's and those beside it."""
     state = next((name for name in tensors if _STATE in name), "")
     if state or f"{last}.absmax" in tensors:
         absmax = tensors.get(f"{last}.absmax")

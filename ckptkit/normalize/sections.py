@@ -6,11 +6,11 @@ Decided by shape, never by a file's name:
   method of one
 - a *state_dict* is a mapping with string keys, or a list of (name, tensor) pairs, of which at least
   half are tensors, or a fifth, where these are called as parameters of modules are (``encoder.weight``) and all else
-  is plain (``height``, ``version``).  What other values hold tensors must be no weights of their own: else it is a
-  file's own dict, and each value a part.  Where names are dotted paths, as modules give them,
-  nested dicts of tensors are values too.  Inside a file's own dict, one in which nothing could be a
-  parameter (losses, metrics, random states), or that has the names of a graph (of PyG), is none, unless a
-  customary key says so.  Modules may be dicts inside dicts (`ckptkit.normalize.nested`).
+  is plain (``height``, ``version``).  Other values that contain tensors must not have weights themselves: otherwise it
+  is a file's own dict, and each value a part.  Where names are dotted paths, as modules give them, nested dicts of
+  tensors are values too.  Inside a file's own dict, a value in which nothing could be a parameter (losses, metrics,
+  random states), or that has the names of a graph (from PyG), is not weights unless a customary key says so.  Modules
+  may be dicts inside dicts (`ckptkit.normalize.nested`).
 - an *optimizer* is a mapping or object with ``state`` and ``param_groups`` (fastai: ``hypers``), whatever it is under;
   never the weights.  Neither are its moments (`ckptkit.normalize.shapes.MOMENTS`).
 - what else contains tensors is a *tensor* or a *collection*; so is a data set of graphs, ``(data, slices)``
@@ -24,10 +24,9 @@ Which part is *the* state_dict is decided by `ckptkit.normalize.selection`.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from itertools import chain, islice
 from operator import itemgetter
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, NamedTuple
 
 from ckptkit.checkpoint import WEIGHTS, Section, Storage, TensorEntry
 from ckptkit.errors import LimitError
@@ -47,7 +46,7 @@ from ckptkit.normalize.shapes import (
     tensor_at_a_glance,
     weights_at_sight,
 )
-from ckptkit.pickling.inert import SCALARS, Global, InertDict, Object, children, mapping_items, walk
+from ckptkit.pickling.inert import SCALARS, Global, InertDict, Object, children, is_bare_leaf, mapping_items, walk
 from ckptkit.pickling.tensors import is_tensor_like
 
 __all__ = [
@@ -72,7 +71,7 @@ _MAX_PATH_STEP = 1000
 """Characters of a key in a path: paths are typed after ``--section`` and must be what is listed."""
 
 _NEAR = 2
-"""Keys down that a value of a mapping is searched for weights of its own: ``{"nets": {"g": {...}}}``."""
+"""Keys down that a value of a mapping is searched for its own weights: ``{"nets": {"g": {...}}}``."""
 
 _MOST_SETTINGS = 4
 """Plain values for each parameter among them in a state_dict."""
@@ -88,15 +87,14 @@ _NodeKind = _SectionKind | Literal["parts"]
 """``"parts"``: something that has tensors somewhere below, and is not a section by itself."""
 
 
-@dataclass(frozen=True, slots=True)
-class Candidate:
+class Candidate(NamedTuple):
     """A part of a file that contains tensors.
 
     Attributes:
-        path: the keys that lead to it, joined with dots, as it is listed and asked for.
+        path: the keys that lead to it, joined with dots, for lists and ``--section``.
         kind: what it is.
         node: it.
-        keys: the keys that lead to it, as they are.
+        keys: the keys that lead to it, unchanged.
         nested: whether its modules are dicts inside dicts, so that names are combined.
     """
 
@@ -171,7 +169,7 @@ class SectionSearch:
                 taken[candidate.path] += 1
                 path = f"{candidate.path}#{taken[candidate.path]}"
             taken[path] = 1
-            found.append(candidate if path == candidate.path else replace(candidate, path=path))
+            found.append(candidate if path == candidate.path else candidate._replace(path=path))
         if not found and self._has_tensor(self._root):
             found.append(Candidate("", "collection", self._root))
         return found
@@ -194,7 +192,7 @@ class SectionSearch:
                 yield from self._below(value, join(path, key), (*keys, key))
 
     def _leads_to_weights(self, node: object, depth: int, key: object) -> bool:
-        """Whether the node, or something at most `MAX_SECTION_DEPTH` keys from the root, is a section of its own."""
+        """Whether the node, or something at most `MAX_SECTION_DEPTH` keys from the root, is a separate section."""
         kind = self._kind(node, key)
         if kind != "parts" or depth >= MAX_SECTION_DEPTH:
             return kind in (*WEIGHTS, "optimizer")
@@ -207,7 +205,7 @@ class SectionSearch:
         return known
 
     def _kind(self, node: object, key: object) -> _NodeKind | None:
-        """What a node is that is under ``key``; ``None``: it has no tensors."""
+        """What a node under ``key`` is; ``None``: it has no tensors."""
         if isinstance(node, SCALARS):
             return None
         if id(node) not in self._kinds:
@@ -220,7 +218,7 @@ class SectionSearch:
         return kind
 
     def _is_nested(self, node: object, key: object) -> bool:
-        """Whether its modules are dicts inside dicts; where the tree is too large to tell, it is not."""
+        """Whether its modules are nested dicts; a tree that is too large to find out counts as not nested."""
         known = key if isinstance(key, str) else None
         if (id(node), known) not in self._nested:
             # Most files' own dicts hold a number or a text, and need no closer look.
@@ -301,7 +299,7 @@ class SectionSearch:
         return known
 
     def _holds_more(self, node: object) -> bool:
-        """Whether an object that is a mapping of a class of its own has tensors beside those it maps to."""
+        """Whether an object of a custom mapping class has tensors besides those it maps to."""
         if not isinstance(node, Object) or mapping_items(node) is not None:
             return False
         return any(map(self._has_tensor, (node.state, node.kwargs, *node.args, *node.items, *node.effects)))
@@ -350,7 +348,7 @@ class SectionSearch:
 
 
 def _leaves(candidate: Candidate) -> Iterator[object]:
-    """What of a candidate has bytes: of weights their own values and what these are made of, else all at or below it.
+    """The parts of a candidate that have bytes: the values of weights and their parts; otherwise everything in it.
 
     What hangs on a module, a mapping or a tensor of weights as an attribute belongs to no section.
     """
@@ -381,7 +379,7 @@ def above_tensors(root: object) -> set[int]:
     for node in walk(root):
         if isinstance(node, (TensorEntry, Storage)):
             found.append(id(node))
-        for child in children(node):
+        for child in () if is_bare_leaf(node) else children(node):
             if not isinstance(child, SCALARS):
                 above.setdefault(id(child), []).append(id(node))
     holding = set(found)
@@ -400,7 +398,7 @@ def join(path: str, key: object) -> str:
 
 
 def step(key: object) -> str:
-    """A key or index as it is shown.  Keys come from a stranger: long and nested ones are cut short."""
+    """A key or index for display.  Keys come from a stranger: long and nested ones are cut short."""
     if isinstance(key, (str, bytes)):
         return key[:_MAX_STEP] if isinstance(key, str) else repr(key[:_MAX_STEP])
     if isinstance(key, tuple) and len(key) <= 4 and all(isinstance(part, (str, int, float)) for part in key):

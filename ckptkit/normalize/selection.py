@@ -67,7 +67,7 @@ MASTERS = "fp32"
 _RANK = {key: rank for rank, key in enumerate(CUSTOMARY_KEYS)}
 
 _WRAPPERS = frozenset({"module", "model", "ema_model", "ema", "shadow"})
-"""First segments of names that copies of a model differ by, beside what `unwrapped` takes off."""
+"""First segments of names in which copies of a model differ, besides those that `unwrapped` removes."""
 
 _WRITING = ("to write", "to rewrite")
 """Purposes of weights that all tensors serve as well."""
@@ -194,7 +194,7 @@ def require_section(sections: Sequence[Section], path: str) -> None:
     """See that the section asked for contains weights.
 
     Raises:
-        SectionError: there is none of that path, or it holds something else.
+        SectionError: there is none with that path, or it contains something else.
     """
     asked = next((section for section in sections if section.path == path), None)
     if asked is not None and asked.is_weights:

@@ -1,17 +1,17 @@
 """What a node of an inert tree looks like, without going below what it holds.
 
-The words in which `ckptkit.normalize.sections` judges a tree: what leads from a node to others, what can be
-read as named values, and what is an optimizer's.
+The terms in which `ckptkit.normalize.sections` judges a tree: what leads from a node to others, what can be read as
+named values, and what belongs to an optimizer.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 
 from ckptkit.checkpoint import Storage, TensorEntry
 from ckptkit.dtypes import DTYPES
 from ckptkit.normalize.modules import bound_method, module_state
+from ckptkit.patterns import pattern
 from ckptkit.pickling.inert import (
     ABSENT,
     ITSELF,
@@ -72,7 +72,7 @@ _TELLING = frozenset({
     "square_avg", "grad_avg", "sqr_avg", "acc_delta", "step",
 })  # fmt: skip
 MOMENTS = _TELLING | {"max_exp_avg_sq", "neg_grad_or_diff", "sum", "step_size", "prev", "eta", "mu", "ax"}
-"""Keys of one parameter's optimizer state (torch.optim, fastai, Adafactor, Adan); some of them tell it apart."""
+"""Keys of one parameter's optimizer state (torch.optim, fastai, Adafactor, Adan); some of them identify it."""
 
 _DATA_WORDS = frozenset({
     "adj", "attention", "attr", "batch", "data", "edge", "feature", "features", "id", "ids", "image", "images", "index",
@@ -80,7 +80,7 @@ _DATA_WORDS = frozenset({
     "ptr", "sample", "samples", "target", "targets", "test", "text", "token", "tokens", "train", "type", "val", "valid",
     "validation", "values", "x", "y", "z",
 })  # fmt: skip
-_WORD = re.compile(r"[a-z]+")
+_WORD = pattern(r"[a-z]+")
 
 
 _MORE_THAN_ANY = 1 << 60
@@ -195,10 +195,10 @@ def is_substantial(value: object) -> bool:
 
 
 def is_packed(name: str, node: object) -> bool:
-    """Whether it is what torch's quantized modules keep in place of tensors.
+    """Whether torch's quantized modules store it instead of tensors.
 
-    A tuple of weight and bias (``torch/ao/nn/quantized/modules/linear.py`` ``LinearPackedParams``), or an object of
-    torch own C++ classes (``dynamic/modules/rnn.py`` there, ``PackedParameter``).
+    A tuple of weight and bias (``torch/ao/nn/quantized/modules/linear.py`` ``LinearPackedParams``), or an object of one
+    of torch's C++ classes (``dynamic/modules/rnn.py`` there, ``PackedParameter``).
     """
     if isinstance(node, tuple):
         return name.endswith("._packed_params") and any(map(is_tensor_like, node))

@@ -1,16 +1,16 @@
 """Every tensor of a checkpoint, each with where it stands: the one enumeration.
 
-What shows, compares, digests, checks or counts the tensors of a file goes through `every_tensor`.  It goes to:
+Everything that shows, compares, digests, checks or counts the tensors of a file uses `every_tensor`.  It goes to:
 
-- the values of the state_dict, and what they are made of where they are not plain tensors
+- the values of the state_dict, and their parts if they are not plain tensors
 - the other sections, each under its path
 - what belongs to no section, whose `FoundTensor.section` is ``None`` and whose name is its path from the top of the
   file: attributes of modules and of tensors, buffers that a module does not save, what hangs on a mapping's class,
   keys of dicts and members of sets
 
-Beside tensors it yields storages that stand by themselves and numpy's arrays (`ckptkit.pickling.arrays`); where it is
-asked for, also the values that are made of tensors (`ckptkit.normalize.not_plain`), before their parts.  A tensor is
-yielded under every name it has, but not again below the module or mapping whose own value it is.
+Besides tensors it yields separate storages and numpy's arrays (`ckptkit.pickling.arrays`); on request also the values
+made from tensors (`ckptkit.normalize.not_plain`), before their parts.  A tensor is yielded under every name it has, but
+not again below the module or mapping whose own value it is.
 
 `tensors_with_keys` gives the same with the keys that lead to each from the top of the file.
 """
@@ -62,7 +62,7 @@ _MAX_STEPS = 32
 """Steps of a name inside a section that are shown; what is deeper keeps the name of what is above."""
 
 _MAX_NAME = 1000
-"""Characters of a name that is made of such steps; names of a state_dict are shown whole."""
+"""Characters of a name made from such steps; names of a state_dict are shown whole."""
 
 _NO_STEP: Final = object()
 """What leads to a node that has no key or index, or to one that names do not show."""
@@ -76,7 +76,7 @@ _ONCE = (list, tuple, InertDict, InertSet, Global)
 
 
 class Nameless(str):
-    """A key of a dict that is not text or a number: a parameter, by which old optimizers keep their state.
+    """A key of a dict that is not text or a number: a parameter, as in the state of old optimizers.
 
     Attributes:
         position: its place in the dict.
@@ -110,7 +110,7 @@ class FoundTensor(NamedTuple):
 
     @property
     def is_value(self) -> bool:
-        """Whether it is a value that is made of tensors, which are found too."""
+        """Whether it is a value made from tensors, which are found too."""
         return isinstance(self.node, Object) and not is_array(self.node)
 
     @property
@@ -141,13 +141,13 @@ def other_tensors(checkpoint: Checkpoint, *, values: bool = False) -> list[Found
 
     Args:
         checkpoint: as it was read, or rewritten.
-        values: whether values that are made of tensors are among them, such as quantized and sparse ones.
+        values: whether to include values made from tensors, such as quantized and sparse ones.
     """
     return list(islice(_beside(checkpoint, values), DEFAULT_LIMITS.entries + 1))
 
 
 def tensors_with_keys(checkpoint: Checkpoint, top: _Steps) -> Iterator[FoundTensor]:
-    """The same, and values made of tensors in place of their parts, each with the keys that lead to it.
+    """The same, with values made from tensors instead of their parts, each with the keys that lead to it.
 
     In the order of `every_tensor`.  A tensor is found in every dict or list that it is in, and what is deeper in an
     object that several places share in the first.
@@ -217,7 +217,7 @@ def storage_names(named: Checkpoint | Mapping[str, object]) -> dict[int, str]:
 
 
 class _Own:
-    """The tensors that a section has as its own values, or that these are made of."""
+    """The tensors that a section has as its own values, or as parts of these."""
 
     def __init__(self, values: Iterable[object], also: _Own | None = None) -> None:
         self._values = values
@@ -248,7 +248,7 @@ class _Own:
         return isinstance(node, Storage) and id(node) in self._bare
 
     def __contains__(self, entry: TensorEntry) -> bool:
-        """Whether a tensor is one of them: a parameter and what stands for it in its module are two objects."""
+        """Whether a tensor is one of them: a parameter and its placeholder in its module are two objects."""
         known = id(entry) in self._ids or entry.view in self._views
         return known or (self._also is not None and entry in self._also)
 
@@ -265,9 +265,9 @@ class _Place(NamedTuple):
     path: str | None
     """Whole path from the root; ``None`` below the depth at which sections begin."""
     own: _Own | None
-    """What is not told again here."""
+    """The tensors that are not listed again here."""
     keys: _Steps = None
-    """All keys from the root, as they are."""
+    """All keys from the root, unchanged."""
 
     def name(self) -> str:
         parts: list[str] = []
@@ -318,7 +318,7 @@ class _Walk:
         self._kept: list[object] = []
 
     def values(self, at: _Place, values: list[tuple[str, object]], own: _Own) -> Iterator[FoundTensor]:
-        """What a section's own values are made of, those that are not plain tensors."""
+        """The parts of a section's own values that are not plain tensors."""
         section = at.section
         for name, value in values:
             steps: _Steps = (None, name, 1)
@@ -364,7 +364,7 @@ class _Walk:
             )
 
     def _in_value(self, place: _Place, node: object, made: Value) -> Iterator[tuple[_Place, object]]:
-        """What a value is made of, under torch's names; where it stands for that, what else is in it."""
+        """The parts of a value, under torch's names; if it is a placeholder, what else is in it."""
         rest = place._replace(own=_Own([part for _, part in made.parts], place.own)).inside("?", self._whole)
         self._parts.update(id(part) for _, part in made.parts)
         yield from ((rest, child) for child in reversed(children(node)))
@@ -406,7 +406,7 @@ class _Walk:
         return self._known[id(node)]
 
     def _is_told(self, place: _Place, node: object, made: Value) -> bool:
-        """Whether a value is a section's own, or made of its own tensors: a module may keep it in another form."""
+        """Whether a value is a section's own, or made from its own tensors: a module may keep it in another form."""
         own = place.own
         if own is None or id(node) in self._seen:
             return own is not None

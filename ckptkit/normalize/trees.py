@@ -1,6 +1,6 @@
 """Inert trees compared: the one walk that looks at everything that makes up a tree.
 
-`side_by_side` goes through two trees at once, by one of two rules:
+`side_by_side` compares two trees part by part, by one of two rules:
 
 - `Identical`: node for node as the files say it, devices, strides and order included; what was one object must still be
   one.  So an output is checked against what it was written from.
@@ -42,7 +42,7 @@ class Place(NamedTuple):
     label: object = HERE
     steps: int = 0
     in_tensor: bool = False
-    """Whether it is in what a tensor is made of that is not a plain one."""
+    """Whether it is in a part of a tensor that is not a plain one."""
 
     def below(self, label: object) -> Place:
         """The place of a part."""
@@ -103,12 +103,12 @@ class _Rule(Protocol):
 def side_by_side(
     roots: Sequence[tuple[Place, object, object]], rule: _Rule, weights: tuple[object, object] = (STATE_DICT,) * 2
 ) -> Iterator[Met]:
-    """Go through pairs of trees in the order of the file.
+    """Compare pairs of trees in the order of the file.
 
     Args:
         roots: the trees, each pair with its place.
         rule: `Identical` or `SameContent`.
-        weights: what stands for the marker `STATE_DICT` in either.
+        weights: the node in the place of the marker `STATE_DICT` in both.
     """
     stack = list(reversed(roots))
     while stack:
@@ -207,9 +207,9 @@ class Identical:
         return self._in_turn(place, zip(parts, others, strict=True), below), below
 
     def _in_turn(self, place: Place, parts: Iterable[tuple[_Part, _Part]], below: _Pairs) -> Iterator[Met]:
-        """What is met first of a node's parts, as long as they are plain tensors that agree; the others go ``below``.
+        """The first of a node's parts, as long as they are plain tensors that agree; the others go ``below``.
 
-        Of a state_dict these are all, a hundred thousand perhaps: no list is made of them.
+        For a state_dict these are all, perhaps a hundred thousand: no list is made of them.
         """
         paired, back = self._paired, self._back
         for (at, a), (_, b) in parts:

@@ -22,7 +22,7 @@ __all__ = ["ConvertOptions", "LoadOptions", "allow_part_option", "progress_optio
 
 
 def progress_option(meaning: str) -> Option[Progress | None]:
-    """The function that is told the progress; ``meaning`` is for the docstring."""
+    """The function that receives the progress; ``meaning`` is for the docstring."""
     return Option("switch", None, "Show progress on stderr; default: on a terminal.", meaning)
 
 
@@ -162,8 +162,8 @@ class ConvertOptions(Options):
     )
     to = text(
         "FORMAT",
-        "torch-zip, safetensors, either -sharded, or dcp; overrides DST's ending.",
-        'container name that overrides the ending; ``"dcp"``: a folder for ``torch.distributed.checkpoint.load``',
+        "torch-zip, safetensors, either -sharded, or dcp; overrides DST's extension.",
+        'container name that overrides the extension; ``"dcp"``: a folder for ``torch.distributed.checkpoint.load``',
     )
     ranks = count(
         "--ranks",
@@ -199,8 +199,8 @@ class ConvertOptions(Options):
         "text",
         None,
         "",
-        "called with the paths of files that would be replaced and not kept, before anything is written; where it is "
-        "false, nothing is",
+        "called, before anything is written, with the paths of files that would be replaced and not kept; if it "
+        "returns false, nothing is written",
     )
     part: Option[Share | None] = Option(
         "text",

@@ -95,7 +95,7 @@ def local(given: Any) -> Any:
 
 
 def _is_far(given: Any) -> bool:
-    """Whether it names URLs: they are few, and what is none does no harm."""
+    """Whether it names URLs: they are few, and other strings do no harm."""
     if isinstance(given, list | tuple):
         return any(isinstance(each, str) and "://" in each for each in given)
     return isinstance(given, str) and "://" in given
@@ -116,7 +116,7 @@ def session_of(options: Mapping[str, Any] | None, *given: Any) -> AbstractContex
 
 
 def in_session(function: F) -> F:
-    """The function in a session of its own, or in the one that it is called in, with its ``storage_options``."""
+    """The function in a new session, or in the one that it is called in, with its ``storage_options``."""
 
     @functools.wraps(function)
     def called(*given: Any, **named: Any) -> Any:

@@ -9,12 +9,12 @@ with ``(3, byteorder, subdtype, names, fields, …)``.  The modules were called 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from typing import NamedTuple, TypeGuard
 
 from ckptkit.bytesource import ByteRange
 from ckptkit.dtypes import DTYPES
+from ckptkit.patterns import pattern
 from ckptkit.pickling.inert import Global, Object, is_global
 from ckptkit.pickling.tensors import shape_of
 
@@ -45,7 +45,7 @@ _WITHOUT_NAN = "biuSUMmO"
 """First letters of the codes of types without NaN: bool, whole numbers, text, times, objects (they are in the tree)."""
 
 _NDARRAY = ("numpy", "ndarray")
-_MADE = re.compile(r"(?:f[248]|c8|c16|[iu][1248]|b1|[SU][0-9]{1,6})\Z")
+_MADE = pattern(r"(?:f[248]|c8|c16|[iu][1248]|b1|[SU][0-9]{1,6})\Z")
 """Codes of the types that numpy makes of bytes."""
 
 _MOST_DIMENSIONS = 32
@@ -58,8 +58,8 @@ class Array(NamedTuple):
     """The bytes of an array.
 
     Attributes:
-        dtype: torch name of a floating or complex type; ``"uint8"`` stands for all types without NaN; ``None``: the
-            values are not understood.
+        dtype: torch name of a floating or complex type; ``"uint8"`` represents all types without NaN; ``None``: the
+            values cannot be interpreted.
         data: the bytes, in some order of the elements, each element little-endian.
     """
 
@@ -110,7 +110,7 @@ class ArrayLayout(NamedTuple):
 
 
 def is_array(node: object) -> TypeGuard[Object]:
-    """Whether a node makes an array of numpy, or a scalar."""
+    """Whether a node makes a numpy array or scalar."""
     if not isinstance(node, Object) or not isinstance(node.cls, Global) or node.cls.name not in _MAKERS:
         return False
     return node.cls.module.partition(".")[0] == "numpy"

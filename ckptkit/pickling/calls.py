@@ -10,7 +10,7 @@
 
   ``reduce_package_graph_module`` of torch.package takes the text from the package's own sources.
 - ``functools.reduce(operator.or_, types)`` is ``int | None``; anything else that is reduced is hostile.
-- ``torch.storage._load_from_bytes(data)`` is a tensor where the names in that data are those of tensors.
+- ``torch.storage._load_from_bytes(data)`` is a tensor if the names in that data are those of tensors.
 - cloudpickle and dill keep functions and classes by their code.  That needs trust; it is hostile where the pickle
   itself calls such a function, gives it to something that does, or builds a class around it.
 - ``functools.partial(f, x)`` that is called is the call of ``f``.
@@ -20,13 +20,13 @@ The text is checked against patterns; it is neither compiled nor parsed.
 
 from __future__ import annotations
 
-import re
 import sys
 import unicodedata
 from collections.abc import Callable, Iterable
 from functools import partial
 
 from ckptkit.limits import DEFAULT_LIMITS
+from ckptkit.patterns import pattern
 from ckptkit.pickling.dangerous import is_dangerous, is_dangerous_attribute, is_kept_code, makes_function
 from ckptkit.pickling.inert import Global, InertDict, Object, named_items
 
@@ -35,12 +35,12 @@ __all__ = ["CallsThatReach", "sets_first_argument"]
 _MAX_CHAIN = 8
 """Attributes of attributes: nested classes go two or three deep."""
 
-_IMPORT = re.compile(r"import ([\w.]+)(?: as \w+)?|from ([\w.]+) import (\w+)(?: as \w+)?")
-_OTHER_TOP_LEVEL = re.compile(
+_IMPORT = pattern(r"import ([\w.]+)(?: as \w+)?|from ([\w.]+) import (\w+)(?: as \w+)?")
+_OTHER_TOP_LEVEL = pattern(
     r"NoneType = type\(None\)|\w+ = '[^'\\]*'|\w+ = \"[^\"\\]*\"|#.*|(?:\w+\.)*wrap\(\"\w+\"\)|wrap\('\w+'\)"
     r"|def forward\(.*|\).*:"
 )
-_WORD = re.compile(r"(\.[\s\\]*|['\"])?(?<!\w)([^\W\d]\w*)")
+_WORD = pattern(r"(\.[\s\\]*|['\"])?(?<!\w)([^\W\d]\w*)")
 _BUILTINS = frozenset(
     {"__import__", "breakpoint", "compile", "delattr", "eval", "exec", "execfile", "globals", "locals", "open"}
 )
@@ -198,7 +198,7 @@ class CallsThatReach:
             watch(given)
 
     def handed(self, cls: object, args: tuple[object, ...]) -> None:
-        """Look at what a call is given, once there is a name that matters wherever it goes."""
+        """Examine a call's arguments, once there is a name that matters wherever it is passed."""
         function, _ = self._callee(cls, ())
         keeps = function is None or not _calls_back(function)
         stack: list[object] = list(args)
@@ -302,7 +302,7 @@ def sets_first_argument(call: Object) -> bool:
 
 
 def _is_made_here(node: object) -> bool:
-    """Whether a function or class is made of the file's own code."""
+    """Whether a function or class is made from the file's own code."""
     if not isinstance(node, Object) or not isinstance(node.cls, Global):
         return False
     return is_kept_code(node.cls.module, node.cls.name) or node.cls.qualified in ("builtins.type", "__builtin__.type")

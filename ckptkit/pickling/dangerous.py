@@ -1,6 +1,6 @@
 """Names that run, import, open or reach out, however they are spelled.
 
-Whoever executes a pickle calls what it names, with arguments it chooses.  So a module is listed here
+Executing a pickle calls the functions it names, with arguments it chooses.  So a module is listed here
 when a function in it runs a program or text, imports, loads native code, unpickles, opens or removes
 files, or talks to the network, and no checkpoint needs a name from it.  Sources: the block lists of
 picklescan, modelscan and fickling, the bypasses reported against them, and the standard library's
@@ -59,10 +59,10 @@ _HONEST = frozenset(
        for module in ("numpy_pickle", "numpy_pickle_compat")
        for name in ("NDArrayWrapper", "NumpyArrayWrapper", "ZNDArrayWrapper")}
 )  # fmt: skip
-"""Of packages that are otherwise listed: enumerations, what makes plain objects, what stands for an array."""
+"""From packages that are otherwise listed: enumerations, plain objects, array types."""
 
 _PLAIN_CLASSES = ("torch._dynamo.", "torch.testing._internal.")
-"""Of these the classes are plain ones, which honest files have; what else is in them is as it is listed."""
+"""Their classes are plain ones, which honest files have; everything else in them is as listed."""
 
 _CORE = frozenset(
     _words("""
@@ -70,8 +70,8 @@ _CORE = frozenset(
     pickle pkgutil posix pty runpy shutil socket subprocess sys webbrowser
     """)
 )
-"""Modules that other modules have as attributes or re-export (``six.moves.builtins``, ``numpy.os``),
-and that no package calls one of its own."""
+"""Modules that other modules have as attributes or re-export (``six.moves.builtins``, ``numpy.os``), with names that no
+package uses for its own."""
 
 _MODULES = frozenset(
     _words("""
@@ -226,7 +226,7 @@ _ANYWHERE = frozenset(
     spawnlp spawnv spawnve spawnvp start_new_thread symbol_by_name urlopen urlretrieve
     """)
 )
-"""Functions that keep their name wherever a module imports or wraps them."""
+"""Functions that keep their name in every module that imports or wraps them."""
 
 _ATTRIBUTES = frozenset(
     _words("""

@@ -8,7 +8,7 @@ Before 1.6:
   root, so that what shares memory shares a `Storage`; a view that is kept for itself becomes a
   `Storage` over its part of the root's bytes.
 - ``('module', class, file, source)``: a class of the model, at its first use, with the text of its
-  source.  The text stands for the class and is never compiled.
+  source.  The text represents the class and is never compiled.
 - Before 0.4 a parameter was no tensor but a Variable that held one (``torch/autograd/variable.py``
   ``__reduce_ex__`` and ``__setstate__``): ``Parameter(data)`` with the state ``(requires_grad,
   volatile, hooks)``; in the tar archives of 0.1 ``Parameter()`` with ``(data, grad, hooks, requires_grad,
@@ -125,7 +125,7 @@ class LegacyTable(StorageTable):
         return self.view(root, key, offset, numel)
 
     def view(self, root: Storage, key: str, offset: int, numel: int) -> Storage:
-        """The part of a storage that has a key of its own.
+        """The part of a storage with its own key.
 
         Args:
             root: the storage.
@@ -174,7 +174,7 @@ class LegacyTable(StorageTable):
         return replace(entry, storage=root, storage_offset=entry.storage_offset + start // entry.itemsize)
 
     def tensor(self, storage: object, offset: object, shape: object, stride: object) -> object:
-        """The entry of a tensor before 0.4, or ``NotImplemented`` where its storage is none.
+        """The entry of a tensor before 0.4, or ``NotImplemented`` if its storage is not one.
 
         Raises:
             CorruptError: its geometry does not fit its storage.
@@ -267,9 +267,9 @@ def _variable(node: Object, found: dict[int, TensorEntry]) -> tuple[TensorEntry,
 
 
 def writing_release(names: Sequence[Global]) -> str | None:
-    """Which torch pickles these names in a file of the legacy format, as far as they tell.
+    """Which torch pickles these names in a file of the legacy format, as far as they show.
 
-    Later releases write the format when they are asked to; only what they added since tells them apart.
+    Later releases write the format on request; only additions since then distinguish them.
     """
     called = {name.qualified for name in names if name.calls}
     classes = {name.name for name in names if name.module in ("torch", "torch.storage")}

@@ -1,8 +1,8 @@
 """Stand-ins for what only code from elsewhere could make, and the plain values that Python makes by a call.
 
-A file says of an object the name of its class, what it was made from, and its attributes.  A `Foreign` shows that, and
-does nothing.  Its class is this one, whatever the file says: no name of the file is looked up, none is imported, and
-no name with two underscores on both sides, by which Python finds what to call, is taken from it.
+A file describes an object by the name of its class, what it was made from, and its attributes.  A `Foreign` shows that,
+and does nothing.  Its class is this one, whatever the file says: no name in the file is looked up, none is imported,
+and no name with two underscores on both sides, which Python would call, is taken from it.
 """
 
 from __future__ import annotations
@@ -66,17 +66,17 @@ _MADE: dict[str, tuple[Callable[..., object], tuple[type, ...]]] = {
 class Foreign:
     """Stands for an object of a class from elsewhere, or for a class or function that a file names.
 
-    Its attributes are those that the file has: ``args.lr``, ``vars(args)``.  What is a dict or a list of a class of
-    its own has its content too: ``config["lr"]``, ``len(config)``, ``dict(config)``; where it has no attribute of a
-    name, a key of that name is given.  Of a module its parameters, buffers and modules are found as in torch.
-    Two are equal if they are the same.  It cannot be called, and has no methods of the class it stands for.
+    Its attributes are those in the file: ``args.lr``, ``vars(args)``.  A dict or list of a custom class has its content
+    too: ``config["lr"]``, ``len(config)``, ``dict(config)``; a name that is not an attribute is looked up as a key.
+    A module has its parameters, buffers and modules as attributes, as in torch. Two are equal only if they are the
+    same object.  It cannot be called, and has no methods of the class it stands for.
 
     Attributes:
         __name__: the name of the class, function or the like: ``"argparse.Namespace"``.
         __args__: what the object was made from, by position; ``None``: the file only names it.
         __kwargs__: the same by keyword.
-        __content__: the dict or list of it, ``None`` where it is neither.
-        __state__: what it was filled with, where that are not attributes; else ``None``.
+        __content__: its dict or list; ``None``: it is neither.
+        __state__: what it was filled with, if that is not attributes; otherwise ``None``.
     """
 
     __slots__ = ("__args__", "__content__", "__dict__", "__kwargs__", "__name__", "__state__", "__weakref__")
@@ -123,7 +123,7 @@ class Foreign:
         return self.__content__ is not None and key in self.__content__
 
     def keys(self) -> list[Any]:
-        """The keys of a dict of a class of its own; of others the names of attributes."""
+        """The keys of a dict of a custom class; for others, the names of attributes."""
         return list(self.__content__ if isinstance(self.__content__, dict) else vars(self))
 
     def __repr__(self) -> str:
@@ -169,7 +169,7 @@ class Builder(Protocol):
 
 
 def stand_in(node: object, build: Builder, keep: Callable[[object], object]) -> Any:
-    """What stands for a node that no value is made of.
+    """The value for a node that cannot be built.
 
     Args:
         node: an object, a name, or a reference to something outside the pickle.
@@ -224,7 +224,7 @@ def _dict(pairs: Sequence[tuple[object, object]], build: Builder) -> dict[Any, A
 
 
 def plain_value(node: Object, build: Builder) -> Any:
-    """A value of a type of Python own that a call makes; `ABSENT`: it is not one.
+    """A value of a built-in type that a call makes; `ABSENT`: it is not one.
 
     Raises:
         CorruptError: the type takes no such arguments.

@@ -1,4 +1,4 @@
-"""The nodes of an inert tree, and ways to go through one.
+"""The nodes of an inert tree, and ways to walk one.
 
 An inert tree is what a pickle *says*, built from these alone:
 
@@ -7,8 +7,8 @@ An inert tree is what a pickle *says*, built from these alone:
 - `Global`: a name, `Object`: something made by calling one, `PersistentId`
 - `TensorEntry` and `Storage`, where torch's own vocabulary was understood
 
-What a pickle calls for its effect on something that it made (``setter(obj, state)``, whose result is popped) is kept
-as that node's ``effects``; there the marker `ITSELF` stands for the node.
+A call that a pickle makes for its effect on an object it built (``setter(obj, state)``, whose result is popped) is kept
+in that node's ``effects``; there the marker `ITSELF` represents the node.
 
 Trees share nodes, contain cycles and may be nested 100,000 deep.  Everything here is iterative
 and goes to each node once; ``repr`` never goes into children.
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Final, Literal
 
 from ckptkit.checkpoint import Storage, TensorEntry
@@ -44,7 +45,7 @@ class _Marker:
 
 
 ABSENT: Final = _Marker("absent")
-"""Stands for "the pickle does not set this", which is not ``None``."""
+"""Means "the pickle does not set this", which is not ``None``."""
 
 ITSELF: Final = _Marker("itself")
 """Stands, among the arguments of one of a node's ``effects``, for the node: copies of it need no other call."""
@@ -138,8 +139,8 @@ class InertDict:
     """A dict as the pickle builds it: pairs in order, nothing hashed but strings.
 
     Reads like a mapping for string keys; of two pairs with one key the later counts, as in Python.
-    Its ``effects`` are as those of an `Object`.  Pairs from ``late_from`` on (``None``: none) refer to what is made of
-    the dict, and the pickle sets them once that is there: among its effects is a ``"setitems"``.
+    Its ``effects`` are as those of an `Object`.  Pairs from ``late_from`` on (``None``: none) refer to the result of
+    the dict, and the pickle sets them once that exists: among its effects is a ``"setitems"``.
     """
 
     __slots__ = ("_index", "effects", "late_from", "pairs")
@@ -180,7 +181,7 @@ class InertDict:
 
 
 class InertSet:
-    """A set (or frozenset) as the pickle builds it: members in order, none hashed; ``effects`` as of an `Object`."""
+    """A set (or frozenset) as the pickle builds it: members in order, none hashed; ``effects`` as in an `Object`."""
 
     __slots__ = ("effects", "frozen", "members")
 
@@ -234,7 +235,7 @@ def named_items(node: object) -> list[tuple[str, object]]:
 
 
 def attributes(node: object) -> InertDict | None:
-    """The instance attributes BUILD, or a setter of its own, gives an object: its ``__dict__``; ``None``: it has none.
+    """The instance attributes that BUILD, or a custom setter, gives an object: its ``__dict__``; ``None``: it has none.
 
     A two-tuple state is ``(__dict__, slots)``, as ``copyreg`` makes it.
     """
@@ -282,9 +283,9 @@ def children(node: object) -> list[object]:
     if isinstance(node, (list, tuple)):
         return list(node)
     if isinstance(node, InertDict):
-        return [*(part for pair in node.pairs for part in pair), *node.effects]
+        return [*chain.from_iterable(node.pairs), *node.effects]
     if isinstance(node, Object):
-        below = [node.cls, *node.args, *node.items, *(part for pair in node.pairs for part in pair)]
+        below = [node.cls, *node.args, *node.items, *chain.from_iterable(node.pairs)]
         if node.kwargs is not None:
             below.append(node.kwargs)
         if node.state is not ABSENT:
@@ -327,7 +328,8 @@ def walk(root: object, seen: set[int] | None = None) -> Iterator[object]:
         if len(seen) > most:
             raise LimitError("nodes of a tree", limit=most, actual=len(seen))
         yield node
-        stack.extend([child for child in reversed(children(node)) if not isinstance(child, SCALARS)])
+        if not is_bare_leaf(node):
+            stack.extend([child for child in reversed(children(node)) if not isinstance(child, SCALARS)])
 
 
 def tensors_in(root: object, seen: set[int] | None = None) -> Iterator[TensorEntry | Storage]:
@@ -343,7 +345,7 @@ def holds(root: object, wanted: object) -> bool:
 def check_references(root: object) -> None:
     """Refuse a tree whose nodes refer to each other more often than those of any checkpoint.
 
-    Whoever goes through it goes to each node once, but looks at each reference.
+    A walk visits each node once, but sees each reference.
 
     Raises:
         LimitError: it has more nodes or references than `Limits` allow.

@@ -14,9 +14,9 @@ tensor's index or a nested tensor's offset may point anywhere, and whoever uses 
 - ``_rebuild_device_tensor_from_cpu_tensor`` and ``..._from_numpy(data, dtype, device, requires_grad)``, before called
   ``_rebuild_xla_tensor``
 
-``_rebuild_parameter`` may wrap each, and so may ``_rebuild_from_type_v2(function, class, args, state)``.  What is in
-the bytes of indices and offsets is for `ckptkit.transfer.values` to hold against it; in words all that is told by
-`ckptkit.normalize.not_plain`.
+``_rebuild_parameter`` may wrap each, and so may ``_rebuild_from_type_v2(function, class, args, state)``.
+`ckptkit.transfer.values` checks the bytes of indices and offsets against it; `ckptkit.normalize.not_plain` puts all of
+it in words.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Sparse(NamedTuple):
     Attributes:
         layout: torch name: ``"sparse_coo"``.
         indices: of each value in each dimension; of compressed layouts the compressed and the plain ones.
-        values: with dense dimensions behind.
+        values: with dense dimensions last.
         size: of the whole.
         is_coalesced: whether no place appears twice, and all are in order; ``None``: not known.
     """
@@ -97,7 +97,7 @@ class Nested(NamedTuple):
 
 
 class Jagged(NamedTuple):
-    """Tensors that differ along one dimension, one behind the other along it.
+    """Tensors that differ along one dimension, one after the other along it.
 
     Attributes:
         values: all of them.
@@ -135,12 +135,12 @@ Layout = Quantized | Sparse | Nested | Jagged | Meta | OnDevice
 
 
 class Call(NamedTuple):
-    """What makes a tensor, and what is made of it.
+    """What makes a tensor, and the result.
 
     Attributes:
         made: the innermost call, or a plain tensor.
         cls: name of the outermost subclass; empty for a plain tensor.
-        is_parameter: whether a parameter is made of it.
+        is_parameter: whether the result is a parameter.
         requires_grad: of that; ``None``: as the tensor's own.
     """
 
@@ -182,8 +182,8 @@ class Rebuilt(NamedTuple):
     """What a call makes.
 
     Attributes:
-        layout: a tensor of a kind of its own.
-        is_parameter: whether a parameter is made of it.
+        layout: a tensor of a special kind.
+        is_parameter: whether the result is a parameter.
         requires_grad: of that.
     """
 

@@ -1,4 +1,4 @@
-"""The pickle machine: its stack, marks, memo and frames, and the opcodes a checkpoint seldom uses.
+"""The pickle machine: its stack, marks, memo and frames, and the opcodes that checkpoints rarely use.
 
 `ckptkit.pickling.reader` runs it; the opcodes that make up 99 % of a checkpoint are written out
 there, in its loop.  Each method here is one opcode, or what several share, and is named after it
@@ -15,6 +15,7 @@ from typing import NoReturn, Protocol, TypeVar
 
 from ckptkit.errors import AmbiguousError, CorruptError, LimitError, UnsupportedError
 from ckptkit.limits import Limits
+from ckptkit.patterns import pattern
 from ckptkit.pickling.calls import CallsThatReach
 from ckptkit.pickling.dangerous import is_dangerous
 from ckptkit.pickling.inert import ABSENT, Global, InertDict, InertSet, Object
@@ -40,7 +41,7 @@ class Shortcut(Protocol):
 
 
 class Hold(Protocol):
-    """Leaves bytes where they lie: what stands for them is pushed, and the machine's position and data are behind."""
+    """Leaves bytes in place: a placeholder is pushed, and the machine's position and data are after them."""
 
     def data(self, machine: Machine, nbytes: int, /) -> bool:
         """Whether that was done with the argument of such an opcode, at the machine's position."""
@@ -50,16 +51,15 @@ class Hold(Protocol):
 
 
 _Node = TypeVar("_Node")
-
 _I32 = Struct("<i").unpack_from
 _U32 = Struct("<I").unpack_from
 _U64 = Struct("<Q").unpack_from
 
-_DECIMAL = re.compile(rb"(?:0|-?[1-9][0-9]{0,3999})L?\Z")
+_DECIMAL = pattern(rb"(?:0|-?[1-9][0-9]{0,3999})L?\Z")
 """What ``repr`` writes; a leading zero makes one of CPython's two unpicklers read octal."""
 
-_FLOAT = re.compile(rb"[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?\Z|[-+]?(?:inf|nan)\Z")
-_ESCAPED = re.compile(rb"[^\\]*(?:\\(?:[\\'\"nrt]|x[0-9a-f]{2})[^\\]*)*\Z")
+_FLOAT = pattern(rb"[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?\Z|[-+]?(?:inf|nan)\Z")
+_ESCAPED = pattern(rb"[^\\]*(?:\\(?:[\\'\"nrt]|x[0-9a-f]{2})[^\\]*)*\Z")
 """What Python 2's ``repr`` of a ``str`` holds between its quotes."""
 
 _ESCAPE = r"\\(?:[\\'nrt]|x[0-9a-f]{2}|u[0-9a-f]{4})"
@@ -67,8 +67,8 @@ _ID_ITEM = (
     r"<class '[A-Za-z_][\w.]*\.[A-Za-z_]\w*'>|None|0|[1-9][0-9]{0,18}|"
     rf"""'(?:[^'\\]|{_ESCAPE})*'|"(?:[^"\\]|{_ESCAPE})*\""""
 )
-_ID_ITEMS = re.compile(_ID_ITEM, re.ASCII)
-_TEXT_ID = re.compile(rf"\((?:{_ID_ITEM})(?:, (?:{_ID_ITEM}))+\)", re.ASCII)
+_ID_ITEMS = pattern(_ID_ITEM, re.ASCII)
+_TEXT_ID = pattern(rf"\((?:{_ID_ITEM})(?:, (?:{_ID_ITEM}))+\)", re.ASCII)
 """A tuple of names, numbers and strings as ``str`` gives it, which is what protocol 0 makes of a persistent id."""
 
 BATCH = 1000
@@ -367,7 +367,7 @@ class Machine:
             self.popped.take(value, None, self.data, self.op_at, self.memo)
 
     def push(self, make: Callable[[list[object]], object]) -> None:
-        """What is made of the items since the last MARK."""
+        """The result for the items since the last MARK."""
         items = self.pop_mark()
         self.stack.append(self.made(make(items)))
 
@@ -446,7 +446,7 @@ class Machine:
         self.stack.append(self.persistent_load(self._id_of(text)))
 
     def _id_of(self, text: str) -> object:
-        """The tuple that a persistent id's text was made of; the text itself where it is not one's exactly."""
+        """The tuple that a persistent id's text was made from; the text itself if it does not match exactly."""
         if not _TEXT_ID.fullmatch(text):
             return text
         items: list[object] = []

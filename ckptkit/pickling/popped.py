@@ -1,4 +1,4 @@
-"""What a pickle makes and takes off its stack again: calls for their effect, recursion, and what is dropped.
+"""What a pickle makes and pops off its stack: calls for their effect, recursion, and discarded values.
 
 - The sixth item of ``__reduce__`` is a function that is called with the object and its state, and whose result
   does not matter (``Lib/pickle.py`` ``save_reduce``: ``setter``, ``(obj, state)``, REDUCE, POP).  cloudpickle keeps
@@ -8,7 +8,7 @@
   It sets the globals of a function so, too, once what they name is there: GET, SETITEMS, POP.
 - What contains itself as its own argument is there already when its pickler has written the arguments, and pops
   them: elements of a tuple, or the result of a call that was made before (``save_tuple``, ``save_reduce``).
-- Anything else that is popped is made for nothing that can be known, and is dropped by whoever loads the pickle.
+- Anything else that is popped has no known purpose, and loading the pickle discards it.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Popped:
         Args:
             root: the tree.
             data: the pickle, to its end.
-            memo: as it is then.
+            memo: its state at that point.
         """
         if not self._values:
             return ()

@@ -15,10 +15,10 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import islice
 from struct import Struct
+from typing import NamedTuple
 
 from ckptkit.errors import AmbiguousError, CorruptError, FormatError, LimitError
 from ckptkit.limits import DEFAULT_LIMITS, Limits
@@ -50,14 +50,13 @@ _U32 = Struct("<I").unpack_from
 _F64 = Struct(">d").unpack_from
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PickleResult:
+class PickleResult(NamedTuple):
     """What one pickle says.
 
     Attributes:
         root: the inert tree.
         end: position after STOP, in bytes.
-        protocol: as declared by PROTO, 0 where there is none.
+        protocol: as declared by PROTO, 0 if there is none.
         globals: every name in it, in order of appearance.
         text_ids: whether persistent ids are text, as protocol 0 has them.
         discarded: what it makes and drops, and that belongs to nothing in the tree (`ckptkit.pickling.popped`).
@@ -89,14 +88,14 @@ def read_pickle(
     Args:
         data: the bytes; what follows the pickle is left alone unless ``whole`` says that nothing may.
         start: position of its first byte.
-        persistent_load: from a persistent id to the node that stands for it.
+        persistent_load: from a persistent id to its node.
         constructors: calls that are understood, by ``(module, name)`` of the callee.
         limits: bounds for this pickle.
         shortcut: understands a tensor's opcodes at once.  Where the pickle refers to what that leaves out, it is
             read again without.
         whole: whether the pickle must be all there is.
-        more: where ``data`` is only the beginning: from its length to a longer piece of the same bytes, or
-            to one no longer where there is none.
+        more: if ``data`` is only the beginning: from its length to a longer piece of the same bytes, or to the same
+            length if there is no more.
         hold: leaves the bytes of tensors and arrays where they lie; ``None``: they are in the tree.
         memo: an empty one to use; it may make entries that ``hold`` left out when they are asked for.
 
@@ -205,7 +204,7 @@ def _nested(limits: Limits, left: list[int], data: bytes) -> tuple[list[Global],
         data: the file.
     """
     names: list[Global] = []
-    limits = replace(limits, pickle_nbytes=limits.pickle_nbytes // 4)
+    limits = limits._replace(pickle_nbytes=limits.pickle_nbytes // 4)
     if left[0] <= 0 or not limits.pickle_nbytes:
         return names, False
     if (known := storage_pickles(data)) is not None:

@@ -40,8 +40,8 @@ _GET = rb"h.|j...."
 _INT = rb"K.|M..|J....|\x8a\x05.....|\x8a\x06......"
 _SIZE = rb"\)|(?:%(i)s)\x85|(?:(?:%(i)s)){2}\x86|(?:(?:%(i)s)){3}\x87|\((?:%(i)s)(?:(?:%(i)s)){3,5}t" % {b"i": _INT}
 _SHORT_PUT, _LONG_PUT = rb"q(.)", rb"r(....)"
-_NAME_PUT = rb"r(....)(%b)" % _GET
-"""What follows a tensor's name: its PUT, and the GET of `REBUILD`."""
+_LAST_SHORT = 255
+"""The last entry of the memo that a BINPUT can write."""
 
 _INDICES = Struct("<7I").unpack
 _NAMED_INDICES = Struct("<8I").unpack
@@ -64,17 +64,20 @@ OPCODES = 4
 
 
 @functools.cache
-def _pattern(put: bytes, before: bytes = b"") -> Callable[[bytes, int], re.Match[bytes] | None]:
-    """Each alternative begins with another opcode: it can be read in one way, the opcodes' own."""
+def _pattern(put: bytes) -> Callable[[bytes, int], re.Match[bytes] | None]:
+    """A tensor, from its MARK on or from the end of its name.
+
+    Each alternative begins with another opcode: it can be read in one way, the opcodes' own.
+    """
     return re.compile(
-        rb"%(before)s\(\((%(get)s)(%(get)s)"  # 1, 2: "storage" and the class
-        rb"(?:X(.)\0\0\0([0-9]{1,18})%(put)s|(%(get)s))"  # 3 to 5: length of the key, the key, its PUT; 6: its GET
-        rb"(%(get)s)(%(int)s)N?t%(put)sQ"  # 7 to 9: location, number of elements, PUT
-        rb"(%(int)s)(?:(%(size)s)%(size_put)s|(%(get)s))"  # 10 to 13: offset, size and PUT, or its GET
-        rb"(?:(%(size)s)%(size_put)s|(%(get)s))"  # 14 to 16: stride and PUT, or its GET
-        rb"([\x88\x89])(%(get)s)\)R%(put)st%(put)sR%(put)s"  # 17 to 21: requires_grad, OrderedDict, PUTs
+        rb"(?:%(put)s(%(get)s))?"  # 1, 2: the PUT of a name, and the GET of `REBUILD`
+        rb"\(\((%(get)s)(%(get)s)"  # 3, 4: "storage" and the class
+        rb"(?:X(.)\0\0\0([0-9]{1,18})%(put)s|(%(get)s))"  # 5 to 7: length of the key, the key, its PUT; 8: its GET
+        rb"(%(get)s)(%(int)s)N?t%(put)sQ"  # 9 to 11: location, number of elements, PUT
+        rb"(%(int)s)(?:(%(size)s)%(size_put)s|(%(get)s))"  # 12 to 15: offset, size and PUT, or its GET
+        rb"(?:(%(size)s)%(size_put)s|(%(get)s))"  # 16 to 18: stride and PUT, or its GET
+        rb"([\x88\x89])(%(get)s)\)R%(put)st%(put)sR%(put)s"  # 19 to 23: requires_grad, OrderedDict, PUTs
         % {
-            b"before": before,
             b"get": _GET,
             b"int": _INT,
             b"size": _SIZE,
@@ -110,11 +113,11 @@ class TensorShortcut:
         Of its memo entries those are made that others refer to: the storage's key, sizes that are new, the tensor.
         ``None``: it is not quite like others, and nothing was done.
         """
-        found = self._found(data, at)
+        found = self._found(data, at, memo)
         if found is None:
             return None
         (
-            get_storage, get_class, key_size, key, put_key, get_key, get_location, numel, put_id,
+            _, _, get_storage, get_class, key_size, key, put_key, get_key, get_location, numel, put_id,
             offset, shape, put_shape, get_shape, stride, put_stride, get_stride,
             needs_grad, get_dict, put_dict, put_args, put_tensor,
         ) = found.groups()  # fmt: skip
@@ -154,7 +157,7 @@ class TensorShortcut:
     def follow(
         self, data: bytes, at: int, memo: dict[int, object], stack: list[object], callee: Global, most: int
     ) -> tuple[int, int]:
-        """The names and tensors that follow a tensor, as far as they are like others; they are pushed.
+        """The names and tensors that follow a tensor, as far as they resemble others; they are pushed.
 
         Args:
             data: the pickle.
@@ -172,7 +175,7 @@ class TensorShortcut:
             return at, count
         if len(memo) > self._size:
             self._see(memo)
-        match, last, load = _pattern(_LONG_PUT, _NAME_PUT), self._last, int.from_bytes
+        match, last, load = _pattern(_LONG_PUT), self._last, int.from_bytes
         # What GETs name stays as it is meanwhile: nothing is written to entries that there are.
         kinds: dict[tuple[bytes, ...], _Names] = {}
         geometries: dict[tuple[bytes, bytes], _Geometry] = {}
@@ -180,7 +183,7 @@ class TensorShortcut:
             start = at + 5
             end = start + load(data[at + 1 : start], "little")
             found = match(data, end)
-            if found is None:
+            if found is None or found[1] is None:
                 break
             (
                 put_name, get_callee, get_storage, get_class, key_size, key, put_key, _, get_location, numel, put_id,
@@ -254,11 +257,13 @@ class TensorShortcut:
             return None  # it does not lie inside its storage, or is no plain tensor
         return tensor_of(storage, first, sizes, strides, row.name, needs_grad == b"\x88")
 
-    def _found(self, data: bytes, at: int) -> re.Match[bytes] | None:
+    def _found(self, data: bytes, at: int, memo: dict[int, object]) -> re.Match[bytes] | None:
         """The tensor's opcodes; ``None``: they are others, or those that follow are not worth a pattern yet."""
         if self._after[0] > 0:
             self._after[0] -= 1
             return None
+        if len(memo) > _LAST_SHORT:  # the pattern of shorter PUTs need not be made
+            self._puts = _LONG_PUT
         found = _pattern(self._puts)(data, at)
         if found is None and self._puts is _SHORT_PUT:
             found = _pattern(_LONG_PUT)(data, at)
@@ -298,7 +303,7 @@ class TensorShortcut:
         return memo.get(index)
 
     def _geometry(self, spelled: tuple[bytes, bytes], memo: dict[int, object]) -> _Geometry | None:
-        """The geometry two sizes spell, or are in the memo; ``None``: an empty tensor, or one that is none."""
+        """The geometry of two sizes, spelled out or in the memo; ``None``: an empty tensor, or an invalid one."""
         shape, stride = ((self._there(_index(get), memo) if get[0] in b"hj" else None) for get in spelled)
         known = self._geometries.get(spelled)
         if known is not None and (shape is None or shape is known[0]) and (stride is None or stride is known[1]):

@@ -253,7 +253,7 @@ def is_tensor_like(node: object) -> bool:
 
 
 class Wrapped(NamedTuple):
-    """A tensor of a class that has no bytes of its own and wraps what does: DTensor, ShardedTensor, torchao's.
+    """A tensor of a class without its own bytes that wraps others: DTensor, ShardedTensor, torchao's.
 
     Attributes:
         cls: the class.
@@ -301,7 +301,7 @@ def _storage_class(dtype: str | None) -> tuple[Global, int]:
 
 
 def is_rebuilt_alone(entry: TensorEntry) -> bool:
-    """Whether `ckptkit.pickling.writer.REBUILD` makes a tensor of its storage and sizes, and nothing else is said."""
+    """Whether `ckptkit.pickling.writer.REBUILD` makes a tensor from its storage and sizes alone."""
     return (
         entry.storage.dtype == entry.dtype
         and not (entry.is_parameter or entry.is_conj or entry.is_neg or entry.effects)
@@ -373,7 +373,7 @@ def _storage_dtype(cls: Global) -> tuple[str | None, int]:
 
 
 def is_int(node: object) -> TypeGuard[int]:
-    """Whether it is a whole number; True and False are none."""
+    """Whether it is a whole number; True and False are not."""
     return isinstance(node, int) and not isinstance(node, bool)
 
 

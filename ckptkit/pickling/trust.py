@@ -1,4 +1,4 @@
-"""What a name in a pickle would mean for whoever executed it.
+"""What a name in a pickle would mean for anyone who executed it.
 
 Four verdicts, from which `ckptkit.checkpoint.Checkpoint.trust` follows:
 
@@ -13,14 +13,14 @@ Four verdicts, from which `ckptkit.checkpoint.Checkpoint.trust` follows:
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from dataclasses import replace
 
 from ckptkit.checkpoint import GRAVITY, GlobalUse, Storage, Verdict
 from ckptkit.dtypes import BY_STORAGE_CLASS, DTYPES
+from ckptkit.patterns import pattern
 from ckptkit.pickling.dangerous import is_dangerous, is_kept_code
-from ckptkit.pickling.inert import SCALARS, Global, children, mapping_items
+from ckptkit.pickling.inert import SCALARS, Global, children, is_bare_leaf, mapping_items
 
 __all__ = ["assess", "global_uses", "merge_uses", "with_places"]
 
@@ -64,25 +64,25 @@ _ALLOWED = frozenset(
 
 _REASONS = (
     (
-        re.compile(r"torch\.fx\.graph_module\.reduce_(?:package_)?graph_module"),
+        pattern(r"torch\.fx\.graph_module\.reduce_(?:package_)?graph_module"),
         "runs Python text from the file",
     ),
     (
-        re.compile(r"(?:\w+\.)*persistence\._reconstruct_persistent_obj"),
+        pattern(r"(?:\w+\.)*persistence\._reconstruct_persistent_obj"),
         "runs the source text of a module in the file",
     ),
-    (re.compile(r"__torch__\..*"), "TorchScript in the archive; torch.jit.load runs it"),
+    (pattern(r"__torch__\..*"), "TorchScript in the archive; torch.jit.load runs it"),
 )
 """Names that honest files have and that are code all the same."""
 
 _MAX_PLACES = 4
-"""Places that are told of one name."""
+"""Places that are named for one name."""
 
 _MAX_KEYS = 3
-"""Keys that are told of one place."""
+"""Keys that are named for one place."""
 
 _MAX_KEY = 80
-"""Characters that are told of one key."""
+"""Characters that are shown for one key."""
 
 _LEAVES = (*SCALARS, Storage)
 
@@ -108,7 +108,7 @@ def assess(name: Global, record: str = "") -> GlobalUse:
     elif is_dangerous(name.module, name.name) and not 0 < name.calls <= name.excused:
         verdict = "dangerous"
     else:
-        reason = next((reason for pattern, reason in _REASONS if pattern.fullmatch(qualified)), "")
+        reason = next((reason for known, reason in _REASONS if known.fullmatch(qualified)), "")
     return GlobalUse(
         name=qualified, verdict=verdict, count=max(name.calls, 1), where=(record,) if record else (), reason=reason
     )
@@ -143,8 +143,8 @@ def merge_uses(*groups: Iterable[GlobalUse]) -> tuple[GlobalUse, ...]:
 def with_places(uses: tuple[GlobalUse, ...], root: object) -> tuple[GlobalUse, ...]:
     """The uses with the keys under which each name is in the tree.
 
-    Names that torch's own loader runs stand everywhere, and get none.  What is in an object is told
-    by the keys that lead to the object.
+    Names that torch's own loader runs stand everywhere, and get none.  Something in an object is named by the keys that
+    lead to the object.
 
     Args:
         uses: of the file; the tree is that of the first record each was found in.
@@ -185,7 +185,7 @@ def _places(root: object, wanted: set[str]) -> dict[str, list[str]]:
         pairs = mapping_items(node) if open_ended and len(keys) < _MAX_KEYS else None
         if pairs is not None:
             for key, value in reversed(pairs):
-                if not isinstance(value, _LEAVES):
+                if not isinstance(value, _LEAVES) and not is_bare_leaf(value):
                     stack.append((value, (*keys, _key(key)), True))
                 if not isinstance(key, _LEAVES):
                     stack.append((key, keys, False))

@@ -1,8 +1,8 @@
 """Inert tree -> bytes: a pickler for the nodes of `ckptkit.pickling.inert`.
 
-Emits what CPython's pickler emits for the values the tree stands for (``Lib/pickle.py``): protocol
-2, the one ``torch.save`` uses, unless the tree came from a higher one.  Sharing and cycles are
-kept through the memo.  Iterative: nesting costs no Python stack.
+Emits what CPython's pickler emits for the values in the tree (``Lib/pickle.py``): protocol 2, which ``torch.save``
+uses, unless the tree came from a higher one.  Sharing and cycles are kept through the memo.  Iterative: nesting costs
+no Python stack.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ def write_pickle(
 
     Args:
         root: an inert tree.
-        lower: from a node that is not an inert node (a tensor, a storage, a marker) to the inert node that stands for
-            it in the pickle; called once for each object.  A `TensorEntry` that `REBUILD` makes of its storage and
-            sizes alone may represent itself as its `Storage`.
+        lower: from a node that is not an inert node (a tensor, a storage, a marker) to the inert node for it in the
+            pickle; called once for each object.  A `TensorEntry` that `REBUILD` makes of its storage and sizes alone
+            may represent itself as its `Storage`.
         protocol: the one the tree was read with, at least 2; names are understood by it.
         common_sizes: whether many tensors may have their shape and stride in common.
 
@@ -148,7 +148,7 @@ class _Writer:
         return self._lowered(node, self.lower(node), owner)
 
     def _lowered(self, node: object, lowered: object, owner: object) -> Iterator[object]:
-        """The generator for what stands for a node in the pickle."""
+        """The generator for the representation of a node in the pickle."""
         if lowered is node or not isinstance(lowered, (Object, PersistentId, InertDict, list, tuple)):
             raise UnsupportedError(f"a {type(node).__name__} cannot be written into a pickle")
         self.alive.append(lowered)

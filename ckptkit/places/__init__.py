@@ -1,9 +1,9 @@
-"""Paths of any street: what is at one and below it is asked of the system, or, of a URL, of the server that has it.
+"""Paths of every kind: what is at one and below it, from the system or, for a URL, from its server.
 
-Walks of folders, and whoever asks what a path is, go through here and not through `os`.  A path is text; between the
-segments of a URL there are slashes on every system.  A server is asked once for all that is below a URL, in one listing
-for a whole command (`ckptkit.places.far`); one that gives none (http) has files and no folders.  Of a local path
-everything is what `os` says, links included.
+Every walk of a folder, and every question what a path is, uses this room and not `os`.  A path is text; between the
+segments of a URL there are slashes on every system.  A server is asked once for everything below a URL, in one listing
+per command (`ckptkit.places.far`); a server without listings (http) has files and no folders.  For a local path
+everything is as `os` says, links included.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ckptkit.bytesource import Source, SourceFile
 from ckptkit.errors import FileAccessError
+from ckptkit.patterns import pattern
 
 if TYPE_CHECKING:
     from ckptkit.places.far import FarEntry
@@ -55,7 +56,7 @@ __all__ = [
 
 
 def is_url(path: str | bytes) -> bool:
-    """Whether a path is a URL; one of bytes is none."""
+    """Whether a path is a URL; bytes are not."""
     if isinstance(path, bytes) or "://" not in path:
         return False
     from ckptkit.remote import is_url as is_one
@@ -73,7 +74,7 @@ def asked_once(*paths: object) -> AbstractContextManager[object]:
 
 
 def notes() -> dict[str, Any]:
-    """What was found out of URLs, by URL: for whoever asks again; forgotten at the end of the command."""
+    """What is known about URLs, by URL; it is discarded at the end of the command."""
     from ckptkit.remote import current_session
 
     current = current_session()
@@ -82,11 +83,11 @@ def notes() -> dict[str, Any]:
 
 # The text of paths.
 
-_QUERY = re.compile(r"\?(?:\*\*\*|[\w.~%-]+=).*\Z", re.DOTALL)
+_QUERY = pattern(r"\?(?:\*\*\*|[\w.~%-]+=).*\Z", re.DOTALL)
 
 
 def _plain(url: str) -> str:
-    """A URL without what is asked for behind the path; an object's name may have such marks, too."""
+    """A URL without its query; an object's name may have such marks, too."""
     if url[:4].lower() == "http":
         return url.partition("?")[0].partition("#")[0]
     return _QUERY.sub("", url) if "?" in url else url
@@ -108,9 +109,9 @@ def split(path: str) -> tuple[str, str]:
 
 
 def own_name(path: str) -> str:
-    """The last segment of a path, by the folder that it leads to; a URL's without what is asked for behind it.
+    """The last segment of a path, by the folder that it leads to; for a URL without its query.
 
-    A ``.metadata`` at a URL stands for the folder that it is in.
+    A ``.metadata`` at a URL means the folder that it is in.
     """
     if not is_url(path):
         return os.path.basename(os.path.abspath(path))
@@ -118,9 +119,9 @@ def own_name(path: str) -> str:
 
 
 def expanded(path: str, system: str = os.name) -> list[str]:
-    """What a pattern stands for where shells leave that to programs, as those of Windows do; elsewhere the path.
+    """The paths that match a pattern, for shells that leave that to programs, as on Windows; elsewhere the path.
 
-    A file of that very name wins, as ``a[1].pth`` may be one; a pattern that nothing fits is left as it is.
+    A file with exactly that name wins, as ``a[1].pth`` may be one; a pattern without a match is unchanged.
 
     Args:
         path: as it was typed.
@@ -134,7 +135,7 @@ def expanded(path: str, system: str = os.name) -> list[str]:
 
 
 def absolute(path: str) -> str:
-    """A path from the root of the disk; a URL as it is."""
+    """A path from the root of the disk; a URL unchanged."""
     return path if is_url(path) else os.path.abspath(path)
 
 
@@ -178,7 +179,7 @@ def require_local(destination: str) -> None:
 
 
 def isdir(path: str) -> bool:
-    """Whether a path is that of a folder: at a URL, whether files are below it."""
+    """Whether a path is a folder's: for a URL, whether files are below it."""
     if not is_url(path):
         return os.path.isdir(path)
     from ckptkit.places import far
@@ -187,7 +188,7 @@ def isdir(path: str) -> bool:
 
 
 def isfile(path: str) -> bool:
-    """Whether a path is that of a file."""
+    """Whether a path is a file's."""
     if not is_url(path):
         return os.path.isfile(path)
     from ckptkit.places import far
@@ -230,7 +231,7 @@ def may_exist(path: str) -> bool:
 
 
 def identity(path: str) -> Hashable | None:
-    """What two paths have in common that lead to one file or folder; ``None``: there is none."""
+    """The identity of a file or folder, equal for all paths that lead to it; ``None``: there is none."""
     if is_url(path):
         from ckptkit.places import far
 
@@ -287,7 +288,7 @@ def listdir(folder: str) -> list[str]:
 
 
 def listed_below(folder: str) -> Sequence[str] | None:
-    """The files below a folder by their paths from there, where one listing tells them; ``None``: walk through it.
+    """The files below a folder by their paths from there, if one listing has them; ``None``: walk through it.
 
     Raises:
         OSError: it cannot be listed.
@@ -324,7 +325,7 @@ def opened(path: str) -> Source:
 
 
 def put_back(file: Source, path: str) -> None:
-    """Close a file that was looked at; one that is far stays open for whoever opens it next."""
+    """Close a file that was examined; a remote one stays open for its next reader."""
     if not is_url(path):
         file.close()
         return

@@ -1,11 +1,11 @@
 """What is below URLs: servers have files and no folders, and say in one listing which are there.
 
-A URL is a folder where files are below it.  Which of both it is takes one request: one whose name ends as files' do
-(``.pth``, ``.json``) is opened as a file first, and what came is kept for whoever opens it next; of any other its
-listing is asked for first.  A listing is of all below a URL, however deep, and is kept for the command, so that what is
-asked of any path below takes no further request.
+A URL is a folder where files are below it.  It takes one request to find out: a URL with a file's extension (``.pth``,
+``.json``) is opened as a file first, and the answer is kept for its next reader; for any other, the listing is
+requested first.  A listing has everything below a URL, however deep, and is kept for the command, so questions about
+paths below it take no further request.
 
-Names are as the server has them.  One that is not a path (``a//b``, ``../b``) is that of a file like any other, in the
+Names are as the server has them.  A URL that is not a path (``a//b``, ``../b``) is a file like any other, in the
 listing's root, and never leads out of it.
 """
 
@@ -56,7 +56,7 @@ _asking = threading.RLock()
 
 
 class FarEntry:
-    """A file or folder below a URL, as `os.scandir` tells of one.
+    """A file or folder below a URL, like an entry of `os.scandir`.
 
     Attributes:
         name: in its folder.
@@ -127,7 +127,7 @@ class Tree:
         ]
 
     def is_folder(self, url: str, inside: str) -> bool:
-        """Whether a URL is that of a folder: where a file has the same name, with a slash at its end."""
+        """Whether a URL is a folder's: with a slash at its end if a file has the same name."""
         return inside in self.folders and (inside not in self.files or url.endswith("/"))
 
 
@@ -141,7 +141,7 @@ def _found(url: str) -> tuple[Tree, str] | None:
 
 
 def _listing(url: str) -> tuple[Tree, str] | None:
-    """As `_found`, of a listing that is asked for where there is none; ``None``: nothing is below the URL.
+    """As `_found`, with a request for a listing if there is none; ``None``: nothing is below the URL.
 
     Raises:
         FileAccessError: it cannot be listed.
@@ -169,7 +169,7 @@ def is_known(url: str) -> bool:
 
 
 def is_folder(url: str) -> bool:
-    """Whether files are below a URL; one that cannot be listed is none."""
+    """Whether files are below a URL; a URL that cannot be listed has none."""
     found = _found(url)
     if found is not None:
         return found[0].is_folder(url, found[1])
@@ -201,7 +201,7 @@ def is_untold(url: str) -> bool:
 
 
 def _is_there(url: str) -> bool:
-    """Whether a file can be opened, which is kept for whoever opens it next."""
+    """Whether a file can be opened; it is kept open for its next reader."""
     with session() as current:
         if url in current.opened or url in current.failed:
             return url in current.opened
@@ -227,10 +227,9 @@ def opened(url: str) -> Source:
 
 
 def _nothing_at(url: str) -> FileAccessError | None:
-    """What is to be said of a URL at which there is no file: that its folder cannot be listed, or is empty.
+    """The message for a URL without a file: its folder cannot be listed, or is empty.
 
-    Returns:
-        ``None``: no more than that there is none.
+    Returns: ``None``: all that is known is that there is none.
     """
     try:
         if not store_of(url).has_listings:
@@ -243,7 +242,7 @@ def _nothing_at(url: str) -> FileAccessError | None:
 
 
 def identity(url: str) -> Hashable | None:
-    """What tells a file or folder from others; ``None``: it is not in a listing."""
+    """The identity of a file or folder; ``None``: it is not in a listing."""
     found = _found(url)
     if found is None:
         return ("", url) if is_folder(url) or is_file(url) else None
@@ -274,7 +273,7 @@ def size(url: str) -> int:
 
 
 def head(url: str, nbytes: int) -> bytes:
-    """The first bytes of a file, or all there are; it is kept for whoever opens it next.
+    """The first bytes of a file, or all there are; it is kept open for its next reader.
 
     Raises:
         FileAccessError: it is not there, or cannot be read.
@@ -288,7 +287,7 @@ def head(url: str, nbytes: int) -> bytes:
 
 
 def put_back(file: Source, url: str) -> None:
-    """Keep a file open for whoever opens it next, within this session."""
+    """Keep a file open for its next reader in this session."""
     current = current_session()
     if current is not None and isinstance(file, RemoteSource):
         current.keep(url, file)

@@ -1,14 +1,14 @@
-"""Released weights: what they must be, and checking that they are.
+"""Released weights: recording what they must be, and checking that they are.
 
-A check goes one way: paths stand for files (`selection`), each file is opened and read once (`examine`, `reading`), and
+In a check, paths are resolved to files (`selection`), each file is opened and read once (`examine`, `reading`), then
 checked against its record in the manifest (`manifest_file`, `manifest_rules`) and against its policy (`policy`,
-`policy_rules`, as `config` has it), which `file_check` does, here or in other processes; what came of them all is a
-report (`results`).  `Run` is that way from its beginning to its end.  `manifest_maker` goes it too, as far as the
-record.  What came of each file can be kept (`lines`), taken over by another run, and combined (`merging`).
+`policy_rules`, configured by `config`) by `file_check`, here or in other processes; all results make a report
+(`results`).  `Run` does all of this.  `manifest_maker` does the same as far as the record.
+The result of each file can be saved (`lines`), reused by another run, and combined (`merging`).
 
-A file whose bytes are the manifest's needs no more than its hash.  Of one whose are not, the tensors are digested, so
-that it can be told whether the same weights were written differently or the weights are others: a file of
-another size in the same pass, one of the same size in a second.
+If a file's bytes are those in the manifest, its hash is enough.  If not, its tensors are digested to find out whether
+the same weights were written differently or the weights are different: in the same pass if the file's size differs, in
+a second one if it does not.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ class Run:
         return places.asked_once(None if self._released is None else self._released.folder, *self._config.paths)
 
     def _divide(self, selection: Selection, tasks: list[Task], paths: list[str], is_kept: bool) -> None:
-        """Keep of what was selected what is in the share, by what becomes of it."""
+        """Keep the selected files in the share, sorted by what happens to them."""
         is_meant = (lambda path: True) if self._share is None else self._share.holds
         told = _told_unopened(selection, tasks, self._released)
         # Of the manifest's own folders it is told what is missing.
@@ -252,7 +252,7 @@ def _selected(
     skip_others: bool,
     is_listed: bool,
 ) -> Selection:
-    """What the paths stand for; without any, the folders that the manifest was made of."""
+    """The files that the paths mean; without any, the folders that the manifest was made from."""
     folder = "" if manifest is None else manifest.folder or "."
     given = (
         paths
@@ -275,7 +275,7 @@ def _selected(
 
 
 def _told_unopened(selection: Selection, tasks: Sequence[Task], manifest: Manifest | None) -> list[FileResult]:
-    """What is said of files and folders of which nothing can be looked at."""
+    """The findings about files and folders that cannot be opened."""
     told = {task.path for task in tasks}
     unreadable = [(_tidy(path), error) for path, error in selection.unreadable]
     results = [
@@ -289,7 +289,7 @@ def _told_unopened(selection: Selection, tasks: Sequence[Task], manifest: Manife
 
 
 def _told_empty(empty: Iterable[tuple[str, CkptkitError]], pickles: Sequence[str]) -> Iterator[FileResult]:
-    """What is said of folders without a checkpoint, and without a file that is told of for its pickles."""
+    """The findings about folders without a checkpoint and without any file that may contain pickles."""
     for path, error in empty:
         if all(name_of(pickle, path).startswith("../") or name_of(pickle, path) == pickle for pickle in pickles):
             yield nothing_selected(path, str(error))
@@ -343,7 +343,7 @@ def _recorded_task(record: FileRecord, manifest: Manifest, config: Config, selec
 
 
 def _tidy(path: str) -> str:
-    """A path without steps that lead nowhere; ``..`` stays, for it may lead out of a link.  A URL is as it is."""
+    """A path without steps that lead nowhere; ``..`` stays, for it may lead out of a link.  A URL is unchanged."""
     if places.is_url(path):
         return path
     steps = path.split(os.sep)
@@ -370,5 +370,5 @@ def _are_meant(paths: Sequence[str], folder: str) -> Callable[[str], bool]:
 
 
 def _is_above(name: str) -> bool:
-    """Whether a name is that of a folder above the one it is relative to."""
+    """Whether a name leads to a folder above the one it is relative to."""
     return set(name.split("/")) == {".."}

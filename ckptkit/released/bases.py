@@ -1,8 +1,8 @@
-"""Which folder the paths of a manifest are relative to: its own, or the one at a URL that it was made of.
+"""Which folder the paths of a manifest are relative to: its own, or the URL that it was made from.
 
-A manifest is beside its files.  One of files at URLs cannot: it says where it was made (its ``origin``), and is checked
-against that prefix, or against a copy anywhere: what is given then stands for the folder, and files are known by their
-paths below it.
+A manifest of local files is in their folder or above it.  A manifest of files at URLs cannot be: it records where it
+was made (its ``origin``) and is checked against that prefix, or against a copy anywhere.  Then the given path means the
+folder, and files are identified by their paths below it.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def _common_url(paths: Sequence[str]) -> str:
 
 
 def _folder_of(path: str) -> str:
-    """The folder that stands for a path: itself, where it is one of any checkpoints."""
+    """The folder for a path: itself, if it contains any checkpoints."""
     path = path.rstrip("/") if places.isdir(path) else path
     return path if places.isdir(path) and not _is_sharded(path) else places.split(path)[0]
 
@@ -97,7 +97,7 @@ def based(manifest: Manifest, path: str, paths: Sequence[str]) -> Manifest:
 
     Args:
         manifest: as it was read.
-        path: of the manifest; paths are told as it was given, not from the root of the disk.
+        path: of the manifest; messages use paths as given, not from the root of the disk.
         paths: what is to be checked against it; none: where it was made, or beside it where its files are there.
 
     Raises:
@@ -119,7 +119,7 @@ def based(manifest: Manifest, path: str, paths: Sequence[str]) -> Manifest:
 
 
 def _of_its_folder(manifest: Manifest) -> Manifest | None:
-    """The manifest with the paths below the one folder that it was made of; ``None``: it was not made of one."""
+    """The manifest with the paths below the one folder that it was made from; ``None``: it was not made from one."""
     if len(manifest.folders) != 1:
         return None
     start = f"{manifest.folders[0]}/"

@@ -14,8 +14,8 @@ folder the second is taken.  The first found is taken from the working directory
     no-pickle = false
 
 An override can be written as a table named by its glob, too: ``[overrides."*.bin"]``; and all of it can be in a table
-``check``, for those who like it apart.  Keys are the options' names, with ``-`` or ``_``.  A key that is none is an
-error: a policy that is misspelled and skipped would let everything pass.
+``check``, for those who like it apart.  Keys are the options' names, with ``-`` or ``_``.  An unknown key is an error:
+a misspelled policy that is ignored would let everything pass.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class Config:
         return [self.settings, self.typed, *(override.settings for override in self.overrides)]
 
     def policy_for(self, path: str) -> Policy:
-        """The policy that a file is held to.
+        """The policy that a file must meet.
 
         Args:
             path: the file, from the working directory.
@@ -150,7 +150,7 @@ def read_config(path: str) -> Config:
 
     Raises:
         MissingFileError, FileAccessError: it cannot be read.
-        FormatError: it is not valid TOML, or a key or value is none that there is.
+        FormatError: it is not valid TOML, or has an unknown key or an invalid value.
     """
     table, name = _parsed(path), ""
     if os.path.basename(path) == PROJECT_NAME:
@@ -217,7 +217,7 @@ def _settings(table: dict[str, Any], path: str, name: str, known: tuple[str, ...
 
 
 def _shown(name: str) -> str:
-    """A table as it is written; the file itself has no name."""
+    """A table as written; the file itself has no name."""
     return f"[{name}]" if name else "the file"
 
 

@@ -1,8 +1,8 @@
 """What is to be known of a released file: opened, read once at most, and described as far as anybody asks.
 
 Nothing is executed, and torch is not needed.  Bytes of tensors are read only where hashes, digests, recorded checksums
-or counts of NaN and Inf are asked for, and then once for all of them (`ckptkit.released.reading`).  What the tree alone
-tells (what is remarkable, the architecture, each tensor) is found when a rule or a manifest first asks for it.
+or counts of NaN and Inf are asked for, and then once for all of them (`ckptkit.released.reading`).  Facts from the tree
+alone (noteworthy ones, the architecture, each tensor) are computed when a rule or a manifest first asks for them.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ class TensorFact:
         nbytes: its size in bytes, contiguous.
         digest: ``"sha256:…"`` of its values; ``None``: not asked for.
         nan, inf: how many of its values are; ``None``: not asked for, or not known to numpy.
-        is_parameter: whether it is a parameter, not a buffer (where a file does not say it, the customary names
-            of buffers tell); ``None``: it is none of a model's.
+        is_parameter: whether it is a parameter, not a buffer (if a file does not say, the customary names of buffers
+            decide); ``None``: it is not part of a model.
     """
 
     name: str
@@ -97,7 +97,7 @@ class ShardFact:
 
 @dataclass(frozen=True, slots=True)
 class _Weights:
-    """The tensors that count, and the values beside them that are none; and the names as they are in the file."""
+    """The tensors that count, and the other values beside them; and the names in the file, unchanged."""
 
     tensors: list[tuple[str, TensorEntry, bool | None]]
     others: list[tuple[str, object]]
@@ -105,7 +105,7 @@ class _Weights:
 
     @property
     def hanging(self) -> dict[str, object]:
-        """Class and attributes of the tensors of classes of their own that have any, by name."""
+        """Class and attributes of the tensors of custom classes that have any, by name."""
         classes = ((name, entry) for name, entry, _ in self.tensors if entry.subclass is not None)
         return {name: (entry.subclass, entry.attributes) for name, entry in classes if not _is_empty(entry.attributes)}
 
@@ -129,7 +129,7 @@ def _selected_weights(checkpoint: Checkpoint) -> _Weights:
 
 
 def _all_tensors(checkpoint: Checkpoint, beside: Sequence[FoundTensor]) -> _Weights:
-    """Of a file in which no weights are selected: every tensor, by its section and its name there."""
+    """For a file in which no weights are selected: every tensor, by its section and its name there."""
     rows = list_tensors(checkpoint, beside).rows
     names = [unwrapped_in_digests(row.name) for row in rows]
     bare = [join(row.section, name) if row.section else name for row, name in zip(rows, names, strict=True)]
@@ -158,7 +158,7 @@ class _Contents:
 
     @cached_property
     def values(self) -> list[FoundTensor]:
-        """All but the plain tensors of the state_dict: tensors, bare storages, arrays, and what is made of them."""
+        """Everything but the state_dict's plain tensors: tensors, storages, arrays, and values made from them."""
         found = other_tensors(self.checkpoint, values=True)
         if len(found) > DEFAULT_LIMITS.entries:
             raise LimitError("names of tensors", limit=DEFAULT_LIMITS.entries, actual=len(found))
@@ -166,7 +166,7 @@ class _Contents:
 
     @cached_property
     def beside(self) -> list[FoundTensor]:
-        """The same without what is made of tensors that are there too."""
+        """The same without values made from tensors that are there too."""
         return [found for found in self.values if not found.is_value]
 
     @cached_property
@@ -196,12 +196,12 @@ class Examined:
 
     Attributes:
         path: as it was given.
-        size: in bytes, with its shards; of what is compressed or in an archive, that of the file as it is.
+        size: in bytes, with its shards; for a compressed file or a member of an archive, that of the stored file.
         sha256: of the file in hexadecimal (of an index, the index alone); ``None``: not asked for, or it is a folder.
         format: container name.
         is_inside: whether the container is compressed, or in an archive.
         kind: what it holds.
-        trust: what a loader that executes pickles would have to be trusted with.
+        trust: how much a loader that executes pickles would have to trust.
         globals: every Python name in its pickles.
         unvouched: its parts that are code, or could not be read.
         has_pickle: whether it has any.
@@ -245,7 +245,7 @@ class Examined:
 
     @cached_property
     def others(self) -> tuple[str, ...]:
-        """Names of the weights' values that are not plain tensors, or have attributes of their own, sorted."""
+        """Names of the weights' values that are not plain tensors, or have attributes, sorted."""
         weights = self._contents.weights
         return tuple(sorted([*(name for name, _ in weights.others), *weights.hanging]))
 
@@ -257,7 +257,7 @@ class Examined:
 
     @cached_property
     def unseen(self) -> tuple[str, ...]:
-        """Names of the weights' values in which nothing was found to look at; only where values were counted."""
+        """Names of the weights' values that contain nothing that can be read; only if values were counted."""
         others = self._contents.weights.others if self.is_counted else ()
         return tuple(name for name, value in others if is_opaque(value))
 
@@ -295,7 +295,7 @@ class Examined:
 
     @cached_property
     def architecture(self) -> Architecture | None:
-        """The known model it is of, where every name and shape is that model's."""
+        """The known model it belongs to, if every name and shape is that model's."""
         candidates = identify(self._contents.checkpoint.state_dict)
         return next((found for found in candidates if found.exact and not found.others), None)
 
@@ -316,12 +316,12 @@ def examine_file(
     """Look at a file, and read it once for all that is asked for.
 
     Args:
-        path: the file; an index stands for its shards too.
+        path: the file; an index includes its shards too.
         hash_file: whether to compute the SHA-256 of the file, and of its shards.
         digest: whether to digest the tensors' values.
         values: whether to count NaN and Inf in them.
         checksums: whether to hold recorded checksums against the bytes; what they show is among the findings.
-        tp_rules: file of rules by which slices of tensor-parallel ranks are joined.
+        tp_rules: file with the rules for joining slices of tensor-parallel ranks.
         ignore_checksums: whether to forget them.
         allow_part: whether it may be a part of a checkpoint.
         whole: whether to digest everything else in the file too.
@@ -331,7 +331,7 @@ def examine_file(
         PartError: it is a part, and may not be.
         FileAccessError: it cannot be opened or read.
         FormatError: it is not a checkpoint, damaged, changed while it was read, or asks for more than any checkpoint.
-        DTypeError: values that would have to be computed are of a type that numpy does not know.
+        DTypeError: values that would have to be computed have a type that numpy does not have.
     """
     checkpoint, file = formats.read(path, tp_rules=tp_rules, ignore_checksums=ignore_checksums)
     try:
@@ -410,7 +410,7 @@ def _looked_into(file: Source, checkpoint: Checkpoint, *, is_read: bool, held: b
 
 
 def _digested(contents: _Contents, whole: bool) -> Iterator[TensorEntry]:
-    """The tensors, and storages as tensors, whose values the digests are made of."""
+    """The tensors, and storages as tensors, whose values are digested."""
     weights = contents.weights
     yield from (entry for _, entry, _ in weights.tensors)
     trees = [*(value for _, value in weights.others), *weights.hanging.values()]

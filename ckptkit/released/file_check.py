@@ -58,14 +58,14 @@ class Task:
 
     Attributes:
         path: the file.
-        policy: what every file is held to.
-        record: what the manifest says of it; ``None``: nothing.
+        policy: what every file must meet.
+        record: its record in the manifest; ``None``: it has none.
         folder: of the manifest, where there is one.
         is_extra: whether the manifest should name it, and does not.
         other: the kind of a file that is not a checkpoint, and is looked at for its pickles.
         shards: those that were named, for which it stands.
-        against: a digest of all that the result depends on beside the file; ``None``: nobody will ask whether the
-            result still holds.
+        against: a digest of everything else the result depends on; ``None``: nobody will ask whether the result is
+            still valid.
     """
 
     path: str
@@ -79,7 +79,7 @@ class Task:
 
     @property
     def nbytes(self) -> int:
-        """Its size, as far as it is known before it is opened."""
+        """Its size, as far as known before it is opened."""
         if self.record is not None and self.record.shards:
             return self.record.size
         return size_of(self.path)
@@ -91,7 +91,7 @@ class Task:
 
     @property
     def may_be_same(self) -> bool:
-        """Whether the file may have the bytes of its record: then its hash tells, and nothing more is needed."""
+        """Whether the file may have the bytes of its record: then its hash is enough."""
         record = self.record
         return record is not None and (bool(record.shards) or self.nbytes == record.size)
 
@@ -213,10 +213,10 @@ def _stamp(task: Task) -> str | None:
 
 
 def stamp_of(path: str) -> str | None:
-    """What differs once a checkpoint was written to; ``None``: nobody can say.
+    """A value that changes when a checkpoint is written to; ``None``: unknown.
 
-    It is made of the sizes and modification times of its files: of a folder all in it, of an index its shards too.  Of
-    what is not a file on the disk it is what the source says of itself, such as an ETag.
+    It is made from the sizes and modification times of its files: for a folder all in it, for an index its shards too.
+    For anything but a local file it comes from the source, such as an ETag.
     """
     try:
         if path == STDIN:
@@ -236,7 +236,7 @@ def stamp_of(path: str) -> str | None:
 
 
 def _stamp_of_source(path: str) -> str:
-    """What the source of a path says of itself; at a URL it stays open for whoever looks into it next."""
+    """The stamp from the source of a path; at a URL it stays open for its next reader."""
     source = source_of(path)
     stamp = repr(source.identity)
     places.put_back(source, path)
@@ -261,7 +261,7 @@ def _files_beside(path: str) -> list[str]:
 
 
 def _other_result(task: Task) -> FileResult:
-    """A file that is not a checkpoint, checked against what is said of pickles."""
+    """A file that is not a checkpoint, checked against the policies on pickles."""
     begun = time.perf_counter()
     stamp = _stamp(task)
     findings = tuple(_pickles(task))

@@ -1,8 +1,8 @@
-"""Results of a check as JSON Lines: one as it comes, for whoever goes on from there or puts several runs together.
+"""Results of a check as JSON Lines: one as it comes, for runs that resume or combine it.
 
 A run is a first line (`CheckHead`), a line for each file (`CheckLine`) and a last line (`CheckEnd`).  One without its
 last line, or with fewer files than that says, is not complete.  A file may contain several runs, one after the other:
-what ``ckptkit check --json-lines >> FILE`` appends.  A line that was cut short by the end of its run is none.
+what ``ckptkit check --json-lines >> FILE`` appends.  A line that the end of its run cut short does not count.
 
 A result is taken over by a later run (``--resume``) where the file has the `stamp` that it had, and all else that the
 result depends on (`against`) is what it was: version, policy, the manifest's record, and of a policy that needs a model
@@ -132,7 +132,7 @@ class Stream:
 
     @property
     def is_complete(self) -> bool:
-        """Whether it has told of all files."""
+        """Whether it has reported on all files."""
         return self.end is not None and self.end["results"] == len(self.results)
 
 

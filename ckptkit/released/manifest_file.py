@@ -12,20 +12,20 @@ Version 1, one JSON object of ASCII (RFC 8259), files sorted by path, one line a
                 "others": [name],
                 "tensors": {name: {"dtype": str, "shape": [int], "digest": "sha256:…"}} | null}]}
 
-Paths are relative to the manifest's folder, with ``/``, and never lead out of it; where it was made of files at URLs,
-to the ``origin``, a URL, which is left out of others.  ``folders`` are those the manifest was made of (``"."`` is its
-own, which is meant where the key is missing): all that is in them is released, so that a checkpoint there that is not
+Paths are relative to the manifest's folder, with ``/``, and never lead out of it; if it was made of files at URLs, they
+are relative to the ``origin``, a URL, which other manifests do not have.  ``folders`` are those the manifest was made
+from (``"."`` is its own, which is also the default): everything in them is released, so a checkpoint there that is not
 among ``files`` is one too many.  ``size`` is in bytes, of a sharded checkpoint with its shards; ``sha256`` is of the
 file itself, and of an index the index alone; a folder that is one checkpoint has none, and its files are its
 ``shards``.  Digests, and the names of tensors, are those of `ckptkit.digests`.  ``tensors`` is ``null`` where they are
 folded into the content digest.  ``whole_digest``, ``shards`` (named relative to the index, or to the folder) and
-``others`` (values that are not plain tensors) are left out where there are none.  A reader ignores keys it does not
-know, and refuses another version.
+``others`` (values that are not plain tensors) are left out if there are none.  A reader ignores keys it does not know,
+and refuses another version.
 
 `FileRecord` is one of ``files``; `ckptkit.released.manifest_maker` makes and updates manifests.
 
-A manifest may come from a stranger: everything in it has the type it must have, paths do not lead out of its folder,
-and where it lists tensors, they are those of its content digest.
+A manifest may come from a stranger: everything in it must have its proper type, paths must not lead out of its folder,
+and a list of tensors must match its content digest.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ class FileRecord:
     whole_digest: str | None = None
 
     def to_dict(self) -> ManifestFile:
-        """The record as it is in the manifest."""
+        """The record for the manifest."""
         whole: ManifestOptions = {} if self.whole_digest is None else {"whole_digest": self.whole_digest}
         further: ManifestOptions = {}
         if self.shards:
@@ -168,11 +168,12 @@ class Manifest:
     Attributes:
         files: sorted by path.
         folder: the folder that paths are relative to.
-        origin: the URL of the folder that it was made of; ``None``: it was made of files beside it.
-        beside: the folder it is in, which golden files are relative to; ``None``: ``folder``.
-        folders: those it was made of, relative to it: in them no other checkpoint may be; ``"."`` is itself.
-        changes: what `make` did; of a manifest that was read, nothing.
-        passed_over: how many files of each kind its folders hold that are not checkpoints; it is not written.
+        origin: the URL of the folder that it was made from; ``None``: it was made from local files.
+        beside: the folder of the manifest itself, which golden files are relative to; ``None``: ``folder``.
+        folders: the folders it was made from, relative to ``folder``; they may contain no other checkpoint. ``"."`` is
+            ``folder`` itself.
+        changes: what `make` did; empty for a manifest that was read.
+        passed_over: how many files in its folders are not checkpoints, by kind; it is not written.
     """
 
     files: tuple[FileRecord, ...]
@@ -216,7 +217,7 @@ def manifest_text(document: WrittenManifest) -> Iterator[str]:
 
 
 def _lines(value: Mapping[str, object]) -> Iterator[str]:
-    """A mapping with each of its entries on a line of its own."""
+    """A mapping with one entry per line."""
     for index, (name, inner) in enumerate(value.items()):
         yield f"{',' if index else '{'}\n        {json.dumps(name)}: {json.dumps(inner)}"
     yield "\n      }"

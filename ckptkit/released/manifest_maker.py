@@ -1,7 +1,7 @@
 """Makes a manifest, or brings one up to date: from paths as people type them, to the file that is written.
 
-What a manifest is, `ckptkit.released.manifest_file` says.  `make_at` finds the files that the paths stand for, `make`
-records them (each opened and read once), and `write` writes them down.
+What a manifest is, `ckptkit.released.manifest_file` says.  `make_at` finds the files at the paths, `make` records them
+(each opened and read once), and `write` writes the manifest.
 """
 
 from __future__ import annotations
@@ -75,13 +75,13 @@ def make(
         allow_part: whether a file may be a part of a checkpoint.
         previous: the manifest so far.  Files whose sizes and SHA-256 are still the same keep their record; those
             that are not selected do too, as long as they exist.
-        tp_rules: file of rules by which slices of tensor-parallel ranks are joined.
+        tp_rules: file with the rules for joining slices of tensor-parallel ranks.
         ignore_checksums: whether files may be recorded that their own checksums show to be damaged.
         workers: who reads very many files.
 
     Raises:
         FileAccessError: a file is not below the folder, or cannot be read.
-        CkptkitError: as `ckptkit.released.examine.examine_file`, of one file; a `FileAccessError` tells of several.
+        CkptkitError: as `ckptkit.released.examine.examine_file`, for one file; a `FileAccessError` lists several.
     """
     golden = golden or {}
     goldens = set(golden.values())
@@ -126,7 +126,7 @@ def _require_recordable(wanted: Collection[str], golden: Collection[str], folder
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Task:
-    """One file: its name in the manifest, its path, how it is read, and what is made of it.
+    """One file: its name in the manifest, its path, how it is read, and its record.
 
     Attributes:
         is_listed: whether its tensors are listed.
@@ -142,7 +142,7 @@ class _Task:
 
 @collector_paused()  # what is read is gone at the end, without it
 def _recorded(task: _Task, threads: int = 1) -> FileRecord | CkptkitError | None:
-    """The record of a file as it is now; of one that has a record, that, where it still holds."""
+    """The current record of a file; its existing record if that is still valid."""
     if task.before is not None:
         same = _looked_at(
             task.path, hash_file=True, digest=False, values=False, checksums=False, threads=threads, **task.reading
@@ -175,7 +175,7 @@ def _is_far(task: _Task) -> bool:
 
 
 def _made(tasks: list[_Task], workers: Workers) -> list[FileRecord | CkptkitError | None]:
-    """What is made of each file; workers of an executor, which may be in other folders, are told whole paths."""
+    """The record of each file; workers of an executor, which may be in other folders, get whole paths."""
     if workers.executor is not None:
         tasks = [
             replace(task, path=places.absolute(task.path), reading=_absolute_rules(task.reading)) for task in tasks
@@ -191,7 +191,7 @@ def _absolute_rules(reading: Mapping[str, bool | str | None]) -> Mapping[str, bo
 def _renewed(
     wanted: Mapping[str, str], listed: Collection[str], workers: Workers, **reading: bool | str | None
 ) -> dict[str, FileRecord]:
-    """The records of files as they are now.
+    """The current records of files.
 
     Args:
         wanted: paths by name.
@@ -206,7 +206,7 @@ def _renewed(
 
 
 def _require_none(errors: Sequence[CkptkitError]) -> None:
-    """Raise the error there is, or one that tells of all."""
+    """Raise the only error, or one that lists all."""
     if len(errors) == 1:
         raise errors[0]
     if errors:
@@ -422,7 +422,7 @@ def _problem(path: str) -> CkptkitError | None:
 
 
 def _paths_of(previous: Manifest | None, folder: str) -> list[str]:
-    """What a manifest was made of, as far as it is there; what is yet to be made, of its own folder."""
+    """The folders that a manifest was made from, as far as known; for a new one, its own folder."""
     if previous is None:
         return [folder]
     names = [*previous.folders, *(record.path for record in previous.files)]

@@ -1,4 +1,4 @@
-"""What the manifest and a model say of a file, as findings of a check.
+"""The rules of a manifest and a model for a file, as findings of a check.
 
 `compare` holds a file against its record: the same bytes, the same tensors, or which are others.  `model_findings`
 is what the verifier finds, under the rules ``fits`` and ``forward``.
@@ -92,7 +92,7 @@ def parts_differ(record: FileRecord, found: Mapping[str, tuple[int, str | None]]
 
 
 def incomplete_finding(path: str, record: FileRecord | None) -> Iterator[CheckFinding]:
-    """Of a folder that cannot be read, which files are not those recorded, as far as sizes tell."""
+    """For a folder that cannot be read, which files do not match the record, as far as sizes show."""
     if record is None or record.sha256 is not None or not places.isdir(path):
         return
     found = {name: (size_of(places.below(path, name)), None) for name in listing(path)}
@@ -192,7 +192,7 @@ def _told(tensor: TensorFact | TensorRecord) -> str:
 
 
 def _contradictions(examined: Examined, record: FileRecord) -> Iterator[CheckFinding]:
-    """What a record says of a file that the file with its hash is not: whoever edited the manifest made it lie."""
+    """The facts in a record that the file with its hash contradicts: someone edited the manifest."""
     for name, recorded, found in (
         ("format", record.format, examined.format),
         ("kind", record.kind, examined.kind),
@@ -274,12 +274,12 @@ def model_findings(
 
     Args:
         path: the file.
-        policy: what it is held to.
+        policy: what it must meet.
         golden: the file of its recorded outputs.
         architecture: the known model it is of.
         verify: `ckptkit.verify`.
 
-    The model is that of ``fits``; without it that of the golden, or of the architecture that was identified.
+    The model is that of ``fits``; without it that of the golden file, or the identified architecture.
 
     Raises:
         MissingDependencyError: torch, or the package of the reference, is not installed.
@@ -300,7 +300,7 @@ def model_findings(
             path,
             rule,
             "a model to run",
-            "the forward pass was asked for, but no model is named (--fits REF), recorded in a golden, or identified",
+            "the forward pass was asked for, but no model is named (--fits REF), recorded in a golden file, or identified",
         )
         return
     try:

@@ -1,9 +1,9 @@
 """Several runs of a check as one report: shares of a job array, runs that were resumed, documents of machines.
 
-Nothing that is missing is skipped.  A run that was cut short, a share that nobody has told of, and runs by other
-versions or against other policies are findings that no rule could be applied, so that the whole cannot be green.
+Anything missing is reported.  An interrupted run, a share without a report, and runs by other versions or against other
+policies are findings of a rule that could not be applied, so the result cannot be green.
 
-A file that several runs tell of has the worst of its results.  Of one run that was resumed it has the latest.
+A file in several runs has the worst of its results.  Of one run that was resumed it has the latest.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _RULE = "report"
 
 
 def merged(files: Sequence[str]) -> tuple[CheckReport, CheckHead]:
-    """The report on what all the runs in these files have told, and what they are as one run.
+    """The report on everything in all the runs in these files, as one run.
 
     Args:
         files: JSON Lines, and JSON documents, of ``ckptkit check``; ``"-"``: standard input.
@@ -77,7 +77,7 @@ def merged(files: Sequence[str]) -> tuple[CheckReport, CheckHead]:
 
 
 def _runs_in(files: Sequence[str]) -> list[list[Stream]]:
-    """Each run, in the order in which it was resumed."""
+    """Each run, in the order of resuming."""
     runs: dict[object, list[Stream]] = {}
     for number, file in enumerate(dict.fromkeys(files)):
         for stream in read_streams(file):
@@ -114,7 +114,7 @@ def _told(path: str, code: str, expected: str, found: str, message: str) -> File
 
 
 def _incomplete(run: Stream) -> FileResult:
-    """What is said of a run that has not told of all its files."""
+    """The finding about a run that has not reported on all its files."""
     count = count_of(len(run.results), "result")
     found = f"{count} and no last line" if run.end is None else f"{count} of {run.end['results']:,}"
     message = "the run was interrupted before it had reported on all files, or part of its report is lost"
@@ -122,7 +122,7 @@ def _incomplete(run: Stream) -> FileResult:
 
 
 def _missing(runs: Sequence[Stream]) -> Iterator[FileResult]:
-    """What is said of job arrays of which not every share has been told of."""
+    """The finding about job arrays with shares that have no report."""
     there: dict[int, dict[int, str]] = {}
     for run in runs:
         if run.part is not None:
@@ -137,7 +137,7 @@ def _missing(runs: Sequence[Stream]) -> Iterator[FileResult]:
 
 
 def _differing(runs: Sequence[Stream]) -> Iterator[FileResult]:
-    """What is said of runs by another version than the first, or against another policy or manifest."""
+    """The finding about runs by another version than the first, or against another policy or manifest."""
     heads = [(run.file, run.head) for run in runs if run.head is not None]
     for file, head in heads[1:]:
         first, own = heads[0][1], head

@@ -24,7 +24,7 @@ CONTAINERS: tuple[str, ...] = tuple(container.name for container in FORMATS)
 
 
 class _Unasked(str):
-    """A value that nobody asked for."""
+    """The value of an option that was not given."""
 
     __slots__ = ()
 
@@ -40,7 +40,7 @@ class Policy:
         no_pickle: whether pickles are forbidden.
         max_trust: the highest trust level allowed; no policy lets a hostile file pass.
         no_nan: whether no tensor may hold NaN and no parameter Inf; reads the data.
-        tp_rules: file of rules by which slices of tensor-parallel ranks are joined.
+        tp_rules: file with the rules for joining slices of tensor-parallel ranks.
         ignore_checksums: whether a file's recorded checksums are not checked against its bytes.
         max_size: bytes of a file (of a sharded set: of all its files); a number or ``"2GB"``.
         allow_dtype: the dtypes that tensors may have; empty: all.
@@ -56,7 +56,7 @@ class Policy:
         input_shapes: of the forward pass; empty: what the reference implies.
 
     Raises:
-        VerifyError: a value is none that the policy can have.
+        VerifyError: a value is invalid for the policy.
     """
 
     no_pickle: bool = False
@@ -112,10 +112,10 @@ class Policy:
         return self.fits is not None or self.forward
 
     def overridden(self, settings: Mapping[str, Any]) -> Policy:
-        """The policy with these values in place of its own.
+        """The policy with these values instead of its own.
 
         Raises:
-            VerifyError: a value is none that the policy can have.
+            VerifyError: a value is invalid for the policy.
         """
         return replace(self, **settings)
 

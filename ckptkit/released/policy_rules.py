@@ -89,7 +89,7 @@ def _too_much_trust(
 def pickle_violations(path: str, inside: Inside, policy: Policy) -> Iterator[CheckFinding]:
     """What a policy forbids of a file that is not a checkpoint, or none that can be read: its pickles.
 
-    A file that is known to break a rule needs no more; where none is known to, what was not read counts.
+    One broken rule is enough; if none is known to be broken, unread content counts.
     """
     is_kept = True
     if policy.no_pickle and inside.pickles:
@@ -209,7 +209,7 @@ def _may_be_infinite(tensor: TensorFact) -> bool:
 
 
 def _may_be_nan(tensor: TensorFact) -> bool:
-    """Whether values that nobody could look at may be NaN or Inf."""
+    """Whether values that could not be read may be NaN or Inf."""
     if tensor.dtype not in DTYPES:
         return True
     is_float = DTYPES[tensor.dtype].kind in ("float", "complex") and tensor.dtype not in _WITHOUT_NAN

@@ -1,12 +1,11 @@
-"""Reads files once for everything that is wanted of their bytes: their own SHA-256, and tensors' digests and counts.
+"""Reads files once for everything computed from their bytes: their own SHA-256, and tensors' digests and counts.
 
-`read_through` does it; `other_values_in` says whose NaN and Inf count beside those of the plain tensors of the weights,
-and `is_opaque` which values cannot be looked at.
+`read_through` does it; `other_values_in` lists the values whose NaN and Inf count besides those of the plain tensors of
+the weights, and `is_opaque` says which values cannot be read.
 
-Where a tensor's values are in the file as they are (nearly always), they are taken from the bytes that pass by for the
-file's own hash.  Others (transposed, compressed, big-endian) are read by themselves afterwards. Pieces are small enough
-to stay in a core's own cache, and hashing lets go of the interpreter, so that several files, or the two hashes of one,
-go side by side.
+A tensor whose values are stored unchanged (nearly every tensor) is digested from the bytes that pass by for the file's
+own hash.  Others (transposed, compressed, big-endian) are read separately afterwards.  Pieces are small enough to stay
+in a core's own cache, and hashing releases the GIL, so several files, or the two hashes of one, run in parallel.
 """
 
 from __future__ import annotations
@@ -90,7 +89,7 @@ class Reading:
     Attributes:
         files: the SHA-256 of each file in hexadecimal, by ``id``.
         damages: of the storages whose recorded checksums were held, those whose bytes are others.
-        sums: the CRC-32 of what came of far files for values that are not in them as they are.
+        sums: the CRC-32 of remote files' values that are not stored unchanged.
     """
 
     def __init__(self, digested: Iterable[TensorEntry] = (), counted: Iterable[TensorEntry] = ()) -> None:
@@ -200,7 +199,7 @@ def read_through(
 def _read_apart(
     reading: Reading, files: Sequence[Source], apart: list[Values], in_order: Mapping[int, InOrder]
 ) -> None:
-    """Read what is not in the files as it is; far files that are still to be hashed are, as they come."""
+    """Read values that are not stored unchanged, hashing remote files as they arrive if that is still to do."""
     unreadable = {id(damage.storage) for damage in reading.damages if not isinstance(damage.storage.source, ByteRange)}
 
     def along(file: Source) -> Callable[[int, memoryview], object]:
@@ -228,7 +227,7 @@ def files_of(file: Source) -> tuple[list[Source], dict[str, Source]]:
 
 
 def look_at_ends(files: Sequence[Source]) -> None:
-    """Of files that are far, none of whose values are read: make sure that none is a zip archive by its end, too.
+    """For remote files whose values are not read: make sure that none is also a zip archive, by its end.
 
     Raises:
         AmbiguousError: one is.
@@ -238,7 +237,7 @@ def look_at_ends(files: Sequence[Source]) -> None:
 
 
 def damages_of(storages: Sequence[Storage], known: Checksums) -> list[Damage]:
-    """What is damaged of the storages that others are made of; what is known by now is not read again."""
+    """The damage in the storages that others are made from; what is already known is not read again."""
     checksums = Checksums(known)
     checksums.want(storages)
     return checksums.damages()
@@ -250,7 +249,7 @@ def _require_unchanged(files: Sequence[Source]) -> None:
 
 
 def _lying(reading: Reading, files: Sequence[Source]) -> tuple[dict[int, list[_Span]], list[Values]]:
-    """The spans of what is in files as it is, by the file's ``id``; and what has to be read by itself."""
+    """The spans of values stored unchanged in files, by the file's ``id``; and values to read separately."""
     spans: dict[int, list[_Span]] = {id(file): [] for file in files}
     apart: list[Values] = []
     shared: dict[tuple[int, int, int, bool, str | None], Values] = {}
@@ -447,7 +446,7 @@ def other_values_in(
 
 
 def is_opaque(value: object) -> bool:
-    """Whether a value of the weights is an object in which nothing is found that could be looked at."""
+    """Whether a value of the weights is an object that contains nothing that can be read."""
     if not isinstance(value, Object):
         return False
     nodes = list(walk(value))

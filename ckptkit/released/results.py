@@ -1,4 +1,4 @@
-"""What came of a check: findings that name file, rule, expected and found; a file's result; the report."""
+"""Results of a check: findings with file, rule, expected and found; a file's result; the report."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ NOT_CHECKED = frozenset(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckFinding(Finding):
-    """A file that is not as a rule wants it.
+    """A file that breaks a rule.
 
     Attributes:
-        path: the file, or what was to be one.
+        path: the file, or a path that should be one.
         rule: the policy (``"no-pickle"``), ``"manifest"``, ``"readable"``, ``"whole"`` or ``"selection"``.
-        expected: what the rule wants; text, a number, or a list of these.
-        found: what is there.
+        expected: what the rule requires: text, a number, or a list of these.
+        found: what the file has instead, in the same form.
     """
 
     path: str
@@ -70,7 +70,7 @@ class CheckFinding(Finding):
         return f"{self.path}: {super(CheckFinding, self).line}"
 
     def to_dict(self) -> CheckFindingDocument:
-        """The finding as it is in JSON documents."""
+        """The finding for JSON documents."""
         return {
             "path": self.path,
             "code": self.code,
@@ -94,7 +94,7 @@ class FileResult:
         rules: those applied, in order.
         findings: what they found.
         seconds: how long it took.
-        stamp: of the file when it was looked at; ``None``: nobody asked, or it cannot be told.
+        stamp: of the file when it was checked; ``None``: not requested, or unknown.
         against: a digest of all else that the result depends on.
     """
 
@@ -125,7 +125,7 @@ class FileResult:
 
     @classmethod
     def from_dict(cls, file: CheckedFile, findings: Sequence[CheckFindingDocument], **others: Any) -> FileResult:
-        """The result that a document tells, with what was found about the file.
+        """The result in a document, with the findings about the file.
 
         Raises:
             KeyError, TypeError, ValueError: it is not one.
@@ -160,8 +160,8 @@ class CheckReport(Report["CheckDocument"]):
     Attributes:
         results: the files.
         started: when, in UTC, as ISO 8601 without a zone.
-        passed_over: how many files of each kind were met that are not checkpoints.
-        may_be_empty: whether it is well that there is no checkpoint among the files.
+        passed_over: how many files are not checkpoints, by kind.
+        may_be_empty: whether it is fine that there is no checkpoint among the files.
     """
 
     findings: tuple[CheckFinding, ...] = ()
@@ -176,17 +176,17 @@ class CheckReport(Report["CheckDocument"]):
 
     @property
     def ok(self) -> bool:
-        """Whether something was checked, or need not be, and no finding is an error."""
+        """Whether no finding is an error, and something was checked unless nothing had to be."""
         return bool(self.results or self.may_be_empty) and super(CheckReport, self).ok
 
     @property
     def is_complete(self) -> bool:
-        """Whether everything that was to be checked could be."""
+        """Whether everything could be checked."""
         return self.exit_code != 2
 
     @property
     def exit_code(self) -> Literal[0, 1, 2]:
-        """As of diff(1): 0 all is as it must be, 1 something is not, 2 something could not be checked."""
+        """As with diff(1): 0: everything passed; 1: something failed; 2: something could not be checked."""
         return exit_code_of(self.to_dict())
 
     @property
@@ -271,7 +271,7 @@ _LOST = {
     "version": ("worker-version", "the same version of ckptkit", "another"),
     "failed": ("worker-failed", "a result", "an error"),
 }
-"""What is said of each way in which others than this process do not come to a result."""
+"""The findings about results that other processes failed to return."""
 
 
 def lost_result(path: str, problem: str, told: str) -> FileResult:
@@ -280,7 +280,7 @@ def lost_result(path: str, problem: str, told: str) -> FileResult:
     Args:
         path: the file.
         problem: ``"died"``, ``"timed-out"``, ``"version"`` or ``"failed"``.
-        told: what is known of it.
+        told: what is known about it.
     """
     code, expected, found = _LOST[problem]
     return FileResult(path=path, rules=("readable",), findings=(_broken(code, path, expected, found, told),))
@@ -346,7 +346,7 @@ def extra_finding(path: str) -> CheckFinding:
 
 
 def nothing_selected(path: str, message: str) -> FileResult:
-    """The result of a path that stands for no checkpoint."""
+    """The result of a path without a checkpoint."""
     finding = CheckFinding(
         code="nothing-selected",
         severity="error",
@@ -395,7 +395,7 @@ class Tally:
         return not self.failed and not self.unchecked
 
     def exit_code(self, ok: bool) -> Literal[0, 1, 2]:
-        """As of diff(1); ``ok``: whether all is well, as the report says it."""
+        """As with diff(1); ``ok``: whether everything passed, as the report says."""
         if not self.is_complete:
             return 2
         return 0 if ok else 1 if self.files else 2
@@ -436,7 +436,7 @@ def _tally_of(document: CheckDocument) -> Tally:
 
 
 def exit_code_of(document: CheckDocument) -> Literal[0, 1, 2]:
-    """As of diff(1): 0 all is as it must be, 1 something is not, 2 something could not be checked."""
+    """As with diff(1): 0: everything passed; 1: something failed; 2: something could not be checked."""
     return _tally_of(document).exit_code(document["ok"])
 
 

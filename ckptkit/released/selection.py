@@ -22,7 +22,7 @@ class Selected:
     """One checkpoint.
 
     Attributes:
-        path: as it is to be opened.
+        path: for opening it.
         name: relative to the folder in question, with ``/``; begins with ``../`` where it is not below it.
         names: that, and its other names: links to the same file.
     """
@@ -34,15 +34,15 @@ class Selected:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Selection:
-    """What paths stand for.
+    """The files that paths mean.
 
     Attributes:
         checkpoints: each once, sorted by name.
         passed: the files that were met and are not checkpoints, with their kinds.
         others: those among them that may hold pickles, with their kinds.
         unreadable: files and folders of which nothing is known, and why.
-        empty: folders without a checkpoint, and what is to be said of each.
-        shards: shards that were named, by the path of the index that stands for them.
+        empty: folders without a checkpoint, each with its message.
+        shards: shards that were named, by the path of the index that includes them.
     """
 
     checkpoints: tuple[Selected, ...]
@@ -61,7 +61,7 @@ class Selection:
         """Raise where not everything that was meant is known.
 
         Raises:
-            CkptkitError: a folder contains no checkpoint, or something cannot be read; all of it is told.
+            CkptkitError: a folder contains no checkpoint, or something cannot be read; the message lists all of it.
         """
         errors = [error for _, error in (*self.empty, *self.unreadable)]
         if len(errors) == 1:
@@ -82,22 +82,22 @@ def select(
     every_pickle: bool = False,
     are_whole: bool = False,
 ) -> Selection:
-    """The checkpoints that paths stand for.
+    """The checkpoints that paths mean.
 
-    A file represents itself, whether it exists or not: that is for whoever opens it to say.  A folder stands for the
-    checkpoint files in it and below it, as for ``ckptkit inspect``; one that names its last step, or of which a tag
-    chooses one, for what that step holds.  A shard is left out where its index is there.
+    A file represents itself, whether it exists or not: opening it finds out.  A folder means the checkpoint files in it
+    and below it, as for ``ckptkit inspect``; a folder that names its last step, or from which a tag chooses one, means
+    the content of that step.  A shard is left out where its index is there.
 
     Args:
         paths: files and folders.
         relative_to: the folder that names are relative to.
         tag: which of several steps is meant, in each of the folders.
         skip_others: whether files that are named and no checkpoint are skipped, as those of folders are.
-        whole: whether a shard that is named stands for all, where its index is beside it.
-        known: names of files that no index stands for, since they are known by their own.
-        manifest: the file that says what they must be, which is none of them.
-        are_whole: whether each folder is one checkpoint, since rules were given by which its files are joined.
-        every_pickle: whether outputs that ckptkit did not complete are taken for what is in them.
+        whole: whether a named shard means all of them, if its index is beside it.
+        known: names of files that are listed themselves, so no index covers them.
+        manifest: the file with the requirements, which is not one of them.
+        are_whole: whether each folder is one checkpoint, because rules say how to join its files.
+        every_pickle: whether incomplete outputs of ckptkit are treated as their content.
 
     Raises:
         FileAccessError: there are no paths: nothing checked is never well; or there is no such step.
@@ -163,7 +163,7 @@ def _indexes_beside(folder: str, name: str) -> dict[str, str]:
 
 
 def step_of(path: str, tag: str | None = None) -> str:
-    """The folder, or file, that a folder stands for: the step that it names, or itself.
+    """The folder or file that a folder means: the step that it names, or itself.
 
     Raises:
         CkptkitError: there is no such step.
@@ -195,7 +195,7 @@ def name_of(path: str, folder: str, seen: dict[str, str] | None = None) -> str:
 
 
 def size_of(path: str) -> int:
-    """Bytes of a file, or of those in a folder; 0 for what cannot be asked, which opening it will tell."""
+    """Bytes of a file, or of those in a folder; 0 if unknown, so that opening it reports the error."""
     try:
         if places.is_url(path) and places.isdir(path):
             return sum(places.size(places.below(path, name)) for name in places.listed_below(path) or ())

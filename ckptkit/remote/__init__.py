@@ -1,8 +1,9 @@
 """Files on other machines, read by range: a URL is a path like any other.
 
-`store` says what a server is asked for, and there is one module for each kind of server: `http` (http and https), `hub`
-(hf://) and `objects` (all that fsspec knows: s3, gs, az and others).  `source` makes a `ckptkit.bytesource.Source` of a
-file there, which is all that the rest of ckptkit sees of it; what is below a URL, `ckptkit.places` says.
+`store` defines what a server is asked for, and there is one module for each kind of server: `http` (http and https),
+`hub` (hf://) and `objects` (everything that fsspec supports: s3, gs, az and others).  `source` makes a
+`ckptkit.bytesource.Source` of a remote file, which is all that the rest of ckptkit sees of it; `ckptkit.places` lists
+what is below a URL.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ class _Ahead(Protocol):
 
 
 _MOST_KEPT = 128
-"""Files that were opened to see what they are, and stay open for whoever reads them: some 64 KiB of memory each."""
+"""Files that were opened to see what they are, and stay open for their next reader: some 64 KiB of memory each."""
 
 
 class Session:
@@ -73,7 +74,7 @@ class Session:
     Attributes:
         options: as above.
         stores: those that were asked, by scheme.
-        listings: what they said of folders, by URL (`ckptkit.places.far.Tree`).
+        listings: of folders, by URL (`ckptkit.places.far.Tree`).
         opened: files that were opened to see what they are, by URL.
         ahead: what opens files before they are asked for.
         failed: why a file could not be opened, or a folder listed, by URL, a folder's with ``/*`` at its end.
@@ -94,7 +95,7 @@ class Session:
         self.process = os.getpid()
 
     def shown(self, url: str) -> str:
-        """A URL as it is called from here on, in paths and in what is said of them: without what gives access to it.
+        """A URL as it appears in paths and messages: without credentials.
 
         Raises:
             FileAccessError: others are known for whom it asks.
@@ -111,7 +112,7 @@ class Session:
         return told
 
     def keep(self, url: str, file: RemoteSource) -> None:
-        """Keep a file open for whoever opens it next."""
+        """Keep a file open for its next reader."""
         if len(self.opened) >= _MOST_KEPT or self.opened.setdefault(url, file) is not file:
             file.close()
 
@@ -125,7 +126,7 @@ class Session:
         return kept if kept is not None or self.ahead is None else self.ahead.take(url)
 
     def close(self) -> None:
-        """Close what nobody took, and forget what was told; connections stay."""
+        """Close unused files, and discard what was learned; connections stay."""
         while self.opened:
             self.opened.popitem()[1].close()
         for told in (self.listings, self.failed, self.notes, self.hidden):

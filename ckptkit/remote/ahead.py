@@ -1,10 +1,10 @@
 """Reading ahead: what is about to be read of a file on another machine is fetched in blocks, several at a time.
 
-Whoever reads values says which (`ckptkit.bytesource.Source.will_read`), in about the order in which they are read.
+Readers of values announce them (`ckptkit.bytesource.Source.will_read`), in about the order in which they are read.
 Ranges that nearly follow one another are made blocks of 8 to 32 MiB, each byte in one; those of which a whole file
-consists are smaller where the file is.  Some threads fetch the blocks that come next, as far as there is room; a reader
-who comes before them fetches the block itself, so that nobody ever waits for room.  A block is let go of once the
-readers are some way past it.  What is asked for then is read as if it had not been told.
+consists are smaller where the file is.  Some threads fetch the next blocks, as far as there is room; a reader who comes
+before them fetches the block itself, so nobody ever waits for room.  A block is let go of once the readers are some way
+past it.  Ranges requested then are read as if they had not been announced.
 
 The memory is shared by all files that are read ahead: `MOST_NBYTES`, and the blocks that readers fetch themselves.
 """
@@ -30,10 +30,10 @@ _LEAST_BLOCK, _LARGE_BLOCK = 8 << 20, 16 << 20
 """Bytes of a block, of files up to some 100 MiB and of larger ones; what is left over is shared out among them."""
 
 MOST_NBYTES = 128 << 20
-"""Bytes of blocks that are held or under way, of all files, so that more may be fetched ahead."""
+"""Bytes of blocks of all files in memory or under way, so that more may be fetched ahead."""
 
 _AHEAD_NBYTES, _KEPT_NBYTES = 80 << 20, 48 << 20
-"""Bytes beyond where a file is read that are fetched, and bytes before it that are kept for readers a little behind."""
+"""Bytes fetched beyond the current position, and bytes kept before it for readers slightly behind."""
 
 _LATE_NBYTES = 64 << 10
 """Bytes of a range that are kept by themselves where it is read long after the block that it is in."""
@@ -89,11 +89,11 @@ class Brought(NamedTuple):
 
 
 _changed = threading.Condition()
-"""Held while any block changes its state; told when one has."""
+"""Held while any block changes its state; notified when one has."""
 
 
 class _Room:
-    """The memory that all share: bytes that are held or under way, bytes that readers had so far, and who reads."""
+    """The memory that all share: bytes in memory or under way, bytes that readers had so far, and who reads."""
 
     nbytes = 0
     had = 0
@@ -101,7 +101,7 @@ class _Room:
 
 
 class ReadAhead:
-    """The ranges of one file that are about to be read.  It knows nothing of the source, and ends with `close`.
+    """The ranges of one file that are about to be read.  It knows nothing about the source, and ends with `close`.
 
     Args:
         read: gives exactly so many bytes from a position; called from several threads.
@@ -177,7 +177,7 @@ class ReadAhead:
         return at >= 0 and offset < self._lying[at].end and self._lying[at].state != "gone"
 
     def next_block(self, offset: int, end: int) -> int:
-        """Where the first block behind a position begins, before some end."""
+        """Where the first block after a position begins, before some end."""
         at = bisect_right(self._starts, offset)
         return min([end, *(block.start for block in self._lying[at : at + 1] if block.state != "gone")])
 
@@ -251,7 +251,7 @@ class ReadAhead:
             self._bring(block)
 
     def _following(self) -> _Block | None:
-        """The first block beyond where the file is read that nobody has begun."""
+        """The first block beyond the current position that nobody has begun."""
         while self._next < len(self._blocks):
             block = self._blocks[self._next]
             if block.state == "waiting":
@@ -314,7 +314,7 @@ def _together(areas: Iterable[tuple[int, int]], gap: int) -> Iterator[tuple[int,
 
 
 def _disordered(runs: Iterable[tuple[int, int]], size: int, gap: int) -> Iterator[tuple[int, int]]:
-    """The same, but that of short runs as many as make a block are put in the order in which they lie."""
+    """The same, but short runs that together make a block are sorted by position."""
     short: list[tuple[int, int]] = []
     total = 0
     for start, nbytes in runs:

@@ -1,6 +1,6 @@
 """Connections to web servers: kept alive, for several threads at once, through proxies; one request and its answer.
 
-HTTP/1.1 (RFC 9112) as the standard library speaks it.  What is asked of a server, and what an answer means, is in
+HTTP/1.1 (RFC 9112) as the standard library speaks it.  Requests to a server, and the meaning of its answers, are in
 `ckptkit.remote.http`.
 """
 
@@ -36,14 +36,14 @@ CONNECT_SECONDS, ANSWER_SECONDS = 10.0, 20.0
 """How long to wait for a connection, and for the next bytes on it."""
 
 _LOOK_SECONDS = 0.2
-"""How often whoever waits asks whether to go on."""
+"""How often a waiting reader checks whether to continue."""
 
 _KEPT = 16
 """Connections to one server that are kept while nothing is asked on them."""
 
 _BUFFER_NBYTES = 64 << 10
 _DISCARDED_NBYTES = 64 << 10
-"""Longer bodies that nobody wants cost more to read than a new connection does."""
+"""Reading longer unneeded bodies costs more than a new connection."""
 
 _CHUNK = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\n]*)?\r?\n")
 _BLANK = (b"\r\n", b"\n")
@@ -135,7 +135,7 @@ class _Raw(io.RawIOBase):
         return count
 
     def _wait(self) -> None:
-        """Until bytes come, as long as they are wanted."""
+        """Until bytes come, as long as they are needed."""
         seconds = self._sock.gettimeout()
         if not seconds or getattr(self._sock, "pending", int)():
             return
@@ -254,7 +254,7 @@ class Answer(HTTPResponse):
         self._connection = None
 
     def discard(self) -> None:
-        """As `release`, when nobody wants the body."""
+        """As `release`, when the body is not needed."""
         if self.length is None or self.length <= _DISCARDED_NBYTES:
             self.take(_DISCARDED_NBYTES)
         self.release()
@@ -316,12 +316,12 @@ class _Idle:
 
 
 def _is_quiet(sock: socket.socket) -> bool:
-    """Whether nothing came that nobody asked for, such as the end."""
+    """Whether nothing came without a request, such as the end."""
     return not _comes(sock, 0)
 
 
 def _comes(sock: socket.socket, seconds: float) -> bool:
-    """Whether something comes within a while, be it the end."""
+    """Whether something comes within a while, including the end."""
     try:
         if sys.platform != "win32" and hasattr(select, "poll"):
             poll = select.poll()
@@ -422,7 +422,7 @@ def _failing(error: Exception, host: str, shown: str) -> Exception:
 
 
 def ask(target: Target, headers: Mapping[str, str], shown: str) -> Answer:
-    """The answer to a GET request; whoever has it lets go of it (`Answer.release`).
+    """The answer to a GET request; its reader releases it (`Answer.release`).
 
     Raises:
         Passing: there was none.

@@ -1,10 +1,10 @@
-"""Files behind http and https, read with range requests (RFC 9110, section 14).
+"""Files at http and https, read with range requests (RFC 9110, section 14).
 
-What a file is costs one request: a range from its first byte, whose answer has the size (``Content-Range``), what tells
-one state of the file from another (``ETag``, else ``Last-Modified``; section 8.8) and the first bytes.  Each later
-answer must be of that state and that size, and hold the very range that was asked for.  Where the answer was redirected
-to is asked from then on, and the first URL again once that place refuses: signed URLs expire.  A server that answers a
-range with the whole file has no ranges: its answer is read once, in order, and kept as a temporary file.
+Learning what a file is takes one request: a range from its first byte, whose answer has the size (``Content-Range``), a
+value that identifies the file's state (``ETag``, otherwise ``Last-Modified``; section 8.8) and the first bytes.  Each
+later answer must be of that state and that size, and hold the very range that was asked for.  Where the answer was
+redirected to is asked from then on, and the first URL again once that place refuses: signed URLs expire.  A server that
+answers a range with the whole file has no ranges: its answer is read once, in order, and kept as a temporary file.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _PIECE_NBYTES = 1 << 20
 
 
 class _Final(NamedTuple):
-    """Where a file's bytes are given out, and what tells one state of them from another there."""
+    """Where a file's bytes are served, and what identifies their state there."""
 
     url: str
     stamp: str | None
@@ -53,7 +53,7 @@ class Place:
     Attributes:
         asked: the URL, without credentials.
         shown: what messages call the file.
-        authorization: what the server of ``asked`` is told, and no other.
+        authorization: sent to the server of ``asked`` only.
         final: where its bytes were found; ``None``: not asked yet, or not there any more.
         copy: the file itself, where its server gives no ranges.
         commit: the hub's, which it is of.
@@ -68,13 +68,13 @@ class Place:
 
 
 class Described(NamedTuple):
-    """An answer, and what it says of the file.
+    """An answer, with its facts about the file.
 
     Attributes:
         answer: whose body was not read yet.
         url: who gave it, after all redirects.
-        size: of the file, in bytes; ``None``: it is not told.
-        stamp: what tells this state of the file from another, as ``url`` says.
+        size: of the file, in bytes; ``None``: unknown.
+        stamp: identifies this state of the file at ``url``.
         linked: the same as said by who redirected to there: the hub's ``X-Linked-ETag``, a hash of the file.
         commit: the hub's, which the file is of.
         via: what was known of where the bytes are, if that was asked at once.

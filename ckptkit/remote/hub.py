@@ -103,7 +103,7 @@ class HubPath:
         return self.repo if self.kind == "models" else f"{self.kind}/{self.repo}"
 
     def with_one_name(self) -> HubPath | None:
-        """The same words as a path in a repository of one name; ``None``: they can only be meant as they are."""
+        """The same words as a path in a repository with a one-part name; ``None``: they can only be meant as given."""
         first, _, second = self.repo.partition("/")
         if not second or self.revision is not None:
             return None
@@ -186,10 +186,10 @@ class HubStore(HttpStore):
             url: as it was given.
             path: what it says.
             before: what is in the page's URL between the endpoint and the revision.
-            after: what is behind that.
+            after: the part after that.
 
         Raises:
-            FileAccessError: the environment says to ask nobody, or whom cannot be asked.
+            FileAccessError: the environment forbids requests, or names a server that cannot be used.
         """
         if _is_set("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
             raise FileAccessError(

@@ -77,7 +77,7 @@ class ListedSource(Source):
         return self._opened().on_read(offset, nbytes, check)
 
     def settle(self, areas: Sequence[tuple[int, int]] | None = None) -> None:
-        """As `Source.settle`; of one that nobody has read there is nothing to say."""
+        """As `Source.settle`; an unread file has nothing to check."""
         if self._file is not None:
             self._file.settle(areas)
 
@@ -87,7 +87,7 @@ class ListedSource(Source):
         return 0 if self._file is None else self._file.left
 
     def look_ahead(self) -> None:
-        """Open it, and read what whoever looks into it reads; what is wrong, reading it will tell."""
+        """Open it, and read what opening a checkpoint reads; errors show when it is read."""
         with contextlib.suppress(CkptkitError):
             self._opened()._look_ahead()
 

@@ -4,8 +4,8 @@ https://filesystem-spec.readthedocs.io: ``info`` says how large a file is and wh
 ``cat_file`` gives a range of it, ``find`` lists all below a folder.  Never ``open``, which reads ahead by megabytes.
 Who may read, and where the server is, the file systems know (environment, profiles), or ``--storage-option`` says.
 
-Of s3 one answer tells size and stamp along with the first bytes (GetObject with a range has them as ``ContentRange``
-and ``ETag``), and ``IfMatch`` makes the server itself refuse to give bytes of another object than that.
+For s3 one answer has size and stamp along with the first bytes (GetObject with a range has them as ``ContentRange`` and
+``ETag``), and with ``IfMatch`` the server itself refuses to send bytes of another object.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ T = TypeVar("T")
 
 _PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs",
              "abfss": "adlfs"}  # fmt: skip
-"""What reads them, where that is an extra of its own."""
+"""The package that reads them, if it is a separate extra."""
 
 _OVER_OTHERS = frozenset((
     "arrow_hdfs", "async_wrapper", "asyncwrapper", "blockcache", "cached", "dir", "filecache", "generic", "libarchive",
     "reference", "simplecache", "tar", "zip",
 ))  # fmt: skip
-"""What has no files of its own, but shows those of others in another way."""
+"""File systems without their own files, which show those of others in another way."""
 
 _STAMPS = (
     ("ETag", "etag"), ("generation",), ("sha", "content_hash", "checksum", "md5Hash"),
@@ -56,7 +56,7 @@ _LASTING = re.compile(r"DNS|gaierror|SSL|Certificate")
 """Of what will not: a name that is unknown, a certificate that is not trusted."""
 
 _REFUSED = re.compile(r"Credential|Auth|TokenRe|SSO|ProfileNotFound|AccessDenied|ExpiredToken|InvalidToken|Forbidden")
-"""Of what somebody must sign in for."""
+"""Names of errors that ask for credentials."""
 
 _DENIED = re.compile(r"(?i)\b(forbidden|unauthorized|access denied|anonymous|invalid credentials)\b")
 """The same, in the words of gcsfs and others."""
@@ -138,7 +138,7 @@ class _Files:
 
 
 class _S3Files(_Files):
-    """The same of s3, whose answers tell more."""
+    """The same for s3, whose answers have more."""
 
     async def _got(self, path: str, first: int, last: int, **pinned: str) -> tuple[dict[str, Any], bytes]:
         bucket, key, version = self.system.split_path(path)
@@ -193,8 +193,8 @@ class ObjectStore(Store):
 
     Args:
         scheme: before the ``://``.
-        options: what the file system is made with, as its class takes it: ``{"anon": True}``.  Under the name of a
-            scheme may be a mapping for that one alone.
+        options: what the file system is made with, as its class takes it: ``{"anon": True}``.  The name of a scheme may
+            have a mapping for that scheme only.
 
     Raises:
         MissingDependencyError: fsspec is not installed, or what it needs for this scheme.

@@ -1,4 +1,4 @@
-"""What fails for the moment is tried again; what is said of a URL contains no credentials.
+"""Temporary failures are tried again; messages about a URL contain no credentials.
 
 A server that is busy, a connection that breaks: such are worth another try, after a pause that doubles (RFC 9110,
 section 15.5.9, 15.6; RFC 6585, section 4).  A name that is unknown, a password that is wrong, a file that is not there
@@ -147,7 +147,7 @@ _WITH_SIGNATURE = re.compile(r"s[a-z]{1,2}(o?id)?|response-.*", re.IGNORECASE)
 def masked(url: str) -> str:
     """A URL, or several that fsspec chains with ``::``, without user names, passwords and what signs it.
 
-    What else its query holds stays, since it may be what tells two files apart; of a path: itself.
+    The rest of its query stays, because it may distinguish two files; for a path: itself.
     """
     if "://" not in url:
         return url
@@ -191,5 +191,5 @@ def _masked_query(query: str) -> str:
 
 
 def masked_text(text: str) -> str:
-    """What somebody else says, with every URL in it as `masked` has it."""
+    """A message from elsewhere, with every URL in it as `masked` returns it."""
     return _IN_TEXT.sub(lambda found: masked(found[0]), text) if "://" in text else text

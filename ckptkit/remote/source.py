@@ -3,7 +3,8 @@
 A checkpoint's directory is at the end of a torch-zip, its pickle at the beginning; a safetensors file has a header. So
 the first bytes come with the answer to the question how large the file is, and what is read after them comes with some
 that follow.  An archive that begins with a pickle longer than those has a long directory too: that is asked for at
-once.  A file of 300 tensors takes two requests so, one of 5,000 three; one more where a server tells the size alone.
+once.  A file of 300 tensors then takes two requests, one of 5,000 three; one more if a server sends the size
+separately.
 
 Looking into such a file leaves some of its bytes unread that of a local one are read (`RemoteSource.on_read`): the
 records' own headers beside values, which must say what an archive's directory says, the counts between the storages of
@@ -38,7 +39,7 @@ _LEAST_NBYTES, _MOST_NBYTES = 32 << 10, 4 << 20
 """Bytes that are read where fewer are asked for, and the most that they become while reads follow one another."""
 
 _AT_ONCE_NBYTES = 8 << 20
-"""Of a long range that nobody told of before it was read."""
+"""For a long range that was not announced before it was read."""
 
 _LONG_TAIL_NBYTES = 512 << 10
 """Of a file that begins with a longer pickle than fits into the first bytes."""
@@ -77,7 +78,7 @@ class RemoteSource(Source):
 
     Attributes:
         store: as above.
-        far: what was told of it.
+        far: what the server said about it.
 
     Raises:
         MissingFileError: there is none.
@@ -131,7 +132,7 @@ class RemoteSource(Source):
                 self._starts.remove(start)
 
     def _known(self, offset: int, nbytes: int) -> bytes:
-        """What is kept of these bytes, from the first on; more may be kept behind it."""
+        """The kept part of these bytes, from the first on; more may be kept after it."""
         with self._within:
             at = bisect_right(self._starts, offset) - 1
             if at < 0:
@@ -257,7 +258,7 @@ class RemoteSource(Source):
         self._look(due, (bytes(data[begin - offset : begin - offset + nbytes]) for begin, nbytes, _ in due))
 
     def _look(self, left: Sequence[_Left], parts: Iterable[bytes]) -> None:
-        """Look at what was left; where something is wrong, it stays so for whoever asks again."""
+        """Examine what was left; an error stays for every later reader."""
         done = 0
         try:
             for (_, _, check), data in zip(left, parts, strict=True):
@@ -329,7 +330,7 @@ class RemoteSource(Source):
             self._opened[name] = opened
 
     def _look_ahead(self) -> None:
-        """Read what whoever looks into it reads: the rest of a header, an archive's end."""
+        """Read what opening a checkpoint reads: the rest of a header, an archive's end."""
         try:
             head = self.read(0, min(16, self.size))
             if head.startswith(_RECORD):
@@ -375,7 +376,7 @@ class RemoteSource(Source):
             before.close()
 
     def _kept_from(self, offset: int, end: int) -> int:
-        """Where behind a position, before some end, what is kept begins again."""
+        """Where after a position, before some end, the kept bytes begin again."""
         with self._within:
             at = bisect_right(self._starts, offset)
             return min([end, *self._starts[at : at + 1]])

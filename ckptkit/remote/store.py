@@ -11,7 +11,7 @@ __all__ = ["FarFile", "Store"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FarFile:
-    """A file as a server told of it.
+    """A file, as a server describes it.
 
     Attributes:
         url: where it is, with credentials: for requests alone.
@@ -37,7 +37,7 @@ class Store:
     """Whether it says what is below a URL."""
 
     def open(self, url: str, nbytes: int) -> FarFile:
-        """What a file is; with up to ``nbytes`` of its first bytes where they take no request of their own.
+        """The facts about a file; with up to ``nbytes`` of its first bytes if they take no extra request.
 
         Raises:
             MissingFileError: there is none.
@@ -63,7 +63,7 @@ class Store:
         raise NotImplementedError
 
     def listing(self, url: str) -> Mapping[str, int]:
-        """The files below a folder, however deep: size in bytes by path from there, with slashes; none: there is none.
+        """The files below a folder, however deep: size in bytes by path from there, with slashes; empty: there is none.
 
         Raises:
             FileAccessError: it cannot be listed.

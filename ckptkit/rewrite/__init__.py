@@ -1,7 +1,6 @@
-"""Rewriters: pure functions from `Checkpoint` to `Checkpoint`, one module each kind.
+"""Rewriters: pure functions from `Checkpoint` to `Checkpoint`, one module per kind.
 
-Adding a rewriter is a frozen dataclass with ``__call__(checkpoint) -> Checkpoint`` and one line
-in `REWRITES`.
+A new rewriter is a frozen dataclass with ``__call__(checkpoint) -> Checkpoint`` and one line in `REWRITES`.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ They are in the string metadata under `BESIDE`, as JSON::
 
 ``tree`` is the file's own dict; ``{"$weights": true}`` is where the state_dict stood.  ``among`` are values that stood
 among the tensors of the state_dict: the place that each had in it, its name and it.  ``attributes`` are those of the
-module that the weights were walked from (``names``, ``yaml``); they have no place in a state_dict, and stay in the
+module that the weights were walked from (``names``, ``yaml``); a state_dict has no place for them, and they stay in the
 metadata of a ``.pth`` too.  How values are spelled says `ckptkit.normalize.plain_json`.
 
 A part of the file (a key beside the weights) is kept whole or not at all.  Text that is anything else than described
@@ -51,12 +51,12 @@ __all__ = ["KeepBeside", "PutUnder", "restored", "without_plain_values"]
 class KeepBeside:
     """Move the plain values beside the weights into the metadata, as text; see `ckptkit.rewrite.beside`.
 
-    What is not a plain value (tensors, an optimizer's state, objects) stays where it is.  A ``.pth`` that is written
-    from the result, or from a file that holds it, has the values in their places again.
+    Values that are not plain (tensors, optimizer state, objects) stay in place.  A ``.pth`` written from the result, or
+    from a file that contains it, has the values back in their places.
 
     Args:
-        among: whether plain values among the tensors of the state_dict are moved, too, and plain attributes of the
-            module that it was walked from.
+        among: whether to move plain values among the tensors of the state_dict too, and plain attributes of the module
+            that it was walked from.
     """
 
     among: bool = True
@@ -73,7 +73,7 @@ class KeepBeside:
         return checkpoint.replace(state_dict=state_dict, rest=kept.rest, metadata=metadata)
 
     def kept_of(self, checkpoint: Checkpoint) -> tuple[list[str], dict[str, str]]:
-        """The parts of a checkpoint that are moved, and those that are not with what they hold."""
+        """The parts of a checkpoint that are moved, and those that are not, with their content."""
         kept = _Kept.of(checkpoint, among=self.among)
         return [*kept.parts, *kept.among], kept.left
 
@@ -137,7 +137,7 @@ def _attributes(checkpoint: Checkpoint, room: _Room) -> dict[str, object]:
 
 
 def _own(document: Mapping[str, Any]) -> dict[str, object]:
-    """The attributes in a document, as they are there.
+    """The attributes in a document, unchanged.
 
     Raises:
         WrongTextError: they are not plain values by name.
@@ -216,17 +216,17 @@ def _around(
 
 @dataclass(frozen=True, slots=True)
 class PutUnder:
-    """Put the weights under a key of the file's own dict; all else stays.
+    """Put the weights under a key of the file's own dict; everything else stays.
 
-    From where they stood they are gone.  What was under the key is replaced: an averaged model, say, takes the place of
+    They are removed from their old place, and the key's old value is replaced: for example, an averaged model replaces
     the raw one.
 
     Args:
-        key: where they go; with dots between keys of dicts in dicts, which are made where they are not there.
+        key: where they go, with dots between the keys of nested dicts, which are created if needed.
 
     Raises (when applied):
-        RewriteError: there are no weights, the key is none, something other than a dict is where one must be, or the
-            file's own dict is a list, a tuple or an object.
+        RewriteError: there are no weights, the key is invalid, a value on the way is not a dict, or the file's own dict
+            is a list, a tuple or an object.
     """
 
     key: str
@@ -271,7 +271,7 @@ def _taken_out(rest: object, path: str) -> int | None:
     """Take the weights from where they stand; returns the place among the keys of the file's own dict.
 
     Raises:
-        RewriteError: they are in no dict, or the file's own is none.
+        RewriteError: they are in no dict, or the file's own value is not one.
     """
     stands = next((place for place in places(rest, "", path, 1, set()) if place.value is STATE_DICT), None)
     for node in (rest, None if stands is None else stands.node):
@@ -329,7 +329,7 @@ def without_plain_values(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def restored(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint with the values that its metadata hold in their places; as it is where there are none.
+    """The checkpoint with the values from its metadata in their places; unchanged if there are none.
 
     Nothing is restored where something is beside the weights already, or the text is not as described above.
     """
@@ -388,7 +388,7 @@ def _with_among(everything: Mapping[str, object], among: object) -> dict[str, ob
     """The values of a state_dict with others among them, each in its place.
 
     Raises:
-        WrongTextError: they are not described as they are to be, or have the names of others.
+        WrongTextError: they do not have the required form, or have the names of others.
     """
     rows: dict[int, tuple[str, object]] = {}
     reader = PlainReader()

@@ -1,7 +1,7 @@
 """Values of the state_dict that are not plain tensors become dense ones, with nothing made before it is written.
 
-What they can be made of, `ckptkit.normalize.not_plain.dense_form` says, and of weights in FP8 with their scales beside
-them `ckptkit.rewrite.dtype.scaled_weights`; how, `ckptkit.transfer.dense`.
+`ckptkit.normalize.not_plain.dense_form` says what they can be made from, `ckptkit.rewrite.dtype.scaled_weights` does so
+for FP8 weights with their scales beside them, and `ckptkit.transfer.dense` computes them.
 """
 
 from __future__ import annotations
@@ -31,34 +31,35 @@ _LISTED = 8
 
 @dataclass(frozen=True, slots=True)
 class Densify:
-    """Make dense tensors of the state_dict's values that are sparse, nested, quantized or scaled by blocks.
+    """Turn sparse, nested, quantized and block-scaled values of the state_dict into dense tensors.
 
-    - Sparse tensors of every layout become what ``to_dense()`` gives, of their own dtype.
+    - Sparse tensors of every layout become what ``to_dense()`` gives, in their own dtype.
     - Nested ones become what ``to_padded_tensor(0)`` gives: the sizes of the tensors inside are lost.
     - Quantized ones become what ``dequantize()`` gives: float32.  Packed parameters of quantized modules
       (``_packed_params._packed_params``) become ``weight`` and ``bias``, and the dtype beside them goes.
-    - torchao's become what ``dequantize()`` gives, of the dtype that they have themselves; which classes are known,
-      `ckptkit.normalize.not_plain` says.
-    - Weights in FP8 with their scales beside them are multiplied with these, in float32, and are float32; the scales
-      go (`ckptkit.rewrite.dtype`).
+    - torchao tensors become what ``dequantize()`` gives, in their own dtype; `ckptkit.normalize.not_plain` lists the
+      supported classes.
+    - FP8 weights are multiplied by the scales beside them, in float32, and become float32; the scales are removed
+      (`ckptkit.rewrite.dtype`).
 
-    Other values stay as they are, and so do a module's own scales (``scale``, ``zero_point``, ``input_scale``), which
-    are for its inputs and outputs.  What is beside the weights is not touched.
+    Other values do not change, nor do a module's own scales (``scale``, ``zero_point``, ``input_scale``), which are for
+    its inputs and outputs.  Everything beside the weights is left alone.
 
     Args:
-        dtype: what the values are cast to that are floating, as ``.to(dtype)`` does; ``None``: they stay as above.
-        beside: where scales are looked for, if some of the state_dict's names are gone already; ``None``: in it.
+        dtype: the dtype to cast floating-point results to, as ``.to(dtype)`` does; ``None``: as above.
+        beside: where to search for scales, if some of the state_dict's names are already gone; ``None``: in the
+            state_dict.
 
     Attributes:
-        made: each tensor that was made where it was applied last, and what it was made of.
+        made: each tensor that the last application made, and what it was made from.
         padded: those of them that were padded.
-        taken: the names whose values these were, of scales too.
+        taken: the names whose values were used, including scales.
 
     Raises:
         DTypeError: nothing can be cast to the dtype.  When applied:
-        RewriteError: there are tensors that no dense ones can be made of, each named with the reason; or the values
-            would be larger than `ckptkit.limits.Limits.densified_nbytes` allows.
-        KeyCollisionError: a name that packed parameters get is there already.
+        RewriteError: some tensors cannot be made dense, each named with the reason; or the values would be larger than
+            `ckptkit.limits.Limits.densified_nbytes` allows.
+        KeyCollisionError: a name for packed parameters is already in use.
         CorruptError, FileAccessError: the sizes of nested tensors cannot be read, or do not fit.
     """
 

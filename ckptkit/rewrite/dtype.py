@@ -1,7 +1,7 @@
 """Cast the floating-point weights to another dtype, with nothing read before it is written.
 
-What is cast is the storage, with every tensor that is a view of it: ties, views, strides and offsets
-(which torch counts in elements) stay as they are.
+A cast changes the storage, with every tensor that is a view of it: ties, views, strides and offsets (which torch counts
+in elements) do not change.
 
 Some weights are values only together with scales beside them (`ckptkit.normalize.quantized`), and are not cast.
 
@@ -45,26 +45,24 @@ _BESIDE = "a tensor beside the weights"
 class CastDtype:
     """Cast the state_dict's floating-point tensors, as ``tensor.to(dtype)`` does.
 
-    Optimizer moments, averaged weights and all else in the file keep their dtype, except where they
-    are views of a storage that is cast: one storage has one dtype, and what is tied stays tied.  Integer,
-    bool, complex and quantized tensors stay, and so do values that are not plain tensors (`StateDict.extra`).
-    What has the dtype already stays the very same object.
+    Optimizer moments, averaged weights and everything else in the file keep their dtype, unless they are views of a
+    storage that is cast: one storage has one dtype, and ties are kept.  Integer, bool, complex and quantized
+    tensors do not change, nor do values that are not plain tensors (`StateDict.extra`).  A tensor that already has
+    the dtype stays the same object.
 
     Args:
         dtype: torch's name, with or without ``torch.``: see `ckptkit.casting.CAST_TARGETS`.
-        keep: globs (`fnmatch.fnmatchcase`) of names of the state_dict; a storage stays as it is when
-            any of the names over it matches.
-        rename: from a name to the one it will have once what follows was applied; a glob may match either. It is not
-            part of what this is.
-        cast_scaled: whether to accept weights that are values only together with scales beside them, and on such
+        keep: globs (`fnmatch.fnmatchcase`) of names of the state_dict; a storage is not cast if any name that uses it
+            matches.
+        rename: from a name to its name after the following rewriters; a glob may match either.  Comparisons ignore it.
+        cast_scaled: whether to cast weights that have a meaning only together with scales beside them, and these
             scales; see `ckptkit.normalize.quantized`.
-        scaled: those weights and scales, where some of the names are gone already; ``None``: they are looked for.
+        scaled: those weights and scales, if some of the names are already gone; ``None``: they are searched for.
 
     Raises:
-        DTypeError: nothing can be cast to the dtype.  When applied: a tensor's dtype cannot be cast, or it
-            was cast before; or it is a weight with scales, or a scale; or the bytes of one that would be cast are in
-            the file in another way too, as a tensor of another dtype or a storage by itself, and would mean something
-            else there.
+        DTypeError: nothing can be cast to the dtype.  When applied: a tensor's dtype cannot be cast, or it was already
+            cast; it is a weight with scales, or a scale; or the file also uses its bytes in another way, as a tensor of
+            another dtype or as a separate storage, and the cast would change that.
     """
 
     dtype: str
@@ -96,7 +94,7 @@ class CastDtype:
         return result.replace(state_dict=state_dict.holding(state_dict.everything, state_dict.versions))
 
     def scaled_in(self, checkpoint: Checkpoint) -> dict[str, str]:
-        """What of it is cast though it is scaled or a scale: each with what it goes with."""
+        """The tensors that are cast although they have scales or are scales, each with the tensor it belongs to."""
         pairs = scaled_pairs(checkpoint.state_dict) if self.scaled is None else self.scaled
         names = [name for name in pairs if name in checkpoint.state_dict] if pairs else []
         cast = self._first(checkpoint) if names else {}

@@ -29,23 +29,23 @@ __all__ = ["AllTensors"]
 
 @dataclass(frozen=True, slots=True)
 class AllTensors:
-    """Take every tensor of the file, whatever it is in, for the state_dict; nothing else stays.
+    """Use every tensor in the file, wherever it is, as a weight; nothing else is kept.
 
-    Each is named by the keys that lead to it: ``{"generator": {"conv.weight": …}, "optimizer": {"state": {3:
-    {"exp_avg": …}}}}`` gives ``generator.conv.weight`` and ``optimizer.state.3.exp_avg``, a list ``0``, ``1``, …, and
-    what is all of the file is called ``tensor``.  Names are whole: modules have those of their state_dict, attributes
-    are keys, and what a call is given goes by its position.  A tensor has the name of every dict or list that it is in,
-    and stays tied.
+    The keys that lead to a tensor are its name: ``{"generator": {"conv.weight": …}, "optimizer": {"state": {3:
+    {"exp_avg": …}}}}`` gives ``generator.conv.weight`` and ``optimizer.state.3.exp_avg``, a list ``0``, ``1``, …, and a
+    tensor that is the whole file is called ``tensor``.  Modules use the names of their state_dict, attributes are keys,
+    and arguments of a call are named by position.  A tensor in several dicts or lists has a name for each, and stays
+    tied.
 
-    Tensors are plain ones afterwards (no parameters, nothing hangs on them), and those that were tied stay so. Storages
-    that stand by themselves become one-dimensional tensors of the elements that they declare, of bytes where they
-    declare none, and numpy's arrays tensors where torch has their dtype; others are left out.  Values that are not
-    plain tensors (quantized, sparse, …) stay what they are, each under its path: a container that cannot hold them says
-    so.
+    The result has plain tensors only (no parameters, no attributes), and ties are kept.  Separate storages become
+    one-dimensional tensors of the element type that they declare, or of bytes if they declare none.  numpy arrays
+    become tensors if torch has their dtype, and are left out otherwise.  Values that are not plain tensors (quantized,
+    sparse, …) do not change and are named by their path; writing them to a container that cannot store them is an
+    error.
 
     Raises (when applied):
-        KeyCollisionError: two paths are spelled alike: those of ``{"a": {"b": …}, "a.b": …}``. LimitError: more tensors
-        than any file has. RewriteError: there is no tensors.
+        KeyCollisionError: two paths give the same name, as in ``{"a": {"b": …}, "a.b": …}``. LimitError: more tensors
+        than any file has. RewriteError: there are no tensors.
     """
 
     def __call__(self, checkpoint: Checkpoint) -> Checkpoint:
@@ -90,7 +90,7 @@ _MAX_KEYS = 300
 
 
 def _by_path(checkpoint: Checkpoint) -> dict[str, TensorEntry | Storage | Object]:
-    """Every tensor, bare storage, array and value made of tensors, by its keys, joined with dots.
+    """Every tensor, bare storage, array and value made from tensors, by its keys, joined with dots.
 
     Raises:
         As `AllTensors`.
@@ -152,7 +152,7 @@ def _bare(entry: TensorEntry) -> TensorEntry:
 
 
 def _array_tensor(node: Object, name: str, path: str) -> TensorEntry | None:
-    """The tensor of an array's values; ``None``: torch has no dtype for it, or it is of a class of its own.
+    """The tensor of an array's values; ``None``: torch has no dtype for it, or its class is custom.
 
     Raises:
         CorruptError: it has fewer bytes than its shape takes.

@@ -4,13 +4,13 @@ FSDP's first version joins the parameters of each unit (a module that it wraps, 
 dimension, ``_flat_param``, and LOCAL_STATE_DICT saves that.  Facts (torch 2.14
 ``torch/distributed/fsdp/_flat_param.py`` ``_init_flat_param_and_metadata``):
 
-- in it stand the parameters in the order in which ``named_parameters()`` gives them, one that is shared once
+- it contains the parameters in the order of ``named_parameters()``, shared ones once
 - with ``use_orig_params=True`` each begins at a multiple of 16 bytes, and padding to a multiple of the ranks follows;
   then their names are in the file too, as views of it (`ckptkit.formats.distributed.ranks`), without their shapes
-- buffers, and what FSDP was told to ignore, are beside it under names of their own
+- buffers, and what FSDP was told to ignore, are beside it under their own names
 
-Without such names nothing in the file tells names, shapes or order, so they are the model's; how many elements there
-are must agree.
+Without such names nothing in the file shows names, shapes or order, so the model's are used; the numbers of elements
+must agree.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def cut_flat(
     is_ordered: bool,
     rename: Callable[[str], str] | None,
 ) -> Checkpoint:
-    """The checkpoint with the flat parameters of its state_dict that are the model's cut; one without as it is.
+    """The checkpoint with the flat parameters of its state_dict split into the model's; unchanged if it has none.
 
     Args:
         checkpoint: of all ranks together.
@@ -66,8 +66,7 @@ def cut_flat(
         tied: groups of names that are one tensor in the model.
         label: the model, for messages.
         is_ordered: whether the order is known to be the model's.
-        rename: from the names in the checkpoint to those that they are to have; of several parts that the model may
-            be it chooses one.
+        rename: from the names in the checkpoint to new ones; it chooses among several parts that the model may be.
 
     Raises:
         RewriteError: the model's parameters are not as many elements, several parts fit, or the order is not known.
@@ -228,7 +227,7 @@ def _begins(numels: Sequence[int], flat: TensorEntry) -> list[int] | None:
 
 
 def _run(flat: TensorEntry, begin: int, shape: tuple[int, ...]) -> TensorEntry:
-    """A run of a tensor of one dimension as a tensor with a storage of its own."""
+    """A run of a one-dimensional tensor as a tensor with its own storage."""
     start, nbytes = (flat.storage_offset + begin) * flat.itemsize, math.prod(shape) * flat.itemsize
     storage = replace(
         flat.storage,

@@ -4,8 +4,8 @@ Names and shapes decide, no value is read.  A change of names is up to three ste
 become today's, one prefix comes off or is put on.  What ``verify`` advises and what ``convert --like`` does go by
 the same fittings.
 
-An inner ``module`` (``features.module.0.weight``) may be somebody's own attribute, so it comes off only where the
-model has no module of that path.  Old names, as regular expressions:
+An inner ``module`` (``features.module.0.weight``) may be a model's own attribute, so it is removed only if the model
+has no module at that path.  Old names, as regular expressions:
 
 - torchvision's DenseNets before 0.3 had a dot in ``norm.1`` and ``conv.2``, which their own
   ``_load_state_dict`` rewrote when weights were downloaded (``torchvision/models/densenet.py``)
@@ -89,7 +89,7 @@ class Fitting:
     """A change of names, and how a state_dict fits a model after it.
 
     Attributes:
-        causes: what is wrong with the names now; none: they stay as they are.
+        causes: what is wrong with the names now; empty: they do not change.
         options: of ``convert``, to change them.
         is_old: whether they are another release's.
         sources: names of the model that are there with their shape, and the names they have now.
@@ -98,7 +98,7 @@ class Fitting:
         aliases: names of the model that are not there but tied in it to one that is: that one.
         counters: BatchNorm's counts of batches that are not there and that torch adds when it loads: the layer's
             recorded version is before 2, or none is (``torch/nn/modules/batchnorm.py``).
-        unexpected: names as they are now that are not the model's even then.
+        unexpected: current names that even then are not the model's.
     """
 
     causes: tuple[str, ...]
@@ -124,16 +124,16 @@ class Fitting:
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Like:
-    """Keep exactly the tensors of a model, under its names and in its order; all else in the file is left out.
+    """Keep exactly the tensors of a model, under its names and in its order; everything else in the file is left out.
 
-    A name that the model ties to one that is there becomes another name of it.  Nothing else is added.
+    If the model ties a missing name to one in the file, it becomes another name of that tensor.  Nothing else is added.
 
     Args:
-        expected: the model's names, each with its shape or with what has one: ``model.state_dict()``, or the
-            ``state_dict`` of an open checkpoint.  ``None`` in place of a shape: any value of that name.
+        expected: the model's names, each with its shape or a value that has one: ``model.state_dict()``, or the
+            ``state_dict`` of an open checkpoint.  ``None`` instead of a shape: any value with that name.
         tied: groups of names that are one tensor in the model; those of a checkpoint are known.
         label: the model, for messages.
-        is_ordered: whether the names are in the model's own order, by which alone flat parameters can be cut.
+        is_ordered: whether the names are in the model's own order, without which flat parameters cannot be split.
 
     Raises:
         RewriteError: there are no names; (when applied) a tensor is missing or has another shape, or different
@@ -172,11 +172,11 @@ class Like:
         return checkpoint.replace(state_dict=StateDict(everything, versions=versions), rest=STATE_DICT)
 
     def cut(self, checkpoint: Checkpoint, rename: Callable[[str], str] | None = None) -> Checkpoint:
-        """The checkpoint with its flat parameters cut into the model's; one that has none as it is.
+        """The checkpoint with its flat parameters split into the model's; unchanged if it has none.
 
         Args:
             checkpoint: of all ranks together.
-            rename: from names in it to those that they are to have.
+            rename: from names in it to new names.
 
         Raises:
             RewriteError: they are not the model's.
@@ -188,7 +188,7 @@ class Like:
         return cut_flat(checkpoint, self.expected, self.tied, self.label, is_ordered=self.is_ordered, rename=rename)
 
     def fitting(self, checkpoint: Checkpoint) -> Fitting:
-        """The one fitting in which every tensor of the model is there; where the names fit, wrappers aside, it is that.
+        """The one fitting that has every tensor of the model; if the names fit apart from wrappers, it is that one.
 
         Raises:
             RewriteError: no set of tensors fits, or several different ones do.
@@ -210,7 +210,7 @@ class Like:
 
     @staticmethod
     def complete(fittings: Sequence[Fitting]) -> list[Fitting]:
-        """Those in which every tensor of the model is there; where the names fit, wrappers aside, that one alone."""
+        """The fittings that have every tensor of the model; if the names fit apart from wrappers, only that one."""
         found = [fitting for fitting in fittings if fitting.is_complete]
         return found[:1] if found and found[0].options in ((), ("--strip-module",)) else found
 
@@ -229,7 +229,7 @@ class Like:
         return f"does not contain the tensors of {self.label}{renamed}: {'; '.join(problems)}"
 
     def fittings(self, state_dict: StateDict) -> list[Fitting]:
-        """The names as they are, and each change of names that gives other tensors, those that change least first."""
+        """The names without changes, then each change of names that selects other tensors, smallest change first."""
         found: dict[tuple[object, ...], Fitting] = {}
         for steps in _changes(list(state_dict.everything), self.expected):
             try:
@@ -283,7 +283,7 @@ def _shape(value: Any) -> tuple[int, ...] | None:
 
 
 def _tensors(state_dict: StateDict, fitting: Fitting) -> tuple[object, ...]:
-    """Equal for fittings by which the model gets the same tensors."""
+    """Equal for fittings that give the model the same tensors."""
     values = {name: state_dict.everything[source] for name, source in fitting.sources.items()}
     same = {name: value.view if isinstance(value, TensorEntry) else id(value) for name, value in values.items()}
     return (*sorted(same.items()), *fitting.differing)
@@ -310,7 +310,7 @@ def _renamed(names: Collection[str], steps: Sequence[_Step]) -> list[str]:
 
 
 def _changes(names: Sequence[str], expected: Collection[str]) -> Iterator[tuple[_Step, ...]]:
-    """No change, and every other that may bring the names together; steps in the order in which ``convert`` does."""
+    """No change, and every other that may make the names match; steps in the order of ``convert``."""
     starts = [(off, old) for off in _unwrappings(names, expected) for old in ((), *_old(_renamed(names, off)))]
     yield from ((*off, *old) for off, old in starts)
     for off, old in starts:
@@ -321,7 +321,7 @@ def _changes(names: Sequence[str], expected: Collection[str]) -> Iterator[tuple[
 
 
 def _unwrappings(names: Sequence[str], expected: Collection[str]) -> Iterator[tuple[_Step, ...]]:
-    """Wrappers left where they are, taken off, and with them inner ones called ``module``."""
+    """Wrappers kept, removed, and removed together with inner ones called ``module``."""
     yield ()
     off: tuple[_Step, ...] = ()
     wrapped = [name for name in names if wrapper_of(name)]

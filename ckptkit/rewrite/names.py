@@ -92,7 +92,7 @@ def _changed(names: Sequence[object], new: Callable[[str], str | None]) -> list[
 
 
 def _flattened(changed: Mapping[str, str], key: str) -> str | None:
-    """What becomes of a key of a flattened optimizer (``flatten_optimizer_state_dict``): ``state.NAME.exp_avg``."""
+    """The new form of a key of a flattened optimizer (``flatten_optimizer_state_dict``): ``state.NAME.exp_avg``."""
     kind, _, rest = key.partition(".")
     name, _, last = rest.rpartition(".")
     return f"{kind}.{changed[name]}.{last}" if kind in ("state", "param_groups") and name in changed else None

@@ -8,7 +8,7 @@ The module versions (``_metadata``) and the names an optimizer keeps its state b
 A rule is a regular expression and a replacement, as ``re.sub`` takes them: the expression is searched for
 anywhere in a name, and the replacement may hold ``\1`` and ``\g<name>``.
 
-In Python whole names can be given others by a dict or a function too; they are not expressions.
+In Python, a dict or a function can rename too; it applies to whole names, which are not expressions.
 
 As text a rule is ``REGEX=>REPLACEMENT``, split at the first ``=>``.  Nothing is stripped: spaces around the arrow
 belong to the rule.  An expression that must contain ``=>`` itself writes ``=\>``. A file of rules has one per line;
@@ -37,10 +37,10 @@ __all__ = ["AddModule", "AddPrefix", "Rename", "StripModule", "StripPrefix", "pa
 
 @dataclass(frozen=True, slots=True)
 class StripModule:
-    """Take every wrapper off the names: ``module.``, ``_orig_mod.`` and others, nested in any order.
+    """Remove every wrapper prefix from the names: ``module.``, ``_orig_mod.`` and others, nested in any order.
 
-    What a wrapper's prefix is says `ckptkit.normalize.modules`.  Names that have none are left as they are, so it is
-    safe to apply twice.
+    `ckptkit.normalize.modules` defines wrapper prefixes.  Names without one do not change, so it is safe to apply
+    twice.
 
     Raises (when applied):
         KeyCollisionError: two names would become one.
@@ -64,7 +64,7 @@ class _OfPrefix:
 
 @dataclass(frozen=True, slots=True)
 class StripPrefix(_OfPrefix):
-    """Strip one leading ``prefix`` from the names that carry it.
+    """Strip one leading ``prefix`` from the names that have it.
 
     Args:
         prefix: one or more whole segments; ``"module"`` and ``"module."`` mean the same.
@@ -118,7 +118,7 @@ class AddPrefix(_OfPrefix):
 
 @dataclass(frozen=True, slots=True)
 class AddModule:
-    """Put ``module.`` before every name, as a model in DataParallel saves itself."""
+    """Put ``module.`` before every name, as when a model inside DataParallel is saved."""
 
     def rename(self, name: str) -> str:
         """The new name of what is called ``name``."""
@@ -164,7 +164,7 @@ Renaming = str | Sequence[str | tuple[str, str]] | Mapping[str, str] | Callable[
 
 @dataclass(frozen=True, slots=True)
 class Rename:
-    r"""Give names others: by rules, each applied to what the former made of a name; a dict; or a function.
+    r"""Rename tensors by rules, each applied to the result of the one before; by a dict; or by a function.
 
     The module versions follow the names of the tensors below them; see
     `ckptkit.rewrite.names.moved_versions`.
@@ -175,9 +175,9 @@ class Rename:
             two.  Or a function from each name to its new one (the same, to keep it); it may be asked several times.
 
     Raises:
-        RewriteError: an expression or replacement is none; a name of the dict is not text; (when applied) a name would
-            be empty, the checkpoint lacks names of the dict, or the function returns no text.
-        KeyCollisionError: (when applied) two names would become one.
+        RewriteError: an expression or replacement is invalid; a name in the dict is not text; (when applied) a name
+            would be empty, the checkpoint lacks names in the dict, or the function does not return text.
+        KeyCollisionError: (when applied) two names would be the same.
     """
 
     rules: Renaming
@@ -204,7 +204,7 @@ class Rename:
                 raise RewriteError(f"rule {_shown(pattern, replacement)}: bad {where}: {reason}") from None
 
     def __repr__(self) -> str:
-        """As it is in receipts, which the header of each output carries: of a large dict its digest."""
+        """For receipts, which the header of each output contains: for a large dict its digest."""
         rules = self.rules
         if isinstance(rules, Mapping) and len(rules) > _MAX_NAMES:
             from hashlib import sha256
@@ -215,7 +215,7 @@ class Rename:
 
     @property
     def _expressions(self) -> tuple[tuple[str, str], ...]:
-        """The rules, once they are pairs; those of a dict or a function are none."""
+        """The rules, if they are pairs; a dict or a function has none."""
         return () if callable(self.rules) or isinstance(self.rules, Mapping) else self.rules  # type: ignore[return-value]
 
     def rename(self, name: str) -> str:

@@ -41,20 +41,20 @@ _MAX_NAME = 200
 
 @dataclass(frozen=True, slots=True)
 class Select:
-    """Keep the values of the state_dict whose name matches; their order stays.
+    """Keep the values of the state_dict whose names match, in the same order.
 
-    A pattern matches a name as it is, or as ``rename`` makes it.  What is beside the weights stays, and so do the
-    versions of modules that keep something.
+    A pattern is compared with the name and with the result of ``rename``.  Everything beside the weights is kept, and
+    so are the versions of modules that still have values.
 
     Args:
         include: globs; a name is kept if it matches one of them.  None keeps all.
-        exclude: globs; a name that matches one of them is dropped all the same.
-        rename: from a name to the one it will have once what follows was applied, as the ``rename`` of `ckptkit.Rename`
-            and the others gives it.  It is not part of what this is.
+        exclude: globs; a name that matches one of them is dropped even if ``include`` matches it.
+        rename: from a name to its name after the following rewriters, such as the ``rename`` of `ckptkit.Rename`.
+            Comparisons ignore it.
 
     Raises (when applied):
-        RewriteError: a pattern of ``include`` matches nothing, nothing is left, or a parameter would be
-            dropped while there is an optimizer, whose state goes by the position of parameters.
+        RewriteError: a pattern of ``include`` matches nothing, nothing is left, or a parameter would be dropped while
+            there is an optimizer, whose state is keyed by the position of parameters.
     """
 
     include: str | Sequence[str] = ()
@@ -167,7 +167,7 @@ def _optimizers(root: object) -> Iterator[str]:
 
 @dataclass(frozen=True, slots=True)
 class WeightsOnly:
-    """Keep the state_dict alone: no optimizer, scheduler, epoch or arguments.
+    """Keep only the state_dict: no optimizer, scheduler, epoch or arguments.
 
     Raises (when applied):
         RewriteError: there is no state_dict to keep.
@@ -201,13 +201,13 @@ class LeaveOut:
     """Remove parts of the file: an optimizer, an EMA, arguments.
 
     Args:
-        paths: of each part the keys that lead to it from the top of the file, joined with dots, as
-            `Checkpoint.sections` has them: ``"optimizer"``, ``"trainer.optimizer"``.  Any key of the
-            file's top level is one.
+        paths: for each part the keys that lead to it from the top of the file, joined with dots, as in
+            `Checkpoint.sections`: ``"optimizer"``, ``"trainer.optimizer"``.  Any key at the file's top level is
+            allowed.
 
     Raises (when applied):
-        RewriteError: there is no such part, it is the weights or holds them, or it cannot be taken
-            away from where it stands (an argument that an object is made from).
+        RewriteError: there is no such part, it is the weights or contains them, or it cannot be removed from its place
+            (an argument that an object is built from).
     """
 
     paths: str | Sequence[str]
@@ -344,7 +344,7 @@ def _key(pair: object) -> object:
 
 
 def _same(one: object, other: object) -> bool:
-    """Whether two keys are one; what a stranger nested is compared as it is shown."""
+    """Whether two keys are the same; keys nested by a stranger are compared in their displayed form."""
     if isinstance(one, str) or isinstance(other, str):
         return isinstance(one, str) and one == other
     return one is other or (type(one) is type(other) and step(one) == step(other) != "?")

@@ -1,4 +1,4 @@
-"""Tensors and the storages they share: replaced wherever they stand, without the bytes that none views, tied or not.
+"""Tensors and the storages they share: replaced everywhere, without unused bytes, tied or not.
 
 torch saves whole storages: ``big[:10]`` takes all of ``big`` with it.  What is viewed of a storage
 falls into runs of bytes: spans of tensors (`TensorEntry.span`) that overlap or touch are one, so
@@ -95,10 +95,10 @@ def _hanging(state_dict: StateDict) -> object:
 
 @dataclass(frozen=True, slots=True)
 class Compact:
-    """Cut storages down to what tensors view of them.
+    """Reduce storages to the bytes that tensors use.
 
-    Each run of viewed bytes of a storage that has others too becomes a storage of its own. Storages that are in the
-    file by themselves are left whole, and so is what all is viewed of.
+    Each run of used bytes in a storage with unused ones becomes a separate storage.  Storages that are values
+    themselves stay whole, as do those whose bytes are all used.
     """
 
     def __call__(self, checkpoint: Checkpoint) -> Checkpoint:
@@ -215,12 +215,12 @@ TiedPolicy = Literal["alias", "duplicate", "error"]
 
 @dataclass(frozen=True, slots=True)
 class Tied:
-    """Say what becomes of tied tensors of the state_dict.
+    """Choose what to do with tied tensors in the state_dict.
 
     Args:
-        policy: ``"alias"`` keeps them tied, where the container can.  ``"duplicate"`` gives every name
-            but the first a storage of its own, which is written again; tensors that share a storage
-            without being tied go on sharing it.  ``"error"`` refuses them.
+        policy: ``"alias"`` keeps them tied, if the container can. ``"duplicate"`` gives every name but the first its
+            own storage, which is written again; tensors that share a storage without being tied still share it.
+            ``"error"`` refuses them.
 
     Raises:
         RewriteError: there is no such policy; (when applied) it is ``"error"`` and there are tied tensors.
@@ -252,7 +252,7 @@ class Tied:
 
 
 def _copied(value: object) -> object:
-    """The tensor over a storage of its own: a new record of the same bytes."""
+    """The tensor over a new storage: another record of the same bytes."""
     return replace(value, storage=replace(value.storage)) if isinstance(value, TensorEntry) else value
 
 
@@ -276,17 +276,17 @@ class MapLocation:
     """Rewrite device tags: of the weights, the optimizer's state, and everything else in the file.
 
     Args:
-        location: as ``torch.load``'s ``map_location``: a string (or ``torch.device``) for everything; a dict, in which
-            tags that are not keys stay; or a callable ``f(storage, location)``. The callable gets the `Storage` and its
-            tag, and returns the new tag, ``None`` to keep it, or the storage itself, which (as in torch, where it is
-            given on the CPU) means ``"cpu"``.
+        location: as ``torch.load``'s ``map_location``: a string (or ``torch.device``) for everything; a dict, where
+            tags that are not keys do not change; or a callable ``f(storage, location)``. The callable gets the
+            `Storage` and its tag, and returns the new tag, ``None`` to keep it, or the storage itself, which (as in
+            torch, where it is given on the CPU) means ``"cpu"``.
 
     Attributes:
-        met: the tags of what it was applied to, as they were.
+        met: the original tags in the checkpoint it was applied to.
 
     Raises:
-        RewriteError: what is given, or returned, is not a device of torch; (when applied) a callable is given and
-            there are tensors that have no storage it could be asked about.  torch refuses them, too.
+        RewriteError: a tag that was given or returned is not a torch device; (when applied) a callable is given and
+            some tensors have no storage to pass to it.  torch refuses them, too.
     """
 
     location: LocationMap
@@ -302,7 +302,7 @@ class MapLocation:
 
     @property
     def unmet(self) -> tuple[str, ...]:
-        """The tags of a dict that nothing had it was applied to."""
+        """The tags in a dict that nothing in the checkpoint had."""
         tags = map(str, self.location) if isinstance(self.location, Mapping) else ()
         return tuple(tag for tag in tags if tag not in self.met)
 

@@ -142,7 +142,7 @@ def finding_lines(findings: Iterable[Finding], *, fixes: bool = True) -> Iterato
 
 
 def violation_lines(findings: Iterable[CheckFinding], called: str | None = None) -> Iterator[str]:
-    """One line a violation of a policy or a manifest; ``called`` stands for the path of a file that is gone."""
+    """One line per violation of a policy or a manifest; ``called`` replaces the path of a file that is gone."""
     for each in findings:
         if each.severity == "error":
             facts = f"expected {_told(each.expected)}, found {_told(each.found)}"

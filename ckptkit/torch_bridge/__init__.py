@@ -1,9 +1,9 @@
-"""All values of a state_dict: what ``torch.load`` gives, as far as torch's, numpy's and Python's own code makes it.
+"""All values of a state_dict that torch's, numpy's and Python's own code can build, as ``torch.load`` returns them.
 
 Plain tensors come from `loading`, the only other place that hands values to torch.
-Tensors of every layout are made by the constructors that torch's ``_rebuild_*`` functions call, once
-`ckptkit.pickling.layouts` and `ckptkit.transfer.values` have held what the file says against itself; arrays and
-plain values as they are.  No name in a file is looked up: what is made is listed here.
+Tensors of every layout are built by the constructors that torch's ``_rebuild_*`` functions call, after
+`ckptkit.pickling.layouts` and `ckptkit.transfer.values` have checked that the file's facts fit together; arrays and
+plain values do not change.  No name in a file is looked up: everything that can be built is listed here.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def state_dict_of(
         state_dict: the names and values; the file they are in must still be open.
         path: the file, for messages.
         map_location: as `tensors` takes it.
-        mapped: as `tensors` takes it, but that the width of an element is alignment enough, as it is to
+        mapped: as for `tensors`, except that the width of an element is alignment enough, as for
             ``safetensors.torch.load_file``.
         checksums: as `tensors` takes it.
 
@@ -226,7 +226,7 @@ class _Builder:
         loader: makes the tensors.
         map_location: where they go.
         weights: what is where the marker `STATE_DICT` is.
-        stands_in: whether something stands for what only code from elsewhere can make.
+        stands_in: whether a placeholder replaces values that only other code can build.
     """
 
     def __init__(
@@ -241,7 +241,7 @@ class _Builder:
         self._depth = 0
 
     def __call__(self, node: object, step: object = None) -> Any:
-        """What a node stands for.
+        """The value of a node.
 
         Args:
             node: it.
@@ -309,7 +309,7 @@ class _Builder:
         return stand_in(node, self, lambda made: self._keep(node, made))
 
     def _constant(self, node: Global) -> object:
-        """A dtype, layout, quantization scheme or memory format of torch."""
+        """A dtype, layout, quantization scheme or memory format that torch has."""
         found = vars(torch).get(node.name) if node.module == "torch" else None
         if isinstance(found, (torch.dtype, torch.layout, torch.qscheme, torch.memory_format)):
             return found

@@ -39,12 +39,12 @@ _APART = 512
 
 
 def allocated(nbytes: int, device: str = "cpu") -> torch.UntypedStorage:
-    """Memory of torch own, not yet filled."""
+    """Memory that torch owns, not yet filled."""
     return torch.UntypedStorage(nbytes, device=device)  # type: ignore[no-untyped-call]
 
 
 class Places:
-    """What ``map_location`` says of storages.
+    """The devices that ``map_location`` gives storages.
 
     Raises:
         RewriteError: it is of a type that says nothing.

@@ -56,7 +56,7 @@ def read(entry: TensorEntry, device: str | torch.device | None) -> torch.Tensor:
 
 
 def node_of(value: object, storages: Storages) -> object:
-    """The node of a tensor, or of what of torch own has no bytes; ``None`` of anything else.
+    """The node of a tensor, or of one of torch's objects without bytes; ``None`` for anything else.
 
     Args:
         value: any object.

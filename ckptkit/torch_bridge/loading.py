@@ -38,7 +38,7 @@ import torch  # noqa: E402 - behind the check, so that its absence is explained
 __all__ = ["ALIGNMENT", "Loader", "dtype_of", "require_dtypes", "tensors"]
 
 _Readable = ByteRange | ConvertedRange | DenseRange
-"""What is read as it is, or made as it is read."""
+"""Bytes that are read unchanged, or made as they are read."""
 
 _SUMMED_READ = 1 << 20
 """Bytes of one read that are summed while they are in a core's own cache."""
@@ -106,17 +106,16 @@ def tensors(
 
     Args:
         state_dict: the names and entries; the file they are in must still be open.
-        map_location: as for ``torch.load``: ``None`` puts each storage where the file says it lay;
-            a string or ``torch.device`` puts all there; a dict maps locations; a callable gets the
-            storage on the CPU and its location, and returns where it shall lie, or ``None`` for
-            the file's own.  ``"meta"`` reads nothing.
-        mapped: let tensors on the CPU are in a private mapping of the file where its bytes are as torch wants them (not
-            compressed, of this machine's byte order, aligned to 64 bytes), which takes no memory of its own and reads
-            when a value is used.  Writing to such a tensor never reaches the file.  The mapping lives as long as the
-            tensors, also when the file is closed; whoever shortens the file in the meantime ends the process, as with
+        map_location: as for ``torch.load``: ``None`` uses the device recorded in the file; a string or ``torch.device``
+            is used for all; a dict maps locations; a callable gets the storage on the CPU and its location, and returns
+            the new location, or ``None`` for the recorded one.  ``"meta"`` reads nothing.
+        mapped: use a private mapping of the file for tensors on the CPU if its bytes are as torch needs them (not
+            compressed, in this machine's byte order, aligned to 64 bytes).  A mapping takes no memory of its own and
+            reads when a value is used; writing to such a tensor never changes the file.  It lives as long as the
+            tensors, even after the file is closed; shortening the file in the meantime ends the process, as with
             ``torch.load(mmap=True)``.
-        checksums: hold the recorded checksums of the storages that are read; of mapped ones too, all of whose bytes
-            are read for it.
+        checksums: check the recorded checksums of the storages that are read, and of mapped ones, whose bytes are all
+            read for this.
 
     Returns:
         Tensors in the mapping's order.  Entries saved as ``nn.Parameter`` become one.
@@ -140,8 +139,8 @@ def tensors(
 class Loader:
     """Makes each storage and each tensor once.
 
-    The bytes of storages on the CPU are read all together by `finish`, on several cores; `at_once` is for whoever
-    looks at values before.
+    `finish` reads the bytes of storages on the CPU all together, on several cores; `at_once` is for values needed
+    before.
 
     Args:
         map_location: as `tensors` takes it.
@@ -168,7 +167,7 @@ class Loader:
         self._is_far = False
 
     def expect(self, nodes: Callable[[], Iterable[TensorEntry | Storage]]) -> None:
-        """These, in about this order, are what will be asked for: sources that are far are told."""
+        """These will be requested, in about this order: remote sources are notified."""
 
         def storages() -> Iterator[Storage]:
             for node in nodes():
@@ -289,7 +288,7 @@ class Loader:
         return self._checksums if whole.crc32 is not None else None
 
     def _mapped(self, source: ByteRange, alignment: int) -> torch.UntypedStorage | None:
-        """The bytes where they are in the file; ``None`` where they have to be read."""
+        """The bytes in the file; ``None`` if they have to be read."""
         source = source.file.located(source)
         if source.offset % alignment or not source.nbytes:
             return None

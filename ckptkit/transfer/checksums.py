@@ -1,10 +1,10 @@
 """Recorded checksums, checked against the bytes they were recorded for.
 
 torch's archives record the CRC-32 of each storage and ``torch.load`` passes over it: a flipped bit loads as a weight.
-Whoever reads tensors' bytes says which storages are theirs (`Checksums.want`).  Bytes that pass by anyway are summed on
+Readers of tensors' bytes say which storages are theirs (`Checksums.want`).  Bytes that pass by anyway are summed on
 the way, in pieces of any size and order; what did not pass by is read at the end, on every core.
 
-Where two runs of bytes are compared, the sum is that of the one that a checksum may be recorded for.
+When two runs of bytes are compared, the sum is that of the one that may have a recorded checksum.
 
 The sums of pieces are combined as zlib's ``crc32_combine`` does (``crc32.c``): a CRC is a polynomial over GF(2), which
 bytes that follow multiply by a power of x.
@@ -70,7 +70,7 @@ _POLYNOMIAL = 0xEDB88320
 _ONE, _X8 = 1 << 31, 1 << 23
 """The polynomials 1, and x to the power of the bits of a byte."""
 
-_REMEDY = "get the file again; --ignore-checksums accepts it, for files that were edited in place"
+_REMEDY = "download or copy the file again; --ignore-checksums accepts it, for files that were edited in place"
 
 Names = Callable[[], Mapping[int, str]]
 """What storages are called, by ``id``; asked for only where one is damaged."""
@@ -103,7 +103,7 @@ def damage_text(damages: Sequence[Damage], names: Mapping[int, str]) -> str:
 
 
 def damage_error(damages: Sequence[Damage], names: Mapping[int, str]) -> CorruptError:
-    """What is raised for damage: its path is that of the file, of a sharded checkpoint the shard's."""
+    """The error for damage: its path is the file's, or in a sharded checkpoint the shard's."""
     return CorruptError(damage_text(damages, names), path=damages[0].storage.source.file.path)
 
 
@@ -137,7 +137,7 @@ class Checksums:
         """By file (its ``id``) and first byte: how many bytes were summed, and their CRC-32."""
 
     def want(self, storages: Iterable[Storage]) -> None:
-        """Hold these too, each once; those cut or converted from others stand for them."""
+        """Check these too, each once; a storage cut or converted from others is checked through them."""
         for whole in chain.from_iterable(storage.originals for storage in storages):
             if whole.crc32 is not None and whole.nbytes and not is_made(whole.source):
                 place = whole.source.whole.deflated if isinstance(whole.source, DeflatedRange) else whole.source
@@ -145,7 +145,7 @@ class Checksums:
 
     @property
     def wanted(self) -> list[Storage]:
-        """The storages that are held; those without a recorded checksum are not among them."""
+        """The storages that are checked; those without a recorded checksum are not among them."""
         return list(self._wanted.values())
 
     def passing(self, run: ByteRange) -> Passing:
@@ -257,7 +257,7 @@ class Checksums:
 
     @contextmanager
     def held(self, names: Names) -> Iterator[None]:
-        """The block reads what is wanted; damage that it meets, or that is left, is told by name.
+        """The block reads the values; damage that it meets, or that is left, is reported by name.
 
         Raises:
             As `require`.
@@ -292,7 +292,7 @@ class Checksums:
             passing.update(piece)
 
     def _read_small(self, runs: Sequence[ByteRange]) -> None:
-        """Sum ranges of one file, in the order in which they lie."""
+        """Sum ranges of one file, in the order of their positions."""
         pieces = runs[0].file.ranges([(run.offset, run.nbytes) for run in runs])
         for run, piece in zip(runs, pieces, strict=True):
             self.note(run, zlib.crc32(piece))
@@ -303,7 +303,7 @@ def first_difference(
 ) -> tuple[int | None, int]:
     """Position of the first byte that differs, ``None`` where all are equal, and the CRC-32 of ``a`` up to there.
 
-    Of values that are converted it is that of the bytes before.
+    For converted values it is that of the original bytes.
 
     Args:
         a: one.
@@ -355,7 +355,7 @@ def crc32(data: bytes | bytearray | memoryview, crc: int = 0) -> int:
     """As ``zlib.crc32``, in half the time where numpy is there already.
 
     All but the last bytes are folded into later ones, by two exclusive ors of vectors, where zlib looks up tables:
-    S. Russell, "Chorba: A novel CRC32 implementation", arXiv:2412.16398, with a zero polynomial of its own.
+    S. Russell, "Chorba: A novel CRC32 implementation", arXiv:2412.16398, with a different zero polynomial.
     """
     numpy: Any = sys.modules.get("numpy")
     nbytes = len(data)

@@ -1,10 +1,10 @@
 """Dense values of tensors that are computed from others: sparse, nested, quantized, block-scaled; as torch makes them.
 
-Nothing is held in memory but a block of the values, what it is made of, and of one sparse tensor the rows' beginnings.
+Only a block of the values is in memory, with its parts, and for a sparse tensor the rows' beginnings.
 
-- Sparse (``to_dense()``): zeros, to which each value is added in its place, in the order in which they are stored and
-  each sum rounded; so -0.0 becomes 0.0, and what appears twice is added up.
-- Nested (``to_padded_tensor(0)``): each tensor in the corner of a box that contains the largest, zeros behind it.
+- Sparse (``to_dense()``): zeros, to which each value is added in its place, in the stored order and with each sum
+  rounded; so -0.0 becomes 0.0, and duplicates are added up.
+- Nested (``to_padded_tensor(0)``): each tensor in the corner of a box that fits the largest, zeros after it.
 - Quantized (``dequantize()``, ATen's ``AffineQuantizerBase.cpp`` and ``QuantizedOpKernels.cpp``; values are float32):
   ``(number - zero point) * scale``, where the difference is one of whole numbers of 32 bits and the scale a float32.
   Per channel the product is one of float64, rounded once; with zero points in float32 everything is float32.
@@ -33,7 +33,7 @@ from ckptkit.transfer.values import check_indices, stream, values_of
 __all__ = ["dense_entry"]
 
 _SPARSE_NBYTES = 16 << 20
-"""Bytes of a block of a sparse tensor's values: all that is stored may have to be looked through for each."""
+"""Bytes of a block of a sparse tensor's values: everything stored may have to be searched for each."""
 
 _LOOKED = 1 << 16
 """Stored values that are looked at together."""
@@ -43,10 +43,10 @@ _WIDE_NBYTES = 1 << 20
 
 
 def dense_entry(form: Form, name: str) -> tuple[TensorEntry, int]:
-    """The tensor of dense values that a form makes, none of which is made yet; and the bytes by which it may grow.
+    """The tensor of dense values that a form makes, before any is computed; and the bytes by which it may grow.
 
     Args:
-        form: what it is made of; the indices of nested tensors are read, since their sizes are in the bytes.
+        form: its parts; the indices of nested tensors are read, because their sizes are in the bytes.
         name: of the tensor, for messages.
 
     Raises:
@@ -188,7 +188,7 @@ class _ScaledValues:
             return self._values(numbers, spread(self._scales), spread(self._zeros))
 
     def _held(self, part: TensorEntry | tuple[float, ...], first: int, count: int) -> Any:
-        """Some of the scales or zero points, as they are counted with."""
+        """Some of the scales or zero points, ready for arithmetic."""
         import numpy
 
         if not isinstance(part, TensorEntry):
@@ -200,7 +200,7 @@ class _ScaledValues:
         return self._narrowed(values) if part is self._zeros else values
 
     def _numbers(self, first: int, count: int) -> Any:
-        """The numbers as they are counted: packed ones unpacked."""
+        """The numbers, ready for arithmetic: packed ones unpacked."""
         import numpy
 
         per_byte = PACKED.get(self.numbers.dtype)

@@ -1,4 +1,4 @@
-"""Moves the bytes of sources that are far: in the order in which they are there, whatever the order of the output.
+"""Moves the bytes of remote sources in the order in which they are stored, whatever the order of the output.
 
 A file on this machine is read by position, and where the next bytes lie costs nothing.  Of one that is far each byte is
 fetched once, in long runs and ahead of whoever moves it (`ckptkit.bytesource.Source.will_read`), in bounded memory: so

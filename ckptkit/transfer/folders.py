@@ -96,7 +96,7 @@ class OutputFolder:
             flush_names(os.path.dirname(self.path))
 
     def close(self) -> None:
-        """Unlock it; where it did not get its name, nothing of it is left."""
+        """Unlock it; if it did not get its name, it is removed."""
         if self.is_ours:
             remove_folder(self.temporary)
         if self.fd >= 0:
@@ -186,7 +186,7 @@ def _made(path: str, shown: str, mode: int) -> OutputFolder:
 
 
 def _is_locked(output: OutputFolder) -> bool:
-    """Lock a folder that was just made; whether it is still there, and nobody else's."""
+    """Lock a folder that was just made; whether it still exists, and is not anyone else's."""
     if fcntl is None:
         return True
     output.fd = os.open(output.temporary, os.O_RDONLY | os.O_DIRECTORY)  # type: ignore[attr-defined,unused-ignore]

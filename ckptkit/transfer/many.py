@@ -4,7 +4,7 @@
   interpreter lock; small ones come one after the other, since threads would only wait for that lock.
 - Very many are shared among processes, small ones above all.  To start them takes some 50 ms, and a file of some
   kilobytes 1 ms, so that from some hundreds on it is worth it.
-- Whoever names a number of jobs, an executor or a limit of time for each file has decided.
+- A number of jobs, an executor or a time limit per file decides.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def side_by_side(
         tasks: plain data.
         work: what is done with each.
         workers: who does it.
-        nbytes: how much a task has to read.
+        nbytes: how much a task reads.
         lost: makes the result of a task that others could not complete, of what is known of it.
         is_far: whether to ask a task's size takes a trip to another machine.
     """
@@ -125,7 +125,7 @@ def _done(work: Work[T, R], tasks: Sequence[T], sizes: Sequence[int], number: in
 
 
 def _expected(tasks: Sequence[T], nbytes: Callable[[T], int], is_far: Callable[[T], bool]) -> list[int] | None:
-    """The size of each task, told to whoever watches; ``None`` where to ask would take trips."""
+    """The size of each task, for the progress display; ``None`` if that takes requests."""
     sizes = None if any(map(is_far, tasks)) else list(map(nbytes, tasks))
     pace.expect(len(tasks), sum(sizes or ()))
     return sizes

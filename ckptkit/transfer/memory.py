@@ -72,7 +72,7 @@ def read(entry: TensorEntry) -> NDArray[Any]:
 
 
 def least(entry: TensorEntry) -> tuple[TensorEntry, tuple[int, ...]]:
-    """What of a tensor has to be in memory, and how the tensor is there.
+    """The part of a tensor that has to be in memory, and the tensor's layout there.
 
     Returns:
         The tensor whose values, in C order, are that memory; and the strides of the whole in it, in elements.
@@ -93,7 +93,7 @@ def least(entry: TensorEntry) -> tuple[TensorEntry, tuple[int, ...]]:
 def fill(memory: memoryview, entry: TensorEntry) -> None:
     """Fill memory of the right size with a tensor's values, in C order, little-endian.
 
-    Where they are all bytes of a storage of the file, the checksum recorded for it is held.
+    If they are all bytes of a storage of the file, its recorded checksum is checked.
 
     Raises:
         FileAccessError, CorruptError: as `TensorEntry.numpy`.
@@ -159,7 +159,7 @@ _READABLE, _WRITABLE = 0x100, 0x200
 
 
 def memory_at(address: int, nbytes: int, *, writable: bool = False) -> memoryview:
-    """So many bytes at an address of this process; whoever asks keeps them there."""
+    """Bytes at an address of this process; the caller keeps them there."""
     view: memoryview = _memory_at(address, nbytes, _WRITABLE if writable else _READABLE)
     return view
 
@@ -215,7 +215,7 @@ class Memory(Source):
         return bytes(self._run(offset, nbytes))
 
     def read_into(self, offset: int, buffer: bytearray | memoryview) -> None:
-        """As `Source.read_into`; no memory is taken for the bytes."""
+        """As `Source.read_into`, without allocating memory."""
         view = memoryview(buffer)
         if offset < 0 or offset + len(view) > self.size or self._closed:
             self.read(offset, len(view))  # raises
@@ -237,7 +237,7 @@ class Storages:
         self._known: dict[object, Storage] = {}
 
     def get(self, key: object, dtype: str, take: Callable[[], ByteRange], location: str = "cpu") -> Storage:
-        """The storage that is known by a key; where none is, one of the bytes that ``take`` gives."""
+        """The storage with a key; if there is none, one of the bytes that ``take`` returns."""
         if key not in self._known:
             source = take()
             declared = dtype if DTYPES[dtype].storage_class else None
@@ -251,8 +251,8 @@ class Storages:
 def _array_entry(array: Any, storages: Storages) -> TensorEntry:
     """An array of numpy as a tensor over its own memory; arrays over the same memory share a storage.
 
-    What torch's strides cannot say (a negative one, elements that are not aligned, the other byte order) is put in
-    C order, and in this machine's, as it is read.
+    Layouts that torch's strides cannot express (a negative stride, unaligned elements, the other byte order) are put in
+    C order, and in this machine's, as they are read.
 
     Raises:
         DTypeError: torch has no such dtype.
@@ -298,8 +298,8 @@ def _torch_name(dtype: Any) -> str:
 
 
 Tensors = Callable[[object, Storages], object]
-"""Makes nodes of torch objects: of tensors their `TensorEntry`, of sizes, devices and dtypes what a pickle says of
-them; ``None`` of anything else.  Of a tensor that is not a plain one it raises an error that says why."""
+"""Makes nodes of torch objects: for tensors their `TensorEntry`, for sizes, devices and dtypes their form in a pickle;
+``None`` for anything else.  Of a tensor that is not a plain one it raises an error that says why."""
 
 _MOST_DEPTH = 100
 """Containers inside one another that are written: as many as are read back."""

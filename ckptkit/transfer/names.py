@@ -5,13 +5,13 @@ exist already, the index is first replaced by one that names the new shards unde
 get their own names too, then the index that says so takes its place: at every moment the index names one whole
 checkpoint, the old one or the new one.
 
-A temporary file is locked (``flock``) for as long as its run has it open, and the system unlocks it whatever
-becomes of the run.  So the next run into the same folder removes what a killed one left there: the files whose names
-say that they are of this host, whose lock it wins, and that no index names.  Other hosts may share the folder and
-not the locks; where a file system or a system has none, names do not say a host, and such files stay.
+A temporary file is locked (``flock``) while its run has it open, and the system unlocks it whatever happens to the run.
+So the next run into the same folder removes files that a killed one left: those with this host in their names, whose
+lock it wins, and that no index names.  Other hosts may share the folder but not the locks; without locks, names have no
+host, and such files stay.
 
-Files are closed before they get their names, since Windows renames none that is open, nor over one: a source that is
-about to be replaced is closed there too.  From closing to renaming it is the folder that is locked against removal.
+Files are closed before they are renamed, because Windows cannot rename an open file, nor replace one: a source that is
+about to be replaced is closed there too.  From closing to renaming, the folder is locked against removal.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ _AT_ONCE = 256
 """Files of killed runs that are open at a time: a process may have no more than 1,024."""
 
 _PATIENCE = 1.0
-"""Seconds to wait for a run that removes files from the folder; whoever locks it for longer is none of ours."""
+"""Seconds to wait for a run that removes files from the folder; a longer lock is not ours."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -71,7 +71,7 @@ class Output:
         shown: the name that messages use.
         temporary: where it is in the meantime.
         fd: open on that, readable and writable; -1 once it is complete.
-        host: what its temporary name says of this machine; empty where it is not locked.
+        host: the part of its temporary name about this machine; empty if it is not locked.
         replaced: the file whose permissions it gets.
         status: of the complete file.
         is_ours: whether the temporary name is to be removed at the end, and not in use by an index.
@@ -159,7 +159,7 @@ def permit(fd: int, old: os.stat_result, bits: int) -> None:
 
 
 def remove_folder(path: str) -> None:
-    """Remove a folder and the files in it; one in which other folders are stays."""
+    """Remove a folder and the files in it; a folder that contains others stays."""
     with contextlib.suppress(OSError):
         for name in os.listdir(path):
             os.unlink(os.path.join(path, name))
@@ -167,7 +167,7 @@ def remove_folder(path: str) -> None:
 
 
 def this_host() -> str:
-    """Eight digits for this machine; empty where there are no locks."""
+    """Eight digits for this machine; empty if there are no locks."""
     return _host_digits() if fcntl is not None else ""
 
 
@@ -196,7 +196,7 @@ def locked(fd: int) -> bool:
 
 @contextlib.contextmanager
 def _folder_locked(path: str, *, shared: bool) -> Iterator[bool]:
-    """Lock a folder where that can be: who gives names shares it, who removes files has it alone, or is told not to."""
+    """Lock a folder if possible: giving names takes a shared lock, removing files an exclusive one, or is forbidden."""
     if fcntl is None or not hasattr(os, "O_DIRECTORY"):
         yield True
         return
@@ -263,9 +263,9 @@ def remove_stale(folder: str) -> None:
 
 
 def _won(path: str, stack: contextlib.ExitStack, held: set[tuple[int, int]]) -> bool:
-    """Whether nobody has the file open to write it; it is locked until the stack ends, and ``held`` names it.
+    """Whether nobody has the file open for writing; it is locked until the stack ends, and ``held`` names it.
 
-    A shard has two names for a moment, and a lock is one file's: the other name of what is held is won with it.
+    A shard has two names for a moment, and a lock belongs to one file: winning one name wins the other.
     """
     flags = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     with contextlib.suppress(OSError):
@@ -329,9 +329,9 @@ def publish(files: list[Output], index: bytes, *, force: bool, flush: bool, sour
     """Give complete files their names, and make the names themselves durable.
 
     Args:
-        files: shards, and last the file that is asked for.  Of shards that is their index, and what is in
-            it names them as they are called now.
-        index: naming the shards as they will be called; empty where there are none.
+        files: shards, and last the file that is asked for.  For shards that is their index, which names them by their
+            current names.
+        index: naming the shards by their new names; empty if there are none.
         force: whether what exists may be replaced.
         flush: whether to wait for the disk.
         source: see `replacing`.
@@ -374,7 +374,7 @@ def _publish_shards(
 def _publish_new(shards: list[Output], final: Output, source: Source | None, *, force: bool) -> None:
     """Where no shards of these names are: until the index has its name, an old one names what it always did.
 
-    What has appeared in the meantime is not touched without force, and nothing of ours is left beside it.
+    Files that appeared in the meantime are not touched without force, and nothing of ours is left beside them.
     """
     try:
         for file in (*shards, final):

@@ -1,8 +1,8 @@
 """What parts of one output know of each other: of which plan each is, and which shards are its own.
 
-All parts make the same plan, and by it alone each knows its own shards (`shares_of`).  What a plan was made of
-(`PlanIdentity`) has nothing in it that two machines do not share: no path, no time, no inode.  A part's record
-(`PartRecord`) says of which plan it is and what each of its shards must be; it is a JSON object in a file of its own.
+All parts make the same plan, and by it alone each knows its own shards (`shares_of`).  A plan's identity
+(`PlanIdentity`) contains only facts that two machines share: no path, no time, no inode.  A part's record
+(`PartRecord`) names its plan and describes each of its shards; it is a JSON object in a separate file.
 
 The SHA-256 of source files, which are in receipts, are each computed by one part, recorded, and filled in at the end; a
 shard's recorded SHA-256 (`shard_digest`) is that of its bytes with zeros in these fields and in the checksums over them
@@ -52,8 +52,8 @@ _CHUNK_NBYTES = 1 << 20
 """Bytes hashed at a time: they fit into a core's own cache."""
 
 _END_NBYTES, _SAMPLE_NBYTES, _SAMPLES = 64 << 10, 4 << 10, 32
-"""Of a source file what tells it from another: both ends, where headers, pickles and directories lie, and so many
-pieces in between, in which a later state of the same training differs."""
+"""Samples that identify a source file: both ends, where headers, pickles and directories are, and so many pieces in
+between, which differ in a later state of the same training."""
 
 _DIGEST = re.compile("[0-9a-f]{64}")
 
@@ -79,7 +79,7 @@ class SourceRecord(TypedDict):
 
 
 class PlanIdentity(TypedDict):
-    """What a plan was made of, and the SHA-256 of its steps.
+    """The inputs of a plan, and the SHA-256 of its steps.
 
     Attributes:
         ckptkit: the version.
@@ -119,7 +119,7 @@ class PartRecord(TypedDict):
 
 
 def staging_of(index: str) -> str:
-    """The folder that parts are put into: its name follows from the index's, and is that of a temporary file.
+    """The folder for parts: its name follows from the index's, and is that of a temporary file.
 
     Args:
         index: path of the index that is to be written.
@@ -184,7 +184,7 @@ def balanced(sizes: Mapping[str, int], count: int) -> list[list[str]]:
 
 
 def identity_of(plan: Plan, files: Mapping[str, Source], options: Mapping[str, str]) -> PlanIdentity:
-    """What the plan was made of.
+    """The inputs of the plan.
 
     Args:
         plan: of the index.
@@ -219,7 +219,7 @@ def _sample(file: Source) -> str:
 
 
 def modified_of(files: Mapping[str, Source]) -> dict[str, str]:
-    """When files of the source on a disk were last written to, by name; a sample does not tell all that may differ."""
+    """When files of the source on a disk were last written to, by name; a sample does not show every difference."""
     found = {}
     for name, file in files.items():
         stamp: Any = file.identity

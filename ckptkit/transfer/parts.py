@@ -2,10 +2,10 @@
 
 All of them make the same plan (`ckptkit.transfer.part_records`).  A part writes its shards, under the names that they
 will have, into a folder beside the destination (`staging_of`), whose own name says that what is in it is not complete.
-There it is a checkpoint of its own: as any other it is compared and gets its names at the end
-(`ckptkit.transfer.writing`), so that of a part that was killed nothing counts.  Its record is written last:
-``part-00002-of-00004.json``.  `Parts.finish` holds the records against its own plan and the shards against the
-records, moves the shards to their places and writes the index: until then a reader sees the old checkpoint, or none.
+There it is a complete checkpoint: like any other it is compared and gets its names at the end
+(`ckptkit.transfer.writing`), so nothing of an interrupted part counts.  Its record is written last:
+``part-00002-of-00004.json``.  `Parts.finish` holds the records against its own plan and the shards against the records,
+moves the shards to their places and writes the index: until then a reader sees the old checkpoint, or none.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ _RECORD = re.compile(r"part-([0-9]{5,9})-of-([0-9]{5,9})\.json")
 
 @contextlib.contextmanager
 def _access_told(shown: str) -> Iterator[None]:
-    """What the system refuses in the block is told of the output."""
+    """System errors in the block are reported for the output."""
     try:
         yield
     except OSError as error:
@@ -79,7 +79,7 @@ def _access_told(shown: str) -> Iterator[None]:
 
 
 def _with_errors(method: F) -> F:
-    """The method of `Parts`; what the system refuses it is told of the output."""
+    """The method of `Parts`, with system errors reported for the output."""
 
     @functools.wraps(method)
     def called(self: Parts, *given: Any, **named: Any) -> Any:
@@ -90,7 +90,7 @@ def _with_errors(method: F) -> F:
 
 
 class Parts:
-    """The parts of one output, as they are in their folder.
+    """The parts of one output, in their folder.
 
     Args:
         destination: the index that is to be written.
@@ -144,7 +144,7 @@ class Parts:
             share: which.
             force: whether an output that exists may be replaced, and a part that is there is written again.
             check: as in `write_atomically`, of an index of this part's shards alone.
-            hashed: whether to record, or to hold against the record, the SHA-256 of the shards.
+            hashed: whether to record, or to check against the record, the SHA-256 of the shards.
             source: what the plan reads.
             passed: as in `write_atomically`.
             progress: called as bytes are written, and again as they are compared.
@@ -327,7 +327,7 @@ class Parts:
 
     @_with_errors
     def missing(self, *, hashed: bool) -> tuple[int, dict[int, str]]:
-        """How many parts there are to be (0: none is there), and what is wrong with those that are not whole.
+        """How many parts there will be (0: there are none yet), and what is wrong with incomplete ones.
 
         Args:
             hashed: whether to hold shards against the recorded SHA-256; else by their sizes alone.
@@ -484,7 +484,7 @@ class Parts:
         )
 
     def _remove(self) -> None:
-        """Remove the folder of parts, first under a name by which the next run removes what is left of it."""
+        """Remove the folder of parts, first renaming it so that the next run can remove what is left of it."""
         gone = beside(self.staging, this_host())
         with contextlib.suppress(OSError):
             os.rename(self.staging, gone)

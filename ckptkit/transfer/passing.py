@@ -1,9 +1,9 @@
 """What is computed of bytes as they pass by: the SHA-256 of source files, and the proof that they reached an output.
 
-A file on this machine is hashed by a thread of its own, which reads it again: it is in memory by then.  One that is far
-is hashed as it comes (`InOrder`), so that no byte of it is fetched twice; and that what was read of it is in the output
-is proved on the way too: `Passed` reads every piece back as soon as it is written and compares it with what is still
-in memory, and `ckptkit.compare` sees that the output's reader finds each tensor exactly where that was done.
+A file on this machine is hashed by a separate thread, which reads it again: it is in memory by then.  A remote one is
+hashed as it arrives (`InOrder`), so no byte of it is fetched twice; and the proof that its bytes are in the output is
+made on the way too: `Passed` reads every piece back as soon as it is written and compares it with the bytes still in
+memory, and `ckptkit.compare` checks that the output's reader finds each tensor exactly where that was done.
 """
 
 from __future__ import annotations
@@ -196,7 +196,7 @@ def is_far(file: Source) -> bool:
 
 
 def pieces_of(source: ByteSource) -> Iterator[tuple[int, ByteSource]]:
-    """The pieces in which bytes are moved, each with where in the whole it begins; the same each time."""
+    """The pieces in which bytes are moved, each with its position in the whole; the same each time."""
     size = piece_nbytes(source, CONVERTED_NBYTES) if is_made(source) else _PIECE_NBYTES
     for start in range(0, source.nbytes, size):
         yield start, source if source.nbytes <= size else source.part(start, min(size, source.nbytes - start))
@@ -211,8 +211,8 @@ _kept = threading.local()
 class Passed:
     """What passed by on its way to an output: read back from where it was written, and compared with what was read.
 
-    That is of use for what is too far to be read again.  It says of a piece that it is in the output only where nothing
-    else was written, and where all of it was found to be as it came; of everything else it knows nothing.
+    That is of use for what is too far to be read again.  It says that a piece is in the output only if nothing else was
+    written there, and all of it was found unchanged; it knows nothing about anything else.
 
     Args:
         storages: those whose recorded checksums are to be held.

@@ -1,11 +1,11 @@
-"""A tensor in pieces: several boxes, each a tensor of its own in some file, that make up one whole.
+"""A tensor in pieces: several boxes, each a separate tensor in some file, that make up one whole.
 
 What processes share out among them lies so: a rank's slice along a dimension, a box of a mesh of several, a run of a
 flat buffer.  The whole is one plain tensor whose bytes are made as they are read (`ckptkit.computed.DenseRange`), so
-that everything above treats it as any other.  Pieces that are runs of the whole's bytes are copied as they lie
+everything above treats it like any other.  Pieces that are runs of the whole's bytes are copied as they lie
 (`PiecedValues.copies`); of others the rows are gathered, in bounded blocks.
 
-A piece may be known by its place alone, and what it holds be read when its values are first asked for.
+Only the place of a piece may be known at first; its content is then read when its values are first needed.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from ckptkit.report import count_of
 __all__ = ["Piece", "PiecedValues", "pieced"]
 
 _COPIED_NBYTES = 64 << 10
-"""Bytes of a run from which on a copy of its own is cheaper than gathering it with others."""
+"""Bytes of a run from which on a separate copy is cheaper than gathering it with others."""
 
 _MOST_PAIRS = 4_000_000
-"""Pairs of pieces that are checked against each other where no dimension tells them apart."""
+"""Pairs of pieces that are compared if no dimension separates them."""
 
 _Box = tuple[tuple[int, ...], tuple[int, ...]]
 
@@ -89,7 +89,7 @@ class PiecedValues(DenseValues):
 
     @parts.setter
     def parts(self, value: tuple[object, ...]) -> None:
-        """What `DenseValues` is given; they are known by the pieces."""
+        """The arguments of `DenseValues`; the pieces identify them."""
 
     @property
     def is_known(self) -> bool:
@@ -311,7 +311,7 @@ def require_cover(name: str, shape: tuple[int, ...], boxes: Sequence[_Box]) -> N
 
     Raises:
         CorruptError: they do not.
-        LimitError: they are too many to be told apart.
+        LimitError: they are too many to separate.
     """
     what, total = f"tensor {name!r:.200} of shape {[*shape]}", 0
     for offsets, sizes in boxes:
@@ -419,7 +419,7 @@ def _read(entry: TensorEntry, out: memoryview) -> None:
 
 
 def _run_axis(sizes: tuple[int, ...], shape: tuple[int, ...]) -> int:
-    """The dimension from which on a box of a whole is one run: all behind it are the whole's own."""
+    """The dimension from which on a box of a whole is one run: it has all of the whole's elements after that."""
     axis = len(shape)
     while axis and sizes[axis - 1] == shape[axis - 1]:
         axis -= 1

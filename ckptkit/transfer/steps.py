@@ -2,7 +2,7 @@
 
 Casts, checksums and digests are computed in bounded buffers by several threads.  Bytes that move as they lie are copied
 inside the kernel, by whichever of its ways is the faster as things stand: a page cache takes aligned pieces best, and
-keeps each in one folio.  Tensors are at another distance from a page in the source than in the output, so a long
+keeps each in one folio.  Tensors have other positions relative to a page in the source than in the output, so a long
 ``copy_file_range`` writes off the grid all the way; through a pipe (``splice``) each piece can end on it.  Hot memory
 takes the latter in 0.8 of the time (ext4, Linux 6.18).  Where a virtual machine has first to get memory back from its
 host, large folios are what comes late, and the former can be twice as fast; where a server copies by itself (NFS) or
@@ -55,7 +55,7 @@ _ONE_CALL = 16 << 20
 """Bytes asked of one kernel copy: calls cost nothing at this size, and an interrupt is heard soon."""
 
 _MEASURED_NBYTES = 1 << 20
-"""Bytes from which a call tells how fast a way is."""
+"""Bytes from which a call shows how fast a way is."""
 
 _FORGETTING = 0.98
 """What is left after a call of how slow the other ways were: one a third slower is tried again after some fifteen."""
@@ -161,7 +161,7 @@ class Copier:
 
 
 def _pipe() -> tuple[int, int]:
-    """A pipe that contains a piece wherever in a page it begins, where the system grants that."""
+    """A pipe that can hold a piece wherever in a page it begins, if the system allows that."""
     import fcntl
 
     ends = os.pipe()

@@ -4,9 +4,9 @@ Only here is numpy imported, and only when a tensor is not plain bytes.
 
 What numpy is needed for in values that are not plain tensors: to hold indices against sizes, and to make arrays.
 
-torch believes a file's indices: one of 10^9 in a sparse tensor of 4 x 4 ends the process, or reads what is there. The
-rules are those of ``torch/csrc`` and ATen (``_validate_sparse_coo_tensor_args``,
-``_validate_compressed_sparse_indices``), which are not applied to what is loaded.
+torch believes a file's indices: an index of 10^9 in a 4 x 4 sparse tensor ends the process, or reads whatever is there.
+The rules are those of ``torch/csrc`` and ATen (``_validate_sparse_coo_tensor_args``,
+``_validate_compressed_sparse_indices``), which torch does not apply when loading.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ __all__ = [
 ]  # fmt: skip
 
 SMALL_NBYTES = 16 << 10
-"""Bytes below which a tensor is sooner read along with its neighbours than by a call of its own."""
+"""Bytes below which reading a tensor along with its neighbors is faster than a separate call."""
 
 _AHEAD_NBYTES = 4 << 10, 256 << 10
 """Bytes read where nothing was read before, and the most that are read along: both sides of a comparison fit into a
@@ -96,7 +96,7 @@ Along = Callable[[Source], Callable[[int, memoryview], object]]
 
 
 def will_read(values: Iterable[TensorEntry | Storage | ByteSource], along: Along | None = None) -> bool:
-    """Tell sources that are far what is about to be read of them, in about this order; see `Source.will_read`.
+    """Announce to remote sources what is about to be read, in about this order; see `Source.will_read`.
 
     Returns:
         Whether one is far.
@@ -385,7 +385,7 @@ def _require_within(indices: Any, size: int, where: str) -> None:
 
 
 def array_from(layout: arrays.ArrayLayout) -> Any:
-    """The array, or the number, that a pickle of numpy holds.
+    """The array or number in a numpy pickle.
 
     Args:
         layout: it, and it is plain.

@@ -30,7 +30,7 @@ __all__ = [
 T = TypeVar("T")
 
 Progress = Callable[[int, int], object]
-"""Called with the bytes dealt with so far, and those to deal with in all."""
+"""Called with the bytes processed so far and the total."""
 
 MANY_NBYTES = 32 << 20
 """Bytes from which threads are worth starting."""
@@ -60,7 +60,7 @@ def in_parallel(
 
     Args:
         tasks: taken one after the other as threads come free.
-        nbytes: how much they go through in all.
+        nbytes: how much they process in total.
         stop: set when one fails or is interrupted; the others may look at it, and raise `Stopped`.
         most: how many at a time, where there are as many processors.
 
@@ -135,14 +135,13 @@ def near_together(tasks: Iterable[Callable[[], object]], apart: int) -> Iterator
 
 
 def each_file(sizes: Sequence[int], work: Callable[[int, int], T]) -> list[T]:
-    """Deal with several files side by side, the largest first, so that none is left for one processor at the end.
+    """Process several files in parallel, the largest first, so that none is left for one processor at the end.
 
     Args:
         sizes: of each file, in bytes.
         work: called with a file's number and how many threads it may use.
 
-    Returns:
-        What it made of each file, in their order.
+    Returns: The result for each file, in order.
     """
     cores = os.cpu_count() or 1
     threads = 2 if len(sizes) < cores else 1
@@ -204,7 +203,7 @@ class Background(threading.Thread):
 def uninterrupted() -> Iterator[None]:
     """Ctrl-C, SIGTERM and SIGHUP are heard when the block is done: a few calls, which take milliseconds.
 
-    To mask them would not do: a mask is that of one thread, and Python hears what any thread is sent.
+    Masking them would not work: a mask belongs to one thread, and Python receives the signals of any thread.
     """
     if threading.current_thread() is not threading.main_thread():  # handlers run in that one alone
         yield

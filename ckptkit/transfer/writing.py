@@ -46,7 +46,7 @@ __all__ = [
 ]  # fmt: skip
 
 Check = Callable[[str, Callable[[int], object]], object]
-"""Called with a path that opens what was written, and a function to be called with the bytes as they are compared."""
+"""Called with a path that opens the output, and a function to be called with the bytes as they are compared."""
 
 _SWEEPING_SECONDS = 60.0
 """Pause between two looks for what killed runs left in a folder, which may hold ten thousand files."""
@@ -78,8 +78,8 @@ def write_atomically(
         force: whether a file that exists may be replaced; what replaces it keeps its permissions.
         check: called once everything is written, with a path that opens it and a function to be called with
             the number of bytes as they are compared; whatever it raises stops the write before the
-            destination is touched.  ``None``: nothing is compared, checksums that would have to be computed
-            stay unrecorded, and it is left to the system when the bytes reach the disk, as ``cp`` does.
+            destination is touched.  ``None``: nothing is compared, checksums that would have to be computed stay
+            unrecorded, and the system decides when the bytes reach the disk, as with ``cp``.
         replaces: names of files beside the destination that the new ones make stale; removed at the end.
         source: the open file that the plan reads; where the system replaces no file that is open, and this is one to
             be replaced, it is closed once all of it is read.
@@ -203,7 +203,7 @@ def places(plan: Plan, shown: str, *, force: bool) -> list[tuple[Plan, str, str]
 
 
 def _created(wanted: list[tuple[Plan, str, str]], folder: str, replaces: tuple[str, ...]) -> Iterator[Output]:
-    """The files of `places` in which something is written; a new one of a checkpoint that few may read is for them."""
+    """The files of `places` to write; a new file gets the permissions of the checkpoint that it replaces."""
     old = [status_of(path) for path in (wanted[-1][1], *(os.path.join(folder, name) for name in replaces))]
     like = next(filter(None, old), None)
     for plan, path, name in wanted:

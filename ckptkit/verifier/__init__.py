@@ -1,10 +1,10 @@
 """Verification: does a checkpoint fit a reference model, load into it, and compute?
 
-Imports torch.  Adding a check is a function `Check` in a module of its own and one line in
-`CHECKS`; they run in that order, each sees what the earlier ones left in the `Context`.
+Imports torch.  A new check is a function `Check` in a module and one line in `CHECKS`; checks run in that order, and
+each sees what the earlier ones left in the `Context`.
 
-The reference is built by a library's or the user's own code; nothing of the checkpoint is ever executed, but
-where `ckptkit.verifier.foreign` is asked for.
+The reference is built by a library's or the user's own code; nothing from the checkpoint is ever executed unless
+`ckptkit.verifier.foreign` is asked for.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ def verify(
     """Load a checkpoint's weights into a reference model and examine what it computes.
 
     Args:
-        checkpoint: the checkpoint, wrappers' prefixes taken off where ``strip_module`` asks for it; the file it is in
-            must still be open.
+        checkpoint: the checkpoint, without wrapper prefixes if ``strip_module`` asks for that; its file must still be
+            open.
         options: what `ckptkit.verify` was asked for.  A module given is copied, not changed.
         file: that file, where advice may come of its other sections.
         against: the checkpoint that ``against`` names, whose outputs must agree; its file must be open.
@@ -174,7 +174,7 @@ def _require_weights(checkpoint: Checkpoint) -> None:
 
 
 def _given(checkpoint: Checkpoint, strip_module: bool) -> tuple[str, ...]:
-    """The options by which these weights are taken from the file, given or needed: it may hold others."""
+    """The options, given or needed, that select these weights in the file: it may contain others."""
     path = checkpoint.origin.state_path
     is_named = "--section" in checkpoint.origin.options or bool(unselected_weights(checkpoint))
     section = ("--section", path) if path and is_named else ()

@@ -1,6 +1,6 @@
 """What to do about a checkpoint that does not fit.
 
-There may be one cause behind many names or shapes, other weights in the file that would fit, or another reference.
+Many names or shapes may have one cause; other weights in the file, or another reference, might fit.
 Long lists of names are folded by module for messages; documents keep them whole.
 """
 
@@ -27,7 +27,7 @@ def renamings_that_fit(fittings: Sequence[Fitting], expected: int) -> list[Fitti
 
     Args:
         fittings: of the weights, the one without a change first.
-        expected: how many names the model has; a change has to bring together more than half, and more than none does.
+        expected: how many names the model has; a change has to match more than half, and more than no change does.
     """
 
     def together(fitting: Fitting) -> int:
@@ -62,7 +62,7 @@ def sections_that_fit(
 
     Args:
         checkpoint: with the section that was selected.
-        file: the file, which is open; ``None``: nobody can look at another.
+        file: the open file; ``None``: no other section can be read.
         like: the model.
         already: how many of the selected section's tensors fit; another has to have more, and more than half.
     """
@@ -95,7 +95,7 @@ def command_for(checkpoint: Checkpoint, architecture: Architecture, context: Con
 
 
 def folded(names: Collection[str], among: Collection[str]) -> list[str]:
-    """The names, with ``layer4.* (30)`` in place of those of a module all of whose names are among them.
+    """The names, with ``layer4.* (30)`` instead of those of a module all of whose names are among them.
 
     Args:
         names: what is missing, say.

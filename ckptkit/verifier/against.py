@@ -1,4 +1,4 @@
-"""Two runs of one model checked against each other: another checkpoint's, or another device's.
+"""Two runs of one model, compared: with another checkpoint, or on another device.
 
 Outputs are compared in full; where they are not the same, samples of what each leaf module gave say
 where the two part.  The module is the same one, filled twice: there is one model in memory at a time.
@@ -87,7 +87,7 @@ def check_against(checkpoint: Checkpoint, model: nn.Module, context: Context) ->
 
 
 def _emptied(model: nn.Module, context: Context) -> None:
-    """Let the model be as it was before it was filled: nothing of the first checkpoint may be left in it."""
+    """Restore the model's state before it was filled: nothing of the first checkpoint may remain."""
     torch.manual_seed(context.options.seed)
     become(model, without_values(context.reference.make))
     if context.options.dtype is not None:

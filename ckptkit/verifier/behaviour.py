@@ -1,9 +1,9 @@
 """The behavior check: what a sound model does alike whenever, and beside whatever, it is asked.
 
 Where all is well it costs one more forward pass: the first one's row 0 is computed again in a batch of
-another size (in a pair where it was alone, alone where it was one of several).  If that gives the same result,
-the model both repeats itself and keeps rows apart; if not, or if rows cannot be compared, one more pass
-on the first input tells which.
+another size (in a pair where it was alone, alone where it was one of several).  If that gives the same result, the
+model is repeatable and keeps rows apart; if not, or if rows cannot be compared, one more pass on the first input
+decides which.
 
 A detector's outputs are chosen by rank and threshold, so that another rounding may give other boxes:
 of a list of images, only the first one's result on a second run is compared, not that beside another.
@@ -155,8 +155,8 @@ def _constant(
     """Outputs that say the same whatever is asked.
 
     One value throughout is an error, but for zeros and ones, which may be a ReLU or a sigmoid at its end, and for
-    a head that is zero.  Of two inputs with the same outputs it only warns: in a deep model that was never trained
-    what tells them apart is rounded away, and so it may be where outputs saturate.
+    a head that is zero.  Two inputs with the same outputs are only a warning: in a deep model that was never trained,
+    rounding removes their differences, and it may do so where outputs saturate.
     """
     floating = {path: t for path, t in first.items() if t.is_floating_point() and t.numel() > 1}
     if not floating:

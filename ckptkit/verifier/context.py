@@ -1,4 +1,4 @@
-"""What the checks of one `verify` are told, and what they leave for one another."""
+"""The input of the checks of one `verify`, and the results they leave for one another."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class VerifyFinding(Finding):
     """A finding of the verifier.
 
     Attributes:
-        check: the name of the check that found it; ``None``: it was told before the first.
+        check: the name of the check that found it; ``None``: it came before the first.
     """
 
     check: str | None = None
@@ -50,7 +50,7 @@ class VerifyFinding(Finding):
         return cls(code=finding.code, severity=finding.severity, message=finding.message, fix=finding.fix, check=check)
 
     def to_dict(self) -> VerifyFindingDocument:
-        """The finding as it is in JSON documents."""
+        """The finding for JSON documents."""
         return {**Finding.to_dict(self), "check": self.check}
 
 
@@ -66,7 +66,7 @@ class Context:
         against: another checkpoint of the same model, to compare outputs with; its file is open.
         golden: outputs recorded earlier, to compare with.
         file: the file of the checkpoint, for a look at its other sections; ``None``: no file is open.
-        given: options of ``verify`` and ``convert`` by which these weights were taken from the file.
+        given: options of ``verify`` and ``convert`` that selected these weights in the file.
         failed: whether a check has found an error.
         fit: set by the fit check.
         loaded: set by the load check once every weight is in the model.
@@ -75,7 +75,7 @@ class Context:
         trace: filled by the forward check where something will be compared with it.
         outputs: set by the forward check: the outputs' figures, as in the JSON document.
         passes: forward passes of the checkpoint on the first device, less those that measure noise.
-        notes: by check, what it looked at, for people: what a check that found nothing has to say.
+        notes: by check, what it examined, in words: for checks without findings.
         figures: by check, its figures, for programs.
         seconds: how long each part took.
         steps: how long each check took, and the most memory held by then.
@@ -116,7 +116,7 @@ class Context:
 
     @property
     def reading(self) -> list[str]:
-        """Options, as they are typed, by which the file could be read at all."""
+        """Options, as typed, without which the file could not be read."""
         return self.options.typed("tag", "tp_rules", "allow_part", "ignore_checksums")
 
     @property
@@ -141,7 +141,7 @@ class Context:
         Args:
             path: the file.
             options: to add.
-            model: the reference to name in place of this one.
+            model: the reference to name instead of this one.
             args: of its factory, to add to this one's.
 
         Returns:
@@ -163,7 +163,7 @@ class Context:
 
         Args:
             checkpoint: the weights.
-            options: to add to those by which they were taken.
+            options: to add to those that selected the weights.
             like: whether to write exactly the reference's tensors; it has to have a name.
         """
         alone = ("--weights-only",) if other_parts(checkpoint) and not like else ()
@@ -174,7 +174,7 @@ class Context:
         return convert_command(path, *taken, *model, *self.reading, *alone, suffix=suffix)
 
     def taken(self, options: Sequence[str]) -> tuple[str, ...]:
-        """Options with those before them by which these weights were taken, where they are not among them."""
+        """Options, after those that selected these weights unless they are among them."""
         section, strip = self.given[:2] if "--section" in self.given else (), "--strip-module"
         kept = section if "--section" not in options else ()
         return (*kept, *[strip] * (strip in self.given and strip not in options), *options)

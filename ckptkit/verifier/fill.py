@@ -1,11 +1,11 @@
-"""A checkpoint's tensors become the model's own, without a copy where that is possible.
+"""A checkpoint's tensors become the model's own, without a copy if possible.
 
 A model without values (`ckptkit.verifier.references.without_values`) is filled with ``load_state_dict(assign=True)``:
 the file's tensors, which are in a mapping of the file, take the place of its parameters.  What ``assign`` changes
 besides the values is brought back to what the reference has, as copying would have kept it: dtype, stride,
 ``requires_grad``, and which names are one tensor.
 
-A model with values is filled by copying into them, so that whoever else contains its parameters sees it too.
+A model with values is filled by copying into them, so that anything else that holds its parameters sees the change.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ckptkit.verifier.measure import Fit, identity, model_values
 __all__ = ["become", "fill_model", "has_no_values", "has_own_loading", "without_value"]
 
 _LOADING = ("__setattr__", "_load_from_state_dict", "load_state_dict", "set_extra_state")
-"""Methods that a load calls, and a module may have of its own."""
+"""Methods that a load calls, and that a module may define."""
 
 
 def has_no_values(model: nn.Module) -> bool:
@@ -122,7 +122,7 @@ def _settle(group: list[_Slot], taken: dict[int, list[tuple[int, int]]]) -> None
 
     Args:
         group: the slots.
-        taken: by storage, the bytes that are somebody's already.
+        taken: the bytes that are already in use, by storage.
     """
     _, _, is_parameter, before = group[0]
     loaded = [_in(slot) for slot in group]
@@ -140,7 +140,7 @@ def _settle(group: list[_Slot], taken: dict[int, list[tuple[int, int]]]) -> None
 
 
 def _take(tensor: torch.Tensor, taken: dict[int, list[tuple[int, int]]]) -> bool:
-    """Note the bytes a tensor is in; whether nobody has any of them."""
+    """Note the bytes of a tensor; whether nothing else uses any of them."""
     if tensor.layout is not torch.strided or not tensor.numel():
         return True
     begin = tensor.data_ptr()

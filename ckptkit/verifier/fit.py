@@ -305,7 +305,7 @@ def _dtypes(fit: Fit, path: str, context: Context) -> Iterator[Finding]:
 
 
 def _remarks(fit: Fit) -> Iterator[Finding]:
-    """What is not an error, and is never skipped in silence."""
+    """Facts that are not errors but are always reported."""
     if fit.unloadable:
         yield Finding(
             code="unloadable-value",

@@ -22,19 +22,19 @@ _leave = os._exit
 
 
 class ForeignExitError(VerifyError):
-    """Foreign code left by what is not an error: ``SystemExit``, a ``KeyboardInterrupt`` of its own, ``os._exit``."""
+    """Foreign code ended without an error: ``SystemExit``, its own ``KeyboardInterrupt``, ``os._exit``."""
 
 
 class foreign:  # noqa: N801 - read as a word of the language: ``with foreign():``
     """A block that runs foreign code; blocks may be in each other.
 
     - An exception that is no `Exception` becomes a `ForeignExitError`, which is one; ``os._exit`` becomes that too.
-    - A signal that the process was really sent is raised as its handler raised it, whatever the code made of that.
+    - A signal that the process really received is raised as its handler raised it, whatever the code made of that.
     - What is printed goes to stderr, also where the code puts another stream in the place of stdout or closes it.
     - A process that the code forked ends with the block.
 
     Args:
-        failed: what to say of any exception; it becomes a `VerifyError`.  Empty: exceptions come through.
+        failed: the message for any exception; it becomes a `VerifyError`.  Empty: exceptions come through.
     """
 
     _lock = threading.RLock()
@@ -91,7 +91,7 @@ class foreign:  # noqa: N801 - read as a word of the language: ``with foreign():
             raise ForeignExitError(f"the model's own code raised {error_text(error)}") from error
 
     def _exit(self, status: int) -> NoReturn:
-        """In place of ``os._exit``; a process that was forked ends by it, as it must."""
+        """Replaces ``os._exit``; a forked process still ends by it, as it must."""
         if os.getpid() != self._process:
             _leave(status)
         raise SystemExit(status)

@@ -11,8 +11,8 @@ A golden is a safetensors file.  Its metadata ``ckptkit.golden`` is one JSON obj
      "dtype": str, "device": str, "tolerance": {"atol": float, "rtol": float}, "versions": {str: str}}
 
 ``noise`` is the largest difference between runs on the machine that wrote it which differ in rounding alone
-(`ckptkit.verifier.forward.measured_noise`).  ``tensors`` are those of the file, by their names in the model, with
-the digests of `ckptkit.digests`.  Files of the first releases have neither, and an ``atol`` that goes by the dtype.
+(`ckptkit.verifier.forward.measured_noise`).  ``tensors`` are those of the file, by their names in the model, with the
+digests of `ckptkit.digests`.  Files of the first releases have neither, and an ``atol`` that goes by the dtype.
 
 ``args`` is a Python literal.  Inputs drawn from a seed are a recipe, and the hash says whether it still
 gives the same values; inputs that came from a file are kept as tensors.  Of an output of more than 1 MiB
@@ -48,7 +48,7 @@ KEY = "ckptkit.golden"
 """The metadata's name."""
 
 VERSION = 1
-"""Of what is said there."""
+"""The version of its content."""
 
 _ATOL_BY_DTYPE = (2.3e-16, 1.2e-7, 9.8e-4, 7.9e-3)
 """What the first releases recorded where no ``atol`` was given; it hid any change of outputs as small as that."""
@@ -80,7 +80,7 @@ class Golden:
         args: its arguments.
         inputs: what the model was given.
         outputs: what it gave.
-        dtype, device: in which type and where it was computed.
+        dtype, device: of the computation.
         tolerance: recorded along.
         weights: of each tensor in the model: dtype, sizes and digest of what the file held; empty: not recorded.
         versions: of the packages that computed it.
@@ -99,7 +99,7 @@ class Golden:
     versions: Mapping[str, str]
 
     def model(self) -> str:
-        """The reference to build where none is given.
+        """The reference to build if none is given.
 
         Raises:
             VerifyError: it is not a library's model.

@@ -48,7 +48,7 @@ def require_writable(path: str, *, force: bool) -> None:
 
 
 def check_golden(checkpoint: Checkpoint, model: nn.Module, context: Context) -> Iterator[Finding]:
-    """Whether weights and outputs are those of a golden file; and writing one, where that is asked for."""
+    """Whether weights and outputs are those of a golden file; and writing one on request."""
     if context.golden is not None and context.golden.weights and context.loaded:
         yield from _weights(context.golden, checkpoint, context)
     if context.golden is not None and context.first is not None:
@@ -84,7 +84,7 @@ def _weights(golden: Golden, checkpoint: Checkpoint, context: Context) -> Iterat
 
 
 def _digested(checkpoint: Checkpoint, context: Context) -> tuple[str | None, dict[str, str]]:
-    """The content digest (``None``: some values are not plain tensors), and what a golden says of the weights."""
+    """The content digest (``None``: some values are not plain tensors), and a golden file's facts on weights."""
     state_dict = checkpoint.state_dict
     digests = {name: tensor_digest(entry) for name, entry in state_dict.items()}
     named = zip(unwrapped_names(list(state_dict)), state_dict.items(), strict=True)

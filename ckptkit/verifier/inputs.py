@@ -1,8 +1,7 @@
 """What a model takes, and the values it is given: drawn from a seed, or read from a file.
 
-Two batches are made of the same values.  The first is what the reference documents, or what was asked for; the other
-contains one row where that has several, and two different ones where it has one: what tells whether a row's result
-depends on the rows beside it.
+Two batches are made of the same values.  The first is the documented or requested input; the other contains one row if
+that has several, and two different ones if it has one: this shows whether a row's result depends on the rows beside it.
 """
 
 from __future__ import annotations
@@ -180,7 +179,7 @@ def drawn_inputs(inputs: Sequence[Input], seed: int) -> Inputs:
     """Values from a seed, the same on every machine and device.
 
     Raises:
-        VerifyError: there is no memory for them, or the seed is none.
+        VerifyError: there is no memory for them, or the seed is invalid.
     """
     try:
         return Inputs(inputs=tuple(inputs), values=_drawn(inputs, seed), others=_drawn(inputs, seed + 1), seed=seed)

@@ -77,7 +77,7 @@ def check_load(checkpoint: Checkpoint, model: nn.Module, context: Context) -> It
 
 
 def _other_values(checkpoint: Checkpoint, fit: Fit) -> tuple[dict[str, Any], list[str]]:
-    """The model's values that are not plain tensors, made from the file; and the names that only foreign code makes."""
+    """The model's values that are not plain tensors, from the file; names of those only other code builds."""
     state_dict, path = checkpoint.state_dict, checkpoint.origin.path
     made: dict[str, Any] = {}
     left: list[str] = []
@@ -116,7 +116,7 @@ def sources_of(fit: Fit) -> dict[str, str]:
 
 
 def _read_again(state_dict: StateDict, fit: Fit) -> Iterator[tuple[str, torch.Tensor]]:
-    """The model's names with the file's values, out of memory that nobody has written to; one storage at a time."""
+    """The model's names with the file's values, in memory that nothing has written to; one storage at a time."""
     names_of: dict[str, list[str]] = {}
     for name, source in sources_of(fit).items():
         names_of.setdefault(source, []).append(name)

@@ -42,10 +42,10 @@ class LoadTrial:
 
 
 def loadable(state_dict: StateDict, values: Mapping[str, Any], expected: Mapping[str, Any]) -> OrderedDict[str, Any]:
-    """What is given to ``load_state_dict``: the tensors, with the module versions the file recorded.
+    """The argument for ``load_state_dict``: the tensors, with the module versions that the file recorded.
 
-    An object that is not a tensor (``_extra_state``) is never made from the file; where the model has one of that name,
-    its own is in.
+    An object that is not a tensor (``_extra_state``) is never built from the file; if the model has one of that name,
+    its own is used.
     """
     state: OrderedDict[str, Any] = OrderedDict()
     for name in state_dict.everything:
@@ -63,7 +63,7 @@ def loadable(state_dict: StateDict, values: Mapping[str, Any], expected: Mapping
 
 
 def _plain(node: object) -> Any:
-    """A module's versions, which hooks put dicts of their own into (``spectral_norm``); ``None``: it is neither."""
+    """A module's versions, into which hooks put their own dicts (``spectral_norm``); ``None``: it is neither."""
     if isinstance(node, (int, str, float)):
         return node
     pairs = mapping_items(node)
@@ -79,7 +79,7 @@ def is_extra_state(name: str) -> bool:
 
 
 class _Noting(TorchFunctionMode):  # type: ignore[misc, unused-ignore]
-    """Notes every ``target.copy_(source)`` and has none out."""
+    """Records every ``target.copy_(source)`` and executes none."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call, unused-ignore]
@@ -118,7 +118,7 @@ def try_load(model: nn.Module, expected: Mapping[str, Any], state_dict: StateDic
 def _asked(
     model: nn.Module, expected: Mapping[str, Any], state_dict: StateDict, values: Mapping[str, torch.Tensor]
 ) -> LoadTrial | None:
-    """What torch says of these values; ``None``: the model's code does not get to the end."""
+    """What torch answers for these values; ``None``: the model's code fails."""
     # A module may do anything with its extra state, so it is shown its own.
     shown = {name: value for name, value in values.items() if not (name in expected and is_extra_state(name))}
     lists: list[tuple[list[str], list[str]]] = []

@@ -41,7 +41,7 @@ class ShapeMismatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fit:
-    """Every name of the model and of the file, sorted by what becomes of it.
+    """Every name of the model and of the file, sorted by what happens to it.
 
     Attributes:
         sources: names of the model that get a value: from which name of the file, or ``None`` where
@@ -88,7 +88,7 @@ class Fit:
 
     @property
     def is_strict(self) -> bool:
-        """Whether ``load_state_dict(strict=True)`` takes the state_dict as it is."""
+        """Whether ``load_state_dict(strict=True)`` accepts the state_dict unchanged."""
         return not (self.tied or self.allowed_missing or self.allowed_unexpected)
 
 
@@ -98,7 +98,7 @@ def is_counter(name: str) -> bool:
 
 
 def model_values(model: nn.Module) -> dict[str, Any]:
-    """The model's state_dict with its parameters as they are.
+    """The model's state_dict with its parameters unchanged.
 
     Raises:
         VerifyError: the model cannot give it, or its tensors have no shapes yet.
@@ -146,8 +146,8 @@ def measure_fit(
     """How a state_dict fits a model.
 
     Args:
-        model: the model; it stays as it is.
-        state_dict: the weights; nothing of their values is read.
+        model: the model; it does not change.
+        state_dict: the weights; their values are not read.
         allow_missing: patterns (``fnmatch``) of names the file may lack.
         allow_unexpected: patterns of names the model may lack.
         ties_once: whether the file's container stores tied tensors under one name alone.
@@ -188,7 +188,7 @@ def measure_fit(
 
 
 def _not_plain(state_dict: StateDict, expected: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
-    """The values that are not plain tensors: those like the model's, those it takes as they are, those it cannot.
+    """The values that are not plain tensors: those like the model's, those it accepts unchanged, those it cannot.
 
     By the names that a `Fit` has for them.
     """

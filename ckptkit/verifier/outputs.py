@@ -1,6 +1,6 @@
 """The tensors of outputs, the model's and its leaf modules': what they hold, and how far those of two runs are apart.
 
-The first leaf modules whose outputs differ tell where two checkpoints part.
+The first leaf modules whose outputs differ show where two checkpoints diverge.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ _CHUNK = 1 << 20
 class OutputTolerance:
     """How far apart two outputs may be and still agree.
 
-    They do when no element differs by more than ``atol + rtol * s``, where ``s`` is the largest magnitude in
-    either output: an element near zero is as uncertain as the sums it came from, which its own size does
-    not tell.  Where no ``atol`` is given it is 0, and where that is not enough, what was measured: see `above`.
+    They agree if no element differs by more than ``atol + rtol * s``, where ``s`` is the largest magnitude in either
+    output: an element near zero is as uncertain as the sums it came from, which its own size does not show.  Where no
+    ``atol`` is given it is 0, and where that is not enough, what was measured: see `above`.
     """
 
     atol: float
@@ -66,7 +66,7 @@ class OutputTolerance:
         return dataclasses.replace(self, atol=max(self.atol, 4 * noise))
 
     def to_dict(self) -> dict[str, float]:
-        """As it is in JSON documents."""
+        """For JSON documents."""
         return {"atol": self.atol, "rtol": self.rtol}
 
 
@@ -76,10 +76,10 @@ TOLERANCES: dict[str, OutputTolerance] = {
     "float16": OutputTolerance(atol=0.0, rtol=3.2e-2),
     "bfloat16": OutputTolerance(atol=0.0, rtol=8.9e-2),
 }
-"""By the least precise type among weights and outputs, from the best to the worst.  ``rtol`` is the root of the
-type's spacing at 1 (``torch.finfo(dtype).eps``), rounded up: half of the digits it has, which leaves room for the
-order in which a deep network adds up.  ``torch.testing.assert_close`` is stricter (1.3e-6 for float32), because it
-is made for a single operation.  There is no ``atol``: outputs may be as small as 1e-10."""
+"""By the least precise type among weights and outputs, from the best to the worst.  ``rtol`` is the root of the type's
+spacing at 1 (``torch.finfo(dtype).eps``), rounded up: half of its digits, which leaves room for the order in which a
+deep network adds up.  ``torch.testing.assert_close`` is stricter (1.3e-6 for float32), because it is made for a single
+operation.  There is no ``atol``: outputs may be as small as 1e-10."""
 
 
 def tolerance_of(dtypes: Iterable[str], atol: float | None = None, rtol: float | None = None) -> OutputTolerance:
@@ -122,7 +122,7 @@ class OutputDifference:
     reason: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        """As it is in JSON documents; what is not a finite number is ``None``."""
+        """For JSON documents; anything but a finite number is ``None``."""
         return {
             "path": self.path,
             "equal": self.is_equal,
@@ -298,7 +298,7 @@ class Parting:
 
     Attributes:
         differs: the first that is not bit-equal; ``None``: all are.
-        parts: the first beyond the tolerance; ``None``: none is.
+        parts: the first beyond the tolerance; ``None``: there is none.
         calls: how many calls were compared.
         is_whole: whether those are all: ``False`` where memory for samples ran out.
     """
@@ -338,7 +338,7 @@ class Trace:
 
     @contextmanager
     def comparing(self, model: nn.Module, tolerance: OutputTolerance) -> Iterator[Callable[[], Parting]]:
-        """Compare what runs inside the block with what was recorded; what it gives says what came of it."""
+        """Compare what runs inside the block with the recording; the result is in the object that it returns."""
         differs: list[str] = []
         parts: list[str] = []
         calls: set[tuple[str, int]] = set()

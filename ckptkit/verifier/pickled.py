@@ -1,8 +1,7 @@
-"""Running a pickled model itself: the one place where a file's own code is let loose, and only when told to.
+"""Runs a pickled model itself: the one place where a file's own code is executed, and only on request.
 
-Everything else in ckptkit reads pickles without resolving a name.  Here ``torch.load`` does, which imports
-and calls whatever the file says; so every name is told first, and a file whose names run, import or open
-things is refused whatever was asked for.
+Everything else in ckptkit reads pickles without resolving a name.  Here ``torch.load`` imports and calls whatever the
+file says; so every name is reported first, and a file whose names run, import or open things is refused in any case.
 """
 
 from __future__ import annotations

@@ -146,7 +146,7 @@ def test_the_document_and_the_text_say_it(run, save) -> None:
     (file,) = json.loads(run("inspect", "--json", path).stdout)["files"]
     best = file["architecture"][0]
     assert (best["reference"], best["args"], best["exact"]) == ("torchvision:mobilenet_v2", {"num_classes": 3}, True)
-    line = "torchvision mobilenet_v2, head 1000 → 3 (fits alike: torchvision quantized_mobilenet_v2"
+    line = "torchvision mobilenet_v2, head 1000 → 3 (fits equally well: torchvision quantized_mobilenet_v2"
     assert f"looks like: {line}" in run("inspect", path).stdout
     assert (
         "- **looks like**: torchvision mobilenet\\_v2, head 1000 → 3"
@@ -221,6 +221,6 @@ def test_the_text_says_what_is_beside_and_what_fits_alike(run, save) -> None:
     with torch.device("cpu"):
         path = save(nn.ModuleDict({"net": mobilenet_v2(num_classes=2), "extra": nn.Linear(2, 2)}).state_dict())
     (line,) = (line for line in run("inspect", path).stdout.splitlines() if line.startswith("looks like: "))
-    assert line.startswith("looks like: torchvision mobilenet_v2, head 1000 → 2, under 'net.' (fits alike: ")
+    assert line.startswith("looks like: torchvision mobilenet_v2, head 1000 → 2, under 'net.' (fits equally well: ")
     assert "torchvision quantized_mobilenet_v2" in line
     assert line.endswith("; 2 other tensors beside it")

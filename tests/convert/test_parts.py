@@ -186,7 +186,7 @@ def test_a_part_that_is_there_is_kept(convert, source: Path) -> None:
         "shards": sorted(name for name in before if name.startswith("model-")),
         "nbytes": sum((hidden / name).stat().st_size for name in before if name.startswith("model-")),
     }  # fmt: skip
-    assert "was there already" in convert(*arguments, "--part", "2/3").out
+    assert "was already there" in convert(*arguments, "--part", "2/3").out
     assert convert(*arguments, "--part", "2/3", "--force").code == 0
     assert all(inodes()[name] != before[name] for name in documents[0]["part"]["shards"])
     for number in (1, 3):

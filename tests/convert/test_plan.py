@@ -95,7 +95,7 @@ def test_as_text(source: Path, convert) -> None:
     quiet = convert(source, "out.safetensors", *OPTIONS, "--dry-run", "-q")
     assert (quiet.out, quiet.err) == (done.out, "")
     compact = convert(source, "out.pth", "--dry-run")
-    assert "compact: 1 storage, 3.96 kB that no tensor views" in compact.out
+    assert "compact: 1 storage, 3.96 kB that no tensor uses" in compact.out
     assert os.listdir() == ["model.pth"]
 
 

@@ -62,7 +62,7 @@ def test_a_worker_that_gives_no_sign_is_given_up(monkeypatch: pytest.MonkeyPatch
         assert [task for task, _ in came] == [1, "locked", 2, 3]
         assert [outcome.value for _, outcome in came] == [1, None, 2, 3]
         assert came[1][1].problem == "timed-out"
-        assert came[1][1].text.startswith("the executor did not report it for ")
+        assert came[1][1].text.startswith("the executor returned no result for ")
     finally:
         for pid in executor._processes:
             os.kill(pid, signal.SIGKILL)

@@ -74,12 +74,12 @@ def test_what_is_another_container_by_its_end_is_refused(first: str, tmp_path: P
         front = path.read_bytes()
     path.write_bytes(glued(front, tmp_path / "both.zip"))
     assert zipfile.is_zipfile(path)
-    with pytest.raises(AmbiguousError, match="and a zip archive .by its end. at once; readers would disagree"):
+    with pytest.raises(AmbiguousError, match=r"and a zip archive \(by its end\) at once; readers would disagree"):
         formats.read(path)
     data = path.read_bytes()
     path.write_bytes(data[:-22] + data[-22:-2] + b"\x05\x00" + b"hello")  # a comment behind the directory
     assert zipfile.is_zipfile(path)
-    with pytest.raises(AmbiguousError, match="a zip archive by its end"):
+    with pytest.raises(AmbiguousError, match="a zip archive"):
         formats.read(path)
 
 

@@ -647,7 +647,7 @@ def test_standard_input(tmp_path: Path, run: Run) -> None:
     assert run("diff", "-", "m.pth", stdin=data).returncode == 0
     assert run("diff", "m.pth", "-", stdin=data).returncode == 0
     done = run("diff", "-", "-", stdin=data)
-    assert (done.returncode, "standard input can be one of the two" in done.stderr) == (2, True)
+    assert (done.returncode, "only one of the two can be standard input" in done.stderr) == (2, True)
     done = run("check", "-", "m.pth", "--no-nan", "--json", stdin=data)
     assert (done.returncode, json.loads(done.stdout)["checked"]) == (0, 2)
     done = run("check", "-", stdin=b"words")

@@ -78,7 +78,7 @@ def adapter(tmp_path: Path) -> Callable[..., Any]:
         (lora("text_encoder.layers.{}.q_proj.lora_linear_layer.{}.weight", 4, "down up"), {"targets": {"q_proj": 2}}),
         (lora("double_blocks.{}.processor.qkv_lora1.{}.weight", 4, "down up"), {"rank": 4, "told_by": "names"}),
         (lora("transformer.single_transformer_blocks.{}.attn.to_q.lora_{}.weight", 32),
-         {"layout": "diffusers", "rank": 32, "base": "FLUX.1 or a relative of it"}),
+         {"layout": "diffusers", "rank": 32, "base": "FLUX.1 or a related model"}),
         (LOHA, {"kind": "loha", "rank": 4, "modules": 2}),
         (LOKR, {"kind": "lokr", "rank": 8, "alpha": 1e10, "layout": "diffusers"}),
         ({"m.a.ia3_l": torch.zeros(4, 1)}, {"kind": "ia3", "rank": None, "targets": {"a": 1}}),
@@ -342,7 +342,7 @@ def test_it_is_said_in_text_and_in_markdown(tmp_path: Path, run: Any) -> None:
     assert "**adapter**: LoRA" in run("inspect", "--format", "markdown", tmp_path / "adapter_model.safetensors").stdout
     save_file({f"{i}.{k}": t for i in range(2) for k, t in awq().items()} | PLAIN, tmp_path / "q.safetensors")
     text = run("inspect", tmp_path / "q.safetensors").stdout
-    assert "quantized: AWQ, 4 bits, groups of 128 (2 modules of qweight, qzeros, scales); 1 other module of" in text
+    assert "quantized: AWQ, 4 bits, groups of 128 (2 modules of qweight, qzeros, scales); 1 other module with" in text
     assert "the weights of 2 modules are quantized" in text
     assert "bits" in run("explain", "quantized-weights").stdout
 

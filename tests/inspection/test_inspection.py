@@ -31,6 +31,7 @@ KEYS = {
     "training": dict, "trust": str, "globals": list, "modules": list, "architecture": list, "findings": list,
     "adapter": (dict, type(None)), "quantization": (dict, type(None)), "layout": (dict, type(None)),
     "part": (dict, type(None)), "error": type(None), "has_pickle": bool,
+    "combined_fix": (dict, type(None)),
 }  # fmt: skip
 ELEMENTS: dict[str, dict[str, Any]] = {
     "state_dict": {"path": str, "tensors": int, "parameters": int, "buffers": int, "nbytes": int},
@@ -61,7 +62,7 @@ WORDS = {
 
 
 def assert_contract(document: dict[str, Any]) -> None:
-    """Key by key what INTERFACE.md promises."""
+    """Key by key what is promised."""
 
     def check(node: dict[str, Any], spec: dict[str, Any], more: set[str] = frozenset()) -> None:  # type: ignore[assignment]
         assert set(spec) <= set(node) <= set(spec) | more

@@ -58,7 +58,9 @@ def test_an_optimizers_kind_is_told_by_its_options(save: Save, kind: str) -> Non
     optimizer = stepped(cls, lr=0.01, **options)
     (found,) = training(save({"w": torch.ones(1), "optimizer": optimizer.state_dict()}))["optimizers"]
     told = "decoupled_weight_decay" in optim.Adam([torch.ones(1)]).defaults  # else Adam's options are AdamW's
-    kinds = {kind} if told or kind not in ("Adam", "AdamW", "RAdam") else {"Adam or AdamW", "Adam or a relative of it"}
+    kinds = (
+        {kind} if told or kind not in ("Adam", "AdamW", "RAdam") else {"Adam or AdamW", "Adam or a related optimizer"}
+    )
     assert found["path"] == "optimizer" and found["kind"] in kinds and found["inferred"]
     assert (found["groups"], found["lr"]) == (1, [0.01])
     state = optimizer.state_dict()["state"][0]

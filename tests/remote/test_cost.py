@@ -94,7 +94,7 @@ def test_shards_are_looked_at_side_by_side(heads: bool, tmp_path: Path) -> None:
         assert len(store.asked) <= (count + 1) * (1 if heads else 2)
         assert far["tensors"] == ckptkit.inspect(tmp_path / "model.safetensors.index.json")["tensors"]
         del store.files[URL + names[7]], store.files[URL + names[9]]
-        with pytest.raises(CkptkitError, match=rf"2 shards missing: {names[7]}, {names[9]}; get them"):
+        with pytest.raises(CkptkitError, match=rf"2 shards missing: {names[7]}, {names[9]}; put them"):
             ckptkit.inspect(URL + "model.safetensors.index.json")
 
 

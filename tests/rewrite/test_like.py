@@ -182,11 +182,15 @@ def test_the_section_is_found(folder: Path) -> None:
     assert report.details["section"] == "gan" and report.details["like"] == "nets.py:Net"
     Net(7).load_state_dict(torch.load("gan.pth"), strict=True)
     told = {finding.code: finding.message for finding in report.findings}
-    assert told["like-reference"] == "all 13 tensors of nets.py:Net are there in section 'gan'"
+    assert told["like-reference"] == "all 13 tensors of nets.py:Net are present in section 'gan'"
     assert told["left-out"] == "not in the output: model, model_ema"
     with pytest.raises(RewriteError, match=r"fit nets\.py:Net equally well: those of --section model, of"):
         ckptkit.convert("resume.pth", "out.pth", like="nets.py:Net")
-    with pytest.raises(RewriteError, match=r"no section fits: 'model' .*head.weight \[3, 4\] against \[9, 4\].*'gan'"):
+    with pytest.raises(
+        RewriteError,
+        match=r"no section fits: 'model' .*head.weight \[3, 4\] instead of \[9, "
+        r"4\].*'gan'",
+    ):
         ckptkit.convert("resume.pth", "out.pth", like=lambda: Net(9))
     report = ckptkit.convert("resume.pth", "ema.safetensors", section="model_ema", like=Net())
     assert report.details["dropped"] == ["n_averaged"]

@@ -1,7 +1,7 @@
 """Sharded training checkpoints: folders that several processes wrote, each opened as one checkpoint.
 
-`layouts` says by which names a folder is known; the module of each layout has its specification and reads it.
-`around` finds the folder that is meant by one that was given; `folder` is it as the one file that was given.
+`layouts` has the names that identify a folder; the module of each layout has its specification and reads it.
+`around` finds the folder that a given one refers to; `folder` treats it as one file.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ __all__ = ["folder_source", "unlisted_source"]
 
 
 def folder_source(path: str, tag: str | None = None, tp_rules: str | os.PathLike[str] | None = None) -> Source | None:
-    """What stands for a folder that is one checkpoint, or leads to one; ``None``: there is none, or it is not a folder.
+    """The source for a folder that is one checkpoint, or leads to one; ``None``: there is none, or it is not a folder.
 
     Args:
         path: the folder.
         tag: which of several steps in it is meant.
-        tp_rules: the file of rules by which slices of ranks are joined; with one, files that differ in one number of
-            their names alone are one checkpoint.
+        tp_rules: the file with the rules for joining slices of ranks; with one, files whose names differ only in one
+            number are one checkpoint.
 
     Raises:
         FileAccessError: it cannot be listed; there are several checkpoints in it, or no such step.
@@ -46,10 +46,10 @@ def folder_source(path: str, tag: str | None = None, tp_rules: str | os.PathLike
 
 
 def unlisted_source(url: str) -> Source | None:
-    """What stands for the folder of a ``.metadata`` whose server lists no files: the others are those that it names.
+    """The source for the folder of a ``.metadata`` whose server lists no files: the others are those that it names.
 
     Args:
-        url: of a file; ``None`` is what it stands for where it is not one.
+        url: of a file; the result for any other is ``None``.
     """
     folder, name = places.split(url)
     if name != ".metadata" or places.are_listed(url):
@@ -81,7 +81,7 @@ def _by_rules(path: str, tag: str | None, tp_rules: str) -> FolderSource:
     Raises:
         As `folder_source`.
         FileAccessError: it holds none, or the rules cannot be read.
-        FormatError: the rules are none.
+        FormatError: the rules are invalid.
     """
     from ckptkit.formats.distributed.slices import sliced
     from ckptkit.formats.distributed.tensor_parallel import rules_in

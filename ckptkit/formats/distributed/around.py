@@ -1,4 +1,4 @@
-"""Which checkpoint a folder stands for: itself, the step that it points to, the one in it, or the one that is chosen.
+"""Which checkpoint a folder means: itself, the step that it points to, the only one in it, or the chosen one.
 
 Trainers put folders around their checkpoints, and files that say which of them is the last:
 
@@ -13,7 +13,7 @@ Trainers put folders around their checkpoints, and files that say which of them 
   ``meta.pt``
 - torchtitan: ``step-10``; the hub's writer: ``sharded`` beside what was consolidated from it
 
-Of several that no such file chooses from none is taken: they are listed, and ``--tag`` names one.
+If no such file chooses among several, none is chosen: they are listed, and ``--tag`` names one.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ _MOST_FILES = 1000
 """Files in a folder that are looked at."""
 
 _MOST_LOOKED_AT = 8
-"""Names in a folder in which there is no checkpoint that are looked at as folders themselves."""
+"""Names in a folder without a checkpoint that are searched as folders themselves."""
 
 _LISTED = 8
 """Checkpoints that a message lists."""
@@ -73,7 +73,7 @@ _JOINED = r"(?:pytorch_model_fsdp|optimizer)_\d+"
 """accelerate's folders, each one of torch.distributed.checkpoint."""
 
 _MARKS = (".distcp", "/.metadata")
-"""How the files end by which these are known."""
+"""The extensions that identify these files."""
 
 _OWN = {
     "dcp": r"[^/]*\.distcp|\.metadata(?:\.tmp)?|__\d+\.metadata|meta\.pt|common\.pt",
@@ -96,7 +96,7 @@ _NAMED = re.compile(
 
 
 class Found(NamedTuple):
-    """What a folder stands for.
+    """The checkpoint that a folder means.
 
     Attributes:
         root: the folder that the files are in; of one file, its path.
@@ -105,7 +105,7 @@ class Found(NamedTuple):
         own: those that belong to the checkpoint.
         members: what it is combined from beside the folder's own files: folders (with a slash at the end), files.
         tag: the name of the step; ``None``: the folder was not chosen from several.
-        findings: what is to be told of the choice.
+        findings: about the choice.
     """
 
     root: str
@@ -244,7 +244,7 @@ def _numbered(folder: str, number: int) -> str:
 
 
 def _steps(folder: str) -> Iterator[tuple[str, Found | None]]:
-    """The folders in one that stand for a checkpoint, with what it is; ``None``: for several, or for a damaged one."""
+    """The folders in one that mean a checkpoint, with what it is; ``None``: for several, or for a damaged one."""
     for name in _folders(folder):
         try:
             found = _standing(places.below(folder, name), is_inner=True)
@@ -274,7 +274,7 @@ def _natural(name: str) -> list[tuple[int, int | str]]:
     return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"([0-9]{1,18})", name)]
 
 
-# What a folder stands for.
+# The checkpoint that a folder means.
 
 
 def sharded_in(path: str, tag: str | None = None, depth: int = 0) -> Found | None:
@@ -312,7 +312,7 @@ def sharded_in(path: str, tag: str | None = None, depth: int = 0) -> Found | Non
 
 
 def found_in(path: str, tag: str | None = None) -> Found | None:
-    """The one checkpoint that a folder stands for, whatever it is; ``None``: there is none in it.
+    """The one checkpoint that a folder means, whatever it is; ``None``: there is none in it.
 
     Args:
         path: the folder.
@@ -397,7 +397,7 @@ def _require_end(path: str, depth: int) -> None:
 
 
 def _chosen(path: str, last: tuple[str, str], found: Found) -> Found:
-    """The last step, with the others told."""
+    """The last step, with a finding that names the others."""
     pointer, name = last
     name = os.path.basename(os.path.realpath(os.path.join(path, name))) if name == pointer else name
     others = [each for each in _folders(path) if each not in (name, pointer) and _may_be_a_step(path, each)]
@@ -415,7 +415,7 @@ def _may_be_a_step(folder: str, name: str) -> bool:
 
 
 def _choices(path: str, *, is_inner: bool = False) -> Iterator[tuple[str, Found | None]]:
-    """The checkpoints in a folder that is none itself, by their names: files, indexes, folders.
+    """The checkpoints in a folder that is not one itself, by their names: files, indexes, folders.
 
     Raises:
         CorruptError: of the shards that are all there is, some are missing.
@@ -474,7 +474,7 @@ def _is_checkpoint(path: str) -> bool:
 
 
 def describe_folder(path: str) -> str:
-    """What a folder is that was given, and in which there is no checkpoint."""
+    """The message about a given folder without a checkpoint."""
     names = sorted(places.listdir(path))
     if packing := packing_of(path):
         return f"is {packing}"

@@ -2,20 +2,20 @@
 
 Layout (``torch/distributed/checkpoint/filesystem.py``):
 
-- ``.metadata``: which tensors and objects there are, and where they lie (`ckptkit.formats.distributed.dcp_metadata`);
-  it is written last, so that a folder without it is that of a save which never finished
+- ``.metadata``: which tensors and objects there are, and where they are (`ckptkit.formats.distributed.dcp_metadata`);
+  it is written last, so a folder without it is from a save that never finished
 - ``__{rank}_{n}.distcp``: items end to end; each is a whole file of ``torch.save`` with one tensor, a chunk of a larger
   one, or with any other object (`ckptkit.formats.distributed.dcp_items`).  Their data are aligned to nothing.
 - an item that went through ``stream.zstd/1`` is one frame of zstd, and such a file inside
-- ``__{rank}.metadata``: without collectives each rank has its own.  Each may be a whole of its own, under the same
-  names; or the ranks share out tensors, and what they say is combined
+- ``__{rank}.metadata``: without collectives each rank has its own.  Each may be complete, under the same names; or the
+  ranks share the tensors, and their metadata is combined
 
 A tensor that several ranks hold is stored once, by any of them.  A chunk's own strides count: it may be transposed, or
 expanded.  ``planner_data`` says where in the nested dicts and lists that were saved each value belongs; without it the
 names are the keys, dots and all.  Holes in lists are ``None``, as torch leaves them.
 
-Objects are read when the folder is opened, tensors when their values are wanted: each item is a pickle, and those that
-were not read yet are told, and judged by whoever reads them (`ckptkit.formats.distributed.dcp_items`).
+Objects are read when the folder is opened, tensors when their values are needed.  Each item is a pickle; unread ones
+are reported, and judged when they are read (`ckptkit.formats.distributed.dcp_items`).
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Opened:
         tensors: by name, each in pieces that were not read yet.
         objects: by name, as they were pickled.
         unread: how many items are of tensors, and were not read.
-        globals: the verdicts on all names that were read so far, and what tells that there are more.
+        globals: the verdicts on all names that were read so far, and the entry for unread ones.
         findings: what is remarkable.
         discarded: what the pickles of the objects make and drop.
         replicas: chunks that several ranks stored.

@@ -1,4 +1,4 @@
-"""Stored items of torch.distributed.checkpoint: each a whole file of ``torch.save``, one behind the other.
+"""Stored items of torch.distributed.checkpoint: each a whole file of ``torch.save``, one after the other.
 
 Each is read as any such file is (`ckptkit.formats.torch_zip`).  A checkpoint has them by the hundred thousand, and
 those of tensors of one size differ in four things: the values, their checksum, an identity of forty digits, and its
@@ -83,7 +83,7 @@ class ItemReader:
         self._wanted = wanted
 
     def judge(self) -> tuple[GlobalUse, ...]:
-        """As `ckptkit.checkpoint.Unread.judge`: file by file, in the order in which they are there."""
+        """As `ckptkit.checkpoint.Unread.judge`: file by file, in the order of their positions."""
         items, before = self._items, ""
         wanted = sorted(self._wanted(), key=lambda want: (items.paths[want.row], items.starts[want.row]))
         for path, of_file in groupby(wanted, lambda want: items.paths[want.row]):
@@ -158,7 +158,7 @@ class ItemReader:
         return self._read(row, name, ends)
 
     def _known(self, row: int) -> tuple[ByteRange, tuple[bytes, bytes] | None, _Mold | None]:
-        """Where an item lies, its first and last bytes, and what one that begins so is known by."""
+        """Where an item is, its first and last bytes, and what identifies an item that begins like this."""
         area = self._lying(row)
         ends = None if self._items.transforms[row] else self._ends(area)
         return area, ends, None if ends is None else self._molds.get(_kind(ends[0]))
@@ -182,7 +182,7 @@ class ItemReader:
         return f"{self._items.paths[row]}, {name!r:.200} at byte {self._items.starts[row]:,}"
 
     def _lying(self, row: int) -> ByteRange:
-        """Where an item's bytes lie, as they are."""
+        """The stored bytes of an item."""
         items = self._items
         return ByteRange(self._files[items.paths[row]], items.starts[row], items.lengths[row])
 
@@ -213,7 +213,7 @@ class ItemReader:
             raise CorruptError("it went through stream.zstd/1, but is not a zstd frame")
         inner = Inner(area.file.path, area, area.file, name=name, owns=False)
         most = max(self._limits.unpacked_nbytes, self._nbytes.get(row, 0) + _AROUND_NBYTES)
-        parts = compression.parts(inner, replace(self._limits, unpacked_nbytes=most))
+        parts = compression.parts(inner, self._limits._replace(unpacked_nbytes=most))
         first = next(parts, b"")
         second = next(parts, None)
         if second is None:
@@ -228,7 +228,7 @@ def _kind(head: bytes) -> bytes:
 
 
 class _Mold(NamedTuple):
-    """What an item is known by.
+    """The identity of an item.
 
     Attributes:
         raw: what one holds: a tensor, or values that cannot change.
@@ -249,7 +249,7 @@ class _Mold(NamedTuple):
 
     @classmethod
     def of(cls, area: ByteRange, head: bytes, raw: RawCheckpoint, records: Records) -> _Mold | None:
-        """What others like an item that was read are known by; ``None``: nothing that is worth looking for."""
+        """What identifies items like one that was read; ``None``: nothing worth searching for."""
         is_tensor = isinstance(raw.root, TensorEntry)
         begin = end = len(_kind(head))
         if isinstance(raw.root, TensorEntry):
@@ -322,7 +322,7 @@ def _is_constant(root: object) -> bool:
 
 
 def _checksums(tail: bytes, area: ByteRange, end: int, records: Records) -> dict[int, tuple[int, int]]:
-    """Where the checksums of records are in the last bytes of an item: behind their bytes, and in the directory.
+    """Where the checksums of records are in the last bytes of an item: after their bytes, and in the directory.
 
     Args:
         tail: the bytes from ``end`` on.

@@ -4,7 +4,7 @@ One bare pickle whose root is ``torch.distributed.checkpoint.metadata.Metadata``
 that package; Megatron's root is a subclass), and of whose attributes four are read:
 
 - ``state_dict_metadata``: from a tensor's name (fqn) to its properties, its size, and the offsets and sizes of its
-  chunks; or to what stands for an object that was pickled
+  chunks; or to a placeholder for an object that was pickled
 - ``storage_data``: from a name, and of a chunk its offset, to a file, and the first byte and the number of bytes in it;
   the ``index`` beside them is a hint, and is skipped
 - ``planner_data``: from a name to the keys that lead to its value in what was saved: texts are keys of dicts, numbers
@@ -44,7 +44,7 @@ METADATA_NBYTES = 1 << 30
 """Bytes of a ``.metadata``: twice that of 1,024 processes with Adam, at some 143 bytes a chunk."""
 
 STRINGS = "ckptkit_metadata"
-"""The attribute in which ckptkit keeps a checkpoint's string metadata, a dict; torch passes over it."""
+"""The attribute in which ckptkit keeps a checkpoint's string metadata, a dict; torch ignores it."""
 
 _MOST_CHUNKS = 8_000_000
 """Chunks, stored items and tensors, of each: what has room in that."""
@@ -85,7 +85,7 @@ def parse_metadata(data: bytes, limits: Limits) -> Metadata:
     Raises:
         FormatError: the pickle is damaged or refused, is no ``.metadata``, or contradicts itself.
     """
-    limits = replace(limits, pickle_nbytes=METADATA_NBYTES, tree_nodes=METADATA_NBYTES, nodes=_MOST_NODES)
+    limits = limits._replace(pickle_nbytes=METADATA_NBYTES, tree_nodes=METADATA_NBYTES, nodes=_MOST_NODES)
     runs = Runs(_MOST_CHUNKS)
     uses: tuple[GlobalUse, ...] = ()
     try:
@@ -117,7 +117,7 @@ def _is_own(use: GlobalUse) -> bool:
 
 
 def _size(args: tuple[object, ...]) -> object:
-    """A ``torch.Size`` as the tuple that it is made of."""
+    """The tuple inside a ``torch.Size``."""
     return args[0] if len(args) == 1 and isinstance(args[0], tuple) and all(map(is_int, args[0])) else NotImplemented
 
 
@@ -125,7 +125,7 @@ _CONSTRUCTORS = {("torch", "Size"): _size}
 
 
 class _OddError(Exception):
-    """A `Run` is not where it belongs, or a node stands for one that was left out."""
+    """A `Run` is in the wrong place, or a placeholder is missing."""
 
 
 class _Reader:
@@ -215,7 +215,7 @@ class _Reader:
             yield TensorRow(key, dtype, layout, requires_grad, shape, start, len(self._columns.offsets))
 
     def _add_chunks(self, node: object) -> None:
-        """Put the chunks of a list behind those that there are; its runs are copied, so that rows are in one piece."""
+        """Append the chunks of a list to the existing ones; its runs are copied, so that rows are in one piece."""
         columns = self._columns
         if not isinstance(node, list) or id(node) in self._seen:
             raise CorruptError(f"the chunks of a tensor are {_kind(node)}, not a separate list")
@@ -243,7 +243,7 @@ class _Reader:
         """A tensor; `ckptkit.transfer.pieces` sees whether its chunks cover it.
 
         Raises:
-            CorruptError: its dtype is none of torch, or its size no tensor's.
+            CorruptError: torch has no such dtype, or no tensor such a size.
             UnsupportedError: it is not strided.
         """
         kind = id(row.dtype), id(row.layout)
@@ -304,7 +304,7 @@ class _Reader:
         """Give each chunk and object the row of its item.
 
         Raises:
-            CorruptError: one is nowhere or in two places, or an item is nobody's.
+            CorruptError: one is nowhere or in two places, or an item belongs to none.
         """
         columns = self._columns
         by_name: dict[str, list[int]] = {}
@@ -372,7 +372,7 @@ class _Reader:
 
 
 def _leave_out_empty(tensor: TensorMetadata) -> None:
-    """Chunks without elements where another begins: the item is that one's, and theirs was replaced by it."""
+    """Empty chunks where another begins: the item is that one's, and replaced theirs."""
     taken = {offsets for offsets, sizes in zip(tensor.offsets, tensor.sizes, strict=True) if 0 not in sizes}
     for number, (offsets, sizes) in enumerate(zip(tensor.offsets, tensor.sizes, strict=True)):
         if 0 in sizes and offsets in taken:

@@ -3,8 +3,8 @@
 Dicts are gone into, and lists that contain a tensor or a dict, in lists of lists too; what is in neither is one value,
 tuples whatever they hold.  A name is the keys that lead to a value, with dots between them (torch 2.4 and later:
 ``torch/distributed/checkpoint/_nested_dict.py`` and ``_traverse.py``; before, a dict or list without tensors was one
-value).  What this does not keep is told (`Flat.lost`): the classes and attributes of dicts, keys that are not text,
-empty dicts.
+value).  What is lost is recorded (`Flat.lost`): the classes and attributes of dicts, keys that are not text, empty
+dicts.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def flattened(checkpoint: Checkpoint) -> Flat:
 
     Raises:
         KeyCollisionError: two values would have one name.
-        RewriteError: the tree is not a dict, contains nothing, or itself; a key has no text of its own.
+        RewriteError: the tree is not a dict, is empty, or contains itself; or a key has no text.
     """
     weights = _weights(checkpoint)
     found = Flat()
@@ -101,7 +101,7 @@ def flattened(checkpoint: Checkpoint) -> Flat:
             found.add(path, node)
             continue
         if id(node) in within or len(path) > _MAX_LEVELS:
-            told = "contains itself" if id(node) in within else f"has over {_MAX_LEVELS} levels"
+            told = "contains itself" if id(node) in within else f"has more than {_MAX_LEVELS} levels"
             raise RewriteError(f"{_name(path):.200}: {told}, which is not possible in a {NAME} folder")
         within.add(id(node))
         stack += [(path, node, True), *reversed(below)]
@@ -111,14 +111,14 @@ def flattened(checkpoint: Checkpoint) -> Flat:
 
 
 def _weights(checkpoint: Checkpoint) -> object:
-    """What stands for the state_dict: of a module its values, as torch asks it for them before it saves."""
+    """The node for the state_dict: for a module its values, as torch requests them before it saves."""
     state_dict = checkpoint.state_dict
     lowered = None if state_dict.is_module else lower_state_dict(state_dict)
     return InertDict(list(state_dict.everything.items())) if mapping_items(lowered) is None else lowered
 
 
 def values_at(checkpoint: Checkpoint, paths: Mapping[str, Path]) -> dict[str, object]:
-    """What is in a checkpoint's tree where paths lead; nothing of those that lead nowhere."""
+    """The content of a checkpoint's tree at given paths, without paths that lead nowhere."""
     weights, dicts = _weights(checkpoint), dict[int, dict[object, object]]()
     found: dict[str, object] = {}
     for name, path in paths.items():

@@ -1,6 +1,6 @@
 """The records of `ckptkit.formats.distributed.dcp_runs` as patterns: how protocols 4 and 5 of pickle spell each.
 
-Classes and keys are spelled as the memo of one pickle has them, so each pickle has patterns of its own.
+Classes and keys depend on the memo of one pickle, so each pickle has its own patterns.
 """
 
 from __future__ import annotations

@@ -86,7 +86,7 @@ class Metadata:
 
     Attributes:
         tensors: by name, in order.
-        objects: names of what was pickled as it is, each with its row among ``items``.
+        objects: names of pickled objects, each with its row among ``items``.
         order: the names of both, in order.
         items: where each lies.
         paths: for names the keys that lead to them; ``None``: the names themselves are the keys.
@@ -163,7 +163,7 @@ class Metadata:
 def together(parts: Sequence[Metadata]) -> Metadata | None:
     """What the metadata of several ranks say, each of which knows its own chunks alone.
 
-    ``None``: it is not a whole, or they contradict each other: each rank saved something of its own.
+    ``None``: it is not complete, or they contradict each other: each rank saved something different.
     """
     first, union, items = parts[0], _Union(), Items([], [], [], [])
     paths: dict[str, tuple[str | int, ...]] = {}

@@ -55,7 +55,7 @@ _MOST_KNOWN = 200_000
 
 
 class _Marker:
-    """Type of what stands for nodes that were not made."""
+    """Type of placeholders for nodes that were not made."""
 
     __slots__ = ()
 
@@ -64,7 +64,7 @@ LEFT_OUT = _Marker()
 """What a pickle gets that asks for a node that was left out."""
 
 BYTES = _Marker()
-"""Stands for a ``BytesStorageMetadata``, which says nothing."""
+"""Placeholder for a ``BytesStorageMetadata``, which contains nothing."""
 
 
 class Run:

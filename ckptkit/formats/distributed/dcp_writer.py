@@ -7,12 +7,11 @@ what torch 2.14 writes (``torch/distributed/checkpoint/filesystem.py``, ``defaul
 - A tensor is one item or, of several ranks, one for each part along its first dimension, cut as ``torch.chunk`` cuts it
   and as FSDP2 shards it: every part but the last has ⌈rows / ranks⌉ rows, and the last ranks may have none.  What has
   fewer rows than there are ranks is one item, of the rank that has the fewest bytes by then.
-- An item is a torch-zip of its own, and they are in a row; the first rank's other values come first.  Tensors are
+- An item is a complete torch-zip, and items are consecutive; the first rank's other values come first.  Tensors are
   contiguous, little-endian and on the CPU.  What is not a tensor is pickled as ``torch.save`` does it.
 - ``.metadata`` is a pickle of protocol 4.  Neither the path nor a random id is in it: the same checkpoint gives the
   same bytes.  The properties of tensors are of the class that torch had for them until 2.2, and still has: so torch
-  2.1 reads it, too.  Strings that a checkpoint has as its metadata are an attribute of their own (`STRINGS`), which
-  torch passes over.
+  2.1 reads it, too.  A checkpoint's metadata strings are a separate attribute (`STRINGS`), which torch ignores.
 """
 
 from __future__ import annotations
@@ -225,7 +224,7 @@ _BATCH = 1000
 
 
 class _Pickle:
-    """A pickle of protocol 4, with the opcodes of ``pickle.dump``, by which readers know chunks by the million.
+    """A pickle of protocol 4, with the opcodes of ``pickle.dump``, which readers recognize in chunks by the million.
 
     Equal texts, sizes and classes are written once.
 

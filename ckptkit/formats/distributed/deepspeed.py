@@ -1,6 +1,6 @@
 """DeepSpeed: the folder of one step, as ``engine.save_checkpoint`` writes it (``runtime/engine.py``, DeepSpeed 0.19.8).
 
-Files, each of torch own container; ``D`` is a data-parallel rank, ``MM`` a model-parallel one (a pipeline's stage):
+Files, each in torch's own container; ``D`` is a data-parallel rank, ``MM`` a model-parallel one (a pipeline's stage):
 
 - ``mp_rank_MM_model_states.pt``; of stage 3 ``zero_pp_rank_D_mp_rank_MM_model_states.pt``, one per rank: ``module``
   (the state_dict in the precision of the forward pass; at stage 3 its parameters are empty), ``buffer_names``,

@@ -1,4 +1,4 @@
-"""What the readers of DeepSpeed's folders share: their files, and the state_dicts that are made of them."""
+"""The readers of DeepSpeed's folders share this: the files, and the state_dicts made from them."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def models_of(parts: Parts, names: Sequence[str]) -> Models:
     """The ``model_states`` files of a folder, read.
 
     Raises:
-        CorruptError: there is none, or they are of different runs or steps.
+        CorruptError: there is none, or they are from different runs or steps.
     """
     files = by_rank(parts, names, _MODEL)
     if not files:
@@ -258,7 +258,7 @@ def frozen_weights(models: Mapping[int, File]) -> dict[str, TensorEntry]:
 
 
 def plain(own: Mapping[str, object]) -> list[tuple[object, object]]:
-    """What an optimizer file has beside its buffers; in place of objects of DeepSpeed's own their attributes."""
+    """What an optimizer file has beside its buffers, with DeepSpeed's objects replaced by their attributes."""
     found: list[tuple[object, object]] = []
     for key, value in own.items():
         if key not in _OF_THE_BUFFERS:
@@ -269,7 +269,7 @@ def plain(own: Mapping[str, object]) -> list[tuple[object, object]]:
 
 
 def unproven(weights: Weights) -> list[Finding]:
-    """What is told of values that cannot be checked against a copy."""
+    """The finding about values that cannot be checked against a copy."""
     names = weights.unproven
     found = []
     if weights.own:
@@ -290,7 +290,7 @@ def unproven(weights: Weights) -> list[Finding]:
 
 
 class Weights:
-    """The two state_dicts that are made of a module's and of the masters.
+    """The two state_dicts made from a module's values and from the masters.
 
     Args:
         masters: the weights that were combined, by name.
@@ -327,7 +327,7 @@ class Weights:
         Args:
             module: it.
             where: the file it is from.
-            buffers: the names of those of its values that are none of the weights.
+            buffers: the names of its values that are not weights.
             stubs: whether its weights may be empty, since the values are elsewhere (stage 3).
 
         Raises:

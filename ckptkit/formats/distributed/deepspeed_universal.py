@@ -1,7 +1,7 @@
 """DeepSpeed's universal checkpoints: one file a parameter and value, as ``ds_to_universal`` writes them.
 
 Layout (``deepspeed/checkpoint/ds_to_universal.py``, DeepSpeed 0.19.8): the ``model_states`` files of the step it was
-made of, and below ``zero/``
+made from, and below ``zero/``
 
 - ``NAME/fp32.pt``, ``NAME/exp_avg.pt``, ``NAME/exp_avg_sq.pt``: of stages 1 and 2 a dict whose ``param`` is the whole
   parameter, combined from all tensor-parallel ranks (``cat_dim`` and the like say how; ``vocab_tensor``: without the
@@ -9,7 +9,7 @@ made of, and below ``zero/``
 - ``NAME/step.pt``: a number; not of stage 3
 - ``optimizer_state.pt``: what else an optimizer file of rank 0 has, with ``param_groups``, whose parameters are numbers
 
-What is there under the name of a buffer or a frozen weight was made fp32 on the way: ``module`` has it as it is.
+A buffer or frozen weight was converted to fp32 there: ``module`` has the original.
 ``ds_to_universal`` puts parameters of ``round_robin_gradients`` together wrongly, which ``module`` shows.
 """
 

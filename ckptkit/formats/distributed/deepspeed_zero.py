@@ -1,8 +1,8 @@
 """DeepSpeed's optimizer files: the flat buffers of all ranks, read together.
 
 What is in them is in `ckptkit.formats.distributed.deepspeed`, how parameters are in buffers in
-`ckptkit.formats.distributed.zero`.  With a mixture of experts a group of experts is shared by fewer ranks than there
-are (``partition_count`` has a number for each group): of E sets of ranks each has experts of its own, all called
+`ckptkit.formats.distributed.zero`.  With a mixture of experts, fewer ranks than there are share a group of experts
+(``partition_count`` has a number for each group): each of E sets of ranks has different experts, all called
 ``deepspeed_experts.0`` and on.  Rank r is of set r mod E, or, with ``use_data_before_expert_parallelism``, r div the
 ranks of a set (``deepspeed/utils/groups.py``).
 """
@@ -43,10 +43,10 @@ _JOINED, _SPLIT = "single_partition_of_fp32_groups", "fp32_flat_groups"
 """The masters' flat buffers, of stages 1 and 2 and of stage 3."""
 
 _EXPERT = re.compile(r"(.*\.deepspeed_experts\.)(\d{1,7})(\..+)", re.ASCII | re.DOTALL)
-"""The name of an expert's weight: what is before its number, that, and what is behind."""
+"""The name of an expert's weight: before its number, the number, and after it."""
 
 _MOST_PADDING = 1 << 20
-"""Elements of padding behind a parameter, thousands of times what 16 bytes take."""
+"""Elements of padding after a parameter, thousands of times more than 16 bytes take."""
 
 
 class Zero(NamedTuple):
@@ -145,7 +145,7 @@ def _kept(bases: Sequence[object], where: Sequence[str], count: int) -> list[Kep
 
 
 def _require_distinct(kept: Sequence[Flats], where: Sequence[str]) -> None:
-    """See that no rank's values are there twice, by their checksums: at stage 3 no copy of the weights tells it.
+    """Check that no rank's values are there twice, by their checksums: stage 3 has no copy of the weights.
 
     Args:
         kept: the masters, and what the optimizer keeps of each element: without that, values may be alike by chance.
@@ -248,7 +248,7 @@ def _paddings(node: object) -> list[list[int]] | None:
 
 
 def _shared(flat: int, count: int, world: int, model: File) -> list[_Buffer]:
-    """A group's buffer; of experts one for each set of ranks that has experts of its own.
+    """A group's buffer; for experts, one for each set of ranks with its own experts.
 
     Raises:
         UnsupportedError: the ranks are not in sets of one size.

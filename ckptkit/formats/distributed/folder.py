@@ -1,8 +1,8 @@
 """The folder of a sharded training checkpoint as the one file that was given.
 
-What several processes wrote is one checkpoint: a `FolderSource` stands for its folder, has no bytes of its own, and
-opens the files in it, each once.  A file is named by its path below the folder, with slashes; a name that leads out of
-it is refused, whoever says it.  A file that is itself a symbolic link is followed, since caches consist of such links.
+A folder that several processes wrote is one checkpoint: a `FolderSource` represents it, has no bytes itself, and opens
+the files in it, each once.  A file is named by its path below the folder, with slashes; a name that leads out of it is
+refused, whatever its source.  A file that is itself a symbolic link is followed, since caches consist of such links.
 """
 
 from __future__ import annotations
@@ -64,16 +64,16 @@ class FolderSource(Source):
         root: the folder that the files are in: the given one, or the one that it points to.
         layout: name of its format (`ckptkit.formats.format.Format`).
         names: the files, by their paths below ``root``, with slashes.
-        tag: which of several steps it is, as it is called; ``None``: the folder contains one.
+        tag: the name of the chosen step, if there are several; ``None``: the folder contains one.
         own: those of the files that belong to the checkpoint; ``None``: all.
         members: what it is combined from (`ckptkit.formats.distributed.joined`).
         asked: the tag that was asked for.
-        findings: what is to be told of the way to it.
+        findings: about the way to it.
 
     Attributes:
         root, layout, names, tag, own, members, asked, findings: as above.
         parts: the files that were opened, by name.
-        tp_rules: by which slices of ranks are joined (`ckptkit.formats.distributed.tensor_parallel.Rule`).
+        tp_rules: the rules for joining slices of ranks (`ckptkit.formats.distributed.tensor_parallel.Rule`).
         rules: the file that they were read from.
     """
 
@@ -149,7 +149,7 @@ class FolderSource(Source):
             self.will_open([name for name in self.own if not name.endswith(_READ_APART)])
 
     def whole_parts(self) -> dict[str, Source]:
-        """All the files that belong to the checkpoint, by name; those that nobody has read yet too.
+        """All the files that belong to the checkpoint, by name, including unread ones.
 
         Raises:
             As `part`.

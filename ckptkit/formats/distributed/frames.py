@@ -1,4 +1,4 @@
-"""The tree in which the trees of several ranks are combined: the first rank's, with what others alone have.
+"""The tree into which the trees of several ranks are combined: the first rank's, with values that only others have.
 
 Two things are in some ranks' files alone: DTensors of a mesh of those ranks, such as experts or the layers of a
 pipeline's stage, with the versions of their modules; and what an optimizer keeps for flat parameters of which the
@@ -16,7 +16,7 @@ from ckptkit.pickling.inert import InertDict, Object, attributes, mapping_items,
 __all__ = ["frame_of"]
 
 _DEEPEST = 3
-"""Dicts in dicts in which tensors are looked for that some ranks alone have."""
+"""Nested dicts that are searched for tensors that only some ranks have."""
 
 
 def frame_of(roots: Sequence[object], *, is_sharded: bool) -> tuple[object, set[str]]:

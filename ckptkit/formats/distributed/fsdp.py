@@ -7,12 +7,12 @@ Layout (verl ``fsdp_checkpoint_manager.py``, accelerate ``fsdp_utils.py``, DINOv
   alone belongs together
 - each file is a tree as torch.save writes it; those of all ranks have the same keys.  A DTensor or ShardedTensor is the
   rank's part of a tensor (`ckptkit.formats.distributed.placements`), and a plain tensor or value is a copy: the first
-  rank's is taken, tensors of the others are `Replica`s, other values must be equal.  What each rank has of its own
-  (states of random generators) is the first rank's, and a finding says so
+  rank's is taken, tensors of the others are `Replica`s, other values must be equal.  Values that differ by rank (states
+  of random generators) are the first rank's, and a finding says so
 - FSDP's LOCAL_STATE_DICT has flat parameters (``_flat_param``), one-dimensional, of each rank a run.  Names and shapes
-  of what is joined in them are not in the files: they are opened as they are, padding and all, and
-  ``convert --like`` cuts them (`ckptkit.rewrite.flat_parameters`).  The moments of an optimizer are runs of theirs;
-  with ``use_orig_params`` the parameters' own names are there too, each a view of the flat one
+  of the joined tensors are not in the files: they are opened unchanged, with padding, and ``convert --like`` splits
+  them (`ckptkit.rewrite.flat_parameters`).  The moments of an optimizer are runs of theirs; with ``use_orig_params``
+  the parameters' own names are there too, each a view of the flat one
 
 What several sets of files have in one folder is one dict: ``{model, optimizer, extra}``.  A set alone is its tree.
 """
@@ -47,7 +47,7 @@ _SECTIONS = {
 """What is in files' names, and the key of what is in them."""
 
 _STEPS = frozenset(("final", "last", "latest", "best"))
-"""Words that tell one step from another, as numbers do."""
+"""Words that distinguish steps, as numbers do."""
 
 _DAY_NS = 86_400 * 10**9
 _LISTED = 5
@@ -60,7 +60,7 @@ class _Set:
 
     Attributes:
         key: of what is in them, where there are several sets.
-        step: what tells it from another of this key.
+        step: what distinguishes it from others with this key.
         files: by rank.
         worlds: the world sizes in their names.
     """
@@ -186,7 +186,7 @@ def _world_size(sets: Sequence[_Set], folder: FolderSource) -> int:
 
 
 def _configured(folder: FolderSource) -> int:
-    """The ``world_size`` of fsdp_config.json; 0: none is there."""
+    """The ``world_size`` of fsdp_config.json; 0: there is none."""
     file = folder.part("fsdp_config.json")
     try:
         said = json.loads(file.read(0, min(file.size, 1 << 20)))
@@ -245,7 +245,7 @@ def _read_all(probe: Probe, names: Sequence[str]) -> dict[str, Shard]:
 
 
 def _findings(sets: Sequence[_Set], merged: Sequence[Ranks], count: int, folder: FolderSource) -> Iterator[Finding]:
-    """What is to be told of the files together.
+    """The findings about the files together.
 
     Raises:
         CorruptError: their content says that there are others.
@@ -287,7 +287,7 @@ def _findings(sets: Sequence[_Set], merged: Sequence[Ranks], count: int, folder:
 
 
 def _mesh(meshes: Iterable[Mesh]) -> dict[str, int] | None:
-    """The sizes of the mesh of most dimensions by their names, or by their numbers; ``None``: there is none."""
+    """The sizes of the mesh with most dimensions by their names, or by their numbers; ``None``: there is none."""
     largest = max(meshes, key=lambda mesh: (len(mesh.sizes), mesh.ranks), default=None)
     if largest is None:
         return None

@@ -29,7 +29,8 @@ _RANKS: dict[str, tuple[str, ...]] = {
     "deepspeed": (r"\w*zero_pp_rank_(\d{1,9})_.*", r".*mp_rank_(\d{1,9})_.*"),
     "safetensors-dcp": (r"shard-0*(\d{1,9})-.*",),
 }
-"""How the files of each layout tell the number of the process that wrote them; of several kinds, each a factor."""
+"""How the files of each layout encode the number of the process that wrote them; several kinds of numbers are
+factors."""
 
 
 class _Within(FolderSource):

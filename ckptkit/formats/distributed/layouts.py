@@ -1,4 +1,4 @@
-"""Which layout a folder is of, by the names of its files and, where they do not tell, by what is in them."""
+"""Which layout a folder has, by the names of its files and, if they do not decide, by their content."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MEGATRON = (
     r"(?P<folder>(?:mp|tp)_rank_(?P<tensor>\d+)(?:_(?:pp_rank_)?(?P<second>\d+))?(?:_(?:ep_rank_)?(?P<third>\d+))?)/"
     r"(?P<file>model_optim_rng\.pt|model_rng\.pt|[^/]+\.ckpt)"
 )
-"""The files of Megatron's ranks, and of NeMo's, each in a folder of its own that has the numbers of the rank."""
+"""The files of Megatron's and NeMo's ranks, each in a separate folder with the numbers of the rank."""
 
 LLAMA = r"consolidated\.\d+\.pth"
 """The files of Llama's ranks."""
@@ -36,8 +36,8 @@ class Layout:
 
     Attributes:
         format: name of its format (`ckptkit.formats.containers`).
-        claims: whether the files are those of one, by their paths below the folder and, where names do not tell, by
-            what is in them.
+        claims: whether the files belong to one, by their paths below the folder and, if names do not decide, by their
+            content.
     """
 
     format: str
@@ -97,9 +97,9 @@ def is_llama(names: Iterable[str]) -> bool:
 
 
 def _fsdp(folder: str, names: tuple[str, ...]) -> bool:
-    """Whether files with ranks' numbers are those of one checkpoint: by their names, or by tensors that are spread.
+    """Whether files with ranks' numbers belong to one checkpoint: by their names, or by tensors that are spread.
 
-    ``lora_rank8.pth`` has such a number too, and is whole: ranks are counted from 0, and none is left out.
+    ``lora_rank8.pth`` has such a number too, but is whole: ranks count from 0, without gaps.
     """
     found = [match for name in names if (match := re.fullmatch(RANKED, name, re.ASCII))]
     ranks: dict[tuple[str, str], set[int]] = {}
@@ -135,4 +135,4 @@ LAYOUTS: tuple[Layout, ...] = (
     Layout("fsdp", _fsdp),
     Layout("safetensors-dcp", _named(SHARDED)),
 )
-"""In the order in which a folder is checked against them: the first that claims it, reads it."""
+"""The order in which layouts are tried for a folder: the first that claims it reads it."""

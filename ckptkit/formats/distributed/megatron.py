@@ -86,7 +86,7 @@ _EMBEDDING = re.compile(rf"(?:.*[.{INSIDE}])?embedding[.{INSIDE}]word_embeddings
 
 @dataclass(slots=True)
 class _Stage:
-    """A part of the model that has layers of its own.
+    """A part of the model with its own layers.
 
     Attributes:
         where: what messages call it.
@@ -289,10 +289,10 @@ def _require_order(stages: Sequence[Sequence[_Stage]], ranks: Mapping[tuple[int,
 
     Args:
         stages: in the order of their layers.
-        ranks: what ``args`` say of each place's number among all processes: it grows along each kind of parallelism.
+        ranks: the number of each place among all processes, from ``args``: it grows along each kind of parallelism.
 
     Raises:
-        CorruptError: some are not; as far as it can be told.
+        CorruptError: some are missing, as far as this can be known.
     """
     for number, (stage, *_) in enumerate(stages):
         for name in stage.values:

@@ -333,7 +333,7 @@ class _Tree:
             yield key, _listed(values)
 
     def findings(self) -> Iterator[Finding]:
-        """What is to be told of it."""
+        """The findings about it."""
         yield from self._empty
         if self._flat:
             yield Finding(
@@ -348,7 +348,7 @@ def _part(name: str, box: Piece, place: tuple[int, ...]) -> TensorEntry:
     """What is at a place of the leading dimensions of a chunk.
 
     Raises:
-        CorruptError: the chunk is not of the sizes that are said.
+        CorruptError: the chunk does not have the declared sizes.
     """
     entry = box.local if isinstance(box.local, TensorEntry) else box.local()
     if entry.shape != box.sizes:

@@ -48,7 +48,7 @@ class Distributed(NamedTuple):
         kind: ``"DTensor"`` or ``"ShardedTensor"``.
         shape, dtype: of the whole; ``None``: its own metadata say it.
         state: inert node of what the class keeps.
-        requires_grad, is_parameter: as in `TensorEntry`, where a parameter was made of it.
+        requires_grad, is_parameter: as in `TensorEntry`, if a parameter was made from it.
     """
 
     kind: str
@@ -65,8 +65,8 @@ class Mesh(NamedTuple):
     Attributes:
         sizes, names: of its dimensions; no names: it has none.
         place: of the rank, a number for each dimension; ``None``: it is not of this mesh.
-        rank: its number; ``None``: not told.
-        ranks: how many there are, as far as it tells: one more than the greatest that is named; 0: not told.
+        rank: its number; ``None``: unknown.
+        ranks: how many there are, as far as is known: one more than the greatest number used; 0: unknown.
     """
 
     sizes: tuple[int, ...]
@@ -82,8 +82,8 @@ class Share(NamedTuple):
     Attributes:
         shape, dtype: of the whole.
         pieces: the boxes of it, each with the tensor that it is.
-        rank: whose it says that it is; ``None``: nobody's.
-        ranks: of how many; 0: not told.
+        rank: the rank it names as its own; ``None``: none.
+        ranks: of how many; 0: unknown.
         every: of a ShardedTensor, all boxes and whose each is.
         mesh: of a DTensor.
     """
@@ -98,7 +98,7 @@ class Share(NamedTuple):
 
 
 def distributed(node: object) -> Distributed | None:
-    """The distributed tensor that a node is, or that a parameter is made of; ``None``: it is something else."""
+    """The distributed tensor in a node, or in a parameter; ``None``: it is something else."""
     if not isinstance(node, Object):
         return None
     if node.class_name == "torch._utils._rebuild_parameter" and len(node.args) == 3:
@@ -147,7 +147,7 @@ def share_of(found: Distributed, name: str, rank: int, known: dict[int, Mesh]) -
 
 
 def fills_mesh(shares: Sequence[Share]) -> bool:
-    """Whether these are of all places of one mesh, each once: the ranks that have others know nothing of the tensor."""
+    """Whether these are all places of one mesh, each once: ranks in other places have nothing of the tensor."""
     meshes = [share.mesh for share in shares if share.mesh is not None and share.mesh.place is not None]
     sizes = {mesh.sizes for mesh in meshes}
     places = {mesh.place for mesh in meshes}
@@ -238,7 +238,7 @@ class _Cut(NamedTuple):
 
 
 def _cuts(spec: object, mesh: Mesh) -> list[_Cut]:
-    """What the placements cut, in the order in which they do.
+    """What the placements split, in order.
 
     Raises:
         UnsupportedError: one is a sum that was not made yet, or is not known.
@@ -283,7 +283,7 @@ Runs = list[tuple[int, int]]
 
 
 def _runs(shape: tuple[int, ...], cuts: Sequence[_Cut], mesh: Mesh) -> list[Runs]:
-    """The indexes that a rank has along each dimension, in the order in which they are in its own tensor."""
+    """The indexes of a rank along each dimension, in the order of its own tensor."""
     runs: list[Runs] = [[(0, size)] for size in shape]
     for axis, dim, factor in cuts:
         dim = dim + len(shape) if dim < 0 else dim

@@ -1,8 +1,8 @@
 """The trees of several ranks, combined into the one that a single process would have saved.
 
-All have the same places.  What is at one is a distributed tensor, of which each has parts; a plain tensor, of which
-each has a copy; a value, which must be equal; or something that each rank has of its own.  A DTensor of a mesh of some
-ranks (experts, the layers of a pipeline's stage) may be in the files of those alone: as many as the mesh has places.
+All have the same places.  Each place has a distributed tensor, of which each rank has parts; a plain tensor, of which
+each has a copy; a value, which must be equal; or something that differs by rank.  A DTensor of a mesh of some ranks
+(experts, the layers of a pipeline's stage) may be in the files of those alone: as many as the mesh has places.
 
 FSDP's first version has flat parameters, and what an optimizer's own ``state_dict()`` keeps for one, or with
 ``use_orig_params`` for the part of one that a parameter is, is a plain tensor: each rank has a run of it, or nothing.
@@ -34,7 +34,7 @@ from ckptkit.transfer.pieces import Piece, pieced
 __all__ = ["Ranks"]
 
 _OWN = frozenset(("rng", "random", "seed", "seeds", "sampler", "dataloader", "loader", "rank"))
-"""Words in keys of what each rank has of its own, tensors too."""
+"""Words in keys of values that differ by rank, including tensors."""
 
 _MEASURED = frozenset((
     "device", "host", "hostname", "pid", "time", "elapsed", "duration", "throughput", "memory", "loss", "losses",
@@ -56,7 +56,7 @@ class _SamePlaces(SameContent):
         self._seen: set[int] = set()
 
     def met(self, a: object, b: object) -> bool | None:
-        """As of `SameContent`; a tree is processed beside itself."""
+        """As for `SameContent`; a tree is compared with itself."""
         if a is not b:
             return super().met(a, b)
         if id(a) in self._seen:
@@ -65,7 +65,7 @@ class _SamePlaces(SameContent):
         return None
 
     def compare(self, place: Place, a: object, b: object) -> tuple[Iterable[Met], list[tuple[Place, object, object]]]:
-        """As of `SameContent`."""
+        """As for `SameContent`."""
         ours, theirs = distributed(a), distributed(b)
         if ours is not None or theirs is not None:
             return [Met(place, a, b, "differs" if ours is None or theirs is None else "spread")], []
@@ -104,7 +104,7 @@ class Ranks:
 
     Attributes:
         replicas: tensors that must be the same.
-        own: places of what each rank has of its own.
+        own: places of values that differ by rank.
         flat: places of what was combined from runs of flat parameters, and has no shape.
         shapes: those of its distributed tensors, in order, but for flat parameters.
         ranks: how many the files' content says that there are; 0: it does not say.
@@ -419,7 +419,7 @@ def _as_entry(node: object) -> object:
 
 
 def _own(place: Place, words: frozenset[str]) -> str | None:
-    """The place of what each rank has of its own, in which this one is; ``None``: all ranks have the same."""
+    """The place of values that differ by rank, if this one is in it; ``None``: all ranks have the same."""
     step: Place | None = place
     found = None
     while step is not None:

@@ -7,9 +7,9 @@ Layout (torch 2.14 ``torch/distributed/checkpoint/hf_storage.py``, ``_hf_utils.p
   ``sharded`` that these are in, and it is opened by itself
 - each is a safetensors file whose tensors are boxes of wholes.  Its metadata say in ``DCP_SHARDING_INFO``, as JSON, the
   offsets of each: ``{name: {"saved_offsets": [7, 0]}}``; ``DCP_VERSION`` is "1.0"
-- a rank that has nothing of a consolidated file's tensors writes no file of it
-- the shape of the whole is not stored: it is what its boxes reach to.  Files that are missing from the middle leave
-  holes; of those that are missing at the end nothing tells, and a finding says so, with those that there may have been
+- a rank without any tensors of a consolidated file writes no file for it
+- the shape of the whole is not stored: it is what its boxes reach to.  Files missing from the middle leave holes;
+  nothing shows files missing at the end, and a finding says so, with those that may be missing
 
 Replicated tensors are stored once.
 """
@@ -180,7 +180,7 @@ def _absent(numbers: Mapping[str, re.Match[str]]) -> list[str]:
 
 
 def _unproven(numbers: Mapping[str, re.Match[str]], absent: Sequence[str]) -> Finding:
-    """What the files do not tell."""
+    """What the files do not show."""
     last = max(int(match["n"]) for match in numbers.values())
     if absent:
         return Finding(

@@ -1,6 +1,6 @@
 """Files of ranks as one checkpoint: what several of them hold, by name, joined to one tree.
 
-A folder whose files differ in one number of their names alone is read here as it is: Llama's ``consolidated.00.pth``,
+A folder whose files' names differ only in one number is read here without rules: Llama's ``consolidated.00.pth``,
 ``consolidated.01.pth``, ... beside ``params.json``, and any for which rules are given
 (`ckptkit.formats.distributed.tensor_parallel`).  The weights are the file's own dict, or what is under ``module``,
 ``model`` or ``state_dict``; what is beside them is the first rank's, but for an optimizer's state, which is left out.
@@ -111,7 +111,7 @@ def nested(values: Mapping[str, object], versions: Mapping[str, Mapping[str, obj
     """The dicts that `flat` was given, of other values.
 
     Raises:
-        CorruptError: a name is that of a tensor and of a dict of tensors.
+        CorruptError: a name is used by a tensor and by a dict of tensors.
     """
 
     def made(values: Mapping[str, object], at: str) -> object:
@@ -148,8 +148,8 @@ def beside(
 ) -> list[tuple[object, object]]:
     """What is in a rank's dict beside its weights and belongs to no rank alone.
 
-    Tensors of numbers are some rank's share of an optimizer's state, and are left out, which the joiner tells; what
-    has others (the state of generators of random numbers) is taken.
+    Tensors of numbers are one rank's share of an optimizer's state, and are left out, which the joiner reports; dicts
+    with other values (the state of random generators) are used.
 
     Args:
         root: the dict.
@@ -178,7 +178,7 @@ _ONE = re.compile(r"(?:tensor_|pipeline_|expert_|expert_tensor_)?model_parallel_
 
 
 def args_of(root: object) -> Mapping[str, Any]:
-    """What Megatron's file says of its run: a Namespace, or a dict."""
+    """Megatron's description of its run: a Namespace, or a dict."""
     args = member(root, "args")
     state = attributes(args)
     return dict(named_items(args if state is None else state))
@@ -192,7 +192,7 @@ def mesh_of(args: Mapping[str, Any]) -> dict[str, int] | None:
 
 
 def as_of_one(pairs: Sequence[tuple[object, object]]) -> list[tuple[object, object]]:
-    """Megatron's values beside a model with ``args`` that say of one rank what they say of several."""
+    """Megatron's values beside a model, with ``args`` that describe several ranks instead of one."""
     return [(key, _of_one(value) if key == "args" else value) for key, value in pairs]
 
 
@@ -259,7 +259,7 @@ def merged(
         raws: what is in their files.
         root: the tree of all.
         joiner: what their tensors were joined by.
-        findings: what else is to be told.
+        findings: other findings.
         mesh: as in `RawCheckpoint`.
     """
     shards = {rank: Shard(rank, raw, {}) for rank, raw in raws.items()}
@@ -282,8 +282,8 @@ def merged(
 def numbered(names: Iterable[str]) -> list[str]:
     """The files of a folder whose names differ only in one number, in its order; none if they are not ranks.
 
-    What is not a checkpoint by its ending, and files of optimizers and the like, are skipped; and so is all that is
-    beside Llama's.
+    Files whose extension is not a checkpoint's, optimizer files and the like are skipped, and so is everything beside
+    Llama's.
 
     Raises:
         CorruptError: a number is left out.
@@ -416,7 +416,7 @@ def member(node: object, key: str) -> object:
 
 
 def _embeddings(probe: Probe, ranks: Mapping[str, Mapping[str, object]]) -> Iterator[Rule]:
-    """How Llama's embeddings are cut: told by the model's width, which all its norms have.
+    """How Llama's embeddings are split: known from the model's width, which all its norms have.
 
     Raises:
         CorruptError: the slices are not those of so many ranks.

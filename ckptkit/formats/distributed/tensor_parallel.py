@@ -11,7 +11,7 @@ of it under the whole's name.  No file says how it was cut, so that rules do, by
 A tensor without a rule is one that all ranks have a copy of where they begin with the same values, and it is compared
 likewise; where they do not, it is refused and never guessed.
 
-`MEGATRON_RULES` and `LLAMA_RULES` are those of Megatron (names of megatron-core and of what was before) and of Meta's
+`MEGATRON_RULES` and `LLAMA_RULES` are those of Megatron (names of megatron-core and its predecessors) and of Meta's
 ``consolidated.00.pth``, ``consolidated.01.pth``, ... (`transformers`' ``convert_llama_weights_to_hf.py``).  Others are
 given as a file, a JSON object of globs of names, of which the first that matches counts, before those rules::
 
@@ -47,7 +47,7 @@ _HEAD_NUMEL = 16 << 10
 """Elements of a tensor without a rule that are compared when it is opened."""
 
 INSIDE = "\0"
-"""Between the keys that lead to a tensor; for whoever reads its name, a dot."""
+"""The separator between the keys that lead to a tensor; in a name, a dot."""
 
 
 class Rule(NamedTuple):
@@ -57,7 +57,7 @@ class Rule(NamedTuple):
         pattern: of their names, all of one.
         axis: the dimension along which they lie side by side; ``None``: they are copies.
         parts: how many matrices are stored as one; 0: one or two, as the size of the layer's second matrix says.
-        is_even: whether all slices are of one size, as those of whoever cuts so are.
+        is_even: whether all slices have one size, as slices made by even splitting do.
     """
 
     pattern: str
@@ -145,7 +145,7 @@ def _compiled(pattern: str) -> re.Pattern[str]:
 
 
 class Joiner:
-    """What joins the slices of ranks, and keeps what is to be told of it.
+    """Joins the slices of ranks, and collects findings.
 
     Args:
         rules: the first whose pattern matches a name counts.
@@ -294,7 +294,7 @@ class Joiner:
         return self._made[key]
 
     def findings(self) -> Iterator[Finding]:
-        """What is to be told of it all."""
+        """All findings."""
         if self.left:
             yield Finding(
                 code="not-merged",
@@ -302,7 +302,7 @@ class Joiner:
                 message=f"left out, because the ranks' values are not merged: {listed(self.left, _LISTED)}",
             )
         if self.unruled:
-            message = f"{count_of(len(self.unruled), 'tensor')} without a rule, that all ranks have a copy of"
+            message = f"{count_of(len(self.unruled), 'tensor')} without a rule, of which all ranks have a copy"
             yield Finding(
                 code="taken-of-one-rank", severity="info", message=f"{message}: {listed(self.unruled, _LISTED)}"
             )
@@ -312,7 +312,7 @@ class Joiner:
 
 
 def shown_name(name: str) -> str:
-    """A name as it is read: with dots between the keys that lead to it."""
+    """A readable name: with dots between the keys that lead to the tensor."""
     return name.replace(INSIDE, ".")
 
 

@@ -4,9 +4,9 @@ ZeRO joins the parameters of an optimizer's group into one flat buffer and gives
 shapes are not in the buffers: ``param_shapes`` of a model file lists them in flat order.  Facts (DeepSpeed 0.19.8,
 ``runtime/zero/stage_1_and_2.py``, ``stage3.py``, ``runtime/bf16_optimizer.py``; each seen in files):
 
-- stages 1 and 2: a rank's part is one run of the buffer, all of one size.  Behind a parameter there may be elements
-  that align the next one (``param_alignment_paddings``), behind the last those that make the parts equal; of the
-  masters the last are taken off when they are saved (not by BF16_Optimizer), of the moments they are not (but with
+- stages 1 and 2: a rank's part is one run of the buffer, all of one size.  After a parameter there may be elements that
+  align the next one (``param_alignment_paddings``), and after the last one elements that make the parts equal; saving
+  removes the last ones from the masters (except in BF16_Optimizer), but not from the moments (except with
   ``elastic_checkpoint``)
 - stage 3: each parameter is split over all ranks, n elements over W ranks into ⌈n/W⌉ each, the last padded; a rank
   joins its shares of the parameters of a (sub)group
@@ -84,7 +84,7 @@ def joined_slots(groups: Sequence[Shapes], paddings: Sequence[Sequence[int]] | N
 
     Args:
         groups: the parameters.
-        paddings: by group, the elements behind each parameter; ``None``: there are none.
+        paddings: by group, the elements after each parameter; ``None``: there are none.
 
     Raises:
         CorruptError: the paddings are not one a parameter.

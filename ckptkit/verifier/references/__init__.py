@@ -1,11 +1,11 @@
 """References: from what a user names to an ``nn.Module``.
 
 - ``torchvision:NAME``: a model of ``torchvision.models``, built without downloading anything
-- ``timm:NAME``: a model of timm's, likewise
-- ``transformers:NAME`` or ``transformers:FOLDER``: a model type of transformers' with its default configuration,
-  or what the ``config.json`` in a folder describes
+- ``timm:NAME``: a timm model, likewise
+- ``transformers:NAME`` or ``transformers:FOLDER``: a transformers model type with its default configuration, or with
+  the ``config.json`` in a folder
 - ``package.module:factory``: importable from the working directory, as ``python -m`` would
-- ``path/to/file.py:factory``: a file, run as a module of its own
+- ``path/to/file.py:factory``: a file, run as a separate module
 
 A factory is a function that returns a module, a module class, or a module itself.  It is the
 user's own code; nothing in a checkpoint ever decides what is imported here.

@@ -1,8 +1,8 @@
 """What a reference is: a factory, its arguments from what a user typed, and the module it returns.
 
 A factory is the user's own code: in an importable module, in a file, or an object in Python.
-What a parameter takes is said by its annotation, else by its default; where neither says, a string that is a
-Python literal becomes its value.
+A parameter's annotation decides its type, otherwise its default; if neither does, a string that is a Python literal
+becomes its value.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Reference:
 
 
 def made(factory: Any, args: Mapping[str, object], spec: str) -> nn.Module:
-    """The module a factory returns, in eval mode; a module given as it is is copied, not changed."""
+    """The module a factory returns, in eval mode; a given module is copied, not changed."""
     if isinstance(factory, nn.Module):
         if args:
             raise VerifyError(f"{spec}: is already a module and takes no arguments ({', '.join(args)})")
@@ -113,7 +113,7 @@ class _UnfitError(Exception):
 
 
 def literal(value: object) -> object:
-    """A string that is a Python literal as its value; anything else as it is."""
+    """A string that is a Python literal as its value; anything else unchanged."""
     if not isinstance(value, str):
         return value
     try:
@@ -127,7 +127,7 @@ def typed(factory: Any, args: Mapping[str, object], spec: str) -> dict[str, obje
 
     Args:
         factory: what will be called; only its signature counts.
-        args: as the user gave them; what is not a string stays as it is.
+        args: as the user gave them; anything but a string is unchanged.
         spec: of the reference, for messages.
 
     Raises:

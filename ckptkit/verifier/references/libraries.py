@@ -39,7 +39,7 @@ def timm_reference(name: str, args: Mapping[str, object]) -> Reference:
     """The model of this name, with or without the tag of its weights.
 
     Raises:
-        VerifyError: there is none, or it is asked for with weights.
+        VerifyError: there is none, or it was requested with weights.
         MissingDependencyError: timm is not installed.
     """
     with foreign():
@@ -92,7 +92,7 @@ def torchvision_reference(name: str, args: Mapping[str, object]) -> Reference:
     A quantizable model is the one in floating point, whose weights any checkpoint holds as plain tensors.
 
     Raises:
-        VerifyError: there is none, or it is asked for with weights or quantized.
+        VerifyError: there is none, or it was requested with weights or quantized.
         MissingDependencyError: torchvision is not installed.
     """
     with foreign():

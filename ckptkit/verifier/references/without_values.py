@@ -1,9 +1,9 @@
 """Models whose parameters have a shape and no values: nothing is drawn at random, no memory is taken.
 
-While a factory runs, each parameter it registers is replaced with one of the same shape, stride, dtype and
-sharing on the meta device; buffers and plain attributes stay as they are, because a checkpoint may not hold
-them.  The way in is torch's own hook, ``register_module_parameter_registration_hook`` of
-``torch/nn/modules/module.py`` (since 2.0), which adds to nothing but registration, and only in this thread.
+While a factory runs, each parameter it registers is replaced with one of the same shape, stride, dtype and sharing on
+the meta device; buffers and plain attributes do not change, because a checkpoint may not contain them.  The way in is
+torch's own hook, ``register_module_parameter_registration_hook`` of ``torch/nn/modules/module.py`` (since 2.0), which
+adds to nothing but registration, and only in this thread.
 
 A factory may do what cannot be done without values: read them, keep a parameter in a place where no
 ``load_state_dict`` finds it, compute a buffer from one.  All of that is looked for afterwards, and such a
@@ -35,7 +35,7 @@ from ckptkit.verifier.foreign import foreign
 __all__ = ["without_values"]
 
 _CHECKED_REFERRERS = 4
-"""Parameters whose other owners are looked up; each costs a walk over all of Python objects."""
+"""Parameters whose other owners are looked up; each costs a walk over all Python objects."""
 
 
 def without_values(make: Callable[[], nn.Module]) -> nn.Module:
@@ -61,7 +61,7 @@ def without_values(make: Callable[[], nn.Module]) -> nn.Module:
 
 
 class _Shells:
-    """The parameters without values of one model, and what they stand for."""
+    """The parameters without values of one model, and the originals."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -125,7 +125,7 @@ class _Shells:
         )
 
     def _left_over(self, owned: dict[int, nn.Parameter]) -> bool:
-        """Whether somebody contains a parameter that was replaced, its memory, or one that is not in the model."""
+        """Whether anything holds a parameter that was replaced, its memory, or a parameter that is not in the model."""
 
         def is_alive() -> bool:
             kept = not all(weak.expired() for weak, _ in self._storages.values())  # type: ignore[no-untyped-call]
@@ -138,7 +138,7 @@ class _Shells:
 
 
 def _has_derived(module: nn.Module, owned: dict[int, nn.Parameter]) -> bool:
-    """Whether a plain attribute contains a parameter, or a tensor computed from one.
+    """Whether a plain attribute holds a parameter, or a tensor computed from one.
 
     The flat list of a recurrent layer is kept up to date by its ``__setattr__``.
     """
@@ -163,8 +163,8 @@ def _has_derived(module: nn.Module, owned: dict[int, nn.Parameter]) -> bool:
 def _may_lack_parts(module: nn.Module) -> bool:
     """Whether a parametrization may be without what it computes from the first weight.
 
-    Where it needs values it can fail with NotImplementedError (up to torch 2.2 each read of a value does), which
-    ``register_parametrization`` takes for "has no right inverse".
+    If it needs values it can fail with NotImplementedError (up to torch 2.2 each read of a value does), which
+    ``register_parametrization`` misreads as "has no right inverse".
     """
     return isinstance(module, parametrize.ParametrizationList) and any(
         hasattr(each, "right_inverse") and type(each) is not _WeightNorm for each in module
@@ -182,7 +182,7 @@ def _overlap(owned: dict[int, nn.Parameter]) -> bool:
 
 
 def _held_elsewhere(modules: list[nn.Module], owned: dict[int, nn.Parameter]) -> bool:
-    """Whether anything but the modules contains a parameter, and would go on holding one without values."""
+    """Whether anything but the modules holds a parameter, and would keep one without values."""
     lists: list[Any] = [module._parameters for module in modules]
     lists += [module._flat_weights for module in modules if isinstance(module, nn.RNNBase)]
     holders = Counter(map(id, _entries(lists)))

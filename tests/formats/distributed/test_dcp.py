@@ -7,7 +7,6 @@ import pickle
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -385,7 +384,7 @@ def test_zeros_may_have_shrunk_to_next_to_nothing(tmp_path: Path) -> None:
     tree = {"model": {"w": torch.zeros(1000, 1500), "v": torch.arange(1_500_000.0)}, "text": "a" * 1_500_000}
     writer = dcp.FileSystemWriter(tmp_path, sync_files=False, _extensions=[ZStandard()])
     dcp.save({key: tree[key] for key in ("model",)}, storage_writer=writer, no_dist=True)
-    limits = replace(DEFAULT_LIMITS, unpacked_nbytes=1 << 20, unpacked_ratio=1)
+    limits = DEFAULT_LIMITS._replace(unpacked_nbytes=1 << 20, unpacked_ratio=1)
     checkpoint, file = formats.read(tmp_path, limits=limits)
     assert formats.require_sound(file, checkpoint).trust == "safe"
     assert torch.equal(ckptkit.load(tmp_path)["model"]["v"], tree["model"]["v"])  # type: ignore[index]

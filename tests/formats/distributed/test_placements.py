@@ -190,7 +190,7 @@ def test_what_cannot_be_placed_is_refused() -> None:
     assert "along dimension 3 but has 1" in refused(made("Shard", PLACEMENTS, dim=3))
     assert "by its mesh and placements it should be [3]" in refused(shard, entry_of(torch.zeros(4, dtype=torch.int32)))
     assert "not a plain tensor" in refused(shard, made("AsyncCollectiveTensor"))
-    assert "not one for each dimension" in refused(shard, placements=[])
+    assert "not have one placement for each dimension" in refused(shard, placements=[])
     assert "has no place" in refused(shard, mesh=mesh_of((2,), (2,), "axes"))
     assert "has no place" in refused(shard, mesh=mesh_of((2,), (0, 0), "axes"))
     assert "has no place" in refused(shard, mesh=mesh_of((0,), (0,), "one layout"))
