@@ -39,7 +39,10 @@ _DOTS = {"ok": "#2da44e", "failed": "#e5484d", "error": "#e5484d", "warning": "#
 """Colors of the dot before each word for a state, with a contrast of 3:1 against white and against black."""
 
 _TEXT = ' style="white-space:pre-wrap"'
-_CELL = ' style="text-align:left;white-space:pre-wrap;vertical-align:top;min-width:5em"'
+_CELL = (
+    ' style="text-align:left;white-space:pre-wrap;overflow-wrap:anywhere;vertical-align:top;min-width:5em;'
+    'padding:.1em .9em .1em 0"'
+)
 _LIST = ' style="list-style:none;margin:0;padding:{}"'
 _ITEM = ' style="margin:0;padding:0 0 0 {}"'
 _LINE = ' style="display:inline-flex;width:calc(100% - {}em);gap:1em;vertical-align:top"'

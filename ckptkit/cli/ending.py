@@ -169,20 +169,25 @@ def stdout() -> TextIO:
 def into_file(path: str | None, given: Iterable[str]) -> Iterator[None]:
     """What goes to stdout in the block becomes a file, whole or not at all: one that exists is replaced at the end.
 
+    A device or a pipe is written to as it is.
+
     Args:
         path: the file; ``None``: stdout stays what it is.
         given: what else was typed, some of which may be paths.
 
     Raises:
-        click.UsageError: it is one of those, or a checkpoint.
+        click.UsageError: it has no name, is one of those, or a checkpoint.
         FileAccessError: it cannot be written.
     """
     if path is None:
         yield
         return
+    if not path:
+        raise click.UsageError("--output: give the name of a file")
     if any(_is_same(path, each) for each in given):
         raise click.UsageError(f"--output {path}: the command itself reads or writes this file; give another name")
-    if os.path.exists(path) and _is_checkpoint(path):
+    is_special = os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path))
+    if os.path.exists(path) and not is_special and _is_checkpoint(path):
         raise click.UsageError(
             f"--output {path}: this is a checkpoint, which --output does not overwrite; give another name"
         )
@@ -193,11 +198,26 @@ def into_file(path: str | None, given: Iterable[str]) -> Iterator[None]:
         data = output.getvalue()
     finally:
         _ending.file = None
+    if is_special:
+        _write_into(path, data)
+        return
     from ckptkit.plan import LiteralBytes, Plan  # few commands write anything
     from ckptkit.transfer.writing import write_atomically
 
     plan = Plan(format="output", nbytes=len(data), steps=(LiteralBytes(0, data),), tensors=0, aliases={})
     write_atomically(path, plan, force=True, check=None)
+
+
+def _write_into(path: str, data: bytes) -> None:
+    from ckptkit.errors import FileAccessError
+
+    try:
+        with open(path, "wb", buffering=0) as file:
+            rest = memoryview(data)
+            while rest:
+                rest = rest[file.write(rest) :]
+    except OSError as error:
+        raise FileAccessError(f"{path}: cannot be written: {error.strerror}", path=path) from error
 
 
 def _is_same(path: str, other: str) -> bool:

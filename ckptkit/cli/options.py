@@ -136,7 +136,12 @@ _NARROWEST = 40
 
 
 _output_option = click.option(
-    "-o", "--output", "output_file", metavar="FILE", help="Write the output to FILE, completely or not at all."
+    "-o",
+    "--output",
+    "output_file",
+    metavar="FILE",
+    callback=lambda _, __, value: None if value == "-" else value,
+    help="Write the output to FILE, completely or not at all.",
 )
 
 
@@ -176,6 +181,7 @@ def common_options(
             if "html" in (output or ()) and output_file is None and ending.stdout().isatty():
                 raise click.UsageError("--format html: a page is for a browser; give --output FILE, such as page.html")
             with (
+                json_errors(output_file is not None and "json" in ([output] if isinstance(output, str) else output or ())),
                 ending.into_file(output_file, _texts([*args, *options.values()])),
                 ending.watched(quiet=options["quiet"] or "progress" in options),
             ):

@@ -26,7 +26,9 @@ __all__ = ["Choice", "fail_command", "tell", "wants_json"]
 
 _CALLED = {
     "info": "inspect", "show": "inspect", "ls": "inspect", "list": "inspect", "dump": "inspect", "print": "inspect",
-    "summary": "inspect", "save": "convert", "export": "convert", "strip": "convert", "rename": "convert",
+    "summary": "inspect", "view": "inspect", "cat": "inspect", "open": "inspect", "tree": "inspect", "load": "verify",
+    "infer": "verify", "prune": "convert", "extract": "convert", "shard": "convert", "quantize": "convert",
+    "save": "convert", "export": "convert", "strip": "convert", "rename": "convert",
     "cast": "convert", "compare": "diff", "cmp": "diff", "lock": "manifest", "hash": "manifest", "test": "verify",
     "run": "verify", "validate": "check", "lint": "check", "scan": "check", "merge": "report",
 }  # fmt: skip

@@ -78,8 +78,8 @@ def describe_pickle(probe: Probe) -> tuple[str, tuple[GlobalUse, ...]]:
     if names_joblib(names):
         return f"a joblib file, not written by torch.save; joblib.load reads it; {_listed(names)}", names
     writer = next((how for prefix, how in _WRITERS if any(use.name.startswith(prefix) for use in names)), None)
-    told = f"written by {writer}" if writer is not None else "not written by torch.save"
-    return f"{what}, but not written by torch.save ({told}); {_listed(names)}", names
+    told = f" (written by {writer})" if writer is not None else ""
+    return f"{what}, but not written by torch.save{told}; {_listed(names)}", names
 
 
 def names_joblib(names: Iterable[GlobalUse]) -> bool:

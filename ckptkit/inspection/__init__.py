@@ -156,6 +156,10 @@ def survey(
     }
 
 
+_PARTLY = ("not-a-plain-tensor", "foreign-objects", "other-system")
+"""Codes of findings about values among the weights, which stay there where no tensor can be made of them."""
+
+
 def _combined_fix(
     checkpoint: Checkpoint, findings: Sequence[Finding], everything: Sequence[FoundTensor]
 ) -> CombinedFix | None:
@@ -191,7 +195,7 @@ def _combined_fix(
         findings,
         other_parts(checkpoint),
         is_model=checkpoint.module is not None and checkpoint.rest is STATE_DICT,
-        partly=() if not extra or are_dense(extra.items()) else ("not-a-plain-tensor",),
+        partly=() if not extra or are_dense(extra.items()) else _PARTLY,
         needs=needs,
     )
 

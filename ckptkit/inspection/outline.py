@@ -96,6 +96,9 @@ _Labelled = tuple[str, _Branch]
 _Group = list[_Labelled]
 """Branches that are one line: siblings alike, or one."""
 
+_Placed = tuple[_Group, int, str, bool]
+"""A line before it is made: its branches, level and label, and whether it names the tensors."""
+
 _Names = list[Any]
 """Everything below a name, each after its label: tensors' branches, and further names.
 
@@ -146,10 +149,13 @@ class Outline:
             depth: levels below the whole, and below what all names have in common.
             modules_only: whether a module that contains only tensors is one line that names them.
         """
+        return itertools.starmap(self._line, self._placed(depth, modules_only))
+
+    def _placed(self, depth: int, modules_only: bool) -> Iterator[_Placed]:
         root = self._root
         groups = self._groups(root)
         if self._has_classes or root.tensors > 1:
-            yield self._line([("", root)], 0, "(all)")
+            yield [("", root)], 0, "(all)", False
         if len(groups) == 1 and len(groups[0]) == 1:
             depth += 1
         for group in groups:
@@ -157,15 +163,15 @@ class Outline:
 
     def fitting(self, most: int) -> tuple[list[OutlineLine], int]:
         """The deepest tree of at most so many lines; where even its top level has more, how many are left out."""
-        lines: list[OutlineLine] = []
+        placed: list[_Placed] = []
         for depth in (_MAX_LEVELS + 2, *range(8, 0, -1)):
-            lines = list(itertools.islice(self.lines(depth, modules_only=True), most + 1))
-            if len(lines) <= most:
-                return lines, 0
-        left_out = sum(1 for _ in self.lines(1, modules_only=True)) - most
-        return lines[:most], left_out
+            placed = list(itertools.islice(self._placed(depth, modules_only=True), most + 1))
+            if len(placed) <= most:
+                break
+        left_out = sum(1 for _ in self._placed(1, modules_only=True)) - most if len(placed) > most else 0
+        return [*itertools.starmap(self._line, placed[:most])], left_out
 
-    def _below(self, group: _Group, level: int, depth: int, modules_only: bool) -> Iterator[OutlineLine]:
+    def _below(self, group: _Group, level: int, depth: int, modules_only: bool) -> Iterator[_Placed]:
         label = _group_label(group)
         branch = group[0][1]
         while branch.row is None and not branch.note:
@@ -177,7 +183,7 @@ class Outline:
             branch = group[0][1]
         is_small = modules_only and len(branch.children) <= _MAX_ON_A_LINE
         is_whole = branch.row is not None or level >= depth or ((is_small or branch.note) and branch.is_module)
-        yield self._line(group, level, label, names_tensors=bool(is_whole))
+        yield group, level, label, bool(is_whole)
         if is_whole:
             return
         for inner_group in self._groups(branch):
@@ -202,7 +208,7 @@ class Outline:
         branch.groups = groups
         return groups
 
-    def _line(self, group: _Group, level: int, label: str, *, names_tensors: bool = False) -> OutlineLine:
+    def _line(self, group: _Group, level: int, label: str, names_tensors: bool) -> OutlineLine:
         branch = group[0][1]
         dtypes = sorted(branch.dtypes)
         told = ", ".join(dtypes) if len(dtypes) < 4 else f"{count_of(len(dtypes), 'dtype')}"

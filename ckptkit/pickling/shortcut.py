@@ -183,7 +183,7 @@ class TensorShortcut:
             start = at + 5
             end = start + load(data[at + 1 : start], "little")
             found = match(data, end)
-            if found is None or found[1] is None:
+            if found is None:
                 break
             (
                 put_name, get_callee, get_storage, get_class, key_size, key, put_key, _, get_location, numel, put_id,
@@ -351,9 +351,9 @@ def _key(text: bytes, size: bytes) -> str | None:
 
 
 def _usual_names(memo: dict[int, object], names: tuple[bytes, ...], callee: Global) -> _Names | None:
-    """What GETs name, the last of them what makes the tensors; ``None``: it is not what is usual."""
+    """What GETs name, the last of them what makes the tensors; ``None``: it is not what is usual, or there is none."""
     known = _Names(memo, *map(_index, names[:4]))
-    return known if known.are_usual and memo.get(_index(names[4])) is callee else None
+    return known if known.are_usual and names[4] and memo.get(_index(names[4])) is callee else None
 
 
 def _keep_sizes(memo: dict[int, object], put_shape: bytes | None, put_stride: bytes | None, of: _Geometry) -> None:
