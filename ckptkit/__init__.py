@@ -10,7 +10,7 @@ The layers, each importing only from those to its right; a test enforces it:
         > bytesource > codes, documents, fleet, fixes > report, arguments, dtypes, limits, extras > nearness
         > errors, display, shell, patterns
 
-What a room is for, where its name does not say it:
+The purpose of rooms whose names do not say it:
 
 - `plan`: what writers make and `transfer` carries out; neither knows the other.
 - `compare`: the proof that an output is right. It reads through the readers, which the mover of bytes must not know.
@@ -40,47 +40,27 @@ No room has the name of a public function: importing it would put the module in 
 `ckptkit.verify` does its work in `verifier`.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from ckptkit.api import (
-    CheckpointFile,
-    Rewriter,
-    check,
-    convert,
-    diff,
-    inspect,
-    load,
-    load_state_dict,
-    manifest,
-    open,  # noqa: A004 - ckptkit.open
-    save,
-    verify,
-)
-from ckptkit.checkpoint import Checkpoint, Origin, Part, Section, StateDict, Storage, TensorEntry
-from ckptkit.errors import (
-    AmbiguousError,
-    CkptkitError,
-    CorruptError,
-    DestinationExistsError,
-    DTypeError,
-    FailedReportError,
-    FileAccessError,
-    FormatError,
-    KeyCollisionError,
-    LimitError,
-    MissingDependencyError,
-    MissingFileError,
-    PartError,
-    RewriteError,
-    SectionError,
-    UnknownFormatError,
-    UnsupportedError,
-    VerifyError,
-)
 from ckptkit.extras import __version__ as __version__
-from ckptkit.report import Finding, Report
 
 if TYPE_CHECKING:
+    from ckptkit.api import (
+        CheckpointFile,
+        Rewriter,
+        check,
+        convert,
+        diff,
+        inspect,
+        load,
+        load_state_dict,
+        manifest,
+        open,  # noqa: A004 - ckptkit.open
+        save,
+        verify,
+    )
+    from ckptkit.checkpoint import Checkpoint, Origin, Part, Section, StateDict, Storage, TensorEntry
     from ckptkit.conversion.document import ConvertFolderDocument
     from ckptkit.differences import Difference
     from ckptkit.differences.difference import DiffDocument
@@ -92,6 +72,26 @@ if TYPE_CHECKING:
         ReportDocument,
         VerifyDocument,
         WrittenManifest,
+    )
+    from ckptkit.errors import (
+        AmbiguousError,
+        CkptkitError,
+        CorruptError,
+        DestinationExistsError,
+        DTypeError,
+        FailedReportError,
+        FileAccessError,
+        FormatError,
+        KeyCollisionError,
+        LimitError,
+        MissingDependencyError,
+        MissingFileError,
+        PartError,
+        RewriteError,
+        SectionError,
+        UnknownFormatError,
+        UnsupportedError,
+        VerifyError,
     )
     from ckptkit.inspection.document import (
         AdapterDocument,
@@ -105,6 +105,7 @@ if TYPE_CHECKING:
     from ckptkit.released.document import CheckEnd, CheckHead, CheckLine
     from ckptkit.released.manifest_file import Manifest
     from ckptkit.released.results import CheckFinding, CheckReport
+    from ckptkit.report import Finding, Report
     from ckptkit.rewrite import (
         AddModule,
         AddPrefix,
@@ -212,9 +213,13 @@ _DOCUMENTS = ("CheckEnd", "CheckHead", "CheckLine", "InspectedFile", "UnreadFile
 
 
 def __getattr__(name: str) -> Any:
-    """Import what only writing needs when it is asked for, so that inspecting starts faster."""
+    """Import what is asked for, so that a command starts without all that it does not need."""
     if name not in __all__:
         raise AttributeError(f"module 'ckptkit' has no attribute {name!r}")
+    for room in ("errors", "report", "checkpoint", "api"):
+        module = import_module(f"ckptkit.{room}")
+        if name in module.__all__:
+            return globals().setdefault(name, getattr(module, name))
     if name == "Difference":
         from ckptkit.differences import Difference
 
@@ -246,4 +251,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__} - {"Any", "TYPE_CHECKING"})
+    return sorted({*globals(), *__all__} - {"Any", "TYPE_CHECKING", "import_module"})

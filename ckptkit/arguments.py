@@ -64,7 +64,7 @@ _MAX_INDEX = 127
 
 
 def device_problem(given: str) -> str | None:
-    """What is wrong with a device such as ``"cpu"`` or ``"cuda:1"``; ``None``: torch has it, on some machine."""
+    """The problem with a device such as ``"cpu"`` or ``"cuda:1"``; ``None``: torch has it, on some machine."""
     found = _DEVICE.match(given)
     kind = found[1] if found else given.partition(":")[0].strip().lower()
     types = (*DEVICE_TYPES, *_ELSEWHERE)
@@ -195,7 +195,7 @@ class Option(Generic[T]):
         return cast(T, given) if self._taken is None else self._taken(given)
 
     def words(self, value: Any) -> list[str]:
-        """The words of a command line that give it a value; none where that is the default, or may be a secret."""
+        """The words of a command line that give it a value; empty for the default, and for possible secrets."""
         if value == self.default or value is None or self.kind == "storage":
             return []
         if self.kind == "flag":
@@ -269,7 +269,7 @@ _WIDTH = 116
 
 
 def documented(declared: type[Options]) -> Callable[[F], F]:
-    """Lists the options in the docstring of the function that takes them, where it has the line ``**options``."""
+    """Lists the options in the docstring of the function that takes them, in place of the line ``**options``."""
 
     def listed(function: F) -> F:
         if function.__doc__:  # not with -OO
@@ -294,7 +294,7 @@ def _lines(text: str, indent: str) -> Iterator[str]:
 
 
 def flag(line: str, meaning: str, *, default: bool = False) -> Option[bool]:
-    """An option that is typed alone: it turns on, or off what is on by default."""
+    """A flag: it turns something on, or off if that is on by default."""
     return Option("flag", default, line, meaning)
 
 
@@ -324,7 +324,7 @@ def pairs(switch: str, line: str, meaning: str) -> Option[Mapping[str, Any]]:
 
 
 def count(switch: str, line: str, meaning: str) -> Option[int | None]:
-    """One with how many there are to be, from 1 on."""
+    """A count of at least 1."""
 
     def taken(given: Any) -> int:
         most = 10_000

@@ -3,17 +3,17 @@
 - Rounding is to nearest, ties to even, subnormal results included.  A float64 is rounded to float32
   first where the target is narrower still, because torch does: the second rounding can meet a tie that the
   first made, and torch's value, not the nearest, is what a cast by hand gives.
-- What is past the target's range becomes infinity; NaN in ``float8_e4m3fnuz`` and ``float8_e5m2fnuz``, which
-  have no infinity; and in ``float8_e4m3fn``, which has none either, the largest value, 448
+- Values beyond the target's range become infinity; NaN in ``float8_e4m3fnuz`` and ``float8_e5m2fnuz``, which have no
+  infinity; and in ``float8_e4m3fn``, which has none either, the largest value, 448
   (``torch/headeronly/util/Float8_e4m3fn.h`` of torch 2.15; 2.11 gave NaN).
 - A NaN becomes the target's quiet NaN of the same sign, unsigned where the target has no signed one.  Its
   payload is not kept: torch's own depends on the processor.
-- ``float8_e8m0fnu`` is a source alone.  It has neither sign nor zero: no tensor of weights can be cast to it.
+- ``float8_e8m0fnu`` is only a source.  It has neither sign nor zero: no tensor of weights can be cast to it.
   ``float4_e2m1fn_x2`` packs two values in a byte, and torch casts it neither way.
 
 How: numpy and ml_dtypes between the wide types.  Sources of 8 and 16 bits go through a table of all their
 patterns.  To 8 bits a float32 goes through the table of bfloat16, whose pattern is its upper half with the lowest bit
-set where any bit below is (rounding to odd): that keeps on which side of every tie of an 8-bit type it lies.
+set if any bit below is (rounding to odd): this keeps it on the same side of every tie of an 8-bit type.
 
 Everything is done in blocks that fit into a core's own cache, outside the interpreter lock.
 """
@@ -52,7 +52,7 @@ _LARGEST = 0x7E
 """The bits of that value, 448."""
 
 _PAST = 464.0
-"""Half a step above it, which still rounds down to it: what is greater is past the range."""
+"""Half a step above it, which still rounds down to it: anything greater is beyond the range."""
 
 _ROUNDED, _UNDERFLOWED, _OVERFLOWED = 1, 2, 3
 
@@ -114,7 +114,7 @@ class Caster:
                 target[...] = native
 
     def losses(self, values: Bytes, cast: Bytes) -> Losses:
-        """What the cast did, counted.
+        """The effects of the cast, counted.
 
         Args:
             values: the bytes before.
@@ -220,7 +220,7 @@ def _cast(before: str, after: str, source: Any, target: Any) -> None:
 
 
 def _compared(values: Any, back: Any, *, saturates: bool) -> Losses:
-    """The losses of values of which ``back`` is what is left, in their own type; `Losses.values` is 0."""
+    """The losses of values that were cast; ``back`` has the results in their own type; `Losses.values` is 0."""
     import numpy
 
     differs = values != back

@@ -44,7 +44,7 @@ _SHOWN, _MAX_REPR = 2, 190
 """Tensors that the ``repr`` of a state_dict names, and its characters."""
 
 Kind = Literal["whole_model", "state_dict", "resume", "tensor", "collection", "other"]
-"""What a file contains: a pickled ``nn.Module``; a state_dict; weights with training state; one bare tensor; tensors
+"""The content of a file: a pickled ``nn.Module``; a state_dict; weights with training state; one bare tensor; tensors
 that are not a state_dict; no tensors."""
 
 Trust = Literal["safe", "needs_trust", "hostile"]
@@ -124,7 +124,7 @@ class StateDict(Mapping[str, TensorEntry]):
         return printable(f"StateDict({count_of(len(self), 'tensor')}{told}")[:_MAX_REPR] + ")"
 
     def _repr_html_(self) -> str:
-        """What a notebook shows of it: the tree of its names."""
+        """For notebooks: the tree of its names."""
         return _html(f"StateDict: {count_of(len(self), 'tensor')}", (), self)
 
     @property
@@ -387,7 +387,7 @@ class Checkpoint:
         return f"<Checkpoint of {self.origin.path!r}: {self.origin.kind}, {count_of(len(self.state_dict), 'tensor')}>"
 
     def _repr_html_(self) -> str:
-        """What a notebook shows of it: what it is, and the tree of the names of its weights."""
+        """For notebooks: what it is, and the tree of the names of its weights."""
         from ckptkit.report import human_size
 
         origin, kind, trust = self.origin, self.origin.kind.replace("_", " "), self.trust.replace("_", " ")

@@ -221,7 +221,7 @@ class CheckpointFile:
         return state
 
     def _is_mapped(self, asked: bool | None) -> bool:
-        """Whether tensors are to be in the file: where that is not said, those of containers without checksums are."""
+        """Whether tensors stay in the file: by default those of containers without checksums do."""
         return formats.format_named(self.format).tensors_alone if asked is None else asked
 
     def close(self) -> None:
@@ -243,7 +243,7 @@ class CheckpointFile:
         return f"<{self.format} {self.kind} {path!r:.120}, {human_size(origin.size)}, {count}>"
 
     def _repr_html_(self) -> str | None:
-        """What a notebook shows of it, in one screen; ``None``: no more than ``repr`` does."""
+        """For notebooks, in one screen; ``None``: no more than ``repr`` does."""
         from ckptkit.inspection import html_screen
 
         try:

@@ -132,7 +132,7 @@ class _Comparison:
             CorruptError: something differs, or does not have the checksum that is recorded for it.
         """
         whole = self._storages.values()
-        # Views of larger storages, and what was cut out of some: is that whole which they were cut from?
+        # Views of larger storages, and storages cut from some: are those that they were cut from sound?
         others = {id(whole): (place, whole) for place, s in self._places.values() for whole in s.originals}
         checked = {id(s.original or s) for _, s, _ in whole if _covers_original(s)} if others else set()
         if self._passed is not None:  # all were summed as they came
@@ -284,7 +284,7 @@ def _items(source: Checkpoint, output: Checkpoint, comparison: _Comparison) -> N
 
 
 def _extra_values(source: Checkpoint, output: Checkpoint, comparison: _Comparison) -> None:
-    """What a sharded state_dict holds beside plain tensors."""
+    """The values of a sharded state_dict that are not plain tensors."""
     ours, theirs = source.state_dict.extra, output.state_dict.extra
     if set(ours) != set(theirs):
         raise CorruptError("the output does not have the same values beside its tensors; nothing was written")

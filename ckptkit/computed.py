@@ -52,7 +52,7 @@ def spooled(parts: Iterable[bytes], nbytes: int | None, source: Source, what: st
         parts: the bytes.
         nbytes: how many they are; ``None``: that is known after the last, and nothing else is spooled in the meantime.
         source: whose they are.
-        what: begins the message where they do not fit.
+        what: begins the message if they do not fit.
 
     Raises:
         FileAccessError: the temporary file could not be written.
@@ -74,7 +74,7 @@ def spooled(parts: Iterable[bytes], nbytes: int | None, source: Source, what: st
     try:
         spool, room = reserve(CHUNK_NBYTES if nbytes is None else nbytes)
         for part in parts:
-            # Bytes that are too many are told by whoever makes them.
+            # The maker of the bytes reports too many.
             piece = memoryview(part) if nbytes is None else memoryview(part)[: nbytes - done]
             if done + len(piece) > room.nbytes:
                 _, further = reserve(-(-len(piece) // CHUNK_NBYTES) * CHUNK_NBYTES)
@@ -132,7 +132,7 @@ class _Computed:
     __slots__ = ("_lock", "_plain", "file", "name", "nbytes")
 
     how: ClassVar[str]
-    """What the others are, for messages."""
+    """The kind of the others, for messages."""
 
     def __init__(self, file: Source, nbytes: int, name: str) -> None:
         self.file = file
@@ -162,7 +162,7 @@ class Inflation(_Computed):
     """Deflated bytes of a file (RFC 1951), inflated at most once, and only when they are asked for.
 
     Args:
-        deflated: where they lie.
+        deflated: their place in the file.
         nbytes: size in bytes once inflated, as declared; another size is an error.
         crc32: of the inflated bytes; ``None``: not recorded.
         name: what the bytes are, for messages.
@@ -341,7 +341,7 @@ class ConvertedRange(_ComputedRange):
 class DenseValues(_Computed):
     """A tensor's values in C order, little-endian, computed from other tensors' on request.
 
-    They are made in blocks, of which each thread keeps the last: readers take pieces of any size.
+    They are made in blocks, and each thread keeps its last one: readers take pieces of any size.
 
     Args:
         function: gives the bytes of ``count`` elements from element ``first`` on; may be called from several threads.
@@ -448,7 +448,7 @@ def is_made(source: ByteSource) -> TypeGuard[ConvertedRange | DenseRange]:
 
 
 def can_be_looked_at(source: ByteSource) -> bool:
-    """Whether a few bytes can be read alone, without others being inflated or computed for them."""
+    """Whether a few bytes can be read without inflating or computing others."""
     return isinstance(source, ByteRange) or (isinstance(source, DenseRange) and source.whole.is_gathered)
 
 

@@ -1,6 +1,6 @@
-"""What is remarkable about a checkpoint: findings, each with the command that fixes it.
+"""Noteworthy facts about a checkpoint: findings, each with the command that fixes it.
 
-Computed from the common representation alone: no tensor byte is read, nothing is loaded.
+They are computed from the common representation: no tensor byte is read, nothing is loaded.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Everything(NamedTuple):
         storages: those of all tensors, and those that are in the tree by themselves, by ``id``.
         is_shared: whether several of these are in one storage.
         unused: bytes of storages that belong to no tensor.
-        names: those of the state_dict, each after a line break: what may be in one is looked for in all at once.
+        names: those of the state_dict, each after a line break, so that all are searched at once.
         quantization: how the weights are quantized; ``None``: they are not.
     """
 
@@ -71,7 +71,7 @@ def diagnose(checkpoint: Checkpoint, contents: Everything | None = None) -> tupl
 
     Args:
         checkpoint: as it was read.
-        contents: what `everything_in` finds in it, where it is known.
+        contents: the result of `everything_in`, if known.
     """
     contents = everything_in(checkpoint) if contents is None else contents
     found = [*checkpoint.findings, *(finding for check in DIAGNOSES for finding in check(checkpoint, contents))]
@@ -83,12 +83,12 @@ def diagnose(checkpoint: Checkpoint, contents: Everything | None = None) -> tupl
 def everything_in(
     checkpoint: Checkpoint, beside: list[FoundTensor] | None = None, unused: int | None = None
 ) -> Everything:
-    """What the diagnoses look at.
+    """The input of the diagnoses.
 
     Args:
         checkpoint: as it was read.
-        beside: what `other_tensors` finds in it, where it is known.
-        unused: bytes of storages that belong to no tensor, where that is known.
+        beside: the result of `other_tensors`, if known.
+        unused: bytes of storages that belong to no tensor, if known.
     """
     beside = other_tensors(checkpoint) if beside is None else beside
     others = [found.node for found in beside if isinstance(found.node, TensorEntry)]
@@ -176,7 +176,7 @@ def _foreign(checkpoint: Checkpoint, contents: Everything) -> Iterator[Finding]:
 
 
 def _in_values(checkpoint: Checkpoint, names: list[str]) -> list[str]:
-    """The names that are in what was saved: those by which a folder says where it lies do not."""
+    """The names in the saved values, without those by which a folder says where its files are."""
     is_folder = format_named(checkpoint.origin.format).is_folder
     return [name for name in names if name in _places(checkpoint.rest)] if is_folder and names else names
 
@@ -184,7 +184,7 @@ def _in_values(checkpoint: Checkpoint, names: list[str]) -> list[str]:
 def _places(root: object) -> dict[str, str]:
     """For each name in the tree, the first key of the root under which it occurs."""
     places: dict[str, str] = {}
-    seen: set[int] = set()  # of all keys together: what they share is gone through once
+    seen: set[int] = set()  # for all keys together: shared parts are searched once
     for key, value in mapping_items(root) or []:
         for node in walk(value, seen):
             if isinstance(node, Global):
@@ -196,7 +196,7 @@ def _whole_model(checkpoint: Checkpoint, contents: Everything) -> Iterator[Findi
     if checkpoint.module is None or any(finding.code == "bound-method" for finding in checkpoint.findings):
         return
     if format_named(checkpoint.origin.format).has_classes:
-        return  # what needs no class has a finding of its own
+        return  # values that need no class have their own finding
     cls = getattr(checkpoint.module, "class_name", "?")
     yield Finding(
         code="whole-model",
@@ -215,7 +215,7 @@ def _weights(checkpoint: Checkpoint, *options: str) -> str | None:
 
 
 def _extract(checkpoint: Checkpoint, *options: str) -> str | None:
-    """The command that writes the weights alone, and says so where there is more."""
+    """The command that writes only the weights, and says so if there is more."""
     alone = ("--weights-only",) if other_parts(checkpoint) or "--section" in options else ()
     return _weights(checkpoint, *options, *alone)
 
@@ -269,7 +269,7 @@ def _not_a_model(checkpoint: Checkpoint, contents: Everything) -> Iterator[Findi
     if not is_state_dict or checkpoint.module is not None or checkpoint.part is not None:
         return
     if checkpoint.origin.is_program:
-        return  # which are run, and have findings of their own
+        return  # which are run, and have their own findings
     path, names = checkpoint.origin.path, list(islice(checkpoint.state_dict.everything, _SAMPLED))
     what = "build the model, then load these into it"
     fix = f"model.load_state_dict(ckptkit.load_state_dict({path!r}))"

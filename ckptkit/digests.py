@@ -19,7 +19,7 @@ Version 1, exactly, so that anybody can compute it with a SHA-256 and a JSON wri
   sizes: ``[name,kind,[[dtype,[sizes],digest],…],tree]``.  The kind is the qualified name of its class, of the function
   that makes it, or of its plain Python type; the tree is the digest of everything in the value, as in a whole digest:
   scales, zero points, axes, sizes, numbers and text.  A tensor of a custom class with attributes has their tree as a
-  fifth value in its line.  Where there is a tree the first line is ``ckptkit-content-2``.  Version 1 had ``null`` for
+  fifth value in its line.  With a tree the first line is ``ckptkit-content-2``.  Version 1 had ``null`` for
   each tree, and no fifth value; lock files that have it still hold.
 
 Order, wrappers, container, devices, strides, ties, requires_grad, module versions, metadata and everything beside the
@@ -28,7 +28,7 @@ weights have no part in it.  A file without any tensor has no content digest.
 A **whole digest** covers everything in the file: every tensor wherever it is, every value, key and class, calls made
 for their effect, ties, and the container's own metadata.  It is ``sha256:`` and the SHA-256 of ``ckptkit-whole-1`` and
 one line for each of ``["tree",digest]``, ``["metadata",[[key,value],…]]`` and ``["ties",[[name,…],…]]``.  A tree's
-digest is that of `tree_digest`.  What is saved again is the same: the order and names of records, their alignment and
+digest is that of `tree_digest`.  Saving again changes nothing: the order and names of records, their alignment and
 times, keys and sharing of storages, strides, byte order, devices, the pickle's protocol and memo, and the order of
 names of tensors do not count.  `ckptkit.differences` finds no difference between two files of one whole digest, with
 ``strict``.  Programs, and files with parts that are not read, have none.
@@ -70,7 +70,7 @@ PREFIX = "sha256:"
 _FIRST, _WITH_TREES, _WHOLE = b"ckptkit-content-1\n", b"ckptkit-content-2\n", b"ckptkit-whole-1\n"
 
 Values = Callable[[TensorEntry | Storage], str]
-"""The digest of the values of a tensor, or of the bytes of a storage that stands by itself."""
+"""The digest of the values of a tensor, or of the bytes of a separate storage."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

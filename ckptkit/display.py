@@ -3,7 +3,7 @@
 A notebook shows a block of HTML with a title, facts, a table and a tree that folds.  It is made of elements and inline
 styles that notebooks allow: ``<details>`` folds without a script, and without styles (as in GitHub's view of a
 notebook) an outline remains.  Text has the notebook's own color, so that it is readable on light and on dark; the few
-colors are of dots and bars, and what they say is beside them in words.
+colors are in dots and bars, with their meaning beside them in words.
 
 No text of a file is markup, nothing is loaded, and nothing runs.  However much there is, a block stays small: cells,
 rows and lines are limited.
@@ -36,10 +36,13 @@ _MAX_LEVELS = 24
 """Dots of a name that make levels."""
 
 _DOTS = {"ok": "#2da44e", "failed": "#e5484d", "error": "#e5484d", "warning": "#d29922", "info": "#539bf5"}
-"""What a dot looks like before each word that says how it is: 3:1 against white and against black."""
+"""Colors of the dot before each word for a state, with a contrast of 3:1 against white and against black."""
 
 _TEXT = ' style="white-space:pre-wrap"'
-_CELL = ' style="text-align:left;white-space:pre-wrap;vertical-align:top;min-width:5em"'
+_CELL = (
+    ' style="text-align:left;white-space:pre-wrap;overflow-wrap:anywhere;vertical-align:top;min-width:5em;'
+    'padding:.1em .9em .1em 0"'
+)
 _LIST = ' style="list-style:none;margin:0;padding:{}"'
 _ITEM = ' style="margin:0;padding:0 0 0 {}"'
 _LINE = ' style="display:inline-flex;width:calc(100% - {}em);gap:1em;vertical-align:top"'
@@ -96,10 +99,10 @@ def html_block(
     """A title, lines, a table and a tree as HTML for a notebook, light or dark.
 
     Args:
-        title: what it is about.
+        title: the subject.
         lines: below it, above the table; one that begins with a severity and a colon gets its dot.
         headers: of the columns; none: there is no table.
-        rows: of the table, as many as are to be shown; a first cell that is a severity gets its dot.
+        rows: of the table, as many as are shown; a first cell that is a severity gets its dot.
         left_out: how many are not.
         state: ``"ok"`` or ``"failed"``: the title's dot.
         tree: each line before what is in it.
@@ -179,7 +182,7 @@ def _spans(cells: Iterable[tuple[str, str]]) -> str:
 
 
 class _Module(dict[str, Any]):
-    """What is in a module, by label: tensors as lines, and modules; with what all of it comes to."""
+    """The content of a module, by label: tensors as lines, and modules; with the totals."""
 
     tensors = elements = nbytes = 0
 

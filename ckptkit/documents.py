@@ -43,7 +43,7 @@ class _Report(TypedDict):
 
 
 class ErrorDocument(TypedDict):
-    """Why a file could not be read or converted: the class of the exception, and what it says."""
+    """Why a file could not be read or converted: the class of the exception, and its message."""
 
     type: str
     message: str
@@ -68,7 +68,7 @@ class ShardDocument(TypedDict):
 
 
 class PlanDocument(TypedDict):
-    """What a writer will do.
+    """The plan of a writer.
 
     Attributes:
         format: the container.
@@ -104,7 +104,7 @@ class CastDocument(_From):
 
 
 class ChangesDocument(TypedDict):
-    """What a conversion changes.
+    """The changes of a conversion.
 
     Attributes:
         renames: names that change.
@@ -150,7 +150,7 @@ class PartDocument(TypedDict):
 
 
 class _PartDetails(TypedDict, total=False):
-    """What is there where one part is written alone: what of the output that is; there is no checkpoint yet."""
+    """A single part: the written part of the output; there is no checkpoint yet."""
 
     part: PartDocument
 

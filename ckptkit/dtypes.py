@@ -117,7 +117,7 @@ _CALLED = {
     "char": "int8", "byte": "uint8", "boolean": "bool", "chalf": "complex32", "cfloat": "complex64",
     "cdouble": "complex128", **{name.lower().replace("_", "-"): each.name for name, each in BY_SAFETENSORS.items()},
 }  # fmt: skip
-"""What else dtypes are called: by torch (``torch.half``), in headers of safetensors, and by everybody."""
+"""Other names of dtypes: torch's (``torch.half``), those in safetensors headers, and common ones."""
 
 
 def meant_dtype(given: str, known: Collection[str] = DTYPES) -> str:

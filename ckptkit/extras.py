@@ -1,4 +1,4 @@
-"""What is installed: this version of ckptkit, and the optional packages: torch, torchvision, timm and others.
+"""The installed packages: this version of ckptkit, and the optional ones: torch, torchvision, timm and others.
 
 Imports none of them.  Code that is about to import a layer that does (`ckptkit.torch_bridge`, `ckptkit.verifier`) calls
 `require` first, so that the message is the same everywhere.

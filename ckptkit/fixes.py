@@ -3,8 +3,8 @@
 Each finding advises the conversion that it needs, by itself.  `combined_fix` combines them; if two conflict, these
 rules decide, and it says what is left out:
 
-- A command that writes weights alone takes precedence over one that keeps everything: what it drops, the others advised
-  to drop.
+- A command that writes only weights takes precedence over one that keeps everything: the others advised to drop what it
+  drops.
 - The weights are the selected ones; if none are selected, or another section is asked for, those of the most severe
   finding. A section advised besides them, such as averaged weights, gets a separate command.
 - The weights go into the ``.safetensors`` that was advised, unless one of the commands needs a ``.pth``.  A
@@ -91,8 +91,8 @@ def combined_fix(
     Args:
         findings: of one file, most severe first, as reported (`ckptkit.report.apart`).
         beside: the keys of everything beside the file's weights; ``None``: unknown.
-        is_model: whether the file is a pickled model, of which every conversion takes the weights.
-        partly: codes of findings of which something is left after the conversion that they advise.
+        is_model: whether the file is a pickled model; every conversion then writes only the weights.
+        partly: codes of findings that the advised conversion fixes only in part.
         needs: the flags that the weights of a section need beside, where the findings are of another.
     """
     every = [_advice(each.code, each.fix) for each in findings if each.fix is not None and each.fix.startswith(CONVERT)]
@@ -128,7 +128,7 @@ def _merged(every: Sequence[_Advice], section: str | None, suffix: str) -> tuple
 
 
 def _command(every: Sequence[_Advice], options: Sequence[_Option], suffix: str) -> str:
-    """The command with these options: that of a finding, where it is the same and named like any other."""
+    """The command with these options: a finding's own, if it is the same and has the usual name."""
     for each in every:
         if each.suffix == suffix and {*each.options} == {*options} and each.is_named:
             return each.command
@@ -171,7 +171,7 @@ def _told(
     is_alone: bool,
     is_model: bool,
 ) -> str:
-    """What the conversion keeps, drops, and does not fix."""
+    """The parts that the conversion keeps, drops, and does not fix."""
     section = dict(options).get(_SECTION)
     of = "" if section is None else f" of {section!r}"
     does = {_TELLING[name].format(value): None for name, value in options if name in _TELLING}

@@ -42,7 +42,7 @@ class Limits(NamedTuple):
     """Nodes in pairs that are compared in one pickle, where it drops the result of one call for that of another."""
 
     arguments: int = 1_000_000
-    """Values that are looked at in what the calls of one pickle are given, where it matters who is handed what."""
+    """Values that are examined in the arguments of one pickle's calls, if it matters what is passed to whom."""
 
     generated_characters: int = 16 << 20
     """Characters of generated code in one pickle; a large graph has one million."""
@@ -51,7 +51,7 @@ class Limits(NamedTuple):
     """Different names in one pickle.  A large TorchScript archive has some 5,000 classes."""
 
     references: int = 2_000_000
-    """How often nodes are referred to below one root: what is shared counts each time."""
+    """How often nodes are referred to below one root: shared nodes count each time."""
 
     repeated_calls: int = 1000
     """Calls that are written again because their arguments lead back to them.  CPython's own pickler recurses for each,
@@ -94,7 +94,7 @@ class Limits(NamedTuple):
     """Levels of a JSON value that nothing reads; the Rust parser in safetensors stops at 128."""
 
     source_nbytes: int = 64 << 20
-    """Bytes of a program's source that are looked through; a model of 5,000 modules has about two million."""
+    """Bytes of a program's source that are searched; a model of 5,000 modules has about two million."""
 
     source_classes: int = 100_000
     """Classes in it; every module of a program may have its own."""
@@ -106,7 +106,7 @@ class Limits(NamedTuple):
     """Shards of one checkpoint.  The largest models known have under 1,000."""
 
     members: int = 50_000
-    """Members of archives that are looked at for pickles alone.  Each takes some 50 microseconds."""
+    """Members of archives that are searched only for pickles.  Each takes some 50 microseconds."""
 
     looked_nbytes: int = 1 << 30
     """Bytes that are inflated for that, or searched for names: some seconds, and room on the disk."""
@@ -117,7 +117,7 @@ class Limits(NamedTuple):
 
     unpacked_ratio: int = 100
     """How many times its own bytes a larger one may become, by all that is in it.  Weights shrink by a tenth to a half,
-    those of a model that was pruned by ten, text by four; deflate alone makes 1,032 of one, bzip2, xz and zstd tens of
+    those of a pruned model by ten, text by four; deflate can expand one byte to 1,032, bzip2, xz and zstd to tens of
     thousands."""
 
     levels: int = 4
@@ -132,7 +132,7 @@ class Limits(NamedTuple):
     vocabulary of 50,000 words; each reader of the file parses them."""
 
     expanded_nbytes: int = 64 << 30
-    """Bytes by which tensors may grow, all together, where they are written out contiguously.  Real
+    """Bytes by which tensors may grow, all together, when they are written out contiguously.  Real
     expanded views come to megabytes; a stride of 0 lets four bytes claim terabytes of disk."""
 
     densified_nbytes: int = 256 << 30

@@ -1,8 +1,9 @@
-"""What was probably meant by a word that is not known: ``; did you mean resnet18?``.
+"""Finds the word that was probably meant by an unknown one: ``; did you mean resnet18?``.
 
 One rule for options, commands, codes, models, dtypes, sections, members of archives and files.  A word that is the same
-but for case, spaces, ``-`` and ``_`` is meant alone; else the few that begin with what was given; else those that are
-most alike, by `difflib`, and no others that are clearly less so.  Nothing is compared before something is wrong.
+apart from case, spaces, ``-`` and ``_`` is the only suggestion; otherwise the few that begin with the given text;
+otherwise the most similar ones, by `difflib`, without clearly less similar ones.  Nothing is compared before something
+is wrong.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def did_you_mean(
     called: Mapping[str, str] | None = None,
     shown: Callable[[str], str] = str,
 ) -> str:
-    """The end of a message: ``"; did you mean a, b or c?"``; ``""`` where nothing is near.
+    """The end of a message: ``"; did you mean a, b or c?"``; ``""`` if nothing is near.
 
     Args:
         given: the word; see `nearest`.
@@ -73,7 +74,7 @@ def did_you_mean(
 
 
 def asked_of(words: Iterable[str]) -> str:
-    """The end of a message that asks whether one of these was meant; ``""`` where there are none."""
+    """The end of a message that asks whether one of these was meant; ``""`` if there are none."""
     *some, last = ("", *words)
     if not last:
         return ""
@@ -85,10 +86,10 @@ def _plain(word: str) -> str:
 
 
 def meant_file(path: str) -> str:
-    """The end of a message about a local file that is not there: what is in its folder and may be meant.
+    """The end of a message about a missing local file: files in its folder that may be meant.
 
-    That is a file or folder of a name that is alike, or of the same name with another ending; where it is a folder of
-    the path that is not there, the same path through one that is.  Of ``FILE!MEMBER`` the file is looked for.
+    That is a file or folder with a similar name, or with the same name and another extension; if a folder of the path
+    does not exist, the same path through one that does.  For ``FILE!MEMBER`` the file is searched for.
     """
     file, mark, member = path.partition("!")
     with suppress(OSError, ValueError):
@@ -110,7 +111,7 @@ def _stem(name: str) -> str:
 
 
 def with_meant_file(error: FileAccessError) -> FileAccessError:
-    """The error for a path that was given; where nothing has the path, with what `meant_file` says."""
+    """The error for a given path; if nothing has the path, with the suggestion of `meant_file`."""
     meant = meant_file(error.path) if isinstance(error, MissingFileError) and error.path is not None else ""
     return MissingFileError(f"{error}{meant}", path=error.path, names=error.names) if meant else error
 

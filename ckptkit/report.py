@@ -1,4 +1,4 @@
-"""Findings and reports: what was seen, how grave it is, and the command that fixes it.
+"""Findings and reports: what was found, how severe it is, and the command that fixes it.
 
 A `Finding` has a stable code; `ckptkit.codes` has the `Explanation` of each.  All findings are collected first
 and reported together; the worst severity decides.
@@ -159,7 +159,7 @@ class Report(Generic[_Document]):
         return f"<{type(self).__name__}: {state}>"
 
     def _repr_html_(self) -> str:
-        """What a notebook shows of it: the verdict, the figures, each check that ran, and the findings."""
+        """For notebooks: the verdict, the figures, each check that ran, and the findings."""
         from ckptkit.display import html_block  # few look at it
 
         facts = [f"{key}: {value}" for key, value in self.details.items() if isinstance(value, str | int) and value]
@@ -241,7 +241,7 @@ def convert_command(
 
     The destination is named after the source, beside it or its archive (in the working directory for a URL), and is not
     in ``taken`` and does not exist; ``is_clean`` says so in its name, which has it anyway if only that distinguishes it
-    from the source.  What is neither a file nor standard input is called FILE.
+    from the source.  Anything but a file or standard input is called FILE.
     """
     from itertools import chain, count
 
@@ -354,11 +354,11 @@ def listed(
     """The first of several things as a message names them, and how many more there are.
 
     Args:
-        things: what to name, or as many of them as are to be named.
+        things: to name, or as many of them as will be named.
         most: how many of them are named.
         total: how many there are where ``things`` are not all.
-        between: what is between them.
-        last: what is before the last one where all are named, if something else.
+        between: the text between them.
+        last: the text before the last one if all are named, if different.
         characters: how many are shown of each; ``None``: all.
     """
     every = list(things)
@@ -398,7 +398,7 @@ class Explanation(NamedTuple):
     """The text of a code."""
 
     title: str
-    """What was seen, in a line."""
+    """The finding, in a line."""
     meaning: str
     """Why it matters: what fails, and with which message."""
     remedy: str

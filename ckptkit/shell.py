@@ -1,4 +1,4 @@
-"""Command lines for the shell at hand, so that a fix can be pasted where it is read.
+"""Command lines for the current shell, so that a fix can be pasted where it is read.
 
 - POSIX shells (also Git Bash and MSYS on Windows): as `shlex` quotes.
 - ``cmd.exe``: a program is given the line as a whole and splits it by the rules of the C runtime
@@ -53,7 +53,7 @@ def quoted(word: str, shell: Shell | None = None) -> str:
     """A word as typed.
 
     Args:
-        word: what the program is to be given.
+        word: for the program.
         shell: whose rules; ``None``: those of the one at hand.
     """
     shell = shell or at_hand()

@@ -31,9 +31,8 @@ def tensor_stats(
 ) -> dict[str, float | int | None]:
     """min, max, mean, std (population), and the counts of zeros, NaN and Inf.
 
-    min, max and moments are of the finite values, moments in float64; ``None`` where there are none,
-    where float64 cannot hold the figure, or where the dtype has no order (complex) or no values
-    numpy knows.
+    min, max and moments are of the finite values, moments in float64; ``None`` if there are none, if float64 cannot
+    represent the figure, or if the dtype has no order (complex) or no values that numpy supports.
 
     All are ``None``, too, for a view of far more elements than its storage holds, which a few bytes of a file can ask
     for; but expanded dimensions are counted, not processed.
@@ -144,7 +143,7 @@ class Histogram:
     def to_list(self) -> list[int] | None:
         """``[exponent, first, counts...]``: bins ``2 ** exponent`` wide, from ``first * 2 ** exponent`` on.
 
-        A count below 0 stands for so many empty bins.  ``None`` where nothing was counted.
+        A count below 0 means so many empty bins.  ``None`` if nothing was counted.
         """
         if not self._counts:
             return None

@@ -374,7 +374,7 @@ def as_tensor(node: TensorEntry | Storage, *, typed: bool = False) -> TensorEntr
 
 
 def shared_storages(entries: Iterable[TensorEntry]) -> set[int]:
-    """The ``id`` of each storage that several of the entries view: what alone can be tied or shared."""
+    """The ``id`` of each storage that several of the entries use: only these can be tied or shared."""
     storages = [id(entry.storage) for entry in entries]
     if len(set(storages)) == len(storages):  # as in most files
         return set()

@@ -21,6 +21,11 @@ Save = Callable[..., Path]
 
 PACKAGE = Path(ckptkit.__file__).parent
 SOURCES = sorted(PACKAGE.rglob("*.py"))
+DOCUMENTS = [
+    PACKAGE.parent / "README.md",
+    PACKAGE.parent / ".github" / "CONTRIBUTING.md",
+    *sorted(PACKAGE.rglob("*.md")),
+]
 
 # Plain English.
 
@@ -40,9 +45,10 @@ _EVERYWHERE = (
     r"\bnames that hold\b",
     r"\bgoes before\b",
     r"\bchooses? no\b",
+    r"(?<![Tt]here )\b(?:is|are) no (?!longer|more|such|\w+er\b)\w+",
     r"\b(?:may|nothing) lies?\b",
     r"\b(?:lies?|stands?) (?:in|at|below|beside|here|there|under|behind|where|outside|inside|twice|already)\b",
-    r"\bmost an? \w+ (?:may|can|has)\b",
+    r"\bmost an? \w+(?: \w+)? (?:may|can|has)\b",
     r"\bstands? for (?:itself|themselves)\b",
     r"\bof (?:its|their) own making\b",
     r"\banew\b",
@@ -57,7 +63,6 @@ _EVERYWHERE = (
 """What nobody says who speaks English from birth, in messages, help and docstrings."""
 
 _IN_MESSAGES = (
-    r"(?<![Tt]here )\b(?:is|are) no (?!longer|more)\w+",
     r"\bsaid to (?:be|lie|end)\b",
     r", no (?:\w+ )?checkpoint\b",
     r"\bexists? already\b",
@@ -75,6 +80,13 @@ FOREIGN = re.compile("|".join((*_EVERYWHERE, *_IN_MESSAGES)))
 FOREIGN_IN_DOCSTRINGS = re.compile("|".join(_EVERYWHERE))
 
 
+def _words(node: ast.AST) -> str:
+    """The text of a string; of an f-string with an ``X`` for each value."""
+    if isinstance(node, ast.JoinedStr):
+        return "".join(str(part.value) if isinstance(part, ast.Constant) else "X" for part in node.values)
+    return str(node.value) if isinstance(node, ast.Constant) else ""
+
+
 @pytest.mark.parametrize("said", [True, False], ids=["messages", "docstrings"])
 def test_messages_are_a_native_speakers(said: bool) -> None:
     foreign = FOREIGN if said else FOREIGN_IN_DOCSTRINGS
@@ -82,14 +94,22 @@ def test_messages_are_a_native_speakers(said: bool) -> None:
         f"{path.relative_to(PACKAGE)}:{line}: {found[0]}"
         for path in SOURCES
         for line, node in _texts(path, said)
-        if isinstance(node, ast.Constant) and (found := foreign.search(" ".join(str(node.value).split())))
+        if (found := foreign.search(" ".join(_words(node).split())))
     ]
     assert found_at == []
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.md")), ids=lambda path: path.stem)
-def test_topics_are_a_native_speakers(path: Path) -> None:
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.stem)
+def test_documents_are_a_native_speakers(path: Path) -> None:
     assert FOREIGN_IN_DOCSTRINGS.findall(" ".join(path.read_text(encoding="utf-8").split())) == []
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.js")), ids=lambda path: path.stem)
+def test_pages_are_a_native_speakers(path: Path) -> None:
+    """Strings with a space in them, outside comments: others are names."""
+    code = re.sub(r"(?m)^ *//.*|/\*(?s:.*?)\*/", "", path.read_text(encoding="utf-8"))
+    strings = re.findall(r'"[^"\n]* [^"\n]*"|`[^`\n]* [^`\n]*`', code)
+    assert strings and [text for text in strings if FOREIGN.search(text)] == []
 
 
 @pytest.mark.parametrize(
@@ -103,6 +123,8 @@ def test_topics_are_a_native_speakers(path: Path) -> None:
         "files that are named stand for themselves",
         "no other checkpoint may lie there",
         "the most a file may have",
+        "the most a file name may have",
+        "command-line options: what is typed goes before",
         "the weights lie in it",
         "the name stands twice",
         "a state of its own making",
@@ -123,6 +145,7 @@ def test_what_would_be_found(text: str) -> None:
     [
         "there is no such file",
         "there are no tensors",
+        "a file that is no larger than its index",
         "it is no longer tied",
         "each parallel rank carries its bytes",
         "before it goes, the file stands alone",

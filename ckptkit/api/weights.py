@@ -258,7 +258,7 @@ def _reading(asked: ConvertOptions | LoadOptions | VerifyOptions) -> dict[str, A
 
 
 def _like(like: Any, args: Mapping[str, Any]) -> Like:
-    """The model that a conversion is to be like."""
+    """The model that a conversion must match."""
     from ckptkit.conversion.options import like_checkpoint
     from ckptkit.rewrite import Like
 
@@ -354,7 +354,7 @@ def verify(path: Readable, **options: Unpack[VerifyKeywords]) -> Report[VerifyDo
             with open(asked.against, ignore_checksums=asked.ignore_checksums) as opened:
                 named = section if any(each.path == section for each in opened.sections) else None
             other = stack.enter_context(weights(asked.against, "to compare with", section=named))
-        # Only now: importing torch takes seconds, and what cannot be read is told at once.
+        # Only now: importing torch takes seconds, and an unreadable file is reported at once.
         require_torch()
         from ckptkit.verifier import verify as run
 

@@ -37,7 +37,7 @@ _MIN_TENSORS = 8
 """Fewer are what any two small models may have in common.  The smallest model of the index has 16."""
 
 _MAX_TENSORS = 6_000
-"""More are not a model of the index, of which the largest has some 2,700, nor two of them together."""
+"""More are not a model of the index, whose largest has some 2,700, nor two of them together."""
 
 _MAX_SKETCHED = 4_000
 """Tensors of what is compared with models that do not fit: hashing each is most of the work."""
@@ -61,7 +61,7 @@ _MIN_SIMILARITY = 0.3
 """Below this, nothing is reported."""
 
 _BELOW_ONE = 0.99
-"""What does not fit is not altogether alike, whatever the estimate."""
+"""An inexact fit is never complete, whatever the estimate."""
 
 Deviation = Literal["no head", "another head", "other shapes"]
 
@@ -79,10 +79,10 @@ class Architecture(NamedTuple):
         reference: what `ckptkit.verify` takes: ``"torchvision:resnet18"``.
         args: the arguments it has to be built with.
         exact: every name and every shape is the model's (``num_batches_tracked`` aside).
-        similarity: 1.0 where it is exact; else how much of the two is the same, of which an estimate is made.
-        prefix: what the names have in front of the model's own, wrappers (``module.``) aside.
+        similarity: 1.0 if it is exact; otherwise an estimate of how much of the two is the same.
+        prefix: before the model's own names, apart from wrappers (``module.``).
         others: tensors that are not under the prefix.
-        differs: in what it is not exact, where that is one thing; ``None``: it is exact, or nothing like it is known.
+        differs: the one thing in which it is not exact; ``None``: it is exact, or there is no such thing.
         defaults: of the arguments in `args` that are numbers read off the shapes, the library's own values.
     """
 
@@ -225,7 +225,7 @@ def _architecture(
 def _closest(views: list[_View]) -> tuple[Architecture, ...]:
     """The models with most in common with any of the views, once for the same names and shapes.
 
-    A model that has all but the head in common, or every name, is its own answer: what has less is left out.
+    A model with everything except the head, or with every name in common, stands alone: models with less are left out.
     """
     found: dict[Deviation | None, list[Architecture]] = {"another head": [], "other shapes": [], None: []}
     seen = set()

@@ -10,9 +10,9 @@ Two digests and a sketch, the same in every Python:
 
 ``num_batches_tracked`` is not part of any: old files do not have it, and nothing depends on it.
 
-Both digests are the CRC-32 and the Adler-32 of the text.  They are not safe against someone who looks for
-collisions, who could as well have saved the model itself: what is found is a hint, never a reason to
-trust a file.  (`hashlib` takes as long to import as everything else here takes to run.)
+Both digests are the CRC-32 and the Adler-32 of the text.  They are not safe against someone who looks for collisions,
+who could as well have saved the model itself: a match is a hint, never a reason to trust a file.  (`hashlib` takes as
+long to import as everything else here takes to run.)
 
 The index has a line of JSON for each model, and its sketch in a file beside it.
 ``python tests/support/index_maker.py`` writes them.  A line is
@@ -130,7 +130,7 @@ class Free(NamedTuple):
     """An argument that decides dimensions.
 
     Attributes:
-        default: its value where it is not given.
+        default: its usual value.
         form: how a dimension follows from it.
         at: tensor, dimension, and the two numbers of the form.
     """

@@ -243,8 +243,7 @@ class _Spool(SourceFile):
 def spool_room(source: Source, nbytes: int) -> tuple[int, ByteRange]:
     """Space for bytes that are made from a source's, in its one temporary file, which is closed with it.
 
-    Returns:
-        The temporary file's descriptor, to write them with, and where in it they are to lie.
+    Returns: The temporary file's descriptor, for writing them, and their position in it.
 
     Raises:
         FileAccessError: the source was closed.

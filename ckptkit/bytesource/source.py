@@ -84,7 +84,7 @@ class _Pace:
             self.tell()
 
     def look(self) -> None:
-        """A file is looked at."""
+        """A file is opened to see what it is."""
         if self.tell is not None:
             self.looked += 1
             self.tell()
@@ -152,7 +152,7 @@ class Source:
         return self.identity
 
     def sibling(self, name: str) -> Source:
-        """The source of a name beside this one; see `parts` for one that is to be closed with it.
+        """The source with a name beside this one; see `parts` for one that is to be closed with it.
 
         Args:
             name: relative to the folder this one is in, in segments with slashes between.
@@ -263,13 +263,13 @@ class Source:
     ) -> None:
         """These ranges, offset and size in bytes of each, are about to be read, in about this order.
 
-        A source on another machine fetches them ahead of the reader; others ignore this.  What is read beside them, or
-        out of order, is read as ever.
+        A source on another machine fetches them ahead of the reader; others ignore this.  Other reads, or reads in
+        another order, work as usual.
 
         Args:
             areas: the ranges; they replace those announced before.
-            passing: called by a source that is far with where a run of bytes begins and the bytes, as they come: each
-                once, from several threads, in about their order.
+            passing: called by a remote source with the position and the bytes of each run as it arrives: each once,
+                from several threads, in about their order.
         """
 
     def will_open(self, names: Sequence[str]) -> None:
@@ -278,11 +278,10 @@ class Source:
     def on_read(self, offset: int, nbytes: int, check: Callable[[bytes], object]) -> bool:
         """Leave a look at some bytes until values are read: ``check`` is then called with them, once.
 
-        Where values are around them they come by with those; `settle` fetches what did not.  What is at hand is looked
-        at before this returns.
+        Where values are around them they come by with those; `settle` fetches what did not.  Anything already in memory
+        is checked before this returns.
 
-        Returns:
-            Whether it is left for later; ``False``: it is to be done now, since nothing is saved.
+        Returns: Whether it is left for later; ``False``: do it now, because nothing would be saved.
         """
         return False
 
@@ -295,17 +294,18 @@ class Source:
         """Look at what was left until now (`on_read`); who has read values ends with it.
 
         Args:
-            areas: offset and size in bytes of ranges: no more is looked at than what adjoins one of them, and those
-                that are small come along, so that reading them next takes no trip; ``None``: everything, parts, too.
+            areas: offset and size in bytes of ranges: only checks next to one of them are made, and small ones are
+                fetched along, so that reading them next takes no request; ``None``: all checks, including those of
+                parts.
 
         Raises:
-            FormatError: what was left is not as it must be.
+            FormatError: the rest is not valid.
         """
         for part in self.parts.values() if areas is None else ():
             part.settle()
 
     def changed(self) -> bool:
-        """Whether it was written to since it was opened; what was left until values are read is looked at (`settle`).
+        """Whether it was written to since it was opened; delayed checks are made (`settle`).
 
         Raises:
             As `stamp` and `settle`.
@@ -348,7 +348,7 @@ class Source:
 
 
 Readable = str | os.PathLike[str] | Source | BinaryFile | bytes | bytearray | memoryview
-"""What a checkpoint may be read from: a path, a source, an open file, or the bytes themselves."""
+"""The possible sources of a checkpoint: a path, a source, an open file, or the bytes themselves."""
 
 
 def outside(start: int, nbytes: int, whole: int, path: str, told: str = "are not inside a range") -> CorruptError:
@@ -398,7 +398,7 @@ class ByteRange:
 
 
 def made_by_position(cls: Callable[..., _Record]) -> Callable[..., _Record]:
-    """What makes objects of a frozen, slotted dataclass, its fields by position, in a fifth of the time.
+    """A function that makes objects of a frozen, slotted dataclass, with fields by position, in a fifth of the time.
 
     A frozen dataclass sets each field through ``object.__setattr__``; of records that a file has by the hundred
     thousand that takes longer than to read them.  Here they are set in an object of a class with the same slots that
@@ -426,10 +426,10 @@ given_up: ContextVar[threading.Event | None] = ContextVar("ckptkit_given_up", de
 
 
 def require_wanted() -> None:
-    """What waits for another machine asks now and then whether to go on.
+    """Waits for another machine ask now and then whether to continue.
 
     Raises:
-        FileAccessError: it is to give up.
+        FileAccessError: the wait was given up.
     """
     halt = given_up.get()
     if halt is not None and halt.is_set():

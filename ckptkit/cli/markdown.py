@@ -203,7 +203,7 @@ def check(document: CheckDocument, view: View) -> Iterator[str]:
     yield ""
     yield f"{verdict[0].upper()}{verdict[1:]}."
     if document["passed_over"]:
-        yield f"\nP{passed_over_text(document['passed_over'])[1:]}."
+        yield f"\nS{passed_over_text(document['passed_over'])[1:]}."
     found = document["findings"]
     if found:
         yield ""
@@ -256,7 +256,7 @@ def manifest(document: ManifestDocument, view: View) -> Iterator[str]:
         yield ""
         yield from table(rows, ["", "file", ""], "lll")
     if document.get("passed_over"):
-        yield f"\nP{passed_over_text(document['passed_over'])[1:]}."
+        yield f"\nS{passed_over_text(document['passed_over'])[1:]}."
 
 
 def explain(document: ExplainDocument, view: View) -> Iterator[str]:

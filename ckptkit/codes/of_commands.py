@@ -1,4 +1,4 @@
-"""What the findings of ``ckptkit convert``, ``ckptkit diff`` and ``ckptkit check`` mean."""
+"""Explanations of the findings of ``ckptkit convert``, ``ckptkit diff`` and ``ckptkit check``."""
 
 from __future__ import annotations
 

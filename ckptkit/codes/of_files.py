@@ -1,4 +1,4 @@
-"""What the findings about the content of a file mean."""
+"""Explanations of the findings about the content of a file."""
 
 from __future__ import annotations
 

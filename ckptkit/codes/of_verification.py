@@ -1,4 +1,4 @@
-"""What the findings of ``ckptkit verify`` mean."""
+"""Explanations of the findings of ``ckptkit verify``."""
 
 from __future__ import annotations
 

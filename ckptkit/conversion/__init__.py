@@ -65,7 +65,7 @@ class Job:
     """A checkpoint and the plan that writes it.
 
     Attributes:
-        checkpoint: what is written, its metadata included.
+        checkpoint: to write, including its metadata.
         source: the open file its bytes are in.
         asked: the destination that was asked for.
         path: the file, or the folder, that is written: of shards, their index.
@@ -89,7 +89,7 @@ class Job:
         """Plan an output.
 
         Args:
-            checkpoint: what is to be written.
+            checkpoint: to write.
             file: the source its bytes are in.
             destination: the output.
             options: the container, the size of shards, and whether the metadata records how it was made: with the
@@ -141,7 +141,7 @@ class Job:
         )
 
     def require_place(self, options: ConvertOptions) -> None:
-        """See that the output may be where it is asked for.
+        """Check that the output may be written there.
 
         Raises:
             DestinationExistsError: something is there that it may not replace.
@@ -166,7 +166,7 @@ class Job:
 
     @property
     def stale(self) -> tuple[str, ...]:
-        """What an earlier output left beside this one: the shards of its index, the one file if it was asked for."""
+        """Remains of an earlier output beside this one: the shards of its index, or the one file."""
         if self.plan.index is None:
             return ()
         from ckptkit.formats.sharded import shard_names
@@ -187,11 +187,11 @@ class Outcome:
 
     Attributes:
         section: the weights that were converted; ``None``: no section is selected.
-        options: what was asked for.
-        job: what was planned, and written unless that was not wanted.
-        conversion: what was changed; ``None``: nothing was to be.
-        findings: what is to be told.
-        part: which part of the output was written, where that is not all.
+        options: as requested.
+        job: the plan, carried out unless that was not requested.
+        conversion: the changes; ``None``: none were requested.
+        findings: to report.
+        part: which part of the output was written, if not all.
     """
 
     section: str | None
@@ -234,11 +234,11 @@ def run(
     """Convert an open checkpoint, from its options to the output.
 
     Args:
-        checkpoint: what the file holds.
-        file: where its bytes lie.
+        checkpoint: the content of the file.
+        file: with its bytes.
         destination: the output.
-        options: what is asked for; ``like`` is a `ckptkit.Like` by now.
-        rewrite: whether the checkpoint is to be changed as the options say; else it is written as it stands.
+        options: as requested; ``like`` is already a `ckptkit.Like`.
+        rewrite: whether to change the checkpoint as the options say; otherwise it is written unchanged.
         given: the path by which others can open the source too.
         task: the worker's instructions, if it writes a part.
 
@@ -356,7 +356,7 @@ def _section_meant(checkpoint: Checkpoint, file: Source, options: ConvertOptions
 
 
 def _require_weights(checkpoint: Checkpoint, options: ConvertOptions, weights_alone: bool) -> None:
-    """See that there are weights, where only they can be written or something is to be done to them."""
+    """Check that there are weights, if only they can be written or changed."""
     is_needed = needs_weights(options)
     if is_needed or weights_alone:
         require_state_dict(checkpoint, "to rewrite" if is_needed else "to write")
@@ -367,14 +367,14 @@ _DIGITS = 64
 
 
 class Tokens:
-    """Stand-ins for digests that are not known yet."""
+    """Placeholders for digests that are not known yet."""
 
     def __init__(self) -> None:
         self.prefix = os.urandom(_DIGITS // 4).hex()
         self.files: dict[str, Source] = {}
 
     def of(self, file: Source) -> str:
-        """The stand-in for the digest of a file."""
+        """The placeholder for the digest of a file."""
         token = f"{self.prefix}{len(self.files):0{_DIGITS // 2}x}"
         self.files[token] = file
         return token
@@ -387,7 +387,7 @@ def with_receipt(checkpoint: Checkpoint, file: Source, version: str, tokens: Tok
         checkpoint: as rewritten.
         file: the source.
         version: of ckptkit.
-        tokens: gives stand-ins for the source's digests; ``None``: the receipt holds none.
+        tokens: returns placeholders for the source's digests; ``None``: the receipt has none.
     """
     receipt: dict[str, object] = {"ckptkit": version, "format": checkpoint.origin.format}
     if tokens is not None:
@@ -396,12 +396,12 @@ def with_receipt(checkpoint: Checkpoint, file: Source, version: str, tokens: Tok
             {name: tokens.of(part) for name, part in sorted(named.items())} if named else tokens.of(file)
         )
     receipt["operations"] = list(checkpoint.operations)
-    text = json.dumps([*earlier(checkpoint.metadata), receipt])  # ASCII: half a surrogate pair may stand in them
+    text = json.dumps([*earlier(checkpoint.metadata), receipt])  # ASCII: half a surrogate pair may be in them
     return checkpoint.replace(metadata={**checkpoint.metadata, KEY: text})
 
 
 def with_digests(plan: Plan, tokens: Tokens) -> Plan:
-    """The plan with a step for every stand-in in what it writes."""
+    """The plan with a step for every placeholder in its output."""
     prefix = tokens.prefix.encode()
     found: list[Step] = []
     for step in plan.steps:
@@ -420,7 +420,7 @@ def with_digests(plan: Plan, tokens: Tokens) -> Plan:
 
 
 def convert_file(source: str, destination: str, options: ConvertOptions) -> Report[ConvertDocument]:
-    """Convert a file by its path into one whose folder is made where it is not there.
+    """Convert a file by its path into one whose folder is created if needed.
 
     Raises:
         As `ckptkit.convert`.

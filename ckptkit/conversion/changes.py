@@ -1,4 +1,4 @@
-"""What a conversion changes: findings about the output, computed before it is written."""
+"""The changes of a conversion: findings about the output, computed before it is written."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def diagnose_dense(made: Mapping[str, str], padded: Collection[str], result: Che
     Args:
         made: each, and what it was made from.
         padded: those that were nested, and have lost the sizes of what was in them.
-        result: what is written.
+        result: the output.
     """
     left = quantization_in(result.state_dict)
     if left is not None:
@@ -223,7 +223,7 @@ def diagnose_losses(
     leave_out: Collection[str] = (),
     beside: Checkpoint | None = None,
 ) -> Iterator[Finding]:
-    """What the output does not hold.
+    """Values that are not in the output.
 
     Args:
         source: the checkpoint as it was read.
@@ -294,10 +294,10 @@ def diagnose_beside(
     """Which plain values beside the weights, or among them, are in the output.
 
     Args:
-        kept: what was to be kept and is.
-        left: what was to be kept and is not a plain value, with what it holds.
+        kept: values that were to be kept and are.
+        left: values that were to be kept and are not plain, with their content.
         plain: names of the plain values of the state_dict that are not in the output.
-        text: what the metadata hold of them.
+        text: their text in the metadata.
     """
     if kept:
         where = "in their places" if text is None else f"in the metadata, {human_size(len(text))} of text"
@@ -347,7 +347,7 @@ def _lost(source: Checkpoint, result: Checkpoint, plan: Plan) -> list[FoundTenso
 
 
 def _beside_plain(result: Checkpoint) -> list[object]:
-    """What is written into a pickle beside the plain tensors of the state_dict, as `lower_state_dict` writes it."""
+    """The part of a pickle beside the plain tensors of the state_dict, as `lower_state_dict` writes it."""
     state_dict = result.state_dict
     if state_dict.is_module:
         return [state_dict.container, result.rest]
@@ -408,7 +408,7 @@ def _names_any(value: object, names: Collection[str]) -> bool:
 def diagnose_layout(
     result: Checkpoint, plan: Plan, dead: tuple[int, int], flat: Mapping[str, TensorEntry] | None = None
 ) -> Iterator[Finding]:
-    """What the output holds in another form.
+    """Values that have another form in the output.
 
     Args:
         result: the checkpoint as it is written.
@@ -454,7 +454,7 @@ def gathered_in(entries: Mapping[str, TensorEntry]) -> list[str]:
 
 
 def diagnose_flat(flat: Flat) -> Iterator[Finding]:
-    """What of a tree a folder of torch.distributed.checkpoint does not keep."""
+    """The part of a tree that a torch.distributed.checkpoint folder does not keep."""
     ties = [listed(names, 4, between=" = ", characters=100) for names in tied_groups(flat.tensors)]
     if ties:
         told = f"{count_of(len(ties), 'tensor')} with several names, which are no longer tied: {listed(ties, 4)}"

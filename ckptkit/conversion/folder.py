@@ -48,7 +48,7 @@ def convert_folder(source: str, destination: str, options: ConvertOptions, conve
 
     Args:
         source: the folder.
-        destination: the folder for the outputs, which is made where it is not there.
+        destination: the folder for the outputs, which is created if needed.
         options: for each file; ``progress`` is called with the bytes of the sources.
         convert: converts one file.
 
@@ -122,7 +122,7 @@ def converted_all(
         source: the folder, for the report.
         destination: that of the outputs.
         refused: what could not even be tried, and why.
-        passed: what is not a checkpoint, with its kind.
+        passed: files that are not checkpoints, by kind.
     """
     files = [_unconverted(path, None, error, 0, 0.0) for path, error in refused.items()]
     tasks = [_Task(item.source, item.destination, item.nbytes) for item in items]
@@ -240,7 +240,7 @@ def outcome(
         source: the file.
         destination: its output.
         nbytes: of the source.
-        options: what is asked for.
+        options: as requested.
     """
     started = time.monotonic()
     try:
@@ -277,7 +277,7 @@ def _sharing(
 
 
 def error_text(path: str, message: str) -> str:
-    """What is wrong with a file, and which one."""
+    """The problem with a file, and the file."""
     return message if message.startswith(path) else f"{path}: {message}"
 
 
@@ -318,7 +318,7 @@ def _require_options(options: ConvertOptions, destination: str) -> None:
 
 
 def _surveyed(source: str, destination: str, files_from: str | None) -> FolderSurvey:
-    """What is in the source folder; the destination folder is skipped where it is inside.
+    """The content of the source folder; the destination folder is skipped if it is inside.
 
     Args:
         source: the folder.

@@ -3,9 +3,9 @@
 The file is written as any output is (`ckptkit.transfer.writing`): under a temporary name, compared, and then given the
 old one's name and permissions, so that there is the old file or the whole new one at every moment.  Of a symbolic link
 the file that it leads to is replaced; other hard links keep the old one.  The backup is a hard link to the old file, or
-a copy where the file system has none; it is there before the new file is, and gone again where that cannot be made.
+a copy if the file system has none; it exists before the new file does, and is removed again if that cannot be made.
 
-What is replaced is one file on this machine: its container stays, and so none that ckptkit does not write can be.
+Only one file on this machine is replaced, in its own container, which ckptkit must be able to write.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def convert_in_place(source: object, options: ConvertOptions, convert: Convert) 
     """Convert a file, or several, into themselves.
 
     Args:
-        source: the path of a file; or a list of paths, of which each is converted though others cannot be.
+        source: the path of a file; or a list of paths, each of which is converted even if others fail.
         options: for each.
         convert: converts one file into itself.
 
@@ -63,7 +63,7 @@ def convert_in_place(source: object, options: ConvertOptions, convert: Convert) 
 
 
 class Replacing(NamedTuple):
-    """A file that is to be converted into itself: what is in it, where its bytes lie, how, and where the old one is."""
+    """A file to convert in place: its content, the source of its bytes, the options, and the place of the old file."""
 
     checkpoint: Checkpoint
     file: Source
@@ -73,7 +73,7 @@ class Replacing(NamedTuple):
 
 @contextmanager
 def replacing(path: str, options: ConvertOptions) -> Iterator[Replacing]:
-    """Open a file that is to be converted into itself; the backup stays once the block has ended well.
+    """Open a file to convert in place; the backup stays if the block ends well.
 
     Raises:
         As `convert_in_place`.
@@ -92,7 +92,7 @@ def replacing(path: str, options: ConvertOptions) -> Iterator[Replacing]:
 
 
 def _require_file(path: str) -> None:
-    """Refuse what is not a local file by its path alone.
+    """Refuse a path that is clearly not a local file.
 
     Raises:
         RewriteError: it is not one.
@@ -116,7 +116,7 @@ def _instead(path: str) -> str:
 
 
 def _container(path: str, checkpoint: Checkpoint, file: Source, options: ConvertOptions) -> str:
-    """The container that is written: the file's own, or the one that its name's ending is for, where that is asked for.
+    """The container of the output: the file's own, or on request the one of its extension.
 
     Raises:
         RewriteError: it is several files, or in another one, or ckptkit does not write it.
@@ -146,7 +146,7 @@ def _container(path: str, checkpoint: Checkpoint, file: Source, options: Convert
 
 @contextmanager
 def _kept(path: str, options: ConvertOptions) -> Iterator[str | None]:
-    """Keep the file under another name, where that is wanted: it stays once the block has ended well.
+    """Keep the file under another name, if requested: it stays if the block ends well.
 
     Raises:
         FileAccessError: it cannot be kept.

@@ -137,7 +137,7 @@ def as_named(checkpoint: Checkpoint, options: ConvertOptions) -> Checkpoint:
 
 
 def with_flat_cut(checkpoint: Checkpoint, options: ConvertOptions) -> Checkpoint:
-    """The checkpoint with flat parameters cut by ``options.like``, where there are any, and that is given.
+    """The checkpoint with flat parameters split by ``options.like``, if both exist.
 
     Raises:
         RewriteError: they are not the model's.
@@ -162,16 +162,16 @@ class Conversion:
     Args:
         source: the checkpoint as it was read.
         options: what to do to it.
-        tensors_alone: whether what is written contains tensors and strings alone.
-        weights_alone: whether it contains a state_dict alone.
-        restored: whether values of its metadata were brought back to their places, and are to be kept.
+        tensors_alone: whether the output contains only tensors and strings.
+        weights_alone: whether it contains only a state_dict.
+        restored: whether values from its metadata were brought back to their places, to keep them.
 
     Attributes:
         source: that.
-        result: what is to be written.
+        result: to write.
         renames: each name that changed, and its new one.
         dropped: the names that were left out.
-        fitting: how the weights fit the model they are to be like; ``None``: they are to be like none.
+        fitting: how the weights fit the model they must match; ``None``: there is none.
 
     Raises:
         RewriteError: an option cannot be applied.
@@ -187,7 +187,7 @@ class Conversion:
         restored: bool = False,
     ) -> None:
         self._options = options
-        # First what beside the weights goes, since an optimizer stands in the way of dropping parameters.
+        # First the parts beside the weights, because an optimizer prevents dropping parameters.
         result = source.rewrite(rewrite.LeaveOut(options.leave_out)) if options.leave_out else source
         self._tensorless: list[str] = []
         if options.all_tensors:
@@ -251,7 +251,7 @@ class Conversion:
         return values_restored(result) if self._beside is not None and not self._weights_alone else result
 
     def _placed(self, result: Checkpoint) -> Checkpoint:
-        """The weights where they are to be, and what is beside and among them where it can be."""
+        """The weights in their new place, with everything beside and among them that can be kept."""
         options = self._options
         if options.as_key is not None:
             if self._weights_alone:
@@ -417,9 +417,9 @@ def section_like(checkpoint: Checkpoint, file: Source, options: ConvertOptions) 
     """The section whose weights are those of the model in ``options.like``; if there is none, the selected one.
 
     Args:
-        checkpoint: what the file holds.
+        checkpoint: the content of the file.
         file: the file; it stays open.
-        options: what is asked for.
+        options: as requested.
 
     Raises:
         RewriteError: several sections fit, with different tensors; or none fits, and none is selected.

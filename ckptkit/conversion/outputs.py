@@ -79,7 +79,7 @@ def require_file_name(destination: str | os.PathLike[str]) -> None:
 
 
 def named_after(path: str, options: ConvertOptions) -> str:
-    """What an output in a folder is named after: the source, or the step that was chosen in a folder."""
+    """The path that an output in a folder is named after: the source, or the chosen step of a folder."""
     return places.below(path, options.tag) if options.tag is not None and places.isdir(path) else path
 
 
@@ -87,7 +87,7 @@ def named_after(path: str, options: ConvertOptions) -> str:
 def destination_of(
     path: str, destination: str | os.PathLike[str], options: ConvertOptions
 ) -> Iterator[str | os.PathLike[str]]:
-    """The output that a destination means, which may be the folder to put it into; that is made where it is not there.
+    """The output that a destination means, which may be a folder for it; that is created if needed.
 
     Args:
         path: the source's.
@@ -113,7 +113,7 @@ def destination_of(
 
 
 def name_in(folder: str, path: str, options: ConvertOptions) -> str:
-    """What an output in a folder is called: as the source, with the ending of the container where one is asked for.
+    """The name of an output in a folder: as the source, with the extension of the container if one is given.
 
     Raises:
         RewriteError: no container is known, or the source has no name.
@@ -233,8 +233,8 @@ def require_names(
     Args:
         items: all of the folder's.
         destination: the folder for the outputs.
-        options: what is asked for.
-        own: those that are written; ``None``: all.  What others write may be there by now.
+        options: as requested.
+        own: those that are written; ``None``: all.  Files that other processes wrote may be there by now.
 
     Raises:
         RewriteError: two sources would get one name, or replace another; all of them are named.
@@ -324,7 +324,7 @@ def _key_in(folder: str) -> Callable[[str], str]:
 def _folds_case(folder: str) -> bool:
     """Whether names that differ only in case mean one file in a folder: an existing name in it or above shows.
 
-    Where none has letters, or the folder begins another file system and is empty, the system's own way is taken.
+    If none has letters, or the folder begins another file system and is empty, the system's own way is used.
     """
     path = os.path.realpath(folder)
     with suppress(OSError), os.scandir(path) as listing:
@@ -348,7 +348,7 @@ def _is_one(path: str) -> bool:
 
 
 def _taken(items: Sequence[Item], is_sharded: bool) -> Iterator[str]:
-    """What is there of outputs, or of indexes and shards in their places."""
+    """Existing files at the paths of outputs, or of their indexes and shards."""
     from ckptkit.formats.shard_writer import index_name
     from ckptkit.formats.shards import CUSTOMARY
 

@@ -1,9 +1,9 @@
-"""One conversion, shared among processes: a part alone (``part``), the end of it (``finish``), or all of it from here.
+"""One conversion, shared among processes: a single part (``part``), the end of it (``finish``), or all of it from here.
 
 What there is to share are the shards of an output (`ckptkit.transfer.parts`).  Each process reads the source and plans
-by itself; what travels is the paths, the options and which part is meant.  Processes of one machine help where there is
-something to compute, as with casts, or where a disk takes more from several; what is only copied is moved by the
-threads of one as fast.  Several machines with one file system help if each has its own path to the disks.
+by itself; what travels is the paths, the options and which part is meant.  Several processes of one machine help if
+there is something to compute, as with casts, or if a disk is faster in parallel; the threads of one process are just as
+fast at copying.  Several machines with one file system help if each has its own path to the disks.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 __all__ = ["PartTask", "WrittenPart", "finish", "over_workers", "require_shards", "words_of", "write_part"]
 
 _LISTED = 100
-"""Parts that are missing of which a message has the commands."""
+"""The number of missing parts for which a message has the commands."""
 
 _MOST_PARTS = 64
 """Parts of an output for an external executor, if there are that many shards: each part plans again."""
@@ -86,7 +86,7 @@ class PartTask:
     folder: str
 
     def path(self, given: str) -> str:
-        """A path as the worker opens it: as it was given, where it is relative to the same folder."""
+        """A path for the worker: as given, if it is relative to the same folder."""
         is_same = is_url(given) or os.path.isabs(given) or os.getcwd() == self.folder
         return given if is_same else os.path.join(self.folder, given)
 
@@ -147,11 +147,11 @@ def _parts(job: _Job, options: ConvertOptions, staging: str | None = None) -> Pa
 
 
 def write_part(job: _Job, options: ConvertOptions, share: Share, task: PartTask | None) -> WrittenPart:
-    """Write one part of the shards, compared with the source where that is asked for.
+    """Write one part of the shards, and compare it with the source on request.
 
     Args:
         job: all of the output.
-        options: what is asked for.
+        options: as requested.
         share: which part.
         task: the worker's instructions; ``None``: the part is for ``finish``.
 
@@ -183,7 +183,7 @@ def write_part(job: _Job, options: ConvertOptions, share: Share, task: PartTask 
 
 
 def _restricted(job: _Job, share: Share) -> Checkpoint:
-    """The checkpoint with the tensors of one part alone."""
+    """The checkpoint with only the tensors of one part."""
     shards = set(shares_of(job.plan, share.count)[share.index - 1])
     holder: Mapping[str, str] = {} if job.plan.index is None else job.plan.index.weight_map
     names = {name for name, shard in holder.items() if shard in shards}
@@ -198,7 +198,7 @@ def finish(job: _Job, options: ConvertOptions, given: str | None) -> Tally:
 
     Args:
         job: all of the output.
-        options: what is asked for.
+        options: as requested.
         given: path of the source, for the commands in messages.
 
     Returns:
@@ -226,7 +226,7 @@ def _finished(job: _Job, options: ConvertOptions, parts: Parts) -> Tally:
         from ckptkit.compare import check_output
 
         metadata = {key: value for key, value in job.checkpoint.metadata.items() if key != KEY}  # digests are in it
-        try:  # what was written to has the same values where it was copied, or touched
+        try:  # a modified file has the same values if it was copied or touched
             return check_output(
                 job.checkpoint.replace(metadata=metadata), path, values=options.check and bool(modified)
             )
@@ -243,7 +243,7 @@ def _finished(job: _Job, options: ConvertOptions, parts: Parts) -> Tally:
 
 
 def _told_missing(job: _Job, options: ConvertOptions, given: str | None, count: int, missing: Mapping[int, str]) -> str:
-    """What is missing, and the command that writes each."""
+    """The missing parts, and the command that writes each."""
     source = job.source.path if given is None else shown(given)
     command = command_line(["ckptkit", "convert", source, job.asked, *words_of(options.but(finish=False))])
     if not count:
@@ -266,7 +266,7 @@ def over_workers(
 
     Args:
         job: all of the output.
-        options: what is asked for; ``jobs`` or ``executor`` says who works.
+        options: as requested; ``jobs`` or ``executor`` chooses the workers.
         given: path of the source; ``None``: it has none.
         work: writes a part.
 
@@ -308,7 +308,7 @@ def over_workers(
             if failed is not None or outcome.problem is not None:
                 failed = (
                     failed or outcome
-                )  # told once no other part is written any more: all that they wrote is removed
+                )  # reported once no other part is being written: everything they wrote is removed
                 continue
             record = outcome.result()
             done += sum(shard["nbytes"] for shard in record["shards"].values())

@@ -122,7 +122,7 @@ def differ(
 
 
 def _values(a: Checkpoint, b: Checkpoint, *, strict: bool) -> tuple[Mapping[str, object], Mapping[str, object], bool]:
-    """What is compared of each, by name, and whether it is the weights of both.
+    """The values to compare in each, by name, and whether they are the weights of both.
 
     Raises:
         SectionError: one of them has several; or neither has a tensor, and nothing else counts.
@@ -274,7 +274,7 @@ class _Comparison:
         return "changed"
 
     def _compare_others(self) -> None:
-        """What is not a plain tensor in one of them."""
+        """Values that are not a plain tensor in one of them."""
         for name in self._others:
             a, b = self._ours[name], self._theirs[name]
             same = self._values.same(name)

@@ -46,7 +46,7 @@ def unexpanded(a: TensorEntry, b: TensorEntry) -> tuple[TensorEntry, TensorEntry
 
 
 def pieces(a: TensorEntry, b: TensorEntry, elements: int) -> Iterator[tuple[TensorEntry, TensorEntry]]:
-    """Two tensors of as many elements in pieces of ``elements``, in C order; whole where one is not contiguous."""
+    """Two tensors of equal size in pieces of ``elements``, in C order; whole if one is not contiguous."""
     if a.numel == 0:
         return
     if a.numel <= elements or not (a.is_contiguous and b.is_contiguous):

@@ -75,7 +75,7 @@ class FiguresRow(TypedDict):
 
 
 class _Was(TypedDict, total=False):
-    """``was`` is the name in ``a``, where it is another."""
+    """``was`` is the name in ``a``, if different."""
 
     was: str
 
@@ -239,7 +239,7 @@ _VERBS = {
     "removed": "was removed",
     "not compared": "was not compared",
 }
-"""What the verdict says about a module in which everything changed in the same way; otherwise they differ."""
+"""The verdict's words for a module in which everything changed in the same way; otherwise its tensors differ."""
 
 _PLURALS = {"differs": "differ", "has another dtype": "have another dtype", "has another shape": "have another shape",
             "was added": "were added", "was removed": "were removed",
@@ -302,7 +302,7 @@ class Difference:
         return f"<Difference: {printable(self.summary):.180}>"
 
     def _repr_html_(self) -> str:
-        """What a notebook shows of it: the verdict, both files, and the modules that differ."""
+        """For notebooks: the verdict, both files, and the modules that differ."""
         from ckptkit.display import html_block
 
         rows = [

@@ -52,7 +52,7 @@ class Tolerance:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sums:
-    """What is known of some elements; those of several pieces can be added.
+    """Facts about some elements; those of several pieces can be added.
 
     Attributes:
         numel: how many elements there are.
@@ -61,7 +61,7 @@ class Sums:
         total: sum of the absolute differences; ``largest``: the largest.  Python's own integers where both are
             whole numbers.
         squares, squares_a, squares_b, product: sums of (b - a)², a², b² and a·b.
-        nan_a, nan_b, nan_both: NaN in the first alone, in the second alone, in both.
+        nan_a, nan_b, nan_both: NaN only in the first, only in the second, in both.
         nan_bits, nan_signs: NaN in both with other bits, and of those with another sign.
         zero_signs: equal in value, but one of them a negative zero.
         infinite: not NaN, infinite in one of them, and not equal.
@@ -94,7 +94,7 @@ class Sums:
         return Sums(**{**added, "largest": max(self.largest, other.largest)})
 
     def times(self, copies: int) -> Sums:
-        """The sums where each element stands so often."""
+        """The sums if each element occurs so often."""
         if copies == 1:
             return self
         multiplied = {each.name: getattr(self, each.name) * copies for each in fields(Sums)}
@@ -148,7 +148,7 @@ def measure_pair(a: TensorEntry, b: TensorEntry, tolerance: Tolerance, measured:
     import numpy
 
     sums = Sums()
-    with numpy.errstate(all="ignore"):  # signalling NaN, and what is past float64
+    with numpy.errstate(all="ignore"):  # signaling NaN, and values beyond float64
         for left, right in chunks_side_by_side(a, b, _BLOCK):
             sums += _block(left, right, a.dtype, b.dtype, tolerance)
             measured(len(left) + len(right))

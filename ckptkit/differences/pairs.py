@@ -2,8 +2,8 @@
 
 What only one of the files has is matched in two rounds.  First by content: tensors of one dtype and shape with the same
 bits.  Where several have the same (zeros, counters of batches), those whose names end alike are matched, then what
-is left over in file order.  Then by shape: tensors of one dtype and shape, whose names end in the same segment, and of
-which both files have as many, are matched in file order; that is a guess unless there is but one.
+is left over in file order.  Then by shape: tensors with one dtype and shape, whose names end in the same segment, and
+that are equally many in both files, are matched in file order; that is a guess unless there is only one.
 
 Whether tensors have the same bits: read side by side, a piece at a time.
 
@@ -46,13 +46,13 @@ if TYPE_CHECKING:
 __all__ = ["NO_FIGURES", "Pair", "PairReader", "Renamed", "all_sums", "find_renamed"]
 
 _ENDS = (4, 3, 2, 1, 0)
-"""Last segments of names that are looked at where contents do not decide, most first."""
+"""Last segments of names that are examined if contents do not decide, most first."""
 
 _HELD_NBYTES = 64 << 20
 """Bytes of a piece that is kept in memory; only one that is not contiguous can have more."""
 
 _APART = 2
-"""Pieces of far files within which threads are at work."""
+"""Pieces of remote files that threads work on at the same time."""
 
 _TOGETHER = 4096
 """Small tensors that one thread compares before it looks for other work."""
@@ -64,7 +64,7 @@ class Renamed:
 
     Attributes:
         old, new: its names in the first and in the second.
-        by: ``"content"``: the same bits; ``"shape"``: dtype, shape, order and the end of the name alone.
+        by: ``"content"``: the same bits; ``"shape"``: only dtype, shape, order and the end of the name.
         confidence: ``"certain"``: no other tensor has these bits; ``"likely"``: others have, or it is the only one of
             its shape; ``"guess"``.
     """
@@ -85,7 +85,7 @@ def find_renamed(a: Mapping[str, TensorEntry], b: Mapping[str, TensorEntry], che
     Args:
         a: the tensors that only the first has, by name.
         b: those that only the second has.
-        checksums: gets the sums of what is read, and what is to be held.
+        checksums: get the sums of what is read, and have the ones to check.
     """
     kinds = {_kind(entry) for entry in a.values()} & {_kind(entry) for entry in b.values()}
     sides = [{name: entry for name, entry in side.items() if _kind(entry) in kinds} for side in (a, b)]
@@ -243,7 +243,7 @@ class PairReader:
 
     Attributes:
         checksums: those recorded for the storages of every tensor that is read.
-        measured: what is known of pieces by their views, because they were in memory.
+        measured: facts about pieces by their views, because they were in memory.
     """
 
     def __init__(self, progress: Progress | None = None, tolerance: Tolerance | None = None) -> None:
@@ -258,7 +258,7 @@ class PairReader:
         self._waiting: _Waiting = []
 
     def add(self, a: TensorEntry, b: TensorEntry) -> Pair:
-        """Two tensors of as many elements of one dtype, whose bits are to be compared."""
+        """Two tensors of equal size and dtype, whose bits are compared."""
         key: Pair = (id(a.storage), id(b.storage))
         known = self._first.get(key)
         if known is None:
@@ -341,7 +341,7 @@ class PairReader:
         return self._same[key]
 
     def expect(self, nbytes: int) -> None:
-        """So many bytes more are to be processed."""
+        """So many more bytes will be processed."""
         self._total += nbytes
 
     def advance(self, nbytes: int) -> None:

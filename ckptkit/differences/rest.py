@@ -1,10 +1,10 @@
-"""What is beside the weights of two checkpoints: metadata, training state, other sections.
+"""Everything beside the weights of two checkpoints: metadata, training state, other sections.
 
 What differs in the whole trees of two checkpoints: beside the weights, around them, and in what hangs on them.
 
-Trees are processed side by side (`ckptkit.normalize.trees`), by what they mean: values, names of classes, keys and
-their order, and every tensor, in whatever it lies.  Containers and devices do not count.  For a container that stores
-only weights, its findings say what it leaves out.
+Trees are compared part by part (`ckptkit.normalize.trees`), by their meaning: values, names of classes, keys and their
+order, and every tensor, wherever it is.  Containers and devices do not count.  For a container that stores only
+weights, its findings say what it leaves out.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ def section_rows(
         a: the first checkpoint.
         b: the second.
         ours: what `other_sections` found in the first.
-        theirs: what it found in the second.
+        theirs: the corresponding value in the second.
         work: what compares.
     """
     kinds = {section.path: section.kind for section in (*b.sections, *a.sections)}
@@ -310,7 +310,7 @@ def _whole(a: Checkpoint, b: Checkpoint, rule: SameContent, *, is_alone: bool) -
         yield from side_by_side([(Place(), a.rest, b.rest)], rule, (around[0], around[1]))
         yield from side_by_side([(Place().below("(discarded)"), a.discarded, b.discarded)], rule)
     else:
-        # One is no more than weights: what the other is, and has beside them.
+        # One has only weights: what the other is, and has beside them.
         if one_module or not is_alone:
             yield Met(Place(), a.module or a.rest, b.module or b.rest)
         for place, node in () if a.origin.is_program else _beside(a.rest):
@@ -330,7 +330,7 @@ def _shell(checkpoint: Checkpoint) -> object:
 
 
 def _beside(root: object) -> Iterator[tuple[Place, object]]:
-    """What is in a tree beside the way to the weights."""
+    """The content of a tree beside the path to the weights."""
     seen: set[int] = set()
     stack = [(Place(), root)]
     while stack:

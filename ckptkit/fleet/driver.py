@@ -4,9 +4,10 @@ A task is pulled from the iterable when there is room for it, so many batches ar
 results wait in pickled form for those before them.  A batch is one task at first, and grows while batches come back
 sooner than is worth a trip.
 
-What a worker leaves undone is handed out again.  A batch that is lost with its worker is tried once more, one task at a
-time; if others may have been at fault, as when memory runs out or an engine loses all tasks on a machine, the tasks
-that are lost again are tried while nothing else runs.  What is lost then is ``died``: the others have their results.
+Tasks that a worker leaves undone are handed out again.  A batch that is lost with its worker is tried once more, one
+task at a time; if others may have been at fault, as when memory runs out or an engine loses all tasks on a machine, the
+tasks that are lost again are tried while nothing else runs.  Tasks that are lost then are ``died``: the others have
+their results.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ class Workers(Protocol):
 
 
 def pickled(work: Callable[..., Any]) -> bytes:
-    """What is to be done, as it travels.
+    """The task, ready to send.
 
     Raises:
         CkptkitError: it cannot be pickled, as a lambda or a function in another cannot.
@@ -103,7 +104,7 @@ def shared_out(
         start: makes the workers; called with the seconds that a batch takes at most, ``None``: there is no limit.
         seconds: the limit of a task; ``None``: none.
         pace: seconds that a batch is to take.
-        count: how many tasks there are, where that is known: the last batches are smaller, so that all end together.
+        count: how many tasks there are, if known: the last batches are smaller, so that all end together.
     """
     limit = None if seconds is None else seconds + _PATIENCE * pace
     workers = start(limit)
@@ -122,7 +123,7 @@ class _Batch:
 
 
 class _Driver(Generic[T, R]):
-    """What is under way."""
+    """Batches in progress."""
 
     def __init__(
         self, tasks: Iterable[T], work: bytes, workers: Workers, seconds: float | None, pace: float, count: int

@@ -1,4 +1,4 @@
-"""What a caller asks for: the work for each of the tasks, and where it is done.
+"""A caller's request: the function for each of the tasks, and where it runs.
 
 Little work is done here, because a process takes some hundredths of a second to start; a fleet's is shared among
 processes (`ckptkit.fleet.pool`) or by a given executor (`ckptkit.fleet.executors`), through the driver
@@ -28,7 +28,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 _BATCH_SECONDS = 0.05
-"""What a batch is to take: a trip to a process takes some hundredths of that."""
+"""Planned seconds of a batch: a trip to a process takes some hundredths of that."""
 
 _GIVEN_BATCH_SECONDS = 0.25
 """The same with an external executor, which may use other machines."""
@@ -46,7 +46,7 @@ def cores() -> int:
 def _quota(groups: str = "/proc/self/cgroup", root: str = "/sys/fs/cgroup") -> float | None:
     """Processors that the control group has; ``None``: no bound is known.
 
-    Where they stand: https://docs.kernel.org/admin-guide/cgroup-v2.html (``cpu.max``), and of version 1
+    Their description: https://docs.kernel.org/admin-guide/cgroup-v2.html (``cpu.max``), and for version 1
     https://docs.kernel.org/scheduler/sched-bwc.html.
     """
     try:

@@ -95,7 +95,7 @@ class Given:
         yield from self._overdue()
 
     def _moved(self, ticket: int) -> None:
-        """What was handed over later may begin only now."""
+        """Tasks that were handed over later may begin only now."""
         if self._limit is not None:
             now = time.monotonic()
             self._since.update((other, now) for other in self._since if other > ticket)
@@ -127,7 +127,7 @@ def _is_broken_pool(error: Exception) -> bool:
 
 
 def _reply(future: Future[Reply]) -> Reply | Lost:
-    """What a future that is done brings."""
+    """The result of a future that is done."""
     from concurrent.futures import BrokenExecutor, CancelledError  # here: who gave the executor has imported it
 
     try:

@@ -24,12 +24,12 @@ class Outcome(Generic[R]):
     """The result of a task.
 
     Attributes:
-        value: what the work returned; ``None`` where there is a problem.
+        value: what the function returned; ``None`` if there is a problem.
         problem: ``None``: there is none; ``"failed"``: the task raised an error, or something could not be pickled;
             ``"died"``: so did its worker, or no worker took it; ``"timed-out"``; ``"version"``: the worker has another
             ckptkit.
         text: the problem in a sentence.
-        error: what the work raised, where that is an error of ckptkit.
+        error: the error it raised, if it is ckptkit's.
     """
 
     value: R | None = None
@@ -82,7 +82,7 @@ def done_here(work: Callable[[T], R], task: T, seconds: float | None) -> Outcome
     thread.start()
     until = time.monotonic() + seconds
     while thread.is_alive() and (left := until - time.monotonic()) > 0:
-        thread.join(min(left, 0.5))  # an interrupt is heard meanwhile
+        thread.join(min(left, 0.5))  # an interrupt is received in the meantime
     return outcomes[0] if outcomes else Outcome(problem="timed-out", text=late(seconds))
 
 

@@ -1,4 +1,4 @@
-"""Processes of our own, each with one batch at a time and a channel to itself alone.
+"""Our own processes, each with one batch at a time and a private channel.
 
 A worker that dies takes nothing with it but the batch that it had; one that hangs is killed by itself.  No thread is
 started here, so that a process which had one thread still has one and may fork at any time.
@@ -23,7 +23,7 @@ _START_SECONDS = 60.0
 """Within which a worker must be ready: it imports ckptkit, and the disk may be slow."""
 
 _FAILED_STARTS = 3
-"""In a row, after which no further is tried: those that are ready go on."""
+"""In a row, after which no more are started: those that are ready continue."""
 
 
 class _Worker:
@@ -44,7 +44,7 @@ class _Worker:
         self._call: bytes | None = None
 
     def give(self, ticket: int, call: bytes) -> None:
-        """A batch, at once or when it is ready: what is sent to a process that does not read may not fit."""
+        """A batch, at once or when it is ready: a message to a process that is not reading may not fit."""
         self.ticket, self._call = ticket, call
         if self.ready:
             self.send()
@@ -57,7 +57,7 @@ class _Worker:
                 self.process.send(data)
 
     def end(self) -> str:
-        """How it ended; it is killed where it has not."""
+        """How it ended; it is killed if it has not."""
         self.process.join(0.2)  # its channel is closed a moment before it has ended
         if self.process.exitcode is None:
             self.process.kill()

@@ -1,9 +1,9 @@
 """One process of our own: how it starts, is talked to and ends; what it does.
 
-A fork takes milliseconds, a new Python a fifth of a second and more.  A process forks where it has one thread alone, on
-Linux, for what other threads hold would stay locked in the copy for ever; by itself, since to import `multiprocessing`
-takes longer than all the forks.  Elsewhere workers are new Pythons, which do not run the user's ``__main__`` again: it
-may have no guard against that.
+A fork takes milliseconds, a new Python a fifth of a second and more.  A process forks if it has only one thread, on
+Linux, because locks that other threads hold would stay locked in the copy for ever; it forks directly, because
+importing `multiprocessing` takes longer than all the forks.  Elsewhere workers are new Pythons, which do not run the
+user's ``__main__`` again: it may have no guard against that.
 
 A worker ignores Ctrl-C, which the driver handles; SIGTERM lets it clean up.  It ends with its driver,
 however that ends.
@@ -43,7 +43,7 @@ _starting = threading.Lock()
 
 
 class Channel(Protocol):
-    """What has the messages of one process for another, as a `multiprocessing.connection.Connection`."""
+    """The messages of one process for another, as a `multiprocessing.connection.Connection`."""
 
     def send_bytes(self, data: bytes) -> None: ...
 
@@ -61,10 +61,10 @@ class Process(Protocol):
     def exitcode(self) -> int | None: ...
 
     def send(self, data: bytes) -> None:
-        """Hand over a message; waits for it where it is long."""
+        """Send a message; waits if it is long."""
 
     def receive(self) -> bytes:
-        """What it says.
+        """The next message.
 
         Raises:
             EOFError, OSError: it has ended.
@@ -93,7 +93,7 @@ def started() -> Process:
 
 
 def _may_fork() -> bool:
-    """Whether this process has one thread alone, of Python or any library's."""
+    """Whether this process has only one thread, counting those of Python and of any library."""
     if sys.platform != "linux":
         return False
     try:
@@ -271,7 +271,7 @@ def _main_left_alone() -> Iterator[None]:
 
     def without_main(name: str) -> dict[str, Any]:
         data = original(name)
-        if name == _NAME:  # other threads may start what they like meanwhile
+        if name == _NAME:  # other threads may start processes in the meantime
             data.pop("init_main_from_name", None)
             data.pop("init_main_from_path", None)
         return data
@@ -296,7 +296,7 @@ def _begin(channel: Channel, driver: int, others: Iterable[int]) -> NoReturn:
             os.close(fd)
         sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: PTH123, SIM115 - as long as the process lives
         signal.set_wakeup_fd(-1)  # an event loop of the original's would take our signals for its own
-        gc.freeze()  # to look for garbage in what is the original's would copy it all
+        gc.freeze()  # searching the original's objects for garbage would copy them all
         _serve(channel, driver)
         code = 0
     except BaseException:
@@ -330,7 +330,7 @@ def _serve(channel: Channel, driver: int) -> None:
 
 
 def _stop(number: int, _: object) -> None:
-    signal.signal(number, signal.SIG_IGN)  # once: what is unfinished is being removed
+    signal.signal(number, signal.SIG_IGN)  # once: unfinished work is being removed
     raise StopWorker(number)
 
 

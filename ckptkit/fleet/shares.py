@@ -34,7 +34,7 @@ _CONTROL = re.compile(rb"[\x01-\x08\x0e-\x1a\x1c-\x1f]")
 class Share:
     """The I-th of N shares of any paths: together they are all of them, each once, in whatever order they come.
 
-    A path's share is decided by a hash of its text alone, so that machines need not know of one another.
+    A path's share is decided only by a hash of its text, so machines need not know about one another.
 
     Attributes:
         index: which, from 1.

@@ -48,8 +48,8 @@ Result = tuple[str, str, "bytes | None"]
 """The problem (``""``: none), its message, and the pickled value, or the pickled error if there is one."""
 
 Reply = tuple[tuple[str, str], list[Result], float, bool]
-"""The worker's versions of ckptkit and Python; the results of the tasks that were begun, in order, and none where
-they cannot be read; the seconds that it took; whether a thread was abandoned."""
+"""The worker's versions of ckptkit and Python; the results of the tasks that were begun, in order, and none if they
+cannot be read; the seconds that it took; whether a thread was abandoned."""
 
 
 SLICE = 0.5
@@ -104,9 +104,9 @@ def run(
     """Do the work for one task after the other.
 
     Args:
-        version: of ckptkit, in the process that asks; where it is not the one here, nothing is begun.
+        version: of ckptkit, in the calling process; if it is different here, nothing is begun.
         work: the pickled function.
-        tasks: what it is called with, a pickled list, so that what they share is there once.
+        tasks: its arguments, a pickled list, so that shared parts are there once.
         count: how many they are.
         seconds: the limit of each task; ``None``: none.
         budget: seconds after which no further task is begun.
@@ -132,7 +132,7 @@ def run(
             f"the worker cannot read the task (are its functions and classes in an importable module?): {told(error)}"
         )
         failed = ("failed", text, None)
-        return _versions(), [failed] if count == 1 else [], 0.0, False  # which of several is not known
+        return _versions(), [failed] if count == 1 else [], 0.0, False  # which of several is unknown
     abandoned = threading.Event()
     if seconds is None:
         results = list(_results(function, given, begun + budget, abandoned))

@@ -56,15 +56,15 @@ STDIN = "-"
 """The path that means standard input; a file of that name is ``./-``."""
 
 SHARD_NBYTES = 5 * 10**9
-"""Bytes of a shard where an index is to be written and no size is given; what huggingface_hub takes."""
+"""Bytes of a shard if an index is requested without a size; huggingface_hub's value."""
 
 
 _MOST_LEFT = 1000
-"""Looks that were left for later, and that are caught up on where a file that is far is refused."""
+"""Checks that were left for later, and that are made when a remote file is refused."""
 
 
 def detect(probe: Probe) -> Format:
-    """The container a file is, by its content alone.
+    """The container of a file, by its content alone.
 
     Raises:
         UnknownFormatError: none; the message says what the file is instead and what helps.
@@ -85,7 +85,7 @@ def read(
     """Open a file and read what is in it, not its tensors.
 
     Args:
-        source: what it is read from; see `source_of`.  A source is closed where it cannot be read.
+        source: to read from; see `source_of`.  A source is closed if it cannot be read.
         section: path of the weights to select, where the file contains several.
         tag: which of several steps is meant, where a folder contains such.
         tp_rules: the file with the rules for joining slices of ranks in a folder
@@ -150,7 +150,7 @@ def _entered(file: Source, limits: Limits) -> Probe:
 
 
 def _checkpoint(probe: Probe, section: str | None, *, ignore_checksums: bool) -> Checkpoint:
-    """What is in a file, normalized."""
+    """The content of a file, normalized."""
     file = probe.file
     raw: RawCheckpoint | None = None
     around: Around | None = getattr(file, "around", None)
@@ -186,7 +186,7 @@ def _checkpoint(probe: Probe, section: str | None, *, ignore_checksums: bool) ->
 
 
 def _read(probe: Probe) -> RawCheckpoint:
-    """What the container's reader finds, and what was found on the way to a folder."""
+    """The result of the container's reader, with findings on the way to a folder."""
     container, file = detect(probe), probe.file
     if not is_folder(file):
         return container.read(probe)
@@ -205,7 +205,7 @@ def _part_instead(
 
 
 def _names_left(probe: Probe | None, error: FormatError) -> tuple[GlobalUse, ...]:
-    """What a file that was refused names beyond what its reader found."""
+    """The names in a refused file beyond those that its reader found."""
     if probe is None:
         return ()
     from ckptkit.formats.contents import names_left
@@ -219,20 +219,20 @@ def _names_left(probe: Probe | None, error: FormatError) -> tuple[GlobalUse, ...
 
 
 def given_of(file: Source) -> Source:
-    """The file that was given: of what was found in one that is compressed or an archive, that one."""
+    """The given file: for content of a compressed file or an archive, the outer one."""
     around: Around | None = getattr(file, "around", None)
     return file if around is None else around.given
 
 
 def source_of(path: Readable, tag: str | None = None, tp_rules: str | os.PathLike[str] | None = None) -> Source:
-    """What contains the bytes of the file that is meant: here alone is decided what may be given as one.
+    """The source of the bytes of a file: only here is it decided which values can be given as one.
 
     Args:
         path: a path, of a file or (``FILE/MEMBER``, ``FILE!MEMBER``) of a member of an archive, where no file has that
-            path; ``"-"``: standard input.  An open binary file: from its present position, where it then still
-            stands unless it cannot seek, to its end.  Bytes, a bytearray, a memoryview: not copied, and not to be
-            resized before the source is closed.  A source: itself.  A folder that several processes wrote, or that
-            leads to one, or with one checkpoint in it (`ckptkit.formats.distributed.around`).
+            path; ``"-"``: standard input.  An open binary file: from its current position, which does not change unless
+            it cannot seek, to its end.  Bytes, a bytearray, a memoryview: not copied, and not to be resized before the
+            source is closed.  A source: itself.  A folder that several processes wrote, or that leads to one, or with
+            one checkpoint in it (`ckptkit.formats.distributed.around`).
         tag: which of several steps in the folder is meant.
         tp_rules: as in `read`.
 
@@ -403,7 +403,7 @@ def makes_folder(to: str | None) -> bool:
 def target(
     destination: str | os.PathLike[str], to: str | None = None, shard_nbytes: int | None = None
 ) -> tuple[str, Format, int | None]:
-    """What is to be written.
+    """The checkpoint to write.
 
     Args:
         destination: the output; its ending chooses the container.  One that ends in ``.index.json`` asks for
@@ -443,14 +443,13 @@ def plan(
     """What would be written, and the file it would be.
 
     Args:
-        checkpoint: what is to be written.
+        checkpoint: to write.
         destination: the output.
         to: container name that overrides its ending.
         shard_nbytes: the most bytes of a file; see `target`.
         ranks: how many share a folder; ``None``: one, or it is not a folder.
 
-    Returns:
-        The file, which is the index of ``destination`` where there are shards, or the folder, and its plan.
+    Returns: The file, which is the index of ``destination`` if there are shards, or the folder, and its plan.
 
     Raises:
         RewriteError: no container is meant, or it cannot store the checkpoint.

@@ -5,10 +5,10 @@ They are identified by their first bytes, whatever their names, and decompressed
 - gzip (RFC 1952): consecutive members; zeros may follow the last
 - xz (``xz-file-format.txt``): streams, with zeros in fours between and after them
 - bzip2: consecutive streams
-- zstd (RFC 8878): frames, some of which are skipped; Python 3.14 reads them, before it the package zstandard
+- zstd (RFC 8878): frames, some of which are skipped; Python 3.14 reads them, older versions need the package zstandard
 
-Each has checksums or lengths, which are checked.  What is cut off, damaged or followed by something else is refused, as
-is what becomes many times what it was (`Limits.unpacked_ratio`).
+Each has checksums or lengths, which are checked.  Data that is truncated, damaged or followed by something else is
+refused, and so is data that grows too many times (`Limits.unpacked_ratio`).
 """
 
 from __future__ import annotations
@@ -175,7 +175,7 @@ class Compression:
 
 
 def _errors() -> Iterator[type[Exception]]:
-    """What the decompressors raise that are imported by now."""
+    """The errors of the decompressors imported by now."""
     for module, name in (("lzma", "LZMAError"), ("zstandard", "ZstdError"), ("compression.zstd", "ZstdError")):
         if module in sys.modules:
             yield getattr(sys.modules[module], name)
@@ -193,7 +193,7 @@ PACKED_PICKLES = (
     Compression("zlib", (), re.compile(rb"\x78[\x01\x5e\x9c\xda]"), lambda: _Zlib(is_gzip=False)),
     Compression("lzma", (), re.compile(rb"\x5d\0\0"), lambda: _lzma("FORMAT_ALONE")),
 )
-"""joblib's compressions: two more, whose first bytes alone are too little to identify a file."""
+"""joblib's compressions: two more, whose first bytes are not enough to identify a file."""
 
 ENDINGS = tuple(ending for compression in _COMPRESSIONS for ending in compression.endings)
 """Of compressed files; they never decide what a file is."""
@@ -205,7 +205,7 @@ def compression_of(head: bytes, among: Sequence[Compression] = _COMPRESSIONS) ->
 
 
 def decompressed(file: Source, compression: Compression, limits: Limits) -> Inner:
-    """What a file decompresses to; it is closed with it.
+    """The decompressed content of a file; it is closed with the file.
 
     Raises:
         As `Compression.parts`; MissingDependencyError; FileAccessError: the temporary folder has no room for it.

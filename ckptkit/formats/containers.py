@@ -1,10 +1,10 @@
-"""The table of containers: what each is called, how a file shows that it is one, and which modules know the rest.
+"""The table of containers: the name of each, how a file is recognized, and which modules read and write it.
 
 Adding a container is a module with a function ``read(probe)``, whose docstring is its specification,
 and one row in `CONTAINERS`, with its facts.  A module is imported when there is a file for it.
 
-Which container a file is: by its content, once, and for exactly one of them.  Of a file that is far it is not known
-that it is not a zip archive by its end, before values are read or `ckptkit.bytesource.Source.settle` asks for that.
+Which container a file is: by its content, once, and for exactly one of them.  Whether a remote file is also a zip
+archive by its end is unknown before values are read or `ckptkit.bytesource.Source.settle` asks for it.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def index_of(probe: Probe) -> str | None:
     text = probe.json_object
     if text is None or b'"weight_map"' not in text:
         return None
-    # Metadata, which customarily stands before the map, may name files too.
+    # Metadata, which usually comes before the map, may name files too.
     begin = re.search(rb'"weight_map"\s*:\s*\{', text)
     found = re.compile(rb'\.safetensors"\s*[,}]').search(text, begin.end() if begin else 0)
     return "torch-sharded" if found is None else "safetensors-sharded"
@@ -192,7 +192,7 @@ INDEX_SUFFIXES = tuple(
 
 
 def format_named(name: str) -> Format:
-    """The container of this name (`Origin.format`, `Plan.format`): where its facts are to be asked.
+    """The container with a name (`Origin.format`, `Plan.format`): the place to ask for its facts.
 
     Raises:
         KeyError: there is none.
@@ -250,7 +250,7 @@ _AT_ONCE = "the file is {} at once; readers would disagree about it"
 
 
 def _end_is_left(file: Source, names: Sequence[str]) -> bool:
-    """Whether the end of a file is looked at when its values are read: of one that is far that takes a trip."""
+    """Whether the end of a file is checked when its values are read: for a remote one that takes a request."""
     nbytes = min(TAIL_NBYTES, file.size)
     check = partial(_require_no_zip_end, file, names)
     return len(names) == 1 and file.is_far and file.on_read(file.size - nbytes, nbytes, check)

@@ -6,8 +6,8 @@ that is not a checkpoint: someone may load any of them, whatever its name.  So e
 
 - a pickle of any protocol, or several consecutive ones, the series of pickles that torch wrote before 1.6, a numpy
   array of objects (``numpy/lib/_format_impl.py``: a header, then a pickle): the names in it are judged
-- a zip or tar archive: its records are looked at in the same way, one level deep, and where one of them is an archive
-  of torch's, those of that too
+- a zip or tar archive: its records are examined in the same way, one level deep, and if one of them is an archive of
+  torch's, its records too
 - code compiled for a machine
 - anything else is data
 
@@ -66,7 +66,7 @@ _LEAST_NBYTES = 2048
 """Bytes that reading a pickle counts for at least: so many small ones take some seconds, too."""
 
 _ATTEMPTS = 20_000
-"""Names in what cannot be read of which it is asked whether they are called."""
+"""Names in unreadable bytes that are checked for calls."""
 
 _ARRAY = b"\x93NUMPY"
 _OF_OBJECTS = re.compile(rb"['\"]\|?O\d?['\"]")
@@ -77,12 +77,12 @@ _LINKS = frozenset("123456")
 """Types of a tar archive's members that have no data of their own."""
 
 _LIST = re.compile(rb"c[^\n]*\n[^\n]*\n\.[^\n]")
-"""A list of words, the third of which begins with a dot (``.gitignore``), is a pickle of a name, too."""
+"""A list of words whose third begins with a dot (``.gitignore``) is a pickle of a name, too."""
 
 
 @dataclass(slots=True, kw_only=True)
 class _Found:
-    """What was found of the pickles in a record.
+    """The findings about the pickles in a record.
 
     Attributes:
         is_one: whether there is one.
@@ -102,11 +102,11 @@ class ContentSearch:
 
     Args:
         limits: bounds on what the file may ask for: `Limits.members`, `Limits.looked_nbytes` and `Limits.pickle_nbytes`
-            are for all that is looked at.
+            are for everything that is examined.
         levels: how deep archives inside archives are opened; torch's own are opened one level deeper.
 
     Attributes:
-        pickles: where they were found: names of records, ``""`` for the file itself.
+        pickles: their places: names of records, ``""`` for the file itself.
         beyond: content that was not read, or not to its end, and why.
     """
 
@@ -130,7 +130,7 @@ class ContentSearch:
 
         Args:
             name: its name in messages; ``""``: it is the file.
-            held: its bytes.
+            held: the file's bytes.
             is_program: whether it is code, or a part of it, whatever it looks like.
         """
         if is_program:
@@ -287,7 +287,7 @@ class ContentSearch:
                 raise error
 
     def _behind(self, area: ByteRange, error: FormatError) -> tuple[GlobalUse, ...] | None:
-        """The names in what some unpickler may go on reading; ``None``: none of them runs something or is called."""
+        """The names in bytes that some unpickler may read on; ``None``: none runs something or is called."""
         self._looked_left -= area.nbytes
         if self._looked_left < 0 or area.nbytes > self._limits.pickle_nbytes:
             raise LimitError("bytes after the refused content", limit=self._limits.pickle_nbytes, actual=area.nbytes)
@@ -321,7 +321,7 @@ class ContentSearch:
                 if self._members_left < 0:
                     self.unread(name, f"more than {self._limits.members:,} members")
                     return
-                # Of one of torch's in another archive it is told which.
+                # For one of torch's in another archive the path says which.
                 self.look((name if self._levels < 0 else f"{name}/{inner}") if name else inner, record)
         finally:
             self._levels += 1
@@ -370,7 +370,7 @@ def names_left(probe: Probe, known: Iterable[GlobalUse] = ()) -> tuple[GlobalUse
             if probe.head[:1] in (b"\x80", LOCAL_SIGNATURE[:1]):
                 found.extend(scanned(whole.read(0, min(SCANNED_NBYTES, whole.nbytes)), (*known, *contents.uses())))
     except CkptkitError:
-        pass  # what is wrong with it was said
+        pass  # its problem was reported
     return tuple(use for use in merge_uses(contents.uses(), found) if use.kind == "name")
 
 
@@ -382,7 +382,7 @@ class Inside:
     """What pickles a file holds, as far as it was read.
 
     Attributes:
-        pickles: where they are: names of members; ``""`` is the file itself.
+        pickles: their places: names of members; ``""`` is the file itself.
         globals: the verdict on every name in them, each once.
         beyond: content that was not read, or not to its end (a member's name, ``""`` for the file), and why.
     """

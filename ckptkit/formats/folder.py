@@ -1,4 +1,4 @@
-"""What is in folders: each file is a checkpoint, or is skipped and counted by kind, or cannot be read.
+"""The content of folders: each file is a checkpoint, or is skipped and counted by kind, or cannot be read.
 
 A checkpoint is identified by its first bytes (`ckptkit.formats.containers`), whatever its name.  The name decides in
 only one case: a file that is called ``.safetensors``, ``.pth`` and so on but is none of these is a checkpoint that
@@ -47,7 +47,7 @@ __all__ = [
 ]
 
 PICKLE = "pickle"
-"""What a pickle is called that is not a checkpoint."""
+"""The kind of a pickle that is not a checkpoint."""
 
 UNFINISHED = "unfinished ckptkit output"
 
@@ -87,13 +87,13 @@ class FoundFile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FolderSurvey:
-    """What was found.
+    """The files found.
 
     Attributes:
         checkpoints: files to open, in the order of the walk; some of them may be unreadable.
         passed: the files (and folders) that were skipped, with their kinds.
         others: those among them that may hold pickles, with their kinds.
-        unreadable: files and folders of which nothing is known, and why.
+        unreadable: files and folders about which nothing is known, and why.
     """
 
     checkpoints: tuple[FoundFile, ...] = ()
@@ -108,7 +108,7 @@ class FolderSurvey:
 
 
 def passed_over_text(passed_over: Mapping[str, int]) -> str:
-    """What was skipped, in a line: ``"skipped: 3 files (2 text files, 1 PNG image)"``."""
+    """The skipped files, in a line: ``"skipped: 3 files (2 text files, 1 PNG image)"``."""
     kinds = sorted((kind for kind, count in passed_over.items() if count), key=lambda kind: (-passed_over[kind], kind))
     each = ", ".join(count_of(passed_over[kind], kind) for kind in kinds)
     return f"skipped: {count_of(sum(passed_over.values()), 'file')} ({each})"
@@ -129,7 +129,7 @@ def indexes_by_shard(folder: str) -> dict[str, str]:
 
 
 def nothing_in(folder: str, passed_over: Mapping[str, int]) -> FileAccessError:
-    """The error for a folder without a checkpoint: what it is instead, or what is in it."""
+    """The error for a folder without a checkpoint: what it is instead, or its content."""
     from ckptkit.formats.distributed.around import describe_folder
 
     what = describe_folder(folder)
@@ -141,7 +141,7 @@ def nothing_in(folder: str, passed_over: Mapping[str, int]) -> FileAccessError:
 
 @dataclass(slots=True)
 class _File:
-    """A checkpoint while the walk goes on."""
+    """A checkpoint during the walk."""
 
     paths: list[str]
     is_index: bool = False
@@ -174,7 +174,7 @@ class Surveyor:
         self._unreadable: dict[str, CkptkitError] = {}
 
     def result(self) -> FolderSurvey:
-        """What was met, shards left to their indexes."""
+        """The files met, without shards that have an index."""
         from ckptkit.formats.sharded import shard_names
 
         parts: set[object] = set()
@@ -197,7 +197,7 @@ class Surveyor:
         )
 
     def named(self, path: str) -> None:
-        """A file that is to be opened as a checkpoint, whether it is there and one, or not; its name stays."""
+        """A path to open as a checkpoint, whether it exists and is one, or not; its name stays."""
         key = places.identity(path)
         key = path if key is None else key
         known = self._found.get(key)
@@ -263,7 +263,7 @@ class Surveyor:
                 self._unreadable[path] = places.unreadable_folder(path, error)
                 continue
             met |= self._is_one(path, key, [entry.name for entry in entries])
-            # Where each look is a trip, shards are left to the index that stands for them.
+            # If each look takes a request, shards are left to their index.
             shards = indexes_by_shard(path) if places.is_url(path) else {}
             folders = []
             for entry in entries:
@@ -294,7 +294,7 @@ class Surveyor:
             return True
         try:
             found = None if folder in self._inside else sharded_at(folder, names)
-        except CkptkitError:  # what cannot be looked at in it is told when it is met
+        except CkptkitError:  # unreadable files in it are reported when they are met
             return False
         if found is None:
             return False
@@ -337,12 +337,12 @@ class Surveyor:
         return kind is None
 
     def _kind(self, file: Source, path: str, name: str) -> str | None:
-        """What a file is; ``None``: a checkpoint, which is then among those found."""
+        """The kind of a file; ``None``: a checkpoint, which is then among those found."""
         probe = Probe(file, self._limits)
         claims: list[Format] = []
         kind: str | None = None
         if name == "data.pkl" and is_unpacked(os.path.dirname(path) or os.curdir):
-            pass  # of an archive that was unpacked, and all of it
+            pass  # of an unpacked archive, and all of it
         elif name.startswith("._") and probe.head.startswith(_APPLE_DOUBLE):
             kind = "AppleDouble file"
         elif not says_checkpoint(name):
@@ -414,7 +414,7 @@ _SPECIAL = {
     stat.S_IFCHR: "device",
     stat.S_IFBLK: "device",
 }
-"""What is not a regular file and is never opened for its content."""
+"""The kind of anything but a regular file, which is never opened for its content."""
 
 
 def _is(asked: Callable[[], bool]) -> bool:

@@ -1,4 +1,4 @@
-"""What a container is to the rest of ckptkit: a name, how it is known, and the modules that read and write it."""
+"""A container, as the rest of ckptkit sees it: a name, how it is recognized, and the modules that read and write it."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Probe:
     Attributes:
         file: the file.
         limits: bounds on what it may ask for.
-        prefix: what is before the key of each storage: the name of a shard, and a colon.
+        prefix: before the key of each storage: the name of a shard, and a colon.
         head: its first `HEAD_NBYTES` bytes, or all there are.
         outcomes: for containers that cannot claim a file without reading it: the result or the error by name; ``None``:
             the file is none of theirs.
@@ -58,8 +58,8 @@ class Probe:
         """Every record of a zip archive, or of an unpacked one, by its full name; ``None``: the file is neither.
 
         Raises:
-            CorruptError: the file begins like one, and is damaged or ambiguous; where it was cut off
-                the message says what is left of it.
+            CorruptError: the file begins like one, and is damaged or ambiguous; if it is truncated, the message says
+                what is left of it.
         """
         if isinstance(self.file, UnpackedSource):
             return self.file.records()
@@ -77,13 +77,13 @@ class Probe:
 
     @cached_property
     def json_object(self) -> bytes | None:
-        """The whole file where it begins like a JSON object and is no larger than an index of shards may be."""
+        """The whole file if it begins like a JSON object and is no larger than an index of shards may be."""
         begins = self.head.lstrip(b" \t\r\n\xef\xbb\xbf").startswith(b"{")
         return self.file.read(0, self.file.size) if begins and self.file.size <= self.limits.index_nbytes else None
 
 
 class Around(NamedTuple):
-    """What a checkpoint was found in.
+    """The source of a checkpoint.
 
     Attributes:
         given: the file that was given: one that is compressed, or an archive.
@@ -112,7 +112,7 @@ class Around(NamedTuple):
         )
 
     def at(self, error: FormatError) -> FormatError:
-        """The error with the way before where it is, and with the names beside it."""
+        """The error with the path before its place, and with the names beside it."""
         error.where = f"{self.where}: {error.where}" if error.where else self.where
         error.globals = (*error.globals, *(use for use in self.uses if use.kind == "name"))
         return error
@@ -132,10 +132,10 @@ class Format(NamedTuple):
         is_program: whether it contains a program, of which only the weights can be written.
         tensors_alone: whether it can store only named tensors, each with its own bytes; otherwise there is a tree, and
             tensors share storages in it.
-        shards: of an index, the container that its shards are written in.
+        shards: for an index, the container of its shards.
         is_folder: whether it is a folder that several processes wrote, and that is one checkpoint.
-        ties_once: whether tied tensors are in it under one name alone, and who loads it fills in the others.
-        loader: the function that programs load it with, where that is one for everything in it.
+        ties_once: whether tied tensors are in it under one name only, and loading fills in the others.
+        loader: the function that programs load it with, if one loads everything in it.
         maps_location: whether ``loader`` takes a ``map_location``.
         has_classes: whether the classes of its modules are in it, so that loading it needs none of them.
         title: what writes such files, in a line.

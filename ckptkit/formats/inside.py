@@ -1,7 +1,7 @@
 """The content of a file: the members of an archive, what they decompress to, and which of them is meant.
 
-The members of a zip or tar archive are files; those of torch's own archives are records, not files.  Archives
-that contain several checkpoints of which one is the model are in `_LAYOUTS`:
+The members of a zip or tar archive are files; those of torch's own archives are records, not files.  Archives with
+several checkpoints, one of which is the model, are in `_LAYOUTS`:
 
 - ``.nemo`` (NeMo, ``nemo/core/connectors/save_restore_connector.py``): a tar, compressed or not, with
   ``model_config.yaml`` and ``model_weights.ckpt``
@@ -9,7 +9,7 @@ that contain several checkpoints of which one is the model are in `_LAYOUTS`:
   optimizers and other tensors in ``.pth`` files beside it, and ``data``: JSON with pickles in base64, which loading
   runs
 
-What else is in an archive whose one member is opened is looked at for pickles all the same.
+The other members of an archive whose only checkpoint is opened are searched for pickles all the same.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ from ckptkit.report import Finding, count_of, listed, split_member
 __all__ = ["ENDINGS", "begins_like_one", "entered", "member_at", "member_of"]
 
 _DATA_NBYTES = 64 << 20
-"""Bytes of the JSON in an archive of stable-baselines3 that are looked at."""
+"""Bytes of the JSON in a stable-baselines3 archive that are read."""
 
 
 # What is an archive.
@@ -64,10 +64,10 @@ _DATA_NBYTES = 64 << 20
 
 @dataclass(frozen=True, slots=True)
 class _Layout:
-    """An archive of which it is known which member is the model.
+    """A kind of archive in which the model's member is known.
 
     Attributes:
-        what: what it is.
+        what: its description.
         needs: members that identify it.
         meant: the one that is opened.
         pickled: members that contain pickles in JSON.
@@ -103,7 +103,7 @@ class _Archive:
 
     Attributes:
         members: by name, without ``./`` before it.
-        twice: names of which there are several.
+        twice: names that occur several times.
         others: members that are neither files nor folders, with their kinds.
     """
 
@@ -169,7 +169,7 @@ class _Archive:
         return self.open(found, owns=False)
 
     def checkpoints(self) -> list[str]:
-        """The names of the members that are checkpoints by their content; of shards with an index the index alone."""
+        """The names of the members that are checkpoints by their content; for shards with an index, only the index."""
         fetch_beginnings([held for held in self.members.values() if isinstance(held, Record)])
         found = [name for name, held in self.members.items() if self._is_checkpoint(name, held)]
         shards: set[str] = set()
@@ -219,7 +219,7 @@ class _Archive:
         return (found[0], None) if found else None
 
     def judged(self, besides: str, layout: _Layout | None) -> ContentSearch:
-        """What is in all members but one, and those that belong to it."""
+        """The content of all members except one, and those that belong to it."""
         contents = ContentSearch(self.limits)
         known = {besides}
         fetch_beginnings([held for held in self.members.values() if isinstance(held, Record)][: self.limits.members])
@@ -276,7 +276,7 @@ def _archive_in(probe: Probe) -> _Archive | None:
         return archive
     if [container.name for container in FORMATS if container.claims(probe)] != ["torch-tar"] or holds_one(probe):
         return None
-    identify(probe, FORMATS)  # which refuses what is two things at once
+    identify(probe, FORMATS)  # which refuses a file that is two things at once
     for member in read_members(probe.file.whole, probe.limits, probe.limits.members):
         if member.path is not None and not member.path.endswith("/"):
             archive.add(member.path, member.data(probe.file.whole))
@@ -389,7 +389,7 @@ def _member_in(file: Source, wanted: str, path: str, limits: Limits) -> Source:
 
 
 def _member(file: Source, wanted: str, path: str, limits: Limits) -> Source:
-    """What a file's member is; of one in an archive inside it, the archive is opened first."""
+    """The kind of a file's member; for one in an archive inside it, the archive is opened first."""
     probe = Probe(file, limits)
     while holds_files(probe) and (compression := compression_of(probe.head)) is not None:
         probe = Probe(decompressed(probe.file, compression, limits), limits)
@@ -418,7 +418,7 @@ def _member(file: Source, wanted: str, path: str, limits: Limits) -> Source:
 def begins_like_one(probe: Probe) -> bool:
     """Whether a checkpoint is in a compressed file or an archive by what its first bytes, or its members' names, show.
 
-    For files in folders, of which there may be many: nothing is decompressed but a beginning.
+    For files in folders, of which there may be many: only a beginning is decompressed.
     """
     if probe.records is not None:
         return _layout_of(dict.fromkeys(map(_tidy, probe.records))) is not None
@@ -427,7 +427,7 @@ def begins_like_one(probe: Probe) -> bool:
         return _begins_a_layout(probe.file.whole, probe.limits)
     try:
         head = b"".join(_first(compression, probe))
-    except Exception:  # it cannot be looked into, so nothing is known of it
+    except Exception:  # it cannot be read, so nothing is known about it
         return False
     inner = Probe(Held(head, probe.file.path), probe.limits)
     if inner.head.startswith(LOCAL_SIGNATURE):
@@ -442,7 +442,7 @@ _BEGINNING_NBYTES = 256 << 10
 to 900,000."""
 
 _MOST_NAMES = 64
-"""Members of an archive in a folder whose names are looked at."""
+"""Members of an archive in a folder whose names are examined."""
 
 
 def _first(compression: Compression, probe: Probe) -> Iterator[bytes]:
@@ -462,7 +462,7 @@ def _first(compression: Compression, probe: Probe) -> Iterator[bytes]:
 def _begins_a_layout(area: ByteRange, limits: Limits) -> bool:
     """Whether the members of a tar archive, as far as they exist, are those of a layout."""
     names: dict[str, object] = {}
-    with contextlib.suppress(FormatError):  # cut off, where this is the beginning of one
+    with contextlib.suppress(FormatError):  # cut off, if this is the beginning of one
         for member in read_members(area, limits, _MOST_NAMES):
             names[_tidy(member.path or "")] = None
     return _layout_of(names) is not None or "model_weights.ckpt" in names

@@ -9,12 +9,12 @@ Module versions (torch's ``_metadata`` of a state_dict) in containers without a 
 They decide how BatchNorm and others load.  safetensors headers keep them in ``__metadata__`` under
 `VERSIONS`, as JSON: ``{"": {"version": 1}, "bn1": {"version": 2}}``; other readers pass over it.
 
-Where names stand that a safetensors header holds as aliases alone.
+The order of names that a safetensors header has only as aliases:
 
 A tensor with several names is stored once; the other names are in ``__metadata__``, apart from the order of the header.
-Where they do not all come last in the state_dict, their places in it are kept under `ORDER`: a JSON list of numbers,
-one for each alias in the order the aliases are in.  Other readers pass over it. The metadata of an index of shards has
-such a list too, for the names that it does not list: shard by shard.
+If they do not all come last in the state_dict, their places in it are kept under `ORDER`: a JSON list of numbers, one
+for each alias in the order of the aliases.  Other readers pass over it. The metadata of an index of shards has such a
+list too, for the names that it does not list: shard by shard.
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ def parse(raw: bytes, limits: Limits, what: str, hook: Callable[[dict[str, objec
     Args:
         raw: the text.
         limits: bounds on what it may ask for.
-        what: what the text is, for messages.
-        hook: called with each object, innermost first; what it gives takes its place.
+        what: the text's description, for messages.
+        hook: called with each object, innermost first; its result replaces it.
 
     Raises:
         CorruptError: no JSON; the message says at which byte.
@@ -190,7 +190,7 @@ def _is_version(node: object) -> bool:
 
 
 def state_dict_node(entries: Mapping[str, object], versions: Mapping[str, object] | None) -> object:
-    """The inert node of a state_dict: an OrderedDict with ``_metadata`` where there are versions, else a dict."""
+    """The inert node of a state_dict: an OrderedDict with ``_metadata`` if there are versions, otherwise a dict."""
     if not versions:
         return InertDict(list(entries.items()))
     root, recorded = (Object("reduce", Global("collections", "OrderedDict"), ()) for _ in range(2))

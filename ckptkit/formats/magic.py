@@ -94,7 +94,7 @@ OPAQUE: dict[bytes, str] = {
     b"070701": "a cpio archive; unpack it first",
     b"hsqs": "a SquashFS image; unpack it first",
 }
-"""What may hold pickles and is not read, by its first bytes: what it is, and what to do."""
+"""Files that may contain pickles and are not read, by their first bytes: what they are, and what to do."""
 
 _IS_OPAQUE = re.compile(b"|".join(map(re.escape, OPAQUE)))
 
@@ -197,7 +197,7 @@ def passes_over(error: FormatError, data: bytes, size: int, start: int = 0) -> b
 
 
 def attempts(data: bytes) -> Iterator[bool]:
-    """For one name after the other that stands somewhere in the data, whether it is called there."""
+    """For each name somewhere in the data, whether it is called there."""
     limits = DEFAULT_LIMITS._replace(opcodes=_CALL_OPCODES)
     starts = (found.start() for found in _STACK_GLOBAL.finditer(data))
     for start in chain((start for start, _, _ in _text_names(data)), starts):
@@ -229,7 +229,7 @@ def scanned(data: bytes, known: Iterable[GlobalUse] = ()) -> tuple[GlobalUse, ..
     hidden: set[tuple[bytes, bytes]] = set()
     for _, module, name in _text_names(data):
         found[module, name] += 1
-        # What stands before it may look like its beginning.
+        # The bytes before it may look like its beginning.
         hidden.update((module[at + 1 :], name) for at in range(len(module) - 1) if module[at] in b"ci")
     judged = {use.name for use in known}
 

@@ -1,10 +1,10 @@
 """pickle: tensors and arrays that Python's own pickle wrote, or cloudpickle, dill or joblib.
 
 Layout: one pickle of any protocol and nothing after it.  A tensor is the call that torch-zip has for it, too
-(`ckptkit.pickling.tensors`).  Where that names a storage, here stands ``torch.storage._load_from_bytes(data)``
-(``torch/storage.py`` ``__reduce__``), whose argument is a whole file of `ckptkit.formats.torch_legacy` with nothing but
-that storage in it.  Since protocol 3 that is an opcode with the bytes after it, and the storage is where it lies;
-before, it is a text that ``_codecs.encode`` makes bytes of, which are put into a temporary file.
+(`ckptkit.pickling.tensors`).  Instead of naming a storage, such a pickle has ``torch.storage._load_from_bytes(data)``
+(``torch/storage.py`` ``__reduce__``), whose argument is a whole file of `ckptkit.formats.torch_legacy` with only that
+storage in it.  Since protocol 3 that is an opcode with the bytes after it, and the storage is in place; before, it is
+text that ``_codecs.encode`` turns into bytes, which are put into a temporary file.
 
 Each call makes a separate storage: tensors that shared one no longer do, unless pickle saw that they are one object.  A
 call that was given anything else stays the call it is.
@@ -14,12 +14,12 @@ is a checkpoint if there are weights in it by that, or if it contains arrays and
 single array is not a checkpoint, nor is a pickle with arrays in its objects (a table, a scikit-learn model):
 `ckptkit.formats.refused_contents` says what that is.
 
-joblib (``joblib/numpy_pickle.py``) writes of an array a ``NumpyArrayWrapper``, whose BUILD is followed by a byte that
-counts padding, the padding, and the array's bytes; where ``numpy_array_alignment_bytes`` is not there, by the bytes
-alone.  An array of objects contains another pickle, and such a file is not read.  joblib compresses all of it:
-zlib, gzip, bz2, xz or lzma; what that holds is put into a temporary file.
+joblib (``joblib/numpy_pickle.py``) writes a ``NumpyArrayWrapper`` for an array, whose BUILD is followed by a byte that
+counts padding, the padding, and the array's bytes; without ``numpy_array_alignment_bytes``, by the bytes only.  An
+array of objects contains another pickle, and such a file is not read.  joblib compresses all of it: zlib, gzip, bz2, xz
+or lzma; what that holds is put into a temporary file.
 
-What the machine reads is the file without the large arrays and storages in it (`_Text`): gigabytes are skipped.
+The machine reads the file without the large arrays and storages in it (`_Text`): gigabytes are skipped.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ _WINDOW_NBYTES = 256 << 10
 """Bytes that are read at a time, at least."""
 
 _MARKS = (LOADER[1].encode(), b"numpy")
-"""Names without one of which there is neither a tensor nor an array."""
+"""Names without any of which there is neither a tensor nor an array."""
 
 _PACKED = (b"\x78", b"\x1f", b"B", b"\xfd", b"\x5d", b"\x28")
 """First bytes of what joblib may have compressed."""
@@ -90,7 +90,7 @@ def read(probe: Probe) -> RawCheckpoint:
 
 
 def outcome(probe: Probe) -> RawCheckpoint | FormatError | None:
-    """What the file says, or why it cannot be read; ``None``: it is not a pickle, or one without a storage."""
+    """The content of the file, or why it cannot be read; ``None``: it is not a pickle, or one without a storage."""
     if _NAME not in probe.outcomes:
         probe.outcomes[_NAME] = _attempt(probe)
     return probe.outcomes[_NAME]
@@ -123,12 +123,12 @@ class _NoCheckpointError(Exception):
 
 
 def _read(area: ByteRange, probe: Probe, *, apart: bool) -> RawCheckpoint | FormatError | None:
-    """What a pickle holds, or why its arrays do not; ``None``: bytes that were left where they lie are wanted, too.
+    """The content of a pickle, or why its arrays have none; ``None``: it also needs bytes that were left in place.
 
     Args:
-        area: where it lies.
+        area: its place.
         probe: the file.
-        apart: whether those of arrays and storages are to be left there.
+        apart: whether to leave those of arrays and storages in place.
     """
     table = _Table(area, probe, apart=apart)
     pickle = table.read()
@@ -160,7 +160,7 @@ def _has_weights(root: object) -> bool:
 
 
 def _is_arrays_alone(root: object) -> bool:
-    """Whether a tree contains arrays and nothing else, in lists, tuples and dicts; not where it is one array."""
+    """Whether a tree contains arrays and nothing else, in lists, tuples and dicts; false if it is one array."""
     found, stack, seen = False, [root], set[int]()
     while stack:
         node = stack.pop()
@@ -213,8 +213,8 @@ _COUNT_NBYTES = 8
 
 _APART_NBYTES = 64 << 10
 _APART_SHARE = 16
-"""Bytes from which on what stays where it lies is left out of what the machine reads, and how many times them may be
-copied for that."""
+"""Bytes from which on data left in place is not part of the machine's input, and how many times as many may be copied
+for that."""
 
 
 class _Held(bytes):
@@ -228,10 +228,10 @@ class _Held(bytes):
 
 
 class _Text:
-    """The bytes of a pickle without some that stay where they lie.
+    """The bytes of a pickle without those left in place.
 
     Attributes:
-        area: where it lies, with them.
+        area: its place, including them.
         data: its first bytes, without them.
     """
 
@@ -250,7 +250,7 @@ class _Text:
         return at + next(gone for begin, gone in reversed(self._gaps) if begin <= at)
 
     def longer(self) -> bytes:
-        """The data with as many bytes more, where there are any."""
+        """The data with as many more bytes, if there are any."""
         start = self.place(len(self.data))
         self.data += self.area.read(start, min(self.area.nbytes - start, max(len(self.data), _WINDOW_NBYTES)))
         return self.data
@@ -265,7 +265,7 @@ class _Text:
 
 
 class _Table(LegacyTable):
-    """The storages of a plain pickle, in the order of their calls; leaves bytes where they lie."""
+    """The storages of a plain pickle, in the order of their calls; leaves bytes in place."""
 
     def __init__(self, area: ByteRange, probe: Probe, *, apart: bool) -> None:
         super().__init__(probe.file, probe.limits)
@@ -311,7 +311,7 @@ class _Table(LegacyTable):
         return result
 
     def _more(self, nbytes: int) -> bytes:
-        """The text up to a later position; what stays where it lies does not count as bytes of the pickle."""
+        """The text up to a later position; data left in place does not count as bytes of the pickle."""
         if self._text.left and self._room <= nbytes:
             raise LimitError("bytes of a pickle beside its storages", limit=self._room, actual=nbytes + 1)
         return self._text.longer()

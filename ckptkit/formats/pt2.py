@@ -100,7 +100,7 @@ class _Reader:
         self.writer: str | None = None
 
     def models(self) -> list[tuple[str, _Parts]]:
-        """Each model's name, and its ``state_dict`` and ``constants`` where it has them."""
+        """Each model's name, and its ``state_dict`` and ``constants`` if it has them."""
         self._archive.mark(name for name in self._archive.records if name.startswith(_FOLDERS))
         self._archive.mark(("archive_format", "archive_version"))
         names = [
@@ -137,7 +137,7 @@ class _Reader:
         return [("model", parts)]
 
     def _saved(self, key: str, name: str) -> _Parts:
-        """What ``torch.save`` wrote into a record, under a key; nothing where it is empty."""
+        """The object that ``torch.save`` wrote into a record, under a key; empty if the record is."""
         if name not in self._archive.records:
             return []
         root = self._load(name)
@@ -240,7 +240,7 @@ class _Reader:
         return None
 
     def findings(self) -> Iterator[Finding]:
-        """What is remarkable about the models."""
+        """Noteworthy facts about the models."""
         if self._unlisted:
             names = ", ".join(name[:80] for name in self._unlisted[:4]) + (", ..." if len(self._unlisted) > 4 else "")
             yield Finding(

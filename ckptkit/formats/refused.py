@@ -1,4 +1,4 @@
-"""What a file that is not a checkpoint is, by its first bytes, and what to do about it.
+"""The kind of a file that is not a checkpoint, by its first bytes, and what to do about it.
 
 Sources beside those named below: the magic numbers of each format's own specification; for ONNX, TensorFlow
 and Core ML, which have none, the first fields of their protobuf messages (``onnx.proto`` ``ModelProto``,
@@ -82,7 +82,7 @@ _RECORDS = frozenset({"data.pkl", "constants.pkl", "bytecode.pkl", "mobile_debug
 
 
 def unknown(probe: Probe) -> UnknownFormatError:
-    """The error for a file that no container claims: what it is, and the remedy where there is one."""
+    """The error for a file that no container claims: what it is, and the remedy if there is one."""
     error = UnknownFormatError(_describe(probe) + unfinished(probe.file.path))
     if is_pickle(probe):
         message, error.globals = describe_pickle(probe)
@@ -316,7 +316,8 @@ def _ctranslate(head: bytes) -> str | None:
 def _torchsharp(probe: Probe) -> str | None:
     """A state_dict as TorchSharp keeps it (``src/Python/exportsd.py`` ``save_state_dict``); all of it must fit.
 
-    How many tensors, then of each its name with its length, its type, how many dimensions, these, and the bytes.
+    The number of tensors, then for each its name with its length, its type, the number of dimensions, the dimensions,
+    and the bytes.
     """
     head, size = probe.head, probe.file.size
     try:

@@ -1,6 +1,6 @@
 """A pickle that torch.save did not write: what it asks for, found without executing it.
 
-What a text file in a checkpoint's place is: an error page, a pointer, a configuration, source code.
+The kind of a text file in a checkpoint's place: an error page, a pointer, a configuration, source code.
 
 ZIP archives that are not torch checkpoints: what their records' names say they are, and what to do.
 
@@ -60,7 +60,7 @@ def is_pickle(probe: Probe) -> bool:
 
 def describe_pickle(probe: Probe) -> tuple[str, tuple[GlobalUse, ...]]:
     """One sentence, and the verdict on every name the pickle asks for, as far as it can be read."""
-    if _LEGACY_MAGIC in probe.head[:16]:  # not in that of a storage behind a name
+    if _LEGACY_MAGIC in probe.head[:16]:  # not in that of a storage after a name
         return "a torch checkpoint of the legacy format (before torch 1.6) that is truncated in its first bytes", ()
     data = probe.file.read(0, min(probe.file.size, probe.limits.pickle_nbytes))
     try:
@@ -110,7 +110,7 @@ def _listed(names: tuple[GlobalUse, ...]) -> str:
 
 
 _READ_NBYTES = 64 << 10
-"""Bytes of a text that are looked at: a page's title and an error's message are at its beginning."""
+"""Bytes of a text that are read: a page's title and an error's message are at its beginning."""
 
 _REFUSALS = (
     (re.compile(r"invalid (user|credentials)|unauthorized|401|bad credentials|authentication", re.I),
@@ -257,7 +257,7 @@ _CHECKPOINTS = (".pth", ".pt", ".pt2", ".ckpt", ".bin", ".safetensors", ".pkl", 
 
 
 def describe_zip(records: Mapping[str, Record]) -> str:
-    """One sentence: what the archive is, and the remedy where there is one.
+    """One sentence: what the archive is, and the remedy if there is one.
 
     Args:
         records: by their full names; no torch container claims them.

@@ -6,7 +6,7 @@ Everything here is checked in the header itself and against the number of bytes 
 Compared with the safetensors library (0.8, ``safetensors/src/tensor.rs``) this reader refuses more:
 
 - a header that does not begin with ``{``, as the format's description says it must
-- names given twice, of which the library takes the last and other parsers the first
+- duplicate names, of which the library takes the last and other parsers the first
 - a tensor described by a list instead of an object, or a dtype by an object, which serde accepts too
 - numbers from 2^62 on (as sizes beside a 0): torch counts in 63 bits
 - more than `Limits.entries` tensors or `Limits.dimensions` dimensions
@@ -23,8 +23,7 @@ Layout (the safetensors project's README "Format" and ``safetensors/src/tensor.r
 - the data: contiguous, C order, little-endian; no holes, no overlaps, nothing after it
 
 A reader must accept data that is not aligned (older files); a finding says so.
-What is wrong with a header, and where this reader is stricter than the library, is in
-`ckptkit.formats.safetensors`.
+`ckptkit.formats.safetensors` describes errors in a header, and where this reader is stricter than the library.
 
 The writer pads the header with spaces so that data begins at a multiple of 8, and orders tensors by element width,
 widest first, so that each is aligned; names are in the header in state_dict order. It refuses tensors that repeat their
@@ -36,7 +35,7 @@ whichever name is there.  The reader gives such names their tensor back, and the
 (`ckptkit.formats.json_text`).
 
 The module versions of a state_dict (``_metadata``), which decide how BatchNorm and others load, are in ``__metadata__``
-under `VERSIONS` as JSON, where they are plain values; other readers pass over it.
+under `VERSIONS` as JSON, if they are plain values; other readers ignore them.
 """
 
 from __future__ import annotations
@@ -89,8 +88,8 @@ _JSON_TYPES: dict[type, str] = {
 TensorLayout = tuple[DType, tuple[int, ...], int, int]
 """A tensor as its header describes it: element type, shape, first byte and the byte after the last.
 
-F4 and F6 are smaller than a byte.  torch has the first as pairs, of which the last dimension counts one for two
-(``safetensors/bindings/python/src/lib.rs`` does the same); where that is odd there is no such tensor in torch.
+F4 and F6 are smaller than a byte.  torch has the first as pairs, whose last dimension counts one for two
+(``safetensors/bindings/python/src/lib.rs`` does the same); if it is odd, torch has no such tensor.
 """
 
 _WIDEST = max(row.itemsize for row in BY_SAFETENSORS.values())
@@ -196,7 +195,7 @@ def _are_counts(node: object) -> TypeGuard[list[int]]:
 
 
 def _brief(node: object) -> str:
-    """A list of a file in a message: cut where it is long, with nothing below it shown."""
+    """A list in a file, for a message: cut if it is long, with nothing below it shown."""
     if not isinstance(node, (list, tuple)):
         return _JSON_TYPES[type(node)]
     parts = [repr(part)[:40] if isinstance(part, (int, float)) else _JSON_TYPES[type(part)] for part in node[:8]]
@@ -308,7 +307,7 @@ def _layouts(raw: bytes, limits: Limits) -> tuple[dict[str, TensorLayout], dict[
     Raises:
         FormatError: the header is not as described above.
     """
-    with contextlib.suppress(FormatError):  # JSON's reader will say what is wrong
+    with contextlib.suppress(FormatError):  # the JSON reader will say what is wrong
         found = _customary(raw, limits)
         if found is not None:
             return found
@@ -338,7 +337,7 @@ _OWN_NBYTES = 1 << 20
 """Bytes of metadata that the pattern is given; with each of its strings it takes memory."""
 
 _CUSTOMARY_NBYTES = 32 << 20
-"""Bytes of a header, of 300,000 tensors, that is taken apart at once: the pieces take ten times as many."""
+"""Bytes of a header, of 300,000 tensors, that are parsed at once: the pieces take ten times as many."""
 
 _FIXED_NBYTES = len('"":{"dtype":"],"data_offsets":[,]},')
 
@@ -361,7 +360,7 @@ def _customary(raw: bytes, limits: Limits) -> tuple[dict[str, TensorLayout], dic
     if not text.startswith("{") or not text.endswith("}") or start >= len(text):
         return None
     found = _TENSOR.findall(text[start:-1] + ",")
-    # Nothing was passed over: what was found is as long as the text.
+    # Nothing was skipped: the matches are as long as the text.
     if len("".join(itertools.chain.from_iterable(found))) + _FIXED_NBYTES * len(found) != len(text) - start:
         return None
     if len(found) > limits.entries:
@@ -390,7 +389,7 @@ def _customary(raw: bytes, limits: Limits) -> tuple[dict[str, TensorLayout], dic
 def _entries(layouts: Mapping[str, TensorLayout], file: Source, start: int, prefix: str) -> dict[str, object]:
     """The tensors, each with its own storage; ``prefix`` is before the storages' keys."""
     entries: dict[str, object] = {}
-    strides: dict[int, tuple[int, ...]] = {}  # of the shapes in the layouts, which stay where they are
+    strides: dict[int, tuple[int, ...]] = {}  # of the shapes in the layouts, which do not move
     for name, (row, shape, begin, end) in layouts.items():
         stride = strides.get(id(shape))
         if stride is None:

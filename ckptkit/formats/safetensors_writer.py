@@ -1,8 +1,8 @@
 """Finds what a container of named tensors cannot store, and reports all of it before anything is written.
 
-safetensors stores plain tensors of the dtypes it supports, and strings.  A sharded checkpoint contains a state_dict
-alone, in whatever its shards are.  Everything else must be left out explicitly: training state with ``--weights-only``
-or ``--leave-out``, tensors with ``--exclude``.
+safetensors stores plain tensors of the dtypes it supports, and strings.  A sharded checkpoint contains only a
+state_dict, whatever its shards are.  Everything else must be left out explicitly: training state with
+``--weights-only`` or ``--leave-out``, tensors with ``--exclude``.
 
 The writing half of `ckptkit.formats.safetensors`, where the layout is described.
 """
@@ -41,9 +41,9 @@ def require_storable(checkpoint: Checkpoint, what: str, *, plain: bool) -> None:
     """Raise unless a container of named tensors can store the checkpoint.
 
     Args:
-        checkpoint: what is to be written.
+        checkpoint: to write.
         what: the container, for messages: ``"safetensors"``.
-        plain: whether it contains plain tensors of the dtypes of safetensors alone.
+        plain: whether it contains only plain tensors with dtypes of safetensors.
 
     Raises:
         DTypeError: all that it cannot hold are tensors of certain dtypes.

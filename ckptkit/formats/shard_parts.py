@@ -1,7 +1,7 @@
 """Whether a file is a part of a checkpoint: what its tree says, what it is called, what is beside it, in one answer.
 
-The tree decides where it speaks (`ckptkit.normalize.parts`); an index beside a file, and the names that these
-writers give to the files of several processes, where it does not:
+The tree decides if it can (`ckptkit.normalize.parts`); otherwise an index beside a file decides, and the names that
+these writers give to the files of several processes:
 
 - ``huggingface_hub``: ``model-00001-of-00002.safetensors``, and whatever an index names
 - ``torch.distributed.checkpoint``: ``__0_0.distcp``; Megatron's ``common.pt`` and Lightning's ``meta.pt`` beside them
@@ -33,7 +33,7 @@ __all__ = ["known_as", "names_in", "part_error", "part_of"]
 class _Rule(NamedTuple):
     """How a writer calls its files: ``n`` of the pattern is the number of one, ``of`` how many there are.
 
-    One that is ``alone`` is a part whatever is beside it; ``word`` says what is numbered.
+    One that is ``alone`` is a part whatever is beside it; ``word`` is the numbered thing.
     """
 
     pattern: str
@@ -95,7 +95,7 @@ _NUMBERED = r"((?:rank|shard|part|layer|expert|consolidated)[._-]?|__)[0-9]+"
 """Words before numbers that distinguish the files of one checkpoint."""
 
 _MOST_LISTED = 10_000
-"""Names of a folder that are looked at."""
+"""Names of a folder that are examined."""
 
 
 def part_of(file: Source, said: Part | Literal["whole"] | None) -> Part | None:
@@ -113,7 +113,7 @@ def part_of(file: Source, said: Part | Literal["whole"] | None) -> Part | None:
 
 
 def known_as(name: str) -> tuple[str, bool] | None:
-    """The layout whose files, or folders, are called so, and whether one of them alone is a part."""
+    """The layout whose files, or folders, have such names, and whether a single one of them is a part."""
     ruled = _ruled(name)
     if ruled is not None:
         rule, found = ruled
@@ -217,7 +217,7 @@ def _by_name(file: Source) -> Part | None:
     return None
 
 
-# What lies beside it, where that can be looked at.
+# The files beside it, if they can be listed.
 
 
 def _is_listed(file: Source) -> bool:
@@ -287,7 +287,7 @@ def _opens(folder: str) -> bool:
 
 
 def _alike(file: Source) -> list[str]:
-    """Names in a file's folder that differ from its own in a rank's (shard's, layer's) number alone, and its own."""
+    """Names in a file's folder that differ from its own only in a rank's (shard's, layer's) number, and its own."""
     folder, name = _place(file)
     pattern = re.escape(re.sub(_NUMBERED, "\\1\0", name)).replace("\0", "[0-9]+")
     return [each for each in _names(file, folder) if re.fullmatch(pattern, each)]
@@ -302,7 +302,7 @@ def _ranks_beside(names: list[str], found: re.Match[str]) -> int:
 
 
 def _folders_alike(file: Source) -> list[str]:
-    """Folders beside a file's own that differ from it in ranks' numbers alone and have such a file, and its own."""
+    """Folders beside a file's own that differ from it only in ranks' numbers and have such a file, and its own."""
     folder, name = _split(file)
     above, own = places.split(folder)
     if re.fullmatch(_MEGATRON, own, re.ASCII) is None:
@@ -312,7 +312,7 @@ def _folders_alike(file: Source) -> list[str]:
 
 
 def names_in(folder: str) -> list[str]:
-    """The names in a folder, sorted, or as many as are looked at; none where it cannot be listed."""
+    """The names in a folder, sorted, or as many as are examined; empty if it cannot be listed."""
     try:
         with places.scandir(folder) as listing:
             return sorted(entry.name for entry, _ in zip(listing, range(_MOST_LISTED), strict=False))

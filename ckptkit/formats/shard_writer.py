@@ -1,25 +1,24 @@
-"""What must be in one shard, and how large it is there at most; `ckptkit.formats.shard_writer` says why.
+"""Values that must be in one shard, and their largest size there; `ckptkit.formats.shard_writer` says why.
 
-Sizes are bounds that are cheap to compute: what a name, a tensor or a record takes beside its data is
-counted at its largest and summed, so that no file needs to be planned in order to know that it fits.
+Sizes are bounds that are cheap to compute: the overhead of a name, a tensor or a record beside its data is counted at
+its largest and summed, so no file needs to be planned to know that it fits.
 
 Sharded output: how names are shared out among files, and the index over them.
 
-What is written is what `ckptkit.formats.sharded` reads and ``huggingface_hub`` writes
-(``serialization/_torch.py`` ``save_torch_state_dict``, ``serialization/_base.py``
-``split_state_dict_into_shards_factory``): shards ``model-00001-of-00003.safetensors``, and beside
-them ``model.safetensors.index.json`` with the ``weight_map`` and the ``total_size`` of all tensors
-in bytes, tied ones once.  As there, nothing is sharded that fits into one file.
+The output is what `ckptkit.formats.sharded` reads and ``huggingface_hub`` writes (``serialization/_torch.py``
+``save_torch_state_dict``, ``serialization/_base.py`` ``split_state_dict_into_shards_factory``): shards
+``model-00001-of-00003.safetensors``, and beside them ``model.safetensors.index.json`` with the ``weight_map`` and the
+``total_size`` of all tensors in bytes, tied ones once.  As there, nothing is sharded that fits into one file.
 
 Names are taken in state_dict order; a shard is closed when the next tensor would make its *file* larger than wanted,
-header, pickle and archive included.  What must be in one file goes there with its first name:
+header, pickle and archive included.  Values that must be in one file go there with their first name:
 
 - safetensors: tied tensors, which are stored once.  Views of one storage are written out apart.  The index
   lists the name that a tensor is stored under, and no other: loaders look for what it lists.
 - torch: all that is over one storage or shares an object, because sharing ends with a file.
 
-Only where that alone is larger than wanted is a file larger than wanted: it contains no other tensor. (So does the
-first if what it has beside tensors, below, takes more.)
+A file is larger than the limit only if such values alone are: it then contains no other tensor.  (The first file can
+also be larger because of the values beside its tensors, below.)
 
 The first shard has the versions of all modules, each other one those of its own modules; other attributes of the
 mapping are only in the first torch shard.  The checkpoint's string metadata is in each shard and in the index.
@@ -53,12 +52,12 @@ __all__ = ["SafetensorsUnits", "TorchUnits", "Unit", "index_name", "plan_shards"
 
 # Bounds in bytes, summed up from the formats' own layouts.
 _TORCH_FILE = 4096
-"""Of a torch-zip: its small records, the end of its directory, and each name that a pickle spells out once."""
+"""For a torch-zip: its small records, the end of its directory, and each name that a pickle spells out once."""
 _TORCH_STORAGE = 240
 """Of a record beside its data: both headers with zip64 fields (168), and up to 63 bytes of padding."""
 _TORCH_NAME = 256
-"""Of a parameter in the pickle (204) beside its name, its device tag and its dimensions, and of its module's
-version (27): with memo indices of four bytes and numbers of eight."""
+"""For a parameter in the pickle (204) beside its name, its device tag and its dimensions, and for its module's version
+(27): with memo indices of four bytes and numbers of eight."""
 _TORCH_DIMENSION = 24
 """Of one size and one stride in a pickle."""
 _SAFETENSORS_FILE = 64
@@ -84,7 +83,7 @@ class Unit(NamedTuple):
 
 
 class _Units:
-    """What is shared out among files.
+    """Values to distribute among files.
 
     Attributes:
         units: in the order of their first names.
@@ -148,7 +147,7 @@ class SafetensorsUnits(_Units):
         lengths = [_json_nbytes(name) for name in names]
         entry = self._state_dict[names[0]]
         described = sum(lengths) + len(names) * (_SAFETENSORS_NAME + len(str(entry.shape)))
-        described += (len(names) - 1) * max(lengths)  # beside each other name stands the one kept
+        described += (len(names) - 1) * max(lengths)  # each other name, with the one kept
         modules = [path for path in map(_module, names) if path in (self._recorded or ())]
         described += sum(_SAFETENSORS_VERSION + _json_nbytes(json.dumps(path)) for path in modules)  # JSON inside JSON
         return Unit(names, entry.nbytes + described)
@@ -298,7 +297,7 @@ def plan_shards(checkpoint: Checkpoint, container: Format, name: str, most: int)
     Args:
         checkpoint: what to write.
         container: of the shards; its ``write`` plans one file.
-        name: what the checkpoint would be called if it were one file; shards are named after it.
+        name: of the checkpoint as one file; shards are named after it.
         most: bytes of a file; more only where what must stay together has more.
 
     Returns:

@@ -117,7 +117,7 @@ def _with_aliases(
 
 
 def _named(probe: Probe) -> tuple[dict[str, str], dict[str, None], dict[str, object]]:
-    """The weight_map, the shards in order and the metadata; of a folder without an index its shards alone."""
+    """The weight_map, the shards in order and the metadata; for a folder without an index only its shards."""
     own: tuple[str, ...] | None = getattr(probe.file, "own", None)
     if own is not None:
         return {}, dict.fromkeys(own), {}
@@ -159,7 +159,7 @@ def _parse(raw: bytes, limits: Limits) -> tuple[dict[str, str], dict[str, object
 
 
 def shard_names(index: str | os.PathLike[str] | Source, limits: Limits = DEFAULT_LIMITS) -> frozenset[str]:
-    """The shards an index names; none where it cannot be read as one.  What was opened is closed."""
+    """The shards an index names; none if it cannot be read as one.  Opened files are closed."""
     try:
         file = index if isinstance(index, Source) else places.opened(os.fsdecode(index))
     except FileAccessError:
@@ -179,7 +179,7 @@ def shard_names(index: str | os.PathLike[str] | Source, limits: Limits = DEFAULT
 
 
 class _Problems:
-    """What is wrong, by kind, in the order it was met."""
+    """Problems, by kind, in the order in which they were met."""
 
     def __init__(self) -> None:
         self._kinds: dict[str, list[str]] = {}
@@ -231,7 +231,7 @@ def _read_shard(name: str, probe: Probe, allowed: Sequence[str], problems: _Prob
             return None
         container = identify(part, CONTAINERS)
         if container.name not in allowed:
-            from ckptkit.formats.contents import names_left  # nobody waits for it where all is well
+            from ckptkit.formats.contents import names_left  # nobody waits for it if all is well
 
             what = f"{name} (it is {container.name}, but the index promises {' or '.join(allowed)})"
             problems.add(_UNREADABLE, what, names_left(part))

@@ -53,7 +53,7 @@ def is_shard_name(name: str) -> bool:
 
 
 _WORDS = ("rank", "layer_", "expert_", "consolidated.", ".distcp", "-of-", "common.pt", "meta.pt")
-"""What is in names that `ckptkit.formats.shard_parts` knows."""
+"""Parts of names that `ckptkit.formats.shard_parts` uses."""
 
 
 def name_of(file: Source) -> str:
@@ -129,7 +129,7 @@ class Shard(NamedTuple):
 
 
 def prefixed(raw: RawCheckpoint, prefix: str) -> RawCheckpoint:
-    """What a file of several holds, with its name before the key of every storage."""
+    """The content of one of several files, with its name before the key of every storage."""
     if raw.is_prefixed:
         return raw
     known: dict[int, Storage] = {}
@@ -174,7 +174,7 @@ def merged_globals(shards: Mapping[str, Shard]) -> tuple[GlobalUse, ...]:
 
 
 def merged_findings(shards: Mapping[str, Shard]) -> Iterator[Finding]:
-    """What the shards' readers noticed, each code once."""
+    """The findings of the shards' readers, each code once."""
     found: dict[tuple[str, str], list[tuple[str, Finding]]] = {}
     for shard in shards.values():
         for finding in shard.raw.findings:

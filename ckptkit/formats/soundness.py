@@ -28,15 +28,15 @@ def require_sound(file: Source, checkpoint: Checkpoint, *, held: bool = True) ->
 
     Args:
         file: the source.
-        checkpoint: what is in it.
-        held: whether bytes are checked against checksums and copies; what is left for later is judged in any case.
+        checkpoint: its content.
+        held: whether bytes are checked against checksums and copies; pickles left for later are judged in any case.
 
     Returns:
         The checkpoint, with the names in pickles that were left for later.
 
     Raises:
         CorruptError: bytes do not match their recorded checksum, or differ where they must be the same.
-        FormatError: what was left for later is damaged, or a sharded checkpoint is hostile.
+        FormatError: a pickle that was left for later is damaged, or a sharded checkpoint is hostile.
     """
     for each in (file, *file.parts.values()) if held else ():
         recorded: int | None = getattr(each, "crc32", None)
@@ -63,7 +63,7 @@ def require_sound(file: Source, checkpoint: Checkpoint, *, held: bool = True) ->
 
 
 def as_hostile(error: FormatError) -> FormatError:
-    """The error of a sharded checkpoint, which says so where that is hostile."""
+    """The error of a sharded checkpoint, which says so if that is hostile."""
     names = dict.fromkeys(use.name for use in error.globals if use.verdict == "dangerous")
     if names and not error.is_hostile:
         told = f"hostile: a loader that executes its pickles would run {listed(names)}; refused"
@@ -108,7 +108,7 @@ def is_part(file: Source, path: str) -> bool:
 
 
 def hashed_parts(file: Source) -> dict[str, Source]:
-    """The files that a checkpoint of several consists of, by name: shards and their index, all files of a folder.
+    """The files of a checkpoint in several, by name: shards and their index, all files of a folder.
 
     Raises:
         FileAccessError: one cannot be opened.

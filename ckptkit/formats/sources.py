@@ -1,7 +1,7 @@
-"""What a checkpoint may be read from beside a local file: a part of another source, open files, bytes, stdin.
+"""Sources other than local files: a part of another source, open files, bytes, stdin.
 
-Each is a separate `ckptkit.bytesource.Source`; nothing else knows the difference.  The position of a file that is
-given open stays where it was, unless it can only be read from beginning to end: that one is read to its end.
+Each is a separate `ckptkit.bytesource.Source`; nothing else knows the difference.  The position of a given open file
+does not change, unless it can only be read from beginning to end: then it is read to its end.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class Inner(Source):
 
     Args:
         path: what messages call it.
-        area: where its bytes lie.
-        outer: what it is in, which is asked whether it has changed.
+        area: the range of its bytes.
+        outer: the source around it, which is asked whether it has changed.
         name: its own path, with slashes, the ending of what it is compressed with left out.
         owns: whether ``outer`` is closed with it.
         folder: the local folder it is in.
@@ -40,7 +40,7 @@ class Inner(Source):
     Attributes:
         area, name: as above.
         crc32: that an archive records for it, as long as its bytes were not checked against it.
-        around: what it was found in, where it is not what was given.
+        around: the source it was found in, if that is not the given one.
     """
 
     __slots__ = ("_folder", "_outer", "_owns", "_sibling", "area", "around", "crc32", "is_far", "name")
@@ -104,7 +104,7 @@ class Inner(Source):
         return self.area.file.left
 
     def settle(self, areas: Sequence[tuple[int, int]] | None = None) -> None:
-        """As `Source.settle`; what it is in is looked at, too."""
+        """As `Source.settle`; its outer source is checked, too."""
         super().settle(areas)
         self.area.file.settle(None if areas is None else self._moved(areas))
         if areas is None and self.area.file is not self._outer:
@@ -167,7 +167,7 @@ class _OpenFile(SourceFile):
         return super().sibling(name)
 
     def release(self) -> None:
-        if self._closed:  # what was opened by nobody's name cannot be opened again
+        if self._closed:  # a file that was opened without a name cannot be opened again
             super().release()
 
 
@@ -220,7 +220,7 @@ def opened(file: Any) -> Source:
     inner = file.file if isinstance(file, temporary) else file
     raw = inner.raw if isinstance(inner, (io.BufferedReader, io.BufferedRandom)) else inner
     try:
-        if isinstance(file, io.BytesIO):  # whose value shares its bytes, and keeps nobody from writing to it
+        if isinstance(file, io.BytesIO):  # whose value shares its bytes, and does not prevent writing to it
             return Held(memoryview(file.getvalue())[file.tell() :], "<BytesIO>")
         if isinstance(raw, io.FileIO) and stat.S_ISREG(os.fstat(raw.fileno()).st_mode):
             if inner.writable():
@@ -252,7 +252,7 @@ def _binary(data: object, path: str) -> bytes:
 
 
 def _spooled_stream(file: Any, holder: Source) -> ByteRange:
-    """What an open file gives from here to its end, in the temporary file of a source."""
+    """The rest of an open file, in the temporary file of a source."""
 
     def parts() -> Iterator[bytes]:
         while True:
@@ -276,7 +276,7 @@ _read: tuple[object, ByteRange, Source] | None = None
 
 
 def standard_input() -> Source:
-    """What is piped into this process; read once, however often it is asked for.
+    """The input piped into this process; read once, however often it is requested.
 
     Raises:
         FileAccessError: nothing is, or it cannot be read.

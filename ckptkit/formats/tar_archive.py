@@ -60,7 +60,7 @@ _MAX_PADDING_NBYTES = 1 << 20
 """Zeros after the end: ``tarfile`` fills up to 10 KiB, tape tools up to some hundred."""
 
 _PAX_KEYS = frozenset({"atime", "ctime", "mtime", "uid", "gid", "uname", "gname", "size", "comment"})
-"""What is known about a member without changing what it is, or where; others rename or redirect it."""
+"""Facts about a member that do not change what or where it is; others rename or redirect it."""
 
 _OCTAL = pattern(rb" *([0-7]{1,12})[ \0]*\Z")
 _RECORD = pattern(rb"([1-9][0-9]{0,7}) ([A-Za-z.]{1,64})=")
@@ -75,8 +75,8 @@ class Member(NamedTuple):
             or somewhere else, than its own header does.
         start: of its data in the file.
         nbytes: of its data, as declared; the file may be shorter.
-        path: the name of a regular file, also where it is too long for the header: a pax header, or before it a member
-            of type ``L`` (GNU tar), has it.  ``None``: it is not a regular file, or one is declared to be more than
+        path: the name of a regular file, even if it is too long for the header: a pax header, or before it a member of
+            type ``L`` (GNU tar), has it.  ``None``: it is not a regular file, or one is declared to be more than
             renamed.
     """
 
@@ -87,7 +87,7 @@ class Member(NamedTuple):
     path: str | None = None
 
     def data(self, area: ByteRange) -> ByteRange:
-        """Its bytes, or those of them that are there, where the archive lies."""
+        """Its existing bytes, as a range of the archive."""
         return area.part(min(self.start, area.nbytes), max(0, min(self.nbytes, area.nbytes - self.start)))
 
 
@@ -95,7 +95,7 @@ def read_members(area: ByteRange, limits: Limits, most: int) -> Iterator[Member]
     """The members in order; a caller that has seen enough of them stops.
 
     Args:
-        area: where the archive lies.
+        area: the range of the archive.
         limits: bounds on what it may ask for.
         most: members there may be.
 

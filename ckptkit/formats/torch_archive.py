@@ -1,4 +1,4 @@
-"""What the archives of torch have in common: torch-zip, TorchScript, torch.package and exported programs.
+"""What torch's archives have in common: torch-zip, TorchScript, torch.package and exported programs.
 
 All are written by one class (``caffe2/serialize/inline_container.cc`` ``PyTorchStreamWriter``): a zip archive whose
 records are under one root folder, which readers take from the first record's name and which means nothing.  Which of
@@ -55,7 +55,7 @@ PICKLE_FUNCTIONS = frozenset(
     {"build_intlist", "build_tensorlist", "build_doublelist", "build_boollist", "build_tensor_from_id",
      "restore_type_tag"}
 )  # fmt: skip
-"""What the pickles of libtorch call (``torch/jit/_pickle.py``)."""
+"""The functions that libtorch's pickles call (``torch/jit/_pickle.py``)."""
 
 _CONSTRUCTORS: dict[tuple[str, str], Constructor] = {
     ("torch.jit._pickle", name): lambda args: args[0] if args else NotImplemented
@@ -174,7 +174,7 @@ class TorchArchive:
             )
         self._fetch_own()
         self._used: set[str] = set()  # what something refers to
-        self._known: set[str] = set()  # what is known to be no more than it is read as
+        self._known: set[str] = set()  # known to be nothing else than it is read as
         self._looked = False
         self._levels = levels
         self._pickles = 0
@@ -185,7 +185,7 @@ class TorchArchive:
         self._text_ids = False
 
     def _fetch_own(self) -> None:
-        """Of an archive that is far, get what is not the bytes of tensors with few trips."""
+        """For a remote archive, get everything except the bytes of tensors with few requests."""
         file = next(iter(self.records.values())).data.file
         if file.is_far:
             own = [self.records[name].data for name in self.records if not _STORAGES.search(name)]
@@ -412,7 +412,7 @@ class TorchArchive:
         return bool(self._outside) or self._root.count("/") > 1
 
     def findings(self) -> list[Finding]:
-        """What is remarkable about the records, once everything was read that is going to be."""
+        """Noteworthy facts about the records, once all needed ones are read."""
         findings = []
         path = next((record.data.file.path for record in self.records.values()), "")
         clean = convert_command(path, suffix=".pth") if self._is_plain() else None

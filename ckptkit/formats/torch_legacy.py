@@ -53,7 +53,7 @@ _SMALL_NBYTES = 4096
 """The first window for a pickle of a few values."""
 
 _GROWTH = 8
-"""By how much a window grows: what is read twice stays a small part of the whole."""
+"""How much a window grows: bytes that are read twice remain a small part of the whole."""
 
 _COUNT = Struct("<q")
 
@@ -93,7 +93,7 @@ class PickleRow:
         """The next pickle.
 
         Args:
-            where: what it is, for messages: the record, and after a comma the place in it.
+            where: for messages: the record, and after a comma the place in it.
             persistent_load: from a persistent id to its node.
             constructors: calls that are understood.
             window: bytes that are read at first.
@@ -153,7 +153,7 @@ class PickleRow:
         return value
 
     def raw(self, nbytes: int, where: str) -> ByteRange:
-        """Where the next bytes lie; none of them is read.
+        """The range of the next bytes; none of them is read.
 
         Raises:
             CorruptError: they are not all there.
@@ -178,7 +178,7 @@ _OBJECT_NBYTES = 1 << 20
 """The first window for the object: most state_dicts fit."""
 
 _STORAGE_NBYTES = 4096
-"""The first window for the object where it is a storage alone."""
+"""The first window for the object if it is only a storage."""
 
 
 def begins_one(head: bytes) -> bool:
@@ -307,10 +307,10 @@ def _require_count(path: str, at: int, key: str, expected: int, data: bytes) -> 
 
     Args:
         path: the file.
-        at: where in it the number stands.
+        at: the number's position in it.
         key: of the storage.
         expected: the number.
-        data: what is there.
+        data: the bytes there.
     """
     if data == expected.to_bytes(8, "little"):
         return
@@ -353,7 +353,7 @@ def _truncated(file: ByteRange, end: int, missing: set[str], total: int, raw: Ra
 
 
 def _followed(row: PickleRow) -> FormatError:
-    """The error for a file that goes on after the last storage."""
+    """The error for a file that continues after the last storage."""
     start = row.source.read(row.pos, min(row.left, _MAGIC_NBYTES))
     what = f"{count_of(row.left, 'byte', 'follows', 'follow')} the last storage"
     if begins_one(start):
@@ -370,7 +370,7 @@ def _shown(keys: Iterable[str]) -> str:
 
 
 def legacy_findings(table: LegacyTable) -> list[Finding]:
-    """What is remarkable about a file before torch 1.6."""
+    """Noteworthy facts about a file from before torch 1.6."""
     findings = []
     if table.storages:
         findings.append(

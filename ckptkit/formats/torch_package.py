@@ -83,7 +83,7 @@ def read(probe: Probe) -> RawCheckpoint:
 
 
 def _kind(objects: list[object]) -> Kind | None:
-    """What a package with these objects holds: what its only one is, or a collection; ``None``: no tensors."""
+    """The content of a package with these objects: its only one, or a collection; ``None``: no tensors."""
     found = [section for node in objects for section in SectionSearch(node).sections()]
     if len(objects) == 1 and len(found) == 1 and found[0].node is objects[0] and found[0].kind != "optimizer":
         return found[0].kind

@@ -17,8 +17,8 @@ little-endian.  A tensor whose storage's key is ``None`` has no elements.
 
 A reader must accept views, tensors that nothing names, parameters with their gradients
 (`ckptkit.pickling.dialects`), pickles of any protocol.  Every member must be used up to its last byte.
-Tar archives that are something else are refused by what they begin with.  Torch extracts members
-into a folder to read them; here they are read where they lie.
+Tar archives that are something else are refused by what they begin with.  Torch extracts members into a folder to read
+them; here they are read in place.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _PROTOCOL = 1000
 _MEMBERS = ("sys_info", "pickle", "tensors", "storages")
 
 _MAX_MEMBERS = 8
-"""Members that are looked at: one more than torch writes is one too many, a few more are named."""
+"""Members that are read: one more than torch writes is one too many, a few more are named."""
 
 _OBJECT_NBYTES = 1 << 20
 """The first window for the object."""

@@ -52,7 +52,7 @@ def read(probe: Probe) -> RawCheckpoint:
 
 
 def read_archive(records: Records | None, limits: Limits) -> RawCheckpoint:
-    """The same of an archive wherever it lies.
+    """The same for an archive inside another source.
 
     Args:
         records: that it has.

@@ -56,12 +56,12 @@ class ZipWriter:
         self._steps.append(LiteralBytes(target, data))
 
     def add_copy(self, name: str, source: ByteSource, crc32: int | None) -> int:
-        """Plan a record that is copied, and return where its data will lie.
+        """Plan a record that is copied, and return the position of its data.
 
         Args:
             name: below the root.
             source: the bytes.
-            crc32: of exactly these bytes where it is known; ``None``: computed from the output.
+            crc32: of exactly these bytes if known; ``None``: computed from the output.
         """
         target = self._header(name, source.nbytes, crc32)
         if source.nbytes:
@@ -132,7 +132,7 @@ NAME = "torch-zip"
 
 
 def written_tree(checkpoint: Checkpoint) -> object:
-    """What is written of a checkpoint: its tree, or of a program its state_dict alone.
+    """The written part of a checkpoint: its tree, or for a program only its state_dict.
 
     Raises:
         RewriteError: it is a program, and none of its sections was selected, or it has no weights; its pickle makes

@@ -58,7 +58,7 @@ _EXTRA = "extra/"
 _FOLDERS = ("code/", _EXTRA, "traced_inputs/", "bytecode/")
 
 _MAX_ATTRIBUTE_DEPTH = 32
-"""Lists and dicts inside one another that an attribute's parts are looked for in; deeper ones stay whole."""
+"""Nested lists and dicts that are searched for an attribute's parts; deeper ones stay whole."""
 
 _MANGLED = re.compile(r"\.___torch_mangle_[0-9]+")
 _QUANTIZED = re.compile(r"__torch__\.torch\.(?:ao\.)?nn\.(?:intrinsic\.|sparse\.)?quantized\.")
@@ -111,7 +111,7 @@ def read(probe: Probe) -> RawCheckpoint:
 
 
 def _extra_files(archive: TorchArchive) -> Iterator[Finding]:
-    """What the program's author put beside it; nothing that is converted can hold it."""
+    """Files that the program's author put beside it; no conversion can keep them."""
     files = [(name, archive.records[name].nbytes) for name in archive.records if name.startswith(_EXTRA)]
     if files:
         shown = listed([f"{name.removeprefix(_EXTRA)[:80]!r} ({human_size(nbytes)})" for name, nbytes in files], 8)
@@ -124,7 +124,7 @@ def _extra_files(archive: TorchArchive) -> Iterator[Finding]:
 
 
 def _marking(archive: TorchArchive) -> Callable[[object], object]:
-    """Of a pickle that no weights are taken from, the storages are only declared to be in use."""
+    """In a pickle without weights, storages are only declared as used."""
 
     def load(pid: object) -> object:
         if isinstance(pid, tuple) and len(pid) > 2 and isinstance(pid[2], str):

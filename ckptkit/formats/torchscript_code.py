@@ -9,7 +9,7 @@
       in_features : Final[int] = 3
       def forward(self: __torch__.torch.nn.modules.linear.Linear, ...
 
-Classes with another base, or none, are not modules.  Lines are looked at, never run.
+Classes with another base, or none, are not modules.  Lines are matched, never run.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A zip archive whose directory cannot be used: what is left of it, seen from the front.
+"""A zip archive whose directory cannot be used: its remains, read from the beginning.
 
 The directory is the last thing written and the first thing read, so a download that stops early leaves an archive that
 readers refuse whole.  But records are consecutive, each after its own header (`ckptkit.formats.zip_archive`), and torch
@@ -45,7 +45,7 @@ _PICKLE_WINDOWS = (1 << 20, 16 << 20)
 """Bytes of ``data.pkl`` that are tried first, in this order: its end is not known beforehand."""
 
 _UNFINISHED_ENDINGS = (".part", ".crdownload", ".download", ".incomplete", ".aria2", ".tmp", ".partial")
-"""Endings that browsers and download tools give to what they have not yet finished."""
+"""Extensions that browsers and download tools give to unfinished downloads."""
 
 
 def unfinished(path: str) -> str:
@@ -238,7 +238,7 @@ class _Remains:
                 raise _given_up()
         raise _given_up()
 
-    # Saying what was found.
+    # The message.
 
     def _count(self) -> int:
         return 0 if self._pickle is None else sum(isinstance(node, TensorEntry) for node in walk(self._pickle.root))
@@ -263,7 +263,7 @@ class _Remains:
         whole += f" complete{first}. Download or copy the file again"
         if cut.filled is not None:
             return f"truncated: all {size - cut.filled:,} bytes from byte {cut.filled:,} on are zeros; {whole}"
-        # What is still to come, headers and directory entries included.
+        # The rest, including headers and directory entries.
         name_nbytes = len(self._prefix) + 1
         expected = cut.needed + len(self._storages) * (CENTRAL.size + name_nbytes) + END.size
         expected += sum(list(missing.values())[1:]) + max(len(missing) - 1, 0) * (LOCAL.size + name_nbytes)

@@ -6,7 +6,7 @@ represent all of it.  It is read like the archive: the files one after the other
 ``data.pkl`` first, are the bytes of one `Source`, in which each record has a place.
 
 Regular files count, and links that lead to some inside the folder.  Nothing outside it is read: a link that leads out
-is an error.  What a file's size and time were when the folder was listed must hold when it is read.
+is an error.  A file's size and time when the folder was listed must be the same when it is read.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ class UnpackedSource(Source):
                 raise FileAccessError(f"{self.path}: the folder cannot be read: {error.strerror}") from error
 
     def _status(self, entry: os.DirEntry[str], name: str) -> os.stat_result:
-        """What an entry is; of a link what it leads to, unless that is a folder."""
+        """The kind of an entry; for a link that of its target, unless that is a folder."""
         status = entry.stat(follow_symlinks=False)
         if not stat.S_ISLNK(status.st_mode):
             return status

@@ -13,9 +13,9 @@ data descriptors that contradict the directory; records that overlap or have a s
 between records that belong to none, where a reader that goes from header to header would find
 others; bytes after the end.  Encryption and patch flags, absolute and ``..`` names are refused too.
 
-Of an archive that is far the directory alone is read at first: where each record's data begins follows from what is
-left between it and the next (`ckptkit.formats.zip_far`).  The records' own headers and data descriptors are checked
-against it before a record is read here, or before values are given to anyone (`ckptkit.bytesource.Source.settle`).
+For a remote archive only the directory is read at first: where each record's data begins follows from the gaps between
+records (`ckptkit.formats.zip_far`).  The records' own headers and data descriptors are checked against it before a
+record is read here, or before values are given to anyone (`ckptkit.bytesource.Source.settle`).
 
 A CRC-32 of 0 with data after it means "not recorded" (``set_crc32_options(False)`` in torch).
 """
@@ -87,7 +87,7 @@ _NARROW_DESCRIPTOR_NBYTES = 16
 
 
 _MOST_LOOKED_AT = 1000
-"""Records whose own headers are all read, one after the other, once one of them is wrong in a file that is far."""
+"""Records whose own headers are all read, one after the other, once one of them is wrong in a remote file."""
 
 
 class _Central(NamedTuple):
@@ -107,7 +107,7 @@ def read_directory(file: Source | ByteRange, limits: Limits = DEFAULT_LIMITS) ->
     """Every record by name, in directory order.
 
     Args:
-        file: the archive, or where it is in a larger file.
+        file: the archive, or its range in a larger file.
         limits: bounds on what it may ask for.
 
     Raises:
@@ -140,7 +140,7 @@ def ends_like_a_zip(area: ByteRange, tail: bytes | None = None) -> bool:
 
     Args:
         area: a file, or a part of one.
-        tail: its last `TAIL_NBYTES`, or all there are, where they were read.
+        tail: its last `TAIL_NBYTES`, or all there are, if they were read.
     """
     tail = area.tail(TAIL_NBYTES) if tail is None else tail
     start = area.nbytes - len(tail)
@@ -243,8 +243,8 @@ def _located(area: ByteRange, listed: list[Row], directory_at: int) -> list[int]
     """Where the records' data begins, once their own headers are known not to contradict the directory.
 
     Args:
-        area: where the archive lies.
-        listed: what the directory says, in order of position.
+        area: the range of the archive.
+        listed: the directory's records, in order of position.
         directory_at: where the directory begins.
     """
     window = _Window(area)
@@ -307,8 +307,8 @@ class _LeftForLater:
     """The look at records' own headers, and at what is between the records, that waits until values are read.
 
     Args:
-        area: where the archive lies, in a file that is far.
-        listed: what the directory says, in order of position.
+        area: the range of the archive, in a remote file.
+        listed: the directory's records, in order of position.
         begins: where the records' data begins, according to the directory.
         directory_at: where the directory begins.
 
@@ -339,7 +339,7 @@ class _LeftForLater:
             number: of the second; how many there are: the directory.
             end: where the data of the first ends.
             begin: where that of the second begins.
-            data: what is between.
+            data: the bytes between.
         """
         if self._are_all_known:
             return
@@ -373,15 +373,14 @@ class _LeftForLater:
 
 
 def _usual_header(data: bytes, at: int, record: _Central) -> int:
-    """The size of the extra field of a record's own header where that is as torch writes it.
+    """The size of the extra field of a record's own header if that is as torch writes it.
 
     Args:
         data: holds at least the header and the name.
         at: where in it the header begins.
         record: as the directory has it.
 
-    Returns:
-        Its size in bytes; -1: it differs in something, and is to be looked at closely.
+    Returns: Its size in bytes; -1: it differs in something, and needs a close check.
     """
     _, raw_name, _, flags, method, *sizes = record
     mark, own_flags, own_method, *own, name_nbytes, extra_nbytes = _LOCAL_BRIEF.unpack_from(data, at)
@@ -458,7 +457,7 @@ def _check_gap(before: _Central | None, nbytes: int, window: _Window, at: int) -
         start = window.hold(at, nbytes)  # which may read other data
         found = layout.unpack_from(window.data, start)
         mask = MAX32 if nbytes <= _NARROW_DESCRIPTOR_NBYTES else -1
-        # A signature stands before the three values, or nothing does.
+        # A signature comes before the three values, or nothing.
         if found[-3:] == (before.crc, before.packed & mask, before.nbytes & mask) and (
             len(found) == 3 or found[0] == DESCRIPTOR_SIGNATURE
         ):

@@ -1,11 +1,11 @@
-"""Where the data of a zip archive's records begins, by its directory alone: for archives that are far.
+"""Where the data of a zip archive's records begins, from its directory only: for remote archives.
 
 A record's data begins after its own header, whose extra field has its own length.  But a strict archive accounts for
 every byte: from one record to the next there are its header, name and extra field, its data, and a data descriptor if
 one is announced.  Without a descriptor what is left over is the extra field.  With one there are several ways to share
 what is left, of which torch's own writer (``caffe2/serialize/inline_container.cc``, ``getPadding``) takes one: an extra
-field of at least four bytes moves the data to a multiple of 64, and the descriptor begins with a signature. Where that
-cannot be so for all records the headers of those that have descriptors are read, many at once.
+field of at least four bytes moves the data to a multiple of 64, and the descriptor begins with a signature. If that is
+impossible for all records, the headers of those that have descriptors are read, many at once.
 
 Nothing here is checked yet against the headers themselves.
 """
@@ -30,8 +30,8 @@ def told_by_directory(area: ByteRange, listed: Sequence[Row], directory_at: int)
     """Where in the archive the data of each record begins.
 
     Args:
-        area: where the archive lies.
-        listed: what the directory says, in order of position.
+        area: the range of the archive.
+        listed: the directory's records, in order of position.
         directory_at: where the directory begins.
 
     Returns:

@@ -1,4 +1,4 @@
-"""The end of a ZIP archive, which says where its directory lies.
+"""The end of a ZIP archive, with the position of its directory.
 
 The end record (PKWARE APPNOTE 4.3.16) is the last thing in the file but for a comment of at most 65,535 bytes.  Where
 its fields are too narrow, a zip64 end record (4.3.14) and its locator (4.3.15) are before it.
@@ -6,9 +6,9 @@ its fields are too narrow, a zip64 end record (4.3.14) and its locator (4.3.15) 
 
 The records of a ZIP archive, and the bytes of one.
 
-What `ckptkit.formats.zip_archive` checks record by record is checked here of hundreds at once where they are written
-alike, as torch's are: their headers are a table, and its columns slices of bytes.  Of those that differ in anything
-nothing is decided here.
+The checks that `ckptkit.formats.zip_archive` makes record by record are made here for hundreds at once if they are
+written alike, as torch's are: their headers are a table, and its columns slices of bytes.  Of those that differ in
+anything nothing is decided here.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ UNICODE_PATH = b"\x75\x70"
 """Tag of an extra field that gives a record a second name."""
 
 WINDOW_NBYTES = 4096
-"""Bytes read around a local header: one page, which costs no more than the header alone and contains the headers of the
-small records that follow."""
+"""Bytes read around a local header: one page, which costs no more than the header and contains the headers of the small
+records that follow."""
 
 SIGNED_DESCRIPTORS = {16: "4sIII", 24: "4sIQQ"}
 """Data descriptors that begin with a signature, as torch writes them, by their size."""
@@ -186,7 +186,7 @@ class Records(Mapping[str, Record]):
     """The records of an archive by name, made on request.
 
     Args:
-        area: where the archive lies.
+        area: the range of the archive.
         names: theirs, in directory order.
         begins: where in the archive the data of each begins.
         packed: size in bytes of each.
@@ -304,11 +304,11 @@ def read_record(record: Record, limit: int) -> bytes:
 
 
 _BEGINNING_NBYTES = 4096
-"""Bytes of a record that are looked at first."""
+"""Bytes of a record that are read first."""
 
 
 def fetch_beginnings(records: Sequence[Record]) -> None:
-    """Get with few trips what is looked at first of some records, in an archive that is far.
+    """Get the first bytes of some records with few requests, in a remote archive.
 
     Raises:
         FormatError: one of the records is not as the directory says.
@@ -339,7 +339,7 @@ def record_source(record: Record) -> ByteSource:
 # Many records at once.
 
 Row = tuple[int, bytes, str, int, int, int, int, int]
-"""A record as `_Central` has it; a tuple alone takes half the time."""
+"""A record as in `_Central`; a bare tuple takes half the time."""
 
 
 def rows_alike(directory: bytes, pos: int, stride: int, count: int, flags: int, method: int) -> list[Row]:
@@ -379,8 +379,8 @@ def begins_alike(area: ByteRange, listed: list[Row], first: int, count: int, end
     Their own headers are laid out as a table, whose columns are compared whole with what the directory says.
 
     Args:
-        area: where the archive lies.
-        listed: what the directory says, in order of position.
+        area: the range of the archive.
+        listed: the directory's records, in order of position.
         first: the first record's number, not 0.
         count: how many they may be.
         end: where the data of the one before ends.

@@ -291,7 +291,7 @@ def surveyed(document: InspectedFile | Survey) -> Survey:
 
 
 def html_screen(checkpoint: Checkpoint) -> str:
-    """What a notebook shows of a checkpoint: what it is, what is remarkable, and the head of the module tree."""
+    """For notebooks: what a checkpoint is, its findings, and the head of the module tree."""
     from ckptkit.display import MOST_LINES, TreeLine, html_block
     from ckptkit.inspection.outline import outline_of
     from ckptkit.normalize.adapters import adapter_text
@@ -468,7 +468,7 @@ def section_documents(sections: Sequence[Section], sums: dict[str, Totals], size
 
 
 def storage_document(listing: Listing) -> StorageDocument:
-    """What the bytes of a file are used for: storages, tensors that share them, and bytes nothing uses."""
+    """How the bytes of a file are used: storages, tensors that share them, and unused bytes."""
     rows, several, bare = listing.rows, listing.several, listing.bare
     views: dict[int, set[tuple[object, ...]]] = {}
     for at, entry in enumerate(rows.entries) if several else ():
@@ -477,7 +477,7 @@ def storage_document(listing: Listing) -> StorageDocument:
     storages: Collection[Storage] = [*[entry.storage for entry in rows.entries], *bare]
     if several or bare:
         storages = dict(zip(map(id, storages), storages, strict=True)).values()
-    # What is alone in its storage, and is all of it, leaves nothing.
+    # A tensor that is its whole storage leaves nothing.
     others = [entry for entry in rows.entries if id(entry.storage) in several] if several else []
     return {
         "storages": len(storages),

@@ -58,7 +58,7 @@ class SectionDocument(TypedDict):
 
 
 class StorageDocument(TypedDict):
-    """What the bytes of a file are used for.
+    """How the bytes of a file are used.
 
     Attributes:
         storages: how many there are.
@@ -93,7 +93,7 @@ class StatsDocument(_Stats, total=False):
     Attributes:
         min, max, mean, std: of the finite values; ``std`` is that of the population.
         zeros, nan, inf: number of such elements.
-        histogram: for pages alone; see `ckptkit.stats.Histogram`.
+        histogram: only for pages; see `ckptkit.stats.Histogram`.
     """
 
     histogram: list[int] | None
@@ -123,7 +123,7 @@ class TensorDocument(_Tensor, total=False):
         nbytes: of its elements, whatever its storage has.
         location: the device tag in the file: ``"cpu"``, ``"cuda:1"``; ``""``: it has none.
         storage: key of its storage; tensors with the same key share memory.
-        role: what it is in its module; ``"unknown"`` outside weights.
+        role: its role in its module; ``"unknown"`` outside weights.
         role_inferred: whether the role is inferred from name and dtype.
         tied_to: an earlier name of the same tensor, after its section if that is another.
         form: ``"storage"``, ``"numpy"`` or ``"quantized"``, ``"sparse"`` and the like: how it is stored in the file.
@@ -242,7 +242,7 @@ class ArchitectureDocument(TypedDict):
         reference: as ``ckptkit verify --model`` takes it; ``args`` its arguments.
         exact: whether names and shapes are the same.
         similarity: 0 to 1; 1 if it is exact.
-        prefix: what the names have before the model's own, wrappers aside.
+        prefix: before the model's own names, apart from wrappers.
         others: tensors that do not have the prefix.
         differs: the one thing in which it is not exact.
         label: the model in words.
@@ -292,10 +292,10 @@ class InspectedFile(FileFacts):
         size: of the file, with its shards.
         format: the container: ``"torch-zip"``, ``"safetensors"``.
         writer: what wrote it, with its version; ``None``: the file does not say.
-        kind: what it contains.
+        kind: of content.
         state_dict: the selected weights; ``None``: there are none, or several of which none was chosen.
         sections: the parts that contain tensors, in file order.
-        storage: what the bytes are used for.
+        storage: how the bytes are used.
         tensors: every tensor, under each of its names, in the order requested.
         metadata: the container's own text, and the scalars of the training state.
         training: what training left.
@@ -308,7 +308,7 @@ class InspectedFile(FileFacts):
         adapter: what the weights add to a model; ``None``: they contain no adapter.
         quantization: how the weights are quantized; ``None``: they are not, or have no scales beside them.
         layout: for a folder that several processes wrote, how it is spread over files; ``None``: it is not one.
-        findings: what is remarkable, most severe first.
+        findings: noteworthy facts, most severe first.
         combined_fix: the single command that does what the findings advise; ``None``: none advises a conversion.
         error: ``None``, because it could be read; see `UnreadFile`.
     """

@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint, one row each: where it stands, what it is, what it is tied to.
+"""The tensors of a checkpoint, one row each: where it is, what it is, what it is tied to.
 
 A row has the fields of one element of the inspect document's ``tensors``; `TensorRow.to_dict` is that
 element and `TensorRow.to_json` its text.  Files have 100,000 of them, of few kinds: `Rows` describes the tensors of a
@@ -149,8 +149,8 @@ class Rows(Sequence[TensorRow]):
     """The rows of a file's tensors, made when they are asked for.
 
     Attributes:
-        sections, names, entries: where each tensor stands, and the tensor.
-        kinds: a row of each kind: of the tensors that differ in name, storage and what they are tied to alone.  The
+        sections, names, entries: where each tensor is, and the tensor.
+        kinds: a row of each kind: for tensors that differ only in name, storage and ties.  The
             same fields for some rows as for all.
         kind_of: the kind of each tensor, by its place in ``kinds``.
         tied_to: the name that a tensor is tied to, by its place in ``names``.
@@ -269,7 +269,7 @@ def _nullable(text: str | None) -> str:
 
 
 class Listing(NamedTuple):
-    """Every tensor of a file under every name it has, the state_dict's first, and what it is stored in.
+    """Every tensor of a file under every name it has, the state_dict's first, and the storage it is in.
 
     Attributes:
         rows: the tensors, in file order.
@@ -299,7 +299,7 @@ def list_tensors(checkpoint: Checkpoint, beside: Sequence[FoundTensor] | None = 
 
     Args:
         checkpoint: as it was read.
-        beside: what `every_tensor` finds but for the plain tensors of the state_dict, where it is known.
+        beside: the result of `every_tensor` without the plain tensors of the state_dict, if known.
 
     Raises:
         LimitError: the names are more, or all together longer, than those of any checkpoint.
@@ -320,10 +320,10 @@ def list_tensors(checkpoint: Checkpoint, beside: Sequence[FoundTensor] | None = 
             are_own.append(found.is_own)
         else:
             others.append(found)
-    if len(names) + len(others) > DEFAULT_LIMITS.entries:  # one tensor may stand in a list a million times
+    if len(names) + len(others) > DEFAULT_LIMITS.entries:  # one tensor may be in a list a million times
         raise LimitError("names of tensors", limit=DEFAULT_LIMITS.entries, actual=len(names) + len(others))
     characters = sum(map(len, names)) + sum(map(len, filter(None, sections)))
-    if characters > DEFAULT_LIMITS.name_characters:  # one long key may stand above thousands of tensors
+    if characters > DEFAULT_LIMITS.name_characters:  # one long key may be above thousands of tensors
         raise LimitError("characters of names", limit=DEFAULT_LIMITS.name_characters, actual=characters)
     several = shared_storages(entries)
     kinds = _Kinds(checkpoint)

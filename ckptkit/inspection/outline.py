@@ -1,10 +1,10 @@
-"""The module tree of a file's weights, folded: repeated blocks stand once, as ``layers.0‥31`` times 32.
+"""The module tree of a file's weights, folded: repeated blocks are shown once, as ``layers.0‥31`` times 32.
 
 Made from the rows of the inspect document, and for whole models from its ``modules``.  Names are split
 on dots to *show* them as a tree; nothing is rebuilt from that.
 
-Siblings whose names differ in a last number alone (``0``, ``1``; ``layer1``, ``layer2``), follow one another without
-a gap, and have the same structure (the same names, shapes, dtypes and classes below) are one branch.
+Siblings whose names differ only in a last number (``0``, ``1``; ``layer1``, ``layer2``), are consecutive, and have the
+same structure (the same names, shapes, dtypes and classes below) are one branch.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class OutlineLine(NamedTuple):
         label: name, below what is above it.
         copies: how many equal ones it represents.
         tensors, parameters, buffers, others, nbytes: of everything it represents; for a line below a folded one, of one
-            of them.  Tied tensors count as tensors alone; parameters, buffers and what is neither in elements.
+            of them.  Tied tensors count only as tensors; parameters, buffers and others count in elements.
         note: dtype and shape of a tensor, class and settings of a module, or dtypes.
         is_tensor: whether it is a tensor.
         dtypes: of everything it represents, as text.
@@ -96,8 +96,11 @@ _Labelled = tuple[str, _Branch]
 _Group = list[_Labelled]
 """Branches that are one line: siblings alike, or one."""
 
+_Placed = tuple[_Group, int, str, bool]
+"""A line before it is made: its branches, level and label, and whether it names the tensors."""
+
 _Names = list[Any]
-"""What is below a name, each after its label: tensors' branches, and what is below further names.
+"""Everything below a name, each after its label: tensors' branches, and further names.
 
 Once it is made, the branch of it all is the last item.
 
@@ -144,12 +147,15 @@ class Outline:
 
         Args:
             depth: levels below the whole, and below what all names have in common.
-            modules_only: whether a module that contains tensors alone is one line that names them.
+            modules_only: whether a module that contains only tensors is one line that names them.
         """
+        return itertools.starmap(self._line, self._placed(depth, modules_only))
+
+    def _placed(self, depth: int, modules_only: bool) -> Iterator[_Placed]:
         root = self._root
         groups = self._groups(root)
         if self._has_classes or root.tensors > 1:
-            yield self._line([("", root)], 0, "(all)")
+            yield [("", root)], 0, "(all)", False
         if len(groups) == 1 and len(groups[0]) == 1:
             depth += 1
         for group in groups:
@@ -157,15 +163,15 @@ class Outline:
 
     def fitting(self, most: int) -> tuple[list[OutlineLine], int]:
         """The deepest tree of at most so many lines; where even its top level has more, how many are left out."""
-        lines: list[OutlineLine] = []
+        placed: list[_Placed] = []
         for depth in (_MAX_LEVELS + 2, *range(8, 0, -1)):
-            lines = list(itertools.islice(self.lines(depth, modules_only=True), most + 1))
-            if len(lines) <= most:
-                return lines, 0
-        left_out = sum(1 for _ in self.lines(1, modules_only=True)) - most
-        return lines[:most], left_out
+            placed = list(itertools.islice(self._placed(depth, modules_only=True), most + 1))
+            if len(placed) <= most:
+                break
+        left_out = sum(1 for _ in self._placed(1, modules_only=True)) - most if len(placed) > most else 0
+        return [*itertools.starmap(self._line, placed[:most])], left_out
 
-    def _below(self, group: _Group, level: int, depth: int, modules_only: bool) -> Iterator[OutlineLine]:
+    def _below(self, group: _Group, level: int, depth: int, modules_only: bool) -> Iterator[_Placed]:
         label = _group_label(group)
         branch = group[0][1]
         while branch.row is None and not branch.note:
@@ -177,7 +183,7 @@ class Outline:
             branch = group[0][1]
         is_small = modules_only and len(branch.children) <= _MAX_ON_A_LINE
         is_whole = branch.row is not None or level >= depth or ((is_small or branch.note) and branch.is_module)
-        yield self._line(group, level, label, names_tensors=bool(is_whole))
+        yield group, level, label, bool(is_whole)
         if is_whole:
             return
         for inner_group in self._groups(branch):
@@ -202,7 +208,7 @@ class Outline:
         branch.groups = groups
         return groups
 
-    def _line(self, group: _Group, level: int, label: str, *, names_tensors: bool = False) -> OutlineLine:
+    def _line(self, group: _Group, level: int, label: str, names_tensors: bool) -> OutlineLine:
         branch = group[0][1]
         dtypes = sorted(branch.dtypes)
         told = ", ".join(dtypes) if len(dtypes) < 4 else f"{count_of(len(dtypes), 'dtype')}"
@@ -253,10 +259,10 @@ def _without_parts(rows: Sequence[TensorRow]) -> Sequence[TensorRow]:
 
 
 def _fill(made: dict[str, _Names], leaves: Iterable[tuple[str, _Branch]], *, packs: bool) -> None:
-    """Put tensors below what is above them, all of which is made where it is not there yet.
+    """Put tensors below their parents, which are created if needed.
 
     Args:
-        made: what is below each name.
+        made: the nodes below each name.
         leaves: the names, with the tensors' branches.
         packs: whether names two levels below one may be kept unchanged.
     """
@@ -276,7 +282,7 @@ def _fill(made: dict[str, _Names], leaves: Iterable[tuple[str, _Branch]], *, pac
             up, _, label = above.rpartition(".")
             if packs and up and label and up not in made and up.count(".") < _MAX_LEVELS:
                 below = _below(up, made)
-                if not below:  # else it was among what is unpacked now
+                if not below:  # otherwise it was among those unpacked now
                     run, prefix = below, up + "."
                     run += None, name[len(prefix) :], leaf
                     continue
@@ -287,7 +293,7 @@ def _fill(made: dict[str, _Names], leaves: Iterable[tuple[str, _Branch]], *, pac
 
 
 def _unpacked(path: str, made: dict[str, _Names]) -> _Names:
-    """What is below a path as names two levels below it, level by level."""
+    """Everything below a path as names two levels below it, level by level."""
     inside = made[path]
     tails, leaves = inside[1::2], inside[2::2]
     inside.clear()
@@ -302,7 +308,7 @@ def _unpacked(path: str, made: dict[str, _Names]) -> _Names:
 
 
 def _below(path: str, made: dict[str, _Names]) -> _Names:
-    """What is below a path, made with all above it where it is not there yet."""
+    """The node at a path, created with all above it if needed."""
     inside = made.get(path)
     if inside is not None:
         return _unpacked(path, made) if len(inside) % 2 else inside
@@ -311,7 +317,7 @@ def _below(path: str, made: dict[str, _Names]) -> _Names:
         above, last = "", path  # one piece
     outside = _below(above, made)
     inside = made.get(path)
-    if inside is None:  # else it was among what is unpacked now
+    if inside is None:  # otherwise it was among those unpacked now
         inside = made[path] = []
         outside += last, inside
     return inside
@@ -344,7 +350,7 @@ class _Branches:
         """The branch of all, with what is below each branch in order and summed up, from the bottom."""
         known = self._known
         branch: _Branch | None = None
-        for inside in reversed(made.values()):  # what is below was made later
+        for inside in reversed(made.values()):  # its children were made later
             note = notes.get(id(inside), "") if notes else ""
             key = tuple([item[-1] if item.__class__ is list else item for item in inside])
             if note:
@@ -451,7 +457,7 @@ def _group_label(group: _Group) -> str:
 
 
 def _pieces(branch: _Branch, names_tensors: bool) -> tuple[str, ...]:
-    """What is at the end of a branch's line but dtypes; of a module without a class, the first tensors it holds."""
+    """The end of a branch's line except dtypes; for a module without a class, the first tensors in it."""
     row = branch.row
     if row is not None:
         shape = str([*row.shape]) if row.value is None else row.value

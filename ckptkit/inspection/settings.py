@@ -1,8 +1,8 @@
 """What ``print(model)`` would show of a pickled module, without its class: ``Linear(in_features=4, ...)``.
 
 A module prints as its class name around what its ``extra_repr`` gives (``torch/nn/modules/module.py``
-``Module.__repr__``), then its children.  What each class of ``torch.nn`` puts there is one row of
-`_RULES`, as torch 2.15 has it: its normalization layers say ``bias=`` too, those of 2.11 do not.
+``Module.__repr__``), then its children.  Each class of ``torch.nn`` has one row in `_RULES`, as of torch 2.15: its
+normalization layers have ``bias=`` too, those of 2.11 do not.
 
 A class that is not torch's may derive from one that is: it is identified by its attributes (`_FAMILIES`).  Any other
 prints with its scalars, unless it has children: such a class rarely has an ``extra_repr``, and its scalars repeat what
@@ -302,7 +302,7 @@ def _scalars(state: InertDict) -> str:
 
 
 def _parameter_lines(short: str, state: InertDict) -> str:
-    """One line for each item of a ParameterList or ParameterDict: what it is of, and its size."""
+    """One line for each item of a ParameterList or ParameterDict: its kind and size."""
     named = dict([*named_items(state.get("_buffers")), *named_items(state.get("_parameters"))])
     keys = [key for key, _ in named_items(state.get("_keys"))] or list(named)
     size = state.get("_size")

@@ -1,4 +1,4 @@
-"""What is beside and around the weights: the training state, and the modules of a pickled model.
+"""Everything beside and around the weights: the training state, and the modules of a pickled model.
 
 The training state is scalars, optimizers and schedulers.  An optimizer's state_dict is
 ``{"state": {0: {...}}, "param_groups": [{"lr": ..., "params": [...]}]}`` and does not name its class.  The options in
@@ -6,7 +6,7 @@ its groups identify it: ``torch/optim`` sets different defaults in each class (`
 is its ``__dict__`` (``torch/optim/lr_scheduler.py``), which identifies it in the same way.  Both are inferences and
 marked so; a pickled object says what it is.
 
-No tensor is read but those of one element, of which a few: step counts, a best metric.
+Only a few tensors, with one element each, are read: step counts, a best metric.
 
 A pickled model's modules are shown as ``print(model)`` shows them.
 """
@@ -36,7 +36,7 @@ _MAX_TEXT = 200
 """Characters of a string scalar that are shown."""
 
 _MAX_VISITS = 100_000
-"""Nodes that are looked at for optimizers and schedulers: they are near the root."""
+"""Nodes that are searched for optimizers and schedulers: they are near the root."""
 
 _MAX_FOUND = 64
 """Optimizers, and schedulers, that are listed; and learning rates of one."""
@@ -61,7 +61,7 @@ _OPTIMIZERS: tuple[tuple[str, str], ...] = (
     ("Adamax", "betas exp_inf"),
     ("Adam or a related optimizer", "betas eps"),
 )
-"""Options of a parameter group that only one class sets, the most telling first."""
+"""Options of a parameter group that only one class sets, the most distinctive first."""
 
 _SCHEDULERS: tuple[tuple[str, str], ...] = (
     ("OneCycleLR", "total_steps"),
@@ -109,7 +109,7 @@ def training_document(rest: object, sections: Sequence[Section] = ()) -> Trainin
 
 
 def training_state(rest: object) -> dict[str, Any]:
-    """Scalars beside the weights: of the file's own dict, and one level into what it holds.
+    """Scalars beside the weights: of the file's own dict, and one level below it.
 
     ``{"epoch": 3, "args.lr": 0.1}``; long strings are cut.
     """
@@ -128,7 +128,7 @@ def training_state(rest: object) -> dict[str, Any]:
 
 
 def _object_items(node: object) -> list[tuple[object, object]]:
-    """The attributes of an object; of an omegaconf DictConfig, whose values are objects themselves, its content."""
+    """The attributes of an object; for an omegaconf DictConfig, whose values are objects themselves, its content."""
     state = attributes(node)
     if state is None:
         return []

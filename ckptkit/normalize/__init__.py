@@ -57,13 +57,13 @@ __all__ = ["RawCheckpoint", "lower_state_dict", "needs_protocol", "normalize", "
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
 class RawCheckpoint:
-    """What a container's reader hands over: the tree and the container's own facts.
+    """The result of a container's reader: the tree and the container's own facts.
 
     Attributes:
         root: the inert tree.
         format, format_version, byteorder, pickle_protocol, writer, metadata: as in `Origin` and `Checkpoint`.
         globals: the verdict on every name in the file, and on what else matters likewise.
-        findings: what the reader noticed.
+        findings: from the reader.
         discarded: as in `Checkpoint`.
         has_pickle, is_program: as in `Origin`.
         kind: the kind of content, if the container determines it; ``None``: the tree does.
@@ -97,7 +97,7 @@ def normalize(raw: RawCheckpoint, file: Source, *, section: str | None = None) -
 
     Args:
         raw: the tree and the container's facts.
-        file: where it was read from.
+        file: that it was read from.
         section: path of the weights to select, as listed by `Checkpoint.sections`.
 
     Raises:
@@ -310,7 +310,7 @@ def needs_protocol(root: object) -> bool:
 
 
 def origin_alone(origin: Origin, state_dict: StateDict) -> Origin:
-    """The origin of a state_dict with nothing beside it: what is gone asks for no protocol, and torch refuses most."""
+    """The origin of a state_dict with nothing beside it: removed values need no protocol, and torch refuses most."""
     if (origin.pickle_protocol or 2) <= 2 or needs_protocol(lower_state_dict(state_dict)):
         return origin
     return replace(origin, pickle_protocol=None)
@@ -319,7 +319,7 @@ def origin_alone(origin: Origin, state_dict: StateDict) -> Origin:
 def lower_state_dict(state_dict: StateDict) -> object:
     """The inert node that a state_dict is written as: its own class and attributes, its present content.
 
-    What was walked from a module is written as ``Module.state_dict()`` gives it, detached, or stays the module; see
+    Values walked from a module are written as ``Module.state_dict()`` returns them, detached, or as the module; see
     `StateDict.is_module`.
     """
     container = state_dict.container

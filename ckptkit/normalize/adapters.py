@@ -7,7 +7,7 @@ Whose names they are:
 - sd-scripts of kohya: ``lora_unet_….lora_down.weight``, ``.alpha``; ``ss_network_dim`` and the like in the metadata
 - diffusers: ``unet.….to_q.lora.down.weight``, ``processor.to_q_lora.up.weight``, ``lora_linear_layer``; AI-toolkit and
   Black Forest Labs: ``transformer.….lora_A.weight``, ``diffusion_model.``; XLabs: ``qkv_lora1.down.weight``
-- LyCORIS: ``hada_w1_a`` (LoHa), ``lokr_w1`` (LoKr), ``oft_blocks``, ``dora_scale``; loralib: ``lora_A`` alone
+- LyCORIS: ``hada_w1_a`` (LoHa), ``lokr_w1`` (LoKr), ``oft_blocks``, ``dora_scale``; loralib: only ``lora_A``
 - textual inversions: ``string_to_param`` and ``emb_params`` (AUTOMATIC1111), ``<token>`` (diffusers), ``clip_l`` and
   ``clip_g`` (of Stable Diffusion XL)
 
@@ -126,7 +126,7 @@ Mixed = Literal["mixed"]
 
 
 class AdapterDocument(TypedDict):
-    """What is added to a model: an adapter (LoRA or a relative of it), or the embedding of new words.
+    """An addition to a model: an adapter (LoRA or a related type), or the embedding of new words.
 
     Attributes:
         kind: ``"lora"``, ``"dora"``, ``"loha"``, ``"lokr"``, ``"ia3"``, ``"oft"``, ``"boft"``, ``"vera"``,
@@ -136,11 +136,12 @@ class AdapterDocument(TypedDict):
         ranks: those there are, ascending; at most 50.
         alpha: of every module, likewise; ``None``: it is not recorded.
         modules: that are adapted, or words that are embedded.
-        targets: how many there are of each kind of module, the most first; of embeddings, how many vectors a word has
-            for each text encoder.  At most 50.
+        targets: how many there are of each kind of module, the most frequent first; for embeddings, how many vectors a
+            word has for each text encoder.  At most 50.
         others: tensors beside, which are not an adapter's.
         base: the model that it was made for; ``None``: unknown.
-        told_by: what says so: ``"adapter_config.json"``, ``"metadata"``; ``"names"``: names and shapes make it likely.
+        told_by: where this is known from: ``"adapter_config.json"``, ``"metadata"``; ``"names"``: names and shapes make
+            it likely.
     """
 
     kind: str
@@ -180,7 +181,7 @@ def customs(names: Sequence[str]) -> str | None:
 
 
 def adapter_in(checkpoint: Checkpoint, text: str) -> AdapterDocument | None:
-    """What the state_dict adds to a model; ``None``: it is not an adapter and has none in it.
+    """The addition in the state_dict; ``None``: it is not an adapter and has none in it.
 
     Args:
         checkpoint: as it was read.
@@ -227,7 +228,7 @@ def adapter_in(checkpoint: Checkpoint, text: str) -> AdapterDocument | None:
 
 
 class _Module:
-    """What an adapter has for one module: the shapes of the parts, and what kinds of adapters these are of."""
+    """An adapter's parts for one module: their shapes, and the kinds of adapters they belong to."""
 
     __slots__ = ("kinds", "shapes")
 
@@ -270,7 +271,7 @@ def _target(module: str) -> str:
 
 
 def _base(modules: Mapping[str, _Module]) -> str | None:
-    """The model that has such modules, where that is plain."""
+    """The model that has such modules, if that is clear."""
     for blocks, base in _BASES:
         if any(map(blocks.search, modules)):
             return base
@@ -284,14 +285,14 @@ def _base(modules: Mapping[str, _Module]) -> str | None:
 
 
 def _alphas(entries: Mapping[str, TensorEntry | None]) -> set[float]:
-    """The values of alphas that are beside each module; none where one cannot be read, or they are too many."""
+    """The values of alphas that are beside each module; none if one cannot be read, or there are too many."""
     listed = [entry for entry in entries.values() if entry is not None]
     values = [small_values(entry, 1) for entry in listed] if len(listed) <= _MAX_READ else [None]
     return set() if None in values else {float(value[0]) for value in values if value is not None}
 
 
 def small_values(entry: TensorEntry, count: int) -> tuple[float, ...] | None:
-    """The values of a tensor of so few elements; ``None``: it has others, or they cannot be read as they lie."""
+    """The values of a small tensor; ``None``: it is larger, or they cannot be read directly."""
     source, code = entry.storage.source, SMALL_FORMATS.get(entry.dtype)
     if entry.numel != count or not can_be_looked_at(source) or not entry.is_contiguous:
         return None
@@ -299,7 +300,7 @@ def small_values(entry: TensorEntry, count: int) -> tuple[float, ...] | None:
     try:
         data = source.read(entry.storage_offset * entry.itemsize, entry.nbytes)
     except CkptkitError:
-        return None  # whoever reads the tensor itself will say what is wrong
+        return None  # reading the tensor itself will report the problem
     if entry.dtype == "bfloat16":  # the upper half of a float32
         return tuple(
             struct.unpack("<f", struct.pack("<I", bits << 16))[0] for bits in struct.unpack(f"{order}{count}H", data)
@@ -325,7 +326,7 @@ def _recorded(metadata: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _beside(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The same of peft's configuration, where it is beside."""
+    """The same from peft's configuration, if it is beside the file."""
     source = next((entry.storage.source for entry in checkpoint.state_dict.values()), None)
     if not isinstance(source, ByteRange):
         return {}
@@ -358,7 +359,7 @@ def _of_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _parsed(text: str | None) -> Mapping[str, Any]:
-    """A JSON object; an empty one if the text is none."""
+    """A JSON object; an empty one if the text is not one."""
     try:
         return _mapping(json.loads(text or "null"))
     except (ValueError, RecursionError):

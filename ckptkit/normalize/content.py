@@ -1,4 +1,4 @@
-"""What the nodes of an inert tree mean, whichever way they are pickled: what is compared and digested of them.
+"""The meaning of the nodes of an inert tree, however they are pickled: the facts that are compared and digested.
 
 Python pickles one thing in several ways, depending on the protocol: sets and bytes by a call or an opcode, nested
 classes by ``getattr`` or a dotted name, objects by ``copyreg._reconstructor`` or NEWOBJ, names of the standard library
@@ -50,7 +50,7 @@ PLAIN = (*SCALARS, bytearray, type(ABSENT))
 
 
 class Form(NamedTuple):
-    """A node by what it means: its kind, its parts with their labels, and its pairs where it is a mapping."""
+    """A node by its meaning: its kind, its parts with their labels, and its pairs if it is a mapping."""
 
     kind: str
     parts: Sequence[tuple[object, object]] = ()
@@ -63,7 +63,7 @@ class Form(NamedTuple):
 
 
 def form_of(node: object) -> Form:
-    """What a node is if it is not a tensor, storage or plain value."""
+    """The kind of a node that is not a tensor, storage or plain value."""
     form, effects = _own_form(node), effects_of(node)
     if not effects:
         return form
@@ -114,7 +114,7 @@ def _object(node: Object) -> Form:
 
 
 def _known_call(node: Object, name: str, *, is_call: bool) -> Form | None:
-    """What a call gives of which it is known what it does."""
+    """The result of a call with a known effect."""
     args = node.args
     if is_call and name in ("builtins.set", "builtins.frozenset") and len(args) == 1 and isinstance(args[0], list):
         return _set(name.endswith("frozenset"), args[0])  # before protocol 4
@@ -220,7 +220,7 @@ def is_ordered(pairs: list[tuple[object, object]]) -> bool:
 
 
 def content_of(node: object) -> tuple[str, list[object], list[tuple[object, object]]]:
-    """What a node is if it is not a tensor: its kind, its parts, and its pairs if it is a mapping.
+    """The meaning of a node that is not a tensor: its kind, its parts, and its pairs if it is a mapping.
 
     Of pairs with one key the last counts, and names of tensors are sorted, so that their order is not part of it.
     """

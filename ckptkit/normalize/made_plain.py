@@ -1,9 +1,9 @@
 """Values that contain a tensor's bytes and say so in another way become plain tensors; nothing is computed.
 
-- numpy's arrays (`ckptkit.pickling.arrays`), where a file has no torch tensor: those that a mapping holds
-  under its keys, if at least half of what it holds are arrays and the others are plain values or mappings.  detectron2
-  and caffe2 save ``{"model": {name: array}}`` and ``{"blobs": {name: array}}``, flax dicts in dicts.  An array of
-  structured, text or object type, of a subclass or masked is not included, nor is a scalar.
+- numpy's arrays (`ckptkit.pickling.arrays`), if a file has no torch tensor: the values of a mapping, if at least half
+  of them are arrays and the others are plain values or mappings.  detectron2 and caffe2 save ``{"model": {name:
+  array}}`` and ``{"blobs": {name: array}}``, flax dicts in dicts.  An array of structured, text or object type, of a
+  subclass or masked is not included, nor is a scalar.
 - tensors of devices that torch pickles as an array or as a copy in main memory (XLA;
   ``torch._utils._rebuild_device_tensor_from_numpy`` and ``_from_cpu_tensor``), of which an array of another dtype is
   cast: numpy has no bfloat16.
@@ -111,7 +111,7 @@ def arrays_made_plain(root: object, path: str, *, everything: bool = False) -> t
         everything: whether all arrays become tensors.
 
     Raises:
-        CorruptError: of an array that would be one, the bytes do not fit.
+        CorruptError: an array that would be one has the wrong number of bytes.
     """
     made: list[tuple[object, object]] = []
     kept: list[str] = []
@@ -150,7 +150,7 @@ def devices_made_plain(checkpoint: Checkpoint) -> Checkpoint:
 
 
 class _OfDevices:
-    """Makes plain tensors of calls, each once; what shares memory goes on sharing it."""
+    """Makes plain tensors from calls, each once; shared memory stays shared."""
 
     def __init__(self, path: str) -> None:
         self._path = path

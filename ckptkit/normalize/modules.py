@@ -2,11 +2,11 @@
 
 A whole model's state_dict is what ``Module.state_dict()`` would give (torch/nn/modules/module.py
 ``_save_to_state_dict``): parameters that are not ``None``, buffers less
-``_non_persistent_buffers_set``, then children, depth first.  What else a class adds in Python
-(``get_extra_state``) cannot be known from the file, with one exception: torch's own quantized
-modules, which keep their weights packed and whose rules `_packed_values` knows.
+``_non_persistent_buffers_set``, then children, depth first.  Anything else that a class adds in Python
+(``get_extra_state``) cannot be known from the file, with one exception: torch's own quantized modules, which pack their
+weights, by rules in `_packed_values`.
 
-What a pickle holds of a module (`module_state`) is its ``__dict__``, in one of these places:
+A pickle's content for a module (`module_state`) is its ``__dict__``, in one of these places:
 
 - the state that BUILD applies, or a member of it where ``__getstate__`` gave a tuple
 - an argument of the function that rebuilds it: ``torch.fx`` (``reduce_graph_module(dict, code)`` and similar) and
@@ -114,10 +114,10 @@ _CONV_STATE = (
     "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "transposed",
     "output_padding", "groups", "padding_mode", "weight", "bias", "scale", "zero_point", "training",
 )  # fmt: skip
-"""What a quantized convolution's state tuple holds, in order."""
+"""The content of a quantized convolution's state tuple, in order."""
 
 _CONV_SAVED = ("weight", "bias", "scale", "zero_point")
-"""What of it ``state_dict()`` saves, in order; a missing bias as ``None``."""
+"""The part of it that ``state_dict()`` saves, in order; a missing bias as ``None``."""
 
 
 def module_state(node: object) -> InertDict | None:
@@ -143,7 +143,7 @@ def module_state(node: object) -> InertDict | None:
 
 
 def persistent(node: Object) -> InertDict | None:
-    """What StyleGAN's loader is given of an object: its class's name, its source text and state; ``None``: another."""
+    """The arguments of StyleGAN's loader for an object: class name, source text and state; ``None``: it is another."""
     is_one = isinstance(node.cls, Global) and node.cls.name == "_reconstruct_persistent_obj" and len(node.args) == 1
     return node.args[0] if is_one and isinstance(node.args[0], InertDict) else None
 
@@ -341,7 +341,7 @@ def _saved_values(node: object, state: InertDict) -> list[tuple[str, object]]:
 
 
 def _packed_values(node: object, state: InertDict) -> list[tuple[str, object]]:
-    """What a quantized module's ``_save_to_state_dict`` adds; scale and zero point as the numbers the file holds.
+    """The values that a quantized module's ``_save_to_state_dict`` adds; scale and zero point as numbers.
 
     Packed weights are objects of C++ classes, whose state is a tuple of the unpacked tensors and the class's name. A
     class that is not known here, but contains such an object, gives it whole.
@@ -418,7 +418,7 @@ def _may_be_wrapped(name: str) -> bool:
 
 
 def may_be_wrapped(names: str) -> bool:
-    """Whether any of many names is worth that look; each stands after a line break."""
+    """Whether any of many names needs that look; each is after a line break."""
     return any(mark in names for mark in ("\nmodule.", "\n_forward_module.", "_orig_mod.", "_wrapped_module."))
 
 
@@ -440,7 +440,7 @@ def _without(name: str, anywhere: Collection[str], leading: Collection[str]) -> 
 
 def unwrapped_path(path: str) -> str:
     """A module's path without wrappers; ``""``: it is a wrapper of the root."""
-    # It has no tensor's name at its end; a stand-in keeps the last segment apart.
+    # It does not end in a tensor's name; a stand-in keeps the last segment apart.
     return unwrapped(path + ".x" if path else "x")[:-2]
 
 

@@ -37,7 +37,7 @@ _OTHERS = re.compile(r"(?:^|[._])(?:ema|shadow|averaged?|teacher|student|optim\w
 
 
 _STATE = ("state_dict", "_state")
-"""How keys of a file's own dict end under which weights lie, and no module's name."""
+"""Endings of keys in a file's own dict under which weights are, and which no module has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +77,7 @@ class NestedDicts:
 
 @dataclass(slots=True)
 class _Tree:
-    """What a look through a tree of dicts found.
+    """The result of searching a tree of dicts.
 
     Attributes:
         values: by dotted name, in order.
@@ -112,14 +112,14 @@ def is_nested(node: object, key: object, root: object, visit: Callable[[int], bo
 
     Args:
         node: the outermost dict.
-        key: what it is under; anything but a string for the file's own dict.
+        key: of its place; anything but a string for the file's own dict.
         root: the tree it is in, which has no other use for the dicts in it.
         visit: as in `nested_values`.
     """
     keys = [inner for inner, _ in mapping_items(node) or [] if isinstance(inner, str)]
     is_customary = isinstance(key, str) and key in CUSTOMARY_KEYS
     if (not is_customary or len(keys) == 1) and _leads_to_weights(node, visit):
-        return False  # what lies there is
+        return False  # what is there is
     if any(_OTHERS.search(each.lower()) for each in (key, *keys) if isinstance(each, str)):
         return False
     tree = _tree(node, visit)

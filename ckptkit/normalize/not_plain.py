@@ -1,4 +1,4 @@
-"""Values in the places of tensors that are not plain ones: what they are, in facts and in words; nothing is built.
+"""Values in the places of tensors that are not plain ones, as facts and in words; nothing is built.
 
 They are tensors that torch makes from other tensors (`ckptkit.pickling.layouts` lists them), tensors of a class without
 its own bytes (`ckptkit.pickling.tensors.Wrapped`: DTensor, torchao's), strided ones with hooks or metadata that is not
@@ -50,7 +50,7 @@ _STRIDED = ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor_v3"
 
 
 class Value(NamedTuple):
-    """What a value is.
+    """A value's description.
 
     Attributes:
         kind: ``"quantized"``, ``"sparse"``, ``"nested"``, ``"meta"``, ``"device"``, ``"wrapper"``, ``"array"`` or, of a
@@ -309,8 +309,8 @@ _PACKED = ("_packed_params._packed_params", "_packed_params._packed_weight")
 def packed_parts(name: str, value: object) -> dict[str, object] | None:
     """The weight and bias that a quantized module of torch packs, under their names; ``None``: it packs none.
 
-    ``torch/ao/nn/quantized/modules/linear.py`` ``LinearPackedParams`` and ``embedding_ops.py``: a tuple
-    ``(weight, bias or None)`` or the weight alone, with the dtype beside it as ``_packed_params.dtype``.
+    ``torch/ao/nn/quantized/modules/linear.py`` ``LinearPackedParams`` and ``embedding_ops.py``: a tuple ``(weight, bias
+    or None)`` or only the weight, with the dtype beside it as ``_packed_params.dtype``.
     """
     for ending in _PACKED:
         stem = name.removesuffix(ending)
@@ -337,7 +337,7 @@ _OUTPUTS = ("float32", "bfloat16", "float16")
 
 
 def _scaled(wrapped: Wrapped) -> Scaled:
-    """What a tensor of torchao's consists of.
+    """The parts of a torchao tensor.
 
     Raises:
         UnsupportedError: it is another, or is not only numbers and scales.

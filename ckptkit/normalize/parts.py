@@ -1,4 +1,4 @@
-"""What a tree shows about being a part: the share of one rank, slice or stage of a checkpoint.
+"""How a tree shows that it is a part: the share of one rank, slice or stage of a checkpoint.
 
 Facts of the layouts (torch 2.14, DeepSpeed 0.19, Megatron-LM; each seen in files that they wrote):
 
@@ -78,7 +78,7 @@ _PARALLEL = {
 def part_in(
     root: object, state_dict: StateDict, metadata: Mapping[str, str], names: list[str]
 ) -> Part | Literal["whole"] | None:
-    """What the content says: a part, the whole, or nothing (``None``).
+    """The content's verdict: a part, the whole, or none (``None``).
 
     Args:
         root: the tree as it was read.
@@ -113,7 +113,7 @@ _FLAT_PART = Part(
 
 
 def flat_part(root: object, state_dict: StateDict) -> Part | None:
-    """What the ranks' files together lack where their parameters are flat; ``None``: they are not.
+    """The facts that the ranks' files lack if their parameters are flat; ``None``: they are not.
 
     Args:
         root: the tree of all of them.
@@ -247,7 +247,7 @@ def _is_count(node: object) -> TypeGuard[int]:
 
 
 def _product(numbers: Sequence[int]) -> int:
-    """The product of sizes that a file gives; 0 where it is more than any tensor's."""
+    """The product of sizes in a file; 0 if it is more than any tensor's."""
     total = 1
     for number in numbers if len(numbers) <= DEFAULT_LIMITS.dimensions else (0,):
         total = total * number if 0 <= number < _HUGE and total < _HUGE else 0
@@ -258,7 +258,7 @@ def _product(numbers: Sequence[int]) -> int:
 
 
 def _has_flat(own: Mapping[str, object], state_dict: StateDict) -> bool:
-    """Whether the weights, or where none are selected any of the file's own, are flat parameters."""
+    """Whether the weights, or if none are selected any of the file's own, are flat parameters."""
     if state_dict and "flat_param" not in "\n".join(state_dict):  # as of nearly all files
         return False
     weights = [state_dict.items()] if state_dict else [_own_keys(value).items() for value in own.values()]
@@ -361,12 +361,12 @@ def _sharded(state: object) -> _Spread:
 
 
 def spread_text(node: object) -> str:
-    """How a tensor is spread over processes: ``"Shard(0) of 2"``, ``"1 of 4 shards"``; empty where it is not."""
+    """How a tensor is spread over processes: ``"Shard(0) of 2"``, ``"1 of 4 shards"``; empty if it is not."""
     spread = _spread(node)
     return "" if spread is None else spread.how
 
 
-# What is told, and the gate.
+# The messages, and the gate.
 
 
 def part_findings(checkpoint: Checkpoint) -> Iterator[Finding]:
@@ -413,6 +413,6 @@ def way_out(part: Part) -> str:
 
 
 def part_text(part: Part) -> str:
-    """What a part is, and what it lacks."""
+    """The message about a part, and what it lacks."""
     what = f"{part.piece} of {part.layout}" if part.piece else f"a part of {part.layout}"
     return f"{what}, not the whole: {part.lacks}"

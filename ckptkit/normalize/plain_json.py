@@ -10,7 +10,7 @@ JSON's own values are the same in Python; values that JSON cannot distinguish ar
     {"$float": "7ff8000000000000"}          NaN and the infinities: their 64 bits in hexadecimal
     {"$weights": true}                      the place of the state_dict
 
-What is written comes back equal; that two values were one object does not.
+Written values come back equal, but not the identity of two values that were one object.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ WEIGHTS: Final = {"$weights": True}
 
 
 class NotPlainError(Exception):
-    """A value is not plain; the message is what it holds, in words."""
+    """A value is not plain; the message is its content, in words."""
 
 
 class WrongTextError(Exception):
@@ -83,7 +83,7 @@ class PlainWriter:
         self._left = _MOST_VALUES
 
     def part(self, node: object, depth: int = 0) -> Any:
-        """A plain value as JSON, at a depth below the top; where it is not one, what was seen of it does not count.
+        """A plain value as JSON, at a depth below the top; if it is not one, the part that was seen does not count.
 
         Raises:
             NotPlainError: it is not one, or there are too many.
@@ -402,4 +402,4 @@ _MADE: dict[str, Callable[[Any], object]] = {
     "$float": _float,
     "$dtype": _dtype,
 }
-"""What each object with one key is made to."""
+"""The functions that make a value from each object with one key."""

@@ -1,7 +1,7 @@
 """Quantized weights: which tensors are values only together with scales beside them, and what made them.
 
-A weight of 4 or 8 bits is a number to be multiplied by a scale of its group, block, row or tensor: cast alone it is
-garbage, and so is what is multiplied by a scale that was rounded.  The names, by those who write them:
+A weight of 4 or 8 bits is a number to be multiplied by a scale of its group, block, row or tensor: cast without it, it
+is garbage, and so are products with a rounded scale.  The names, by those who write them:
 
 - DeepSeek: ``weight`` and ``weight_scale_inv``; compressed-tensors, FBGEMM, ModelOpt: ``weight_scale``,
   ``weight_scale_2``, ``input_scale``, ``weight_packed`` with ``weight_global_scale``; ComfyUI: ``scale_weight``
@@ -40,7 +40,7 @@ _ALONE = re.compile(
     r"_?(?:nested_)?(?:scales?|absmax|quant_map|zeros?|zero_points?|amax|codebooks?)\Z|SCB\Z|scale_(?:weight|input)\Z|"
     r"(?:input|output|act|activation)(?:_global)?_scale\Z|S[UV]\Z"
 )
-"""Names of scales of whatever is beside them, or bears them."""
+"""Names of scales of the weight beside them, or whose name they extend."""
 
 _PACKING = re.compile(r"_(?:packed|blocks?|q)\Z|\Aq_?(?=weight)")
 """What in a weight's name says that it is packed."""
@@ -52,7 +52,7 @@ _WEIGHT = re.compile(r"weights?(?:\Z|_)|q_?weight|.*_(?:packed|blocks)\Z|W_q|_da
 """Names of what a tensor that is but called a scale may be the scale of."""
 
 _CACHED = 1 << 12
-"""Last parts of names about which is remembered what they say: a model has a dozen."""
+"""Last parts of names whose meaning is cached: a model has a dozen."""
 
 _NARROW = ("int8", "uint8")
 _WIDE = ("int32", "int16", "int64", "uint32", "uint16")
@@ -65,7 +65,7 @@ _Beside = dict[tuple[str, str | None], list[str]]
 def scaled_pairs(state_dict: StateDict) -> dict[str, str]:
     """Every tensor that is scaled, with its first scale; and every scale, with what it scales.
 
-    A name alone says nothing: ``logit_scale`` is a scale of this kind only beside a ``logit`` of 8 bits or fewer.
+    A name is not enough: ``logit_scale`` is a scale of this kind only beside a ``logit`` of 8 bits or fewer.
     """
     pairs: dict[str, str] = {}
     for name, of in _scalings(state_dict):
@@ -80,7 +80,7 @@ def _scalings(state_dict: StateDict, *, alike: bool = False) -> Iterator[tuple[s
     beside: _Beside = {}
     for name in scaled:
         bare = _bare(name.rpartition(".")[2])
-        for place in (_parent(name), name):  # what stands beside it, and what it bears
+        for place in (_parent(name), name):  # the names beside it, and its own
             beside.setdefault((place, None), []).append(name)
             beside.setdefault((place, bare), []).append(name)
     for name, entry in state_dict.items() if scaled else ():
@@ -105,7 +105,7 @@ def _parent(name: str) -> str:
 
 
 def _scales(name: str, beside: _Beside) -> list[str]:
-    """What a tensor is the scale of, by its name."""
+    """The tensor that a scale belongs to, by its name."""
     parent, _, last = name.rpartition(".")
     if _ALONE.match(last):
         near = beside.get((parent, None), [])
@@ -116,7 +116,7 @@ def _scales(name: str, beside: _Beside) -> list[str]:
 
 @lru_cache(_CACHED)
 def _bare(last: str) -> str:
-    """What a weight is called, however it is packed: ``qweight``, ``weight_packed``, ``W_q``, ``w1_blocks``."""
+    """Names of a weight in all packings: ``qweight``, ``weight_packed``, ``W_q``, ``w1_blocks``."""
     return _PACKING.sub("", last)
 
 
@@ -237,7 +237,7 @@ def quantization_in(state_dict: StateDict) -> QuantizationDocument | None:
         start, stem = f"{module}." if module else "", ""
         named = f"{start}{bare}"
         if bare not in ("weight", "W") and len(names) > 1 and all(f"{name}_".startswith(f"{named}_") for name in names):
-            module, start, stem = named, named, "*"  # several stand beside one another, each with its own
+            module, start, stem = named, named, "*"  # several are beside one another, each with its own
         parts = {stem + name[len(start) :]: state_dict.everything[name] for name in names}
         found = shapes.facts(parts)
         layout = layouts.get(alike := (found, *parts))
@@ -296,7 +296,7 @@ def _weights(state_dict: StateDict) -> dict[str, None]:
 
 @lru_cache(_CACHED)
 def _whose(last: str) -> str | None:
-    """What the weight beside it is called that a name belongs to; ``""``: to each; ``None``: to none."""
+    """The name of the weight beside it that a name belongs to; ``""``: to each; ``None``: to none."""
     if _ALONE.match(last) or _KIN.fullmatch(last):
         return ""
     named = _NAMED.match(last) or _SIZED.fullmatch(last)
@@ -406,7 +406,7 @@ def _in_columns(shapes: Mapping[str, tuple[int, ...]]) -> _Facts:
 
 
 def _spread(shape: tuple[int, ...], scales: tuple[int, ...], name: str = "") -> _Spread:
-    """What of a weight each of its scales is for, which have that name."""
+    """The part of a weight that each of its scales is for, by name."""
     rows, columns = (1, 1, *shape)[-2:]
     tall, wide = scales[-2:] if len(scales) > 1 else (math.prod(scales), 1)
     if not name.endswith("_inv") or len(scales) < 2:  # which are of blocks, however small the weight is
@@ -426,7 +426,7 @@ def _exact(total: int, count: int) -> int | None:
 
 
 def _run(total: int, count: int, usual: int) -> int | None:
-    """How long each of so many runs is, of which the last may be shorter: the most usual length that fits."""
+    """How long each of so many runs is, of which the last may be shorter: the most common length that fits."""
     sizes = (usual, 64, 32, 16, 256, 512, 1024, 2048, 4096)
     return next((size for size in sizes if -(-total // size) == count), _exact(total, count))
 

@@ -1,4 +1,4 @@
-"""What the parts of a file are: which contain weights, which an optimizer, which something else.
+"""The parts of a file: which contain weights, which an optimizer, which something else.
 
 Decided by shape, never by a file's name:
 
@@ -13,10 +13,10 @@ Decided by shape, never by a file's name:
   may be dicts inside dicts (`ckptkit.normalize.nested`).
 - an *optimizer* is a mapping or object with ``state`` and ``param_groups`` (fastai: ``hypers``), whatever it is under;
   never the weights.  Neither are its moments (`ckptkit.normalize.shapes.MOMENTS`).
-- what else contains tensors is a *tensor* or a *collection*; so is a data set of graphs, ``(data, slices)``
+- anything else with tensors is a *tensor* or a *collection*; so is a data set of graphs, ``(data, slices)``
 
-Parts are looked for in dicts, lists, tuples, and the attributes, items and arguments of objects
-(a Namespace, a Trainer, a named tuple), at most `MAX_SECTION_DEPTH` keys down; never inside a part.
+Dicts, lists, tuples, and the attributes, items and arguments of objects (a Namespace, a Trainer, a named tuple) are
+searched for parts, at most `MAX_SECTION_DEPTH` keys down; a part is never searched.
 
 Which part is *the* state_dict is decided by `ckptkit.normalize.selection`.
 """
@@ -65,7 +65,7 @@ MAX_SECTION_DEPTH = 4
 """Keys from the root to a section.  Lightning and fairseq need two."""
 
 _MAX_STEP = 200
-"""Characters of a key where it is shown."""
+"""Characters of a key for display."""
 
 _MAX_PATH_STEP = 1000
 """Characters of a key in a path: paths are typed after ``--section`` and must be what is listed."""
@@ -92,7 +92,7 @@ class Candidate(NamedTuple):
 
     Attributes:
         path: the keys that lead to it, joined with dots, for lists and ``--section``.
-        kind: what it is.
+        kind: of part.
         node: it.
         keys: the keys that lead to it, unchanged.
         nested: whether its modules are dicts inside dicts, so that names are combined.
@@ -140,7 +140,7 @@ def state_values(kind: str, node: object) -> Iterator[tuple[str, object]]:
 
 
 class SectionSearch:
-    """What the nodes of one tree are.
+    """The kinds of the nodes of one tree.
 
     The tree may share nodes and contain cycles: each node is judged once, and entered once.
 
@@ -205,7 +205,7 @@ class SectionSearch:
         return known
 
     def _kind(self, node: object, key: object) -> _NodeKind | None:
-        """What a node under ``key`` is; ``None``: it has no tensors."""
+        """The kind of a node under ``key``; ``None``: it has no tensors."""
         if isinstance(node, SCALARS):
             return None
         if id(node) not in self._kinds:

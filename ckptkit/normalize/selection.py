@@ -14,7 +14,7 @@ The state_dict is
    choice to be made.
 5. Else none: a generator and a discriminator, a teacher and a student, a list of models.
 
-What is beside it goes where the weights go only if the container can hold it.  `earlier` gives the receipts in the
+Values beside it are written with the weights only if the container can store them.  `earlier` gives the receipts in the
 string metadata; `ckptkit.conversion` says what is in them.
 """
 
@@ -214,8 +214,8 @@ def require_state_dict(checkpoint: Checkpoint, purpose: str) -> None:
     """See that weights are selected.
 
     Args:
-        checkpoint: what the file holds.
-        purpose: what they are needed for: ``"to load"``.
+        checkpoint: the content of the file.
+        purpose: the use of the weights: ``"to load"``.
 
     Raises:
         SectionError: the file holds none, or several and none was named.
@@ -242,7 +242,7 @@ def weights_paths(sections: Sequence[Section]) -> tuple[str, ...]:
 
 
 def paths_listed(sections: Sequence[Section]) -> str:
-    """The paths of the sections that contain weights; empty where there are none."""
+    """The paths of the sections that contain weights; empty if there are none."""
     return listed((repr(path[:200]) for path in weights_paths(sections)), _MAX_LISTED)
 
 
@@ -265,7 +265,7 @@ _OTHER = "other objects"
 
 def other_parts(checkpoint: Checkpoint) -> list[str]:
     """The keys of training state and whatever else is in the file beside the selected state_dict."""
-    if checkpoint.rest is STATE_DICT or checkpoint.origin.is_program:  # what is in one means nothing to torch.load
+    if checkpoint.rest is STATE_DICT or checkpoint.origin.is_program:  # the content of one means nothing to torch.load
         return []
     pairs = mapping_items(checkpoint.rest)
     if pairs is None:
@@ -274,19 +274,19 @@ def other_parts(checkpoint: Checkpoint) -> list[str]:
 
 
 def discarded_text(values: Sequence[object]) -> str:
-    """What a pickle makes and drops (`Checkpoint.discarded`), in a message: ``"a call of logging.info"``."""
+    """The results that a pickle discards (`Checkpoint.discarded`), in a message: ``"a call of logging.info"``."""
     shown = [f"a call of {node.class_name:.100}" if isinstance(node, Object) else brief(node) for node in values[:5]]
     return listed(shown, 4, total=len(values))
 
 
 def holding_suffix(state_dict: StateDict) -> str:
-    """The ending of a file that can hold these weights: ``.safetensors``, or ``.pth`` where that cannot."""
+    """The extension of a file that can store these weights: ``.safetensors``, or ``.pth`` if that cannot."""
     plain = len(state_dict) == len(state_dict.everything)
     return ".safetensors" if plain and all(DTYPES[e.dtype].safetensors for e in state_dict.values()) else ".pth"
 
 
 def held_instead(checkpoint: Checkpoint) -> str:
-    """What a file holds whose weights have no names."""
+    """The message about a file whose weights have no names."""
     tensors = sum(section.tensors for section in checkpoint.sections)
     if not tensors:
         return "it contains no named tensors"

@@ -1,4 +1,4 @@
-"""What a node of an inert tree looks like, without going below what it holds.
+"""The outline of a node of an inert tree, without going below its content.
 
 The terms in which `ckptkit.normalize.sections` judges a tree: what leads from a node to others, what can be read as
 named values, and what belongs to an optimizer.
@@ -84,7 +84,7 @@ _WORD = pattern(r"[a-z]+")
 
 
 _MORE_THAN_ANY = 1 << 60
-"""Tensors no file has: what is surely weights, whatever it is compared with."""
+"""Tensors that no file has: surely weights, whatever they are compared with."""
 
 
 _GLANCE = 32
@@ -119,7 +119,7 @@ def tensor_at_a_glance(node: object) -> bool | None:
 
 
 def weights_at_sight(node: object) -> int:
-    """Tensors in what looks like a state_dict; more than any where it is a module or an optimizer."""
+    """Tensors in something like a state_dict; more than any if it is a module or an optimizer."""
     if is_tensor_like(node):
         return 0
     if module_state(node) is not None or bound_method(node) is not None or is_optimizer(node):
@@ -206,7 +206,7 @@ def is_packed(name: str, node: object) -> bool:
 
 
 def named_values(node: object) -> list[tuple[object, object]] | None:
-    """The pairs of what can be a state_dict: a mapping, of whatever class, or a list of (name, value) pairs.
+    """The pairs of a possible state_dict: a mapping of any class, or a list of (name, value) pairs.
 
     ``None``: it is neither, or has two pairs of one name.
     """
@@ -230,7 +230,7 @@ def named_values(node: object) -> list[tuple[object, object]] | None:
 
 
 def parts(node: object) -> list[tuple[object, object]]:
-    """What a node holds, each with what leads there: the keys of a mapping, the indices of a sequence.
+    """The content of a node, each with its key: the keys of a mapping, the indices of a sequence.
 
     Of an object these are its attributes; beside them its items, and what it was made from, by position.
     """

@@ -1,4 +1,4 @@
-"""Every tensor of a checkpoint, each with where it stands: the one enumeration.
+"""Every tensor of a checkpoint, each with its place: the one enumeration.
 
 Everything that shows, compares, digests, checks or counts the tensors of a file uses `every_tensor`.  It goes to:
 
@@ -85,7 +85,7 @@ class Nameless(str):
     position: int
 
     def __new__(cls, position: int) -> Nameless:
-        """What is shown of such a key, with its place."""
+        """The display of such a key, with its place."""
         made = super().__new__(cls, "?")
         made.position = position
         return made
@@ -97,9 +97,9 @@ class FoundTensor(NamedTuple):
     Attributes:
         section: path of the section it is in; ``None``: in none.
         name: in its section; of what is in none its path from the top of the file.
-        node: the tensor; a storage that stands by itself; numpy's array; or what makes the value.
+        node: the tensor; a separate storage; numpy's array; or the maker of the value.
         is_own: whether it is one of the section's own values, not somewhere below one.
-        keys: those that lead to it from the top of the file, where they are asked for; see `keys_of`.
+        keys: those that lead to it from the top of the file, on request; see `keys_of`.
     """
 
     section: str | None
@@ -297,7 +297,7 @@ def _further(steps: _Steps, last: str) -> _Steps:
 
 
 class _Walk:
-    """One way through everything: what is above tensors is entered once."""
+    """One walk through everything: nodes above tensors are entered once."""
 
     def __init__(
         self,
@@ -453,7 +453,7 @@ def _of_list(node: list[object] | tuple[object, ...]) -> list[tuple[object, obje
     most, met = DEFAULT_LIMITS.entries, set[int]()
 
     def is_new(child: object) -> bool:
-        """Not where it is there again: in a long list, it is gone into once."""
+        """Not in later places: in a long list, it is entered once."""
         if len(node) <= most or not isinstance(child, _ONCE):
             return True
         before = len(met)
@@ -462,13 +462,13 @@ def _of_list(node: list[object] | tuple[object, ...]) -> list[tuple[object, obje
 
     shown = ((i, i, child) for i, child in enumerate(node) if not isinstance(child, _SCALARS) and is_new(child))
     steps = list(islice(shown, most + 1))
-    if len(steps) > most:  # never a part of them: a tensor may be behind
+    if len(steps) > most:  # never a part of them: a tensor may follow
         raise LimitError("values in a list", limit=most, actual=len(steps))
     return steps  # type: ignore[return-value]
 
 
 def _of_arguments(node: Object) -> Iterator[tuple[object, object, object]]:
-    """What an object was made from; of StyleGAN's modules the state is in a dict of their loader's."""
+    """The arguments an object was made from; for StyleGAN's modules the state is in a dict of their loader's."""
     kept = persistent(node)
     state = module_state(node) if kept is not None else None
     if kept is None or state is None:

@@ -64,13 +64,13 @@ class Place(NamedTuple):
 
 
 class Met(NamedTuple):
-    """Two nodes in one place that differ, or two tensors or storages whose bytes are to be compared.
+    """Two nodes in one place that differ, or two tensors or storages whose bytes must be compared.
 
     Attributes:
-        place: where; ``a``, ``b``: what is there, `ABSENT` where nothing is.
-        how: ``"differs"``; ``"kinds"``: so much that their parts cannot be compared; ``"order"``: the keys alone are in
-            another order; ``"parted"``: what was one object is two, or the other way round; ``"bytes"``: what is known
-            of the two agrees, and their bytes are left.
+        place: of both; ``a``, ``b``: the two nodes, `ABSENT` if there is none.
+        how: ``"differs"``; ``"kinds"``: so much that their parts cannot be compared; ``"order"``: only the keys are in
+            another order; ``"parted"``: one object became two, or the other way round; ``"bytes"``: the known facts
+            agree, and the bytes are left to compare.
     """
 
     place: Place
@@ -139,7 +139,7 @@ def _is_same_scalar(a: object, b: object) -> bool:
 
 def _same_scalar(a: object, b: object) -> bool:
     if isinstance(a, float) and isinstance(b, float):
-        return struct.pack("<d", a) == struct.pack("<d", b)  # NaN is not equal to itself, and -0.0 is to 0.0
+        return struct.pack("<d", a) == struct.pack("<d", b)  # NaN is not equal to itself, but -0.0 is equal to 0.0
     return type(a) is type(b) and a == b
 
 
@@ -270,8 +270,8 @@ def _exact_parts(node: object) -> tuple[int, Iterator[_Part]]:
 class SameContent:
     """Two trees by what they mean; tensors by their values, whatever they are in.
 
-    Nodes that were met are joined (as Hopcroft and Karp compare automata): each pair that is looked at leaves one
-    group of nodes less, so that shared nodes and cycles end, in linear time.
+    Nodes that were met are joined (as Hopcroft and Karp compare automata): each pair leaves one group of nodes less, so
+    that shared nodes and cycles end, in linear time.
 
     Args:
         flags: whether it matters which tensors are parameters and need gradients.
@@ -356,4 +356,4 @@ class SameContent:
 
 
 FLAGS = ("is_parameter", "requires_grad")
-"""What a tensor is beyond its values, and a container of weights alone does not hold."""
+"""The properties of a tensor, besides its values, that a container of weights does not store."""

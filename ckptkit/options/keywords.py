@@ -31,7 +31,7 @@ class _ReadKeywords(TypedDict, total=False):
 
 
 class _RewriteKeywords(_ReadKeywords, total=False):
-    """What says how the weights are selected, renamed and cast."""
+    """The keywords that select, rename and cast the weights."""
 
     all_tensors: bool
     strip_module: bool

@@ -79,7 +79,7 @@ storage_options: Option[dict[str, Any]] = Option(
 
 
 def local(given: Any) -> Any:
-    """What was given, with the paths that are meant by ``file://`` and ``local://``, and URLs without credentials.
+    """The given paths, with local paths for ``file://`` and ``local://``, and URLs without credentials.
 
     These are kept by the session that this is within (`ckptkit.remote.Session.shown`).  Of several each is taken so.
     """
@@ -102,7 +102,7 @@ def _is_far(given: Any) -> bool:
 
 
 def session_of(options: Mapping[str, Any] | None, *given: Any) -> AbstractContextManager[object]:
-    """What a command that was given this knows of the servers it asks; nothing is imported where it asks none.
+    """A session for a command that was given this, with its servers; nothing is imported if it asks none.
 
     Raises:
         RewriteError: the options are invalid.

@@ -65,7 +65,7 @@ def page(title: str, script: str, elements: Iterable[str], *, has_charts: bool =
     yield f'<meta name="generator" content="ckptkit {__version__}">'
     yield f"<title>{_ascii_text(title)}</title>"
     yield f"<style>{_own('page.css')}</style></head>"
-    yield '<body><noscript><p>This page needs JavaScript to show all of its data. In short:</p></noscript>'
+    yield "<body><noscript><p>This page needs JavaScript to show all of its data. In short:</p></noscript>"
     yield '<div id="page"></div>'
     yield from elements
     yield from (f"<script>{text}</script>" for text in scripts)

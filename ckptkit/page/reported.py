@@ -135,7 +135,7 @@ def check(document: CheckDocument) -> Iterator[str]:
             errors.setdefault(finding["path"], set()).add(finding["code"] in NOT_CHECKED)
     states = {id(file): _STATES.index(errors.get(file["path"], set())) for file in document["files"]}
     files = sorted(document["files"], key=lambda file: states[id(file)])
-    data = {
+    data: dict[str, Any] = {
         **{key: document.get(key) for key in ("manifest", "config", "part", "checked")},
         "passed_over": passed_over_text(document["passed_over"]) if document["passed_over"] else "",
         "exit_code": exit_code_of(document),

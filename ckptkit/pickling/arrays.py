@@ -68,10 +68,10 @@ class Array(NamedTuple):
 
 
 class LocatedBytes(bytes):
-    """The bytes of an array that were left where they lie: it is empty, and equal to nothing but itself.
+    """The bytes of an array that were left in place: it is empty, and equal only to itself.
 
     Attributes:
-        source: where that is.
+        source: of the bytes.
     """
 
     source: ByteRange
@@ -83,16 +83,16 @@ class LocatedBytes(bytes):
 
 
 class ArrayLayout(NamedTuple):
-    """What an array is, or a scalar, with its bytes as they lie.
+    """The kind of an array or a scalar, with its bytes.
 
     Attributes:
         code: of its type, as numpy writes it (``"f4"``), or a name of ml_dtypes; empty: it is not understood.
         swapped: whether its bytes are big-endian.
         shape: in elements; ``None``: it is a scalar, or not understood.
-        is_fortran: whether the first dimension is the one whose elements lie next to each other.
+        is_fortran: whether elements along the first dimension are consecutive.
         data: its bytes; ``None``: they are not there.
-        subclass: name of the class it is of, where that is not numpy's own ``ndarray``.
-        is_plain: whether numpy alone makes it of them: it is of no subclass, and of a type of plain values.
+        subclass: name of its class, if that is not numpy's own ``ndarray``.
+        is_plain: whether numpy alone makes it: it has no subclass, and a type of plain values.
     """
 
     code: str
@@ -127,7 +127,7 @@ def names_arrays(names: Iterable[str]) -> bool:
 
 
 def layout_of(node: Object) -> ArrayLayout:
-    """What is to be known of what `is_array`."""
+    """The facts about a node that `is_array`."""
     dtype, data, sizes, order = parts_of(node)
     code, swapped = _code_of(dtype)
     shape = None if is_numpy_scalar(node) else shape_of(sizes)
@@ -196,7 +196,7 @@ def itemsize_of(code: str) -> int | None:
 
 
 def bytes_reversed(data: bytes, name: str) -> bytes:
-    """The bytes of each element the other way round, of a complex one those of each part."""
+    """The bytes of each element reversed, or for a complex one those of each part."""
     row = DTYPES[name]
     width = row.itemsize // 2 if row.kind == "complex" else row.itemsize
     out = bytearray(len(data) // width * width)

@@ -90,7 +90,7 @@ class CallsThatReach:
         nested: the names in a file of torch before 1.6 that the pickle holds, and whether it is one and can be read.
 
     Attributes:
-        is_watchful: whether there is a name of which it matters what is done with it, and with what it gives.
+        is_watchful: whether there is a name whose later use matters, and the use of its results.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class CallsThatReach:
         self.is_watchful = False
 
     def watcher(self, callee: Global) -> Callable[[tuple[object, ...]], None] | None:
-        """What is to be called with the arguments of each call of a name; ``None``: nothing."""
+        """The function to call with the arguments of each call of a name; ``None``: nothing."""
         module, name = callee.module, callee.name
         if name == "getattr" and module in ("builtins", "__builtin__"):
             return partial(self._getattr, callee)
@@ -202,7 +202,7 @@ class CallsThatReach:
         function, _ = self._callee(cls, ())
         keeps = function is None or not _calls_back(function)
         stack: list[object] = list(args)
-        if _is_dills_setter(args):  # judged by what it is then given
+        if _is_dills_setter(args):  # judged by its arguments then
             setter = stack.pop()
             if isinstance(setter, Global):
                 setter.calls += 1
@@ -317,7 +317,7 @@ def _is_dills_setter(args: tuple[object, ...]) -> bool:
 
 
 def _bytes(node: object) -> bytes:
-    """Bytes, also as protocol 2 has them: a text that is to be encoded."""
+    """Bytes, also in protocol 2's form: a text to encode."""
     if isinstance(node, Object) and isinstance(node.cls, Global) and node.cls.qualified == "_codecs.encode":
         text = node.args[0] if node.args else ""
         node = text.encode("latin1", "replace") if isinstance(text, str) else b""
@@ -340,7 +340,7 @@ def _calls_back(function: Global) -> bool:
 
 
 def _offence(text: str) -> str:
-    """What is in generated code that torch never generates; ``""``: nothing."""
+    """A part of generated code that torch never generates; ``""``: none."""
     text = unicodedata.normalize("NFKC", text)  # as Python does with identifiers
     for line in text.splitlines():
         if not line or line[0] in " \t":

@@ -263,7 +263,7 @@ def is_dangerous(module: str, name: str) -> bool:
         name: in the module; with dots it is an attribute of an attribute.
     """
     if not (module.isascii() and name.isascii()):
-        # Python does not fold these when it looks a name up; whoever reads them would.
+        # Python does not fold these when it looks a name up; a reader would.
         module, name = unicodedata.normalize("NFKC", module), unicodedata.normalize("NFKC", name)
     if name.endswith(".__new__"):
         name = name.removesuffix(".__new__")  # makes an object of the class, as NEWOBJ does
@@ -312,7 +312,7 @@ def makes_function(module: str, name: str) -> bool:
 
 
 def is_dangerous_attribute(name: str) -> bool:
-    """Whether an attribute, of whatever it may be, is a module of that kind, an internal, or opens files."""
+    """Whether an attribute, of any object, is a module of that kind, an internal, or opens files."""
     if name.startswith("__") and name.endswith("__"):
         return True
     return name.lstrip("_") in _CORE or name in _CORE or name in _ATTRIBUTES

@@ -60,11 +60,11 @@ class LegacyTable(StorageTable):
     """The storages of a file before torch 1.6, whose places are known only after the pickle.
 
     Args:
-        file: what they are in.
+        file: the source of the bytes.
         limits: bounds on tensor geometry.
 
     Attributes:
-        sources: of each class that came with its source: the class, the file it was in, the text.
+        sources: for each class that came with its source: the class, its file, the text.
     """
 
     def __init__(self, file: Source, limits: Limits) -> None:
@@ -81,7 +81,7 @@ class LegacyTable(StorageTable):
         return self._storages
 
     def settle(self, key: str, source: ByteRange) -> None:
-        """Say where the bytes of a storage and its views lie: before anyone but the reader sees them.
+        """Set where the bytes of a storage and its views are: before anything but the reader sees them.
 
         Raises:
             KeyError: nothing named the key.
@@ -148,7 +148,7 @@ class LegacyTable(StorageTable):
         if key in self._storages or (known and (known.nbytes, *self._roots[id(known)]) != (nbytes, root, start)):
             raise AmbiguousError(f"view {key!r:.80} of storage {root.key!r:.80} is also named as something else")
         if known is None:
-            settled = root.source.nbytes == root.nbytes  # else `settle` says where the view lies, too
+            settled = root.source.nbytes == root.nbytes  # otherwise `settle` sets the view's place, too
             source = root.source.part(start, nbytes) if settled else root.source
             known = self._views[key] = replace(root, key=key, nbytes=nbytes, source=source)
             self._parts.setdefault(root.key, []).append(known)
@@ -186,7 +186,7 @@ class LegacyTable(StorageTable):
     def _tensor_v1(self, args: tuple[object, ...]) -> object:
         return self.tensor(*args) if len(args) == 4 else NotImplemented
 
-    # What was built in steps.
+    # Values built in steps.
 
     def understood(self, pickle: PickleResult) -> object:
         """The tree of a pickle with the tensors of before 0.4, which BUILD completes, as entries too."""
@@ -210,7 +210,7 @@ class LegacyTable(StorageTable):
             grad = found.get(id(gradient)) if isinstance(gradient, Object) else gradient
             if isinstance(grad, TensorEntry) and id(gradient) not in with_gradient:
                 found[place] = replace(found[place], attributes=InertDict([("grad", grad)]))
-            else:  # a gradient that is no tensor, or has one itself: nothing of it may get lost
+            else:  # a gradient that is not a tensor, or has one itself: none of it may get lost
                 del found[place]
         replaced = [(node, found[id(node)]) for node in nodes if id(node) in found]
         return TreeMap(lambda leaf: leaf, replaced)(pickle.root) if replaced else pickle.root

@@ -1,6 +1,6 @@
 """The nodes of an inert tree, and ways to walk one.
 
-An inert tree is what a pickle *says*, built from these alone:
+An inert tree is what a pickle *says*, built only from these:
 
 - ``None``, ``bool``, ``int``, ``float``, ``str``, ``bytes``, ``bytearray``, ``list``, ``tuple``
 - `InertDict` and `InertSet`: never hashed by their members, which come from a stranger
@@ -48,7 +48,7 @@ ABSENT: Final = _Marker("absent")
 """Means "the pickle does not set this", which is not ``None``."""
 
 ITSELF: Final = _Marker("itself")
-"""Stands, among the arguments of one of a node's ``effects``, for the node: copies of it need no other call."""
+"""Represents the node among the arguments of its ``effects``: copies of it need no other call."""
 
 
 class Global:
@@ -57,8 +57,8 @@ class Global:
     Attributes:
         module, name: as the file spells them (``name`` may be dotted since protocol 4).
         calls: how often the pickle makes an object by calling it.
-        offence: what makes a call of it hostile whatever the name is; ``""``: nothing.
-        excused: how many of its calls are harmless by what they are given, where the name alone is not.
+        offence: the reason why a call of it is hostile whatever the name is; ``""``: none.
+        excused: how many of its calls are harmless because of their arguments, although the name is not.
         effects: as those of an `Object`.
     """
 
@@ -89,7 +89,7 @@ class Object:
             ``cls.__new__(cls, *args)``, ``"newobj_ex"`` likewise with ``kwargs``, ``"obj"`` is
             an instance of a Python 2 class.  Among effects there is ``"setitems"``: what is set late of the dict that
             is the ``cls``.
-        cls: what is called, a `Global` in honest files.
+        cls: the callee, a `Global` in honest files.
         args: a tuple; ``kwargs``: an `InertDict` or ``None``.
         items: what APPENDS added; ``pairs``: what SETITEMS set; ``state``: what BUILD applied, or
             `ABSENT`; ``effects``: what was then called for its effect on the object (the sixth item of
@@ -256,7 +256,7 @@ def effects_of(node: object) -> tuple[Object, ...]:
 
 
 def states(node: Object) -> list[object]:
-    """What an object was filled with: BUILD's state and what its ``effects`` are given; of a tuple its parts."""
+    """The values that filled an object: BUILD's state and the arguments of its ``effects``; the parts of a tuple."""
     filled = [] if node.state is ABSENT else [node.state]
     filled += [part for call in node.effects for part in call.args if part is not ITSELF]
     return [part for state in filled for part in (state if isinstance(state, tuple) else (state,))]
@@ -333,7 +333,7 @@ def walk(root: object, seen: set[int] | None = None) -> Iterator[object]:
 
 
 def tensors_in(root: object, seen: set[int] | None = None) -> Iterator[TensorEntry | Storage]:
-    """Every tensor, and every storage that stands by itself, at or below a node; arguments and errors as in `walk`."""
+    """Every tensor, and every separate storage, at or below a node; arguments and errors as in `walk`."""
     return (node for node in walk(root, seen) if isinstance(node, (TensorEntry, Storage)))
 
 
@@ -379,7 +379,7 @@ def is_bare_leaf(node: object) -> bool:
 class TreeMap:
     """Copies inert trees with their leaves replaced; sharing and cycles survive.
 
-    One instance may be called on several trees: what they share stays shared.
+    One instance may be called on several trees: shared parts stay shared.
 
     Args:
         leaf: from a `TensorEntry` or bare `Storage` to what takes its place; called once for each.

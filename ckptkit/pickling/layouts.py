@@ -55,7 +55,7 @@ class Quantized(NamedTuple):
     """Whole numbers with what makes values of them.
 
     Attributes:
-        numbers: as they lie.
+        numbers: as stored.
         scheme: torch name: ``"per_tensor_affine"``.
         scales, zero_points: one number, or one for each index of a dimension.
         axis: that dimension; ``None``: one number for all.
@@ -70,7 +70,7 @@ class Quantized(NamedTuple):
 
 
 class Sparse(NamedTuple):
-    """The values that are not zero, and where they stand.
+    """The values that are not zero, and their places.
 
     Attributes:
         layout: torch name: ``"sparse_coo"``.
@@ -102,7 +102,7 @@ class Jagged(NamedTuple):
     Attributes:
         values: all of them.
         offsets: where each begins, and where the last ends.
-        lengths: of each, where they do not reach to the next one.
+        lengths: of each, if they do not reach to the next one.
         ragged_idx: the dimension, counted with the one of the tensors.
     """
 
@@ -135,7 +135,7 @@ Layout = Quantized | Sparse | Nested | Jagged | Meta | OnDevice
 
 
 class Call(NamedTuple):
-    """What makes a tensor, and the result.
+    """The maker of a tensor, and the result.
 
     Attributes:
         made: the innermost call, or a plain tensor.
@@ -158,7 +158,7 @@ class Call(NamedTuple):
 
 
 def call_of(node: object) -> Call:
-    """What makes a tensor: a node without the parameters and subclasses around it."""
+    """The maker of a tensor: a node without the parameters and subclasses around it."""
     cls, is_parameter, requires_grad = "", False, None
     for _ in range(_LAYERS):
         if not isinstance(node, Object) or node.how != "reduce" or len(node.args) not in (3, 4):
@@ -179,7 +179,7 @@ def call_of(node: object) -> Call:
 
 
 class Rebuilt(NamedTuple):
-    """What a call makes.
+    """The result of a call.
 
     Attributes:
         layout: a tensor of a special kind.
@@ -319,7 +319,7 @@ def _sparse(args: tuple[object, ...]) -> Layout:
 
 
 def _blocks(layout: str, size: Sequence[int], shape: Sequence[int], batch: int) -> tuple[int, int]:
-    """Rows and columns of a compressed layout, of blocks where it has them; negative: they do not fit."""
+    """Rows and columns of a compressed layout, counted in blocks if it has them; negative: they do not fit."""
     rows, columns = (*size[batch : batch + 2], -1, -1)[:2]
     if layout in ("sparse_csr", "sparse_csc"):
         return rows, columns
@@ -330,7 +330,7 @@ def _blocks(layout: str, size: Sequence[int], shape: Sequence[int], batch: int) 
 
 
 def compressed_counts(tensor: Sparse) -> tuple[int, int]:
-    """How many compressed and how many plain indices there can be: rows and columns, or the other way round."""
+    """How many compressed and how many plain indices there can be: rows and columns, or columns and rows."""
     counts = _blocks(tensor.layout, tensor.size, tensor.values.shape, len(tensor.indices[0].shape) - 1)
     return counts[::-1] if tensor.layout in ("sparse_csc", "sparse_bsc") else counts
 

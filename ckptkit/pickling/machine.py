@@ -75,7 +75,7 @@ BATCH = 1000
 """Items in one APPENDS or SETITEMS, as CPython's pickler batches them."""
 
 LOADER = ("torch.storage", "_load_from_bytes")
-"""What a plain pickle calls with the bytes of each storage (``torch/storage.py`` ``__reduce__``)."""
+"""The function that a plain pickle calls with the bytes of each storage (``torch/storage.py`` ``__reduce__``)."""
 
 NO_FRAME = 1 << 62
 """Where a frame that is not there ends: no position reaches it."""
@@ -132,11 +132,11 @@ class Machine:
         if self.frame_end not in (self.pos, NO_FRAME):
             raise AmbiguousError("STOP is not the end of its frame")
         self.watchers.clear()
-        del self.reach  # which holds the machine in turn: without it, what was read is gone as soon as nobody has it
+        del self.reach  # which holds the machine in turn: without it, the result is freed as soon as it is unused
         return self.stack.pop()
 
     def _left_over(self) -> str:
-        """What a pickle that ends with more or less than one value has done by then."""
+        """The effects of a pickle that ends with more or less than one value."""
         count = len(self.stack) + sum(map(len, self.marks))
         said = f"STOP without exactly one value on the stack ({count}{' and a MARK' if self.marks else ''})"
         names = self.globals.values()
@@ -187,7 +187,7 @@ class Machine:
         return text
 
     def pop_mark(self) -> list[object]:
-        """What was pushed since the last MARK."""
+        """The values pushed since the last MARK."""
         items = self.stack
         if not self.marks:
             raise CorruptError("an opcode needs a MARK and there is none")
@@ -415,7 +415,7 @@ class Machine:
         self.stack.append(_python2_str(codecs.escape_decode(text[1:-1])[0]))
 
     def bytes_(self, nbytes: int, make: Callable[[bytes], object] = bytes) -> None:
-        """BINBYTES and its kin; what torch or numpy is given may stay where it lies."""
+        """BINBYTES and similar; arguments of torch's or numpy's functions may be left in place."""
         if self.hold is None or not self.hold.data(self, nbytes):
             self.stack.append(make(self.take(nbytes)))
 
@@ -438,7 +438,7 @@ class Machine:
         self.stack.append(self.memo[self.memo_text()])
 
     def persistent_text(self) -> None:
-        """PERSID: ``str`` of the persistent id, where others have the id itself."""
+        """PERSID: ``str`` of the persistent id, while others have the id itself."""
         try:
             text = str(self.line(len(self.data)), "ascii")  # torch's may hold the source of a class
         except UnicodeDecodeError:
@@ -469,7 +469,7 @@ def _shown(node: object) -> str:
 
 
 def _python2_str(raw: bytes) -> str | bytes:
-    """A Python 2 ``str``: text where it is UTF-8, as ``torch.load`` reads it, bytes otherwise."""
+    """A Python 2 ``str``: text if it is UTF-8, as ``torch.load`` reads it, bytes otherwise."""
     try:
         return str(raw, "utf-8")
     except UnicodeDecodeError:

@@ -1,4 +1,4 @@
-"""What a pickle makes and pops off its stack: calls for their effect, recursion, and discarded values.
+"""Values that a pickle makes and pops off its stack: calls for their effect, recursion, and discarded values.
 
 - The sixth item of ``__reduce__`` is a function that is called with the object and its state, and whose result
   does not matter (``Lib/pickle.py`` ``save_reduce``: ``setter``, ``(obj, state)``, REDUCE, POP).  cloudpickle keeps
@@ -27,7 +27,7 @@ __all__ = ["Popped"]
 _POP, _REDUCE, _BINGET, _LONG_BINGET, _GET = b"0Rhjg"
 
 _MOST_PASSES = 8
-"""How often what is left is looked at again: what changes a part follows what made it."""
+"""How often the rest is examined again: a change of a part follows its making."""
 
 
 class _Value(NamedTuple):
@@ -37,7 +37,7 @@ class _Value(NamedTuple):
     top: object  # of the stack, without it
     filled: object  # how far the top was
     end: int  # position after the POP
-    is_new: bool  # whether it is the result of a call that was made right before, and is kept nowhere
+    is_new: bool  # whether it is the result of the call right before, and is kept nowhere
     before: int | None  # pairs that it had before some were set right before it was popped
 
 
@@ -57,10 +57,10 @@ class Popped:
 
         Args:
             value: that was popped.
-            top: what is on top of the stack now; ``None``: nothing.
+            top: the top of the stack now; ``None``: nothing.
             data: the pickle, at least to the POP.
             at: position of the POP.
-            memo: what the pickle can still refer to.
+            memo: the values that the pickle can still refer to.
             before: how many pairs it had before some were set right before the POP; ``None``: none were.
         """
         if isinstance(value, SCALARS) or value == ():
@@ -137,7 +137,7 @@ class Popped:
         return self._are_alike([(value.cls, kept.cls), (value.args, kept.args), (value.kwargs, kept.kwargs)])
 
     def _are_alike(self, stack: list[tuple[object, object]]) -> bool:
-        """Whether nodes in pairs, and all below them, are equal; tensors are where they are the same view."""
+        """Whether nodes in pairs, and all below them, are equal; tensors are if they are the same view."""
         seen: set[tuple[int, int]] = set()
         while stack:
             a, b = stack.pop()
@@ -161,7 +161,7 @@ class Popped:
 
 
 def _gotten(data: bytes, at: int, memo: Mapping[int, object]) -> object:
-    """What the pickle takes from the memo at a position, after two more POPs at most; ``None``: nothing."""
+    """The entry that the pickle takes from the memo at a position, after two more POPs at most; ``None``: none."""
     at += 2 if data[at : at + 2] == b"00" else data[at] == _POP
     op, argument = data[at], data[at + 1 : at + 5]
     if op == _GET:

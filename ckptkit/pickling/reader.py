@@ -34,7 +34,7 @@ __all__ = [
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_PICKLES = 5
-"""What a file of torch before 1.6 begins with, and how many pickles it has before its storages' bytes."""
+"""The beginning of a file of torch before 1.6, and how many pickles it has before its storages' bytes."""
 
 _MAGIC = LEGACY_MAGIC.to_bytes(10, "little")
 _MAGICS = (_MAGIC, _MAGIC.decode("latin-1").encode())
@@ -51,7 +51,7 @@ _F64 = Struct(">d").unpack_from
 
 
 class PickleResult(NamedTuple):
-    """What one pickle says.
+    """The content of one pickle.
 
     Attributes:
         root: the inert tree.
@@ -59,7 +59,7 @@ class PickleResult(NamedTuple):
         protocol: as declared by PROTO, 0 if there is none.
         globals: every name in it, in order of appearance.
         text_ids: whether persistent ids are text, as protocol 0 has them.
-        discarded: what it makes and drops, and that belongs to nothing in the tree (`ckptkit.pickling.popped`).
+        discarded: values it makes and discards, and that belong to nothing in the tree (`ckptkit.pickling.popped`).
     """
 
     root: object
@@ -86,7 +86,7 @@ def read_pickle(
     """Read one pickle that begins at ``start``.
 
     Args:
-        data: the bytes; what follows the pickle is left alone unless ``whole`` says that nothing may.
+        data: the bytes; those after the pickle are ignored unless ``whole`` forbids any.
         start: position of its first byte.
         persistent_load: from a persistent id to its node.
         constructors: calls that are understood, by ``(module, name)`` of the callee.
@@ -96,7 +96,7 @@ def read_pickle(
         whole: whether the pickle must be all there is.
         more: if ``data`` is only the beginning: from its length to a longer piece of the same bytes, or to the same
             length if there is no more.
-        hold: leaves the bytes of tensors and arrays where they lie; ``None``: they are in the tree.
+        hold: leaves the bytes of tensors and arrays in place; ``None``: they are in the tree.
         memo: an empty one to use; it may make entries that ``hold`` left out when they are asked for.
 
     Raises:
@@ -179,11 +179,10 @@ def _one_storage() -> re.Pattern[bytes]:
 
 
 def storage_pickles(data: bytes) -> tuple[str, str, int, int] | None:
-    """What the pickles of a file of torch before 1.6 say where it contains one storage and is as torch writes it.
+    """The facts in the pickles of a file of torch before 1.6 with one storage and exactly torch's form.
 
-    Returns:
-        The class's name in ``torch``, the location, how many elements, and the position after the pickles; ``None``: it
-        is another file, or is to be read pickle by pickle.
+    Returns: The class's name in ``torch``, the location, how many elements, and the position after the pickles;
+        ``None``: it is another file, or must be read pickle by pickle.
     """
     found = _one_storage().match(data)
     if found is None:
@@ -199,7 +198,7 @@ def _nested(limits: Limits, left: list[int], data: bytes) -> tuple[list[Global],
     """The names in a file of torch before 1.6, and whether it is one: five pickles, then its storages' bytes.
 
     Args:
-        limits: bounds on it; those on what it holds in turn are tighter, so that it ends.
+        limits: bounds on it; those on nested ones are tighter, so that it ends.
         left: the bytes that may still be read so, for all in one pickle together.
         data: the file.
     """

@@ -12,7 +12,7 @@ differs in anything is left to the opcodes; so is a pickle that does refer to th
 (`ckptkit.pickling.reader`).
 
 In a state_dict the next tensor follows with its name, BINUNICODE LONG_BINPUT GET ``_rebuild_tensor_v2``: as long as
-that goes on, `TensorShortcut.follow` does not come back to the opcodes.
+that continues, `TensorShortcut.follow` does not come back to the opcodes.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ class TensorShortcut:
         self._last, self._size = -1, 0  # the highest index of the memo when it had so many entries
         self._geometries: dict[tuple[bytes, bytes], _Geometry] = {}
         self._spelled: dict[tuple[bytes, bytes], tuple[bytes | None, bytes | None]] = {}
-        """Of known sizes the PUTs where they were spelled last: their entries are made when a GET asks for them."""
+        """For known sizes the PUTs after they were last spelled: their entries are made when a GET asks for them."""
         self._numbers: dict[bytes, int] = {}
         self._names: dict[tuple[bytes, ...], _Names] = {}
 
@@ -164,7 +164,7 @@ class TensorShortcut:
             at: the position after the tensor.
             memo: gets what the names and tensors write; see `__call__`.
             stack: gets them.
-            callee: what makes the tensors.
+            callee: the maker of the tensors.
             most: how many they may be.
 
         Returns:
@@ -183,7 +183,7 @@ class TensorShortcut:
             start = at + 5
             end = start + load(data[at + 1 : start], "little")
             found = match(data, end)
-            if found is None or found[1] is None:
+            if found is None:
                 break
             (
                 put_name, get_callee, get_storage, get_class, key_size, key, put_key, _, get_location, numel, put_id,
@@ -239,7 +239,7 @@ class TensorShortcut:
     def _entry(
         self, known: _Names, key: str, numel: bytes, offset: bytes, geometry: _Geometry, needs_grad: bytes
     ) -> TensorEntry | None:
-        """The tensor; ``None``: the opcodes are to say what is wrong with it."""
+        """The tensor; ``None``: the opcodes will say what is wrong with it."""
         numbers = self._numbers
         count = numbers[numel] if numel in numbers else self._number(numel)
         first = numbers[offset] if offset in numbers else self._number(offset)
@@ -254,7 +254,7 @@ class TensorShortcut:
         sizes, strides, reach = geometry
         row = DTYPES[storage.dtype]
         if (first + reach) * row.itemsize > storage.nbytes or row.kind == "quantized":
-            return None  # it does not lie inside its storage, or is no plain tensor
+            return None  # it is not inside its storage, or is not a plain tensor
         return tensor_of(storage, first, sizes, strides, row.name, needs_grad == b"\x88")
 
     def _found(self, data: bytes, at: int, memo: dict[int, object]) -> re.Match[bytes] | None:
@@ -285,7 +285,7 @@ class TensorShortcut:
                 return indices
         found = tuple(int.from_bytes(put, "little") for put in puts if put)
         if found[0] <= self._last or sorted(found) != [*found]:
-            self._spelled.clear()  # an entry may take the place of one that was left out
+            self._spelled.clear()  # an entry may replace one that was left out
         return found if len(set(found)) == len(found) and memo.keys().isdisjoint(found) else None
 
     def _number(self, opcode: bytes) -> int:
@@ -295,7 +295,7 @@ class TensorShortcut:
         return number
 
     def _there(self, index: int, memo: dict[int, object]) -> object:
-        """What is in the memo, or would if the tensor that spelled sizes last had been left to the opcodes."""
+        """The memo, as if the tensor that spelled sizes last had been left to the opcodes."""
         for spelled, puts in self._spelled.items() if index not in memo else ():
             for put, sizes in zip(puts, self._geometries.get(spelled, ()), strict=False):
                 if put and int.from_bytes(put, "little") == index:
@@ -327,7 +327,7 @@ class TensorShortcut:
 
 
 class _Names:
-    """What the four GETs of a tensor name, for as long as the memo has it there."""
+    """The entries that the four GETs of a tensor refer to, while the memo has them."""
 
     __slots__ = ("_found", "_get", "are_usual", "cls", "location", "made")
 
@@ -351,9 +351,9 @@ def _key(text: bytes, size: bytes) -> str | None:
 
 
 def _usual_names(memo: dict[int, object], names: tuple[bytes, ...], callee: Global) -> _Names | None:
-    """What GETs name, the last of them what makes the tensors; ``None``: it is not what is usual."""
+    """What GETs name, the last of them what makes the tensors; ``None``: it is not what is usual, or there is none."""
     known = _Names(memo, *map(_index, names[:4]))
-    return known if known.are_usual and memo.get(_index(names[4])) is callee else None
+    return known if known.are_usual and names[4] and memo.get(_index(names[4])) is callee else None
 
 
 def _keep_sizes(memo: dict[int, object], put_shape: bytes | None, put_stride: bytes | None, of: _Geometry) -> None:
@@ -362,7 +362,7 @@ def _keep_sizes(memo: dict[int, object], put_shape: bytes | None, put_stride: by
 
 
 def _sizes(known: object) -> tuple[int, ...] | None:
-    """What is in the memo, where it is a tuple of whole numbers that sizes can be."""
+    """The memo's entry, if it is a tuple of whole numbers that can be sizes."""
     if isinstance(known, tuple) and all(n.__class__ is int and -_HUGE < n < _HUGE for n in known):
         return known
     return None

@@ -68,8 +68,8 @@ _HUGE = 1 << 62
 """More than any count of elements or bytes: products and sums of counts stay cheap."""
 
 Locate = Callable[[str, int], tuple[ByteSource, int | None]]
-"""From a storage key and the size in bytes the pickle declares to where the bytes lie, and their
-recorded CRC-32 (``None``: not recorded)."""
+"""From a storage key and the size in bytes that the pickle declares to the range of its bytes, and their recorded
+CRC-32 (``None``: not recorded)."""
 
 
 class StorageTable:

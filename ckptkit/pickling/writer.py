@@ -22,16 +22,16 @@ __all__ = ["write_pickle"]
 
 
 _TUPLES = {1: b"\x85", 2: b"\x86", 3: b"\x87"}
-"""What makes a tuple of so many items."""
+"""The opcode that makes a tuple of so many items."""
 
 REBUILD = Global("torch._utils", "_rebuild_tensor_v2")
-"""What makes a plain tensor of its storage's own type."""
+"""The call that makes a plain tensor of its storage's own type."""
 
 ORDERED = Global("collections", "OrderedDict")
 
 
 _WRITTEN_OUT = 100
-"""Tensors whose sizes are written out; those of the others are referred to where they were written since."""
+"""Tensors whose sizes are written out; those of the others refer to ones written since."""
 
 
 def write_pickle(
@@ -42,8 +42,8 @@ def write_pickle(
     Args:
         root: an inert tree.
         lower: from a node that is not an inert node (a tensor, a storage, a marker) to the inert node for it in the
-            pickle; called once for each object.  A `TensorEntry` that `REBUILD` makes of its storage and sizes alone
-            may represent itself as its `Storage`.
+            pickle; called once for each object.  A `TensorEntry` that `REBUILD` makes from its storage and sizes may be
+            given as its `Storage`.
         protocol: the one the tree was read with, at least 2; names are understood by it.
         common_sizes: whether many tensors may have their shape and stride in common.
 
@@ -83,7 +83,7 @@ class _Writer:
         self.repeats = 0
         self.root: object = None
         self.references: Counter[int] | None = None
-        self.unset: dict[int, InertDict] = {}  # dicts of which what is set late is still to be written
+        self.unset: dict[int, InertDict] = {}  # dicts whose late pairs are not written yet
 
     def run(self, root: object) -> None:
         self.root = root
@@ -363,7 +363,7 @@ class _Writer:
         self.path.pop()
 
     def _persistent(self, node: PersistentId) -> Iterator[object]:
-        # Never memoized: a pickler asks for the persistent id anew each time it meets the object.
+        # Never memoized: a pickler asks for the persistent id each time it meets the object.
         yield node.pid
         self.out += b"Q"
 
@@ -438,7 +438,7 @@ class _Writer:
                 for found in unfinished:
                     del self.memo[found]
                 return unfinished
-            if not self._is_shared(key):  # a pickler would not write it anew either
+            if not self._is_shared(key):  # a pickler would not write it again either
                 unfinished[key] = self.memo[key]
         return {}
 

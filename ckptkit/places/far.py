@@ -52,7 +52,7 @@ _AHEAD = 64
 """Files that are open before they are asked for."""
 
 _asking = threading.RLock()
-"""Held while a listing is asked for, so that no two threads ask for one."""
+"""Held while a listing is requested, so that no two threads request one."""
 
 
 class FarEntry:
@@ -181,7 +181,7 @@ def is_folder(url: str) -> bool:
             if is_named and (_is_there(url) or not isinstance(current.failed.get(url), MissingFileError)):
                 return False
             return _listing(url) is not None
-    except FileAccessError:  # told where it is opened
+    except FileAccessError:  # reported when it is opened
         return False
 
 
@@ -208,7 +208,7 @@ def _is_there(url: str) -> bool:
         try:
             source = opened_at(url)
         except FileAccessError as error:
-            current.failed[url] = error  # told where it is opened, and not asked for again
+            current.failed[url] = error  # reported when it is opened, and not requested again
             return False
         current.keep(url, source)
         return True
@@ -373,7 +373,7 @@ class _Ahead:
         """
         with self._within:
             future = self._opening.pop(url, None)
-            if future is None:  # of those that wait the first may be some that the walk went past
+            if future is None:  # the first ones waiting may be some that the walk has passed
                 for passed in list(self._opening)[: _SIDE_BY_SIDE if len(self._opening) == _AHEAD else 0]:
                     _drop(self._opening.pop(passed))
             self._fill()
@@ -387,7 +387,7 @@ class _Ahead:
 
 
 def _looked_into(url: str) -> RemoteSource:
-    """A file of which is here what says what it is: its first bytes, and an archive's last."""
+    """A file with the bytes that identify it already here: its first bytes, and an archive's last."""
     file = opened_at(url)
     file._look_ahead()
     return file

@@ -122,7 +122,7 @@ class Run:
         """Keep the selected files in the share, sorted by what happens to them."""
         is_meant = (lambda path: True) if self._share is None else self._share.holds
         told = _told_unopened(selection, tasks, self._released)
-        # Of the manifest's own folders it is told what is missing.
+        # For the manifest's own folders, missing files are reported.
         empty = selection.empty if paths else ()
         self._is_nothing = not (told or empty or any(task.other is None for task in tasks))
         self._may_be_empty = self._may_skip and not selection.empty
@@ -296,7 +296,7 @@ def _told_empty(empty: Iterable[tuple[str, CkptkitError]], pickles: Sequence[str
 
 
 def _tasks(selection: Selection, paths: Sequence[str] | None, manifest: Manifest | None, config: Config) -> list[Task]:
-    """What is to be looked at; without paths, all that the manifest names."""
+    """The files to check; without paths, all that the manifest names."""
     others = _other_tasks(selection, config)
     if manifest is None:
         return [*(_task(each, config, selection) for each in selection.checkpoints), *others]
@@ -347,7 +347,7 @@ def _tidy(path: str) -> str:
     if places.is_url(path):
         return path
     steps = path.split(os.sep)
-    if "." not in steps:  # the same text, which takes no room of its own
+    if "." not in steps:  # the same text, which takes no extra memory
         return path
     return os.sep.join(step for step in steps if step != "." or len(steps) == 1)
 

@@ -34,7 +34,7 @@ def require_one_place(paths: Sequence[str]) -> bool:
 
 
 def url_of(folder: str) -> str | None:
-    """A folder, where it is a URL."""
+    """A folder, if it is a URL."""
     return places.shown(folder) if places.is_url(folder) else None
 
 
@@ -44,8 +44,8 @@ def url_of(folder: str) -> str | None:
 def common_folder(paths: Sequence[str]) -> str:
     """The folder that files are recorded relative to where nothing else says so.
 
-    Of local paths it is the working directory, or where files are elsewhere the folder they have in common; of URLs
-    what they have in common.
+    For local paths it is the working directory, or if files are elsewhere the folder they have in common; for URLs
+    their common folder.
     """
     if require_one_place(paths):
         return _common_url(paths)
@@ -59,7 +59,7 @@ def common_folder(paths: Sequence[str]) -> str:
 
 
 def _is_one(path: str, folder: str) -> bool:
-    """Whether a folder is itself the checkpoint that is to be recorded: it is recorded beside it."""
+    """Whether a folder is itself the checkpoint to record: then the manifest is beside it."""
     return places.relative(path, folder) == "." and places.isdir(path) and _is_sharded(path)
 
 
@@ -89,16 +89,16 @@ def _folder_of(path: str) -> str:
     return path if places.isdir(path) and not _is_sharded(path) else places.split(path)[0]
 
 
-# A manifest that files are held against.
+# A manifest that files are checked against.
 
 
 def based(manifest: Manifest, path: str, paths: Sequence[str]) -> Manifest:
-    """A manifest whose ``folder`` is the one its files are to be in, and ``beside`` the one it is in itself.
+    """A manifest whose ``folder`` is the one for its files, and ``beside`` its own.
 
     Args:
         manifest: as it was read.
         path: of the manifest; messages use paths as given, not from the root of the disk.
-        paths: what is to be checked against it; none: where it was made, or beside it where its files are there.
+        paths: to check against it; none: its origin, or its own folder if its files are there.
 
     Raises:
         VerifyError: some of the paths are URLs and others are not.

@@ -67,7 +67,7 @@ class Config:
 
     Attributes:
         path: the file; ``None``: there is none.
-        paths: what to check where nothing is named: paths, and URLs.
+        paths: what to check if nothing is named: paths, and URLs.
         manifest: the manifest's path.
         settings: fields of the `Policy` for all files.
         overrides: those for some.

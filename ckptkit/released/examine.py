@@ -1,4 +1,4 @@
-"""What is to be known of a released file: opened, read once at most, and described as far as anybody asks.
+"""The facts about a released file: opened, read once at most, and described as far as requested.
 
 Nothing is executed, and torch is not needed.  Bytes of tensors are read only where hashes, digests, recorded checksums
 or counts of NaN and Inf are asked for, and then once for all of them (`ckptkit.released.reading`).  Facts from the tree
@@ -190,24 +190,24 @@ class _Contents:
         return list(other_values_in(self.checkpoint, plain, self.weights.others, self.beside))
 
 
-@dataclass(frozen=True, kw_only=True)  # without slots: what was found once is kept
+@dataclass(frozen=True, kw_only=True)  # without slots: results are cached
 class Examined:
-    """A file, as far as it was looked at.
+    """A file, as far as it was examined.
 
     Attributes:
         path: as it was given.
         size: in bytes, with its shards; for a compressed file or a member of an archive, that of the stored file.
-        sha256: of the file in hexadecimal (of an index, the index alone); ``None``: not asked for, or it is a folder.
+        sha256: of the file in hexadecimal (for an index, only the index); ``None``: not requested, or it is a folder.
         format: container name.
         is_inside: whether the container is compressed, or in an archive.
-        kind: what it holds.
+        kind: of content.
         trust: how much a loader that executes pickles would have to trust.
         globals: every Python name in its pickles.
         unvouched: its parts that are code, or could not be read.
         has_pickle: whether it has any.
         is_program: whether it contains a program, of which only the weights can be written.
         shards: of a sharded checkpoint, in the order of the index; of a folder its own files.
-        damage: what recorded checksums show to be damaged; ``None``: nothing, or they were not held.
+        damage: the damage that recorded checksums show; ``None``: none, or they were not checked.
         unlike: which copies are not what they are copies of; ``None``: none, or they were not compared.
         malformed: quantized, sparse and nested tensors whose parts do not fit each other, with what is wrong.
         content_digest: of all tensors (`ckptkit.digests`); ``None``: not asked for, or there is no tensor.
@@ -240,7 +240,7 @@ class Examined:
 
     @cached_property
     def tensors(self) -> tuple[TensorFact, ...]:
-        """Those of the weights, sorted by name; of a file without selected weights, all."""
+        """Those of the weights, sorted by name; for a file without selected weights, all."""
         return tuple(_fact(name, entry, of, self._reading) for name, entry, of in self._contents.weights.tensors)
 
     @cached_property
@@ -341,12 +341,12 @@ def examine_file(
         if checkpoint.origin.state_path is None:
             contents.weights  # noqa: B018 - what has names beyond all use is refused, whatever is asked of it
         reading, given = Reading(), formats.given_of(file)
-        is_whole = given is file  # else a file that is compressed or an archive, and what is in it
+        is_whole = given is file  # otherwise a compressed file or an archive, and its content
         is_read, unlike = bool(hash_file or digest or values or held), None
         is_held = checksums and not ignore_checksums
         if checksums or is_folder(file):
             checkpoint, unlike = _looked_into(file, checkpoint, is_read=is_read, held=is_held)
-            contents.checkpoint = checkpoint  # what stands in it is the same
+            contents.checkpoint = checkpoint  # its content is the same
         files, parts = files_of(file)
         if is_read:
             reading = read_through(
@@ -360,7 +360,7 @@ def examine_file(
             )
         else:
             look_at_ends(files)
-        if is_folder(file) and is_held:  # what pieces lie in is known by now
+        if is_folder(file) and is_held:  # the sources of pieces are known by now
             reading.damages.extend(damages_of(contents.storages, reading.sums))
         hashes = reading.files
         if hash_file and not is_whole:

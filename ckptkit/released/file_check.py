@@ -1,8 +1,8 @@
-"""One file of a check: what it is checked against, what that finds, and what it was when it was looked at.
+"""One file of a check: what it is checked against, the results, and the state of the file when it was checked.
 
-`held` is called where the file is looked at, in this process or in another: what goes there (a `Task`) and what comes
-back (a `FileResult`, and the model it is of) is plain data.  What needs a model is done by `with_model`, in the process
-that has it.
+`held` is called where the file is checked, in this process or in another: its argument (a `Task`) and its results (a
+`FileResult`, and the known model) are plain data.  What needs a model is done by `with_model`, in the process that has
+it.
 """
 
 from __future__ import annotations
@@ -60,10 +60,10 @@ class Task:
         path: the file.
         policy: what every file must meet.
         record: its record in the manifest; ``None``: it has none.
-        folder: of the manifest, where there is one.
+        folder: of the manifest, if there is one.
         is_extra: whether the manifest should name it, and does not.
-        other: the kind of a file that is not a checkpoint, and is looked at for its pickles.
-        shards: those that were named, for which it stands.
+        other: the kind of a file that is not a checkpoint, and is searched for pickles.
+        shards: the named shards that it represents.
         against: a digest of everything else the result depends on; ``None``: nobody will ask whether the result is
             still valid.
     """
@@ -103,7 +103,7 @@ class Task:
         return places.below(self.folder, self.record.golden.path)
 
 
-@collector_paused()  # what is read is gone at the end, without it
+@collector_paused()  # without it, read values are freed at the end
 def held(task: Task, threads: int = 1) -> tuple[FileResult, Architecture | None]:
     """What of a file is not as manifest and policy want it; and the model it is of, where nothing else says which."""
     if task.other is not None:
@@ -152,7 +152,7 @@ def _looked_into(task: Task, threads: int) -> tuple[Examined, list[CheckFinding]
         threads=threads,
     )
     may_be_same = task.may_be_same
-    # What is far is read once, for all that may be needed.
+    # A remote file is read once, for everything that may be needed.
     at_once = not may_be_same or places.is_url(path)
     examined = digested = look(
         hash_file=record is not None,
@@ -176,7 +176,7 @@ def _looked_into(task: Task, threads: int) -> tuple[Examined, list[CheckFinding]
 
 
 def held_from(folder: str, task: Task, threads: int = 1) -> tuple[FileResult, Architecture | None]:
-    """As `held`, of a task whose paths are relative to a folder that need not be the working directory here."""
+    """As `held`, for a task whose paths are relative to a folder that need not be the working directory here."""
     if os.getcwd() == folder:
         return held(task, threads)
 

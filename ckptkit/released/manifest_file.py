@@ -17,8 +17,8 @@ are relative to the ``origin``, a URL, which other manifests do not have.  ``fol
 from (``"."`` is its own, which is also the default): everything in them is released, so a checkpoint there that is not
 among ``files`` is one too many.  ``size`` is in bytes, of a sharded checkpoint with its shards; ``sha256`` is of the
 file itself, and of an index the index alone; a folder that is one checkpoint has none, and its files are its
-``shards``.  Digests, and the names of tensors, are those of `ckptkit.digests`.  ``tensors`` is ``null`` where they are
-folded into the content digest.  ``whole_digest``, ``shards`` (named relative to the index, or to the folder) and
+``shards``.  Digests, and the names of tensors, are those of `ckptkit.digests`.  ``tensors`` is ``null`` if they are
+combined in the content digest.  ``whole_digest``, ``shards`` (named relative to the index, or to the folder) and
 ``others`` (values that are not plain tensors) are left out if there are none.  A reader ignores keys it does not know,
 and refuses another version.
 

@@ -130,7 +130,7 @@ class _Task:
 
     Attributes:
         is_listed: whether its tensors are listed.
-        before: its record so far, of which is asked whether it still holds; ``None``: it is recorded again.
+        before: its record so far, which is used if it is still valid; ``None``: it is recorded again.
     """
 
     name: str
@@ -140,7 +140,7 @@ class _Task:
     before: FileRecord | None = None
 
 
-@collector_paused()  # what is read is gone at the end, without it
+@collector_paused()  # without it, read values are freed at the end
 def _recorded(task: _Task, threads: int = 1) -> FileRecord | CkptkitError | None:
     """The current record of a file; its existing record if that is still valid."""
     if task.before is not None:
@@ -263,7 +263,7 @@ def _may_be_unchanged(name: str, path: str, record: FileRecord) -> bool:
     try:
         return bool(record.shards) or places.size(path) == record.size
     except OSError:
-        return True  # examining it will say what is wrong
+        return True  # examining it will report the problem
 
 
 def _unselected(old: Mapping[str, FileRecord], wanted: Mapping[str, str], folder: str) -> dict[str, FileRecord]:
@@ -380,7 +380,7 @@ def make_at(
     previous = read_manifest(destination) if destination is not None and there and update else None
     folder, beside = _folders_for(paths, destination, previous)
     with places.asked_once(folder):
-        tag = tag if paths else None  # what it was made of is each a step by itself
+        tag = tag if paths else None  # each of its folders is a separate step
         paths = paths or (_paths_of(previous, folder) if update else ())
         if tp_rules is None:
             paths = [step_of(path, tag) if places.isdir(path) else path for path in paths]

@@ -291,7 +291,7 @@ def model_findings(
         "allow_part": policy.allow_part,
     }
     if policy.forward and golden is not None:
-        options["golden"] = golden  # with the model and the inputs, where they are not given
+        options["golden"] = golden  # with the model and the inputs, if they are not given
     elif policy.fits is None and architecture is not None and not architecture.prefix:
         options["model"] = architecture.reference
         options["model_args"] = {**architecture.args, **policy.model_args}
@@ -300,7 +300,7 @@ def model_findings(
             path,
             rule,
             "a model to run",
-            "the forward pass was asked for, but no model is named (--fits REF), recorded in a golden file, or identified",
+            "the forward pass was asked for, but no model is named (--fits REF), in a golden file, or identified",
         )
         return
     try:
@@ -320,7 +320,7 @@ def _model_rules(report: Report, path: str, policy: Policy, reference: str) -> I
     """The verifier's findings but those that are only worth knowing, each under the rule whose it is."""
     findings: list[VerifyFindingDocument] = report.to_dict()["findings"]
     for finding in findings:
-        if finding["severity"] == "info" or finding["code"] == CODE:  # which its own rule has told
+        if finding["severity"] == "info" or finding["code"] == CODE:  # which its own rule has reported
             continue
         fits = policy.fits is not None and (not policy.forward or finding["check"] in (None, *_FIT_CHECKS))
         fix = finding["fix"]

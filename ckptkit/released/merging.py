@@ -90,7 +90,7 @@ def _worst(runs: Sequence[Sequence[Stream]]) -> dict[str, FileResult]:
     """The result of each file: of those of one run the latest, of those of several the worst."""
     results: dict[str, FileResult] = {}
     for streams in runs:
-        if streams[-1].is_complete:  # it has told of all files again, but for those that are gone
+        if streams[-1].is_complete:  # it has reported on all files again, except those that are gone
             streams = streams[-1:]
         latest = {result.path: result for stream in streams for result in stream.results}
         for path, result in latest.items():

@@ -87,7 +87,7 @@ class Policy:
             _among("allow_dtype", given, DTYPES)
         for given in self.require_format:
             _among("require_format", given, CONTAINERS)
-        fits: Any = self.fits  # what is configured may be of any type
+        fits: Any = self.fits  # a configured value may have any type
         if fits is not None and (not isinstance(fits, str) or not fits):
             raise _refused("fits", fits, "a reference such as torchvision:resnet18")
         rules: Any = self.tp_rules
@@ -129,7 +129,7 @@ POLICY_KEYS = tuple(name.replace("_", "-") for name in POLICY_FIELDS)
 if TYPE_CHECKING:
 
     class PolicyKeywords(TypedDict, total=False):
-        """What `ckptkit.check` takes of a `Policy`; ``None``: what is configured stands."""
+        """The arguments of `ckptkit.check` for a `Policy`; ``None``: the configured value applies."""
 
         no_pickle: bool | None
         max_trust: Literal["safe", "needs_trust"] | None

@@ -1,4 +1,4 @@
-"""The rules of a policy, one function each: what of an examined file they forbid.
+"""The rules of a policy, one function each: what they forbid in an examined file.
 
 Adding one is a field of `Policy`, a function here and a line in `RULES`.
 """
@@ -41,7 +41,7 @@ def rules_of(policy: Policy) -> tuple[str, ...]:
 
 
 def violations(examined: Examined, policy: Policy) -> Iterator[CheckFinding]:
-    """What of a file its policy forbids, in the order of the rules."""
+    """The violations of its policy in a file, in the order of the rules."""
     found = (finding for _, wanted, rule in RULES if wanted(policy) for finding in rule(examined, policy))
     return apart(found, ["--ignore-checksums"] * policy.ignore_checksums)
 
@@ -87,7 +87,7 @@ def _too_much_trust(
 
 
 def pickle_violations(path: str, inside: Inside, policy: Policy) -> Iterator[CheckFinding]:
-    """What a policy forbids of a file that is not a checkpoint, or none that can be read: its pickles.
+    """The violations of a policy in a file that is not a checkpoint, or cannot be read: its pickles.
 
     One broken rule is enough; if none is known to be broken, unread content counts.
     """
@@ -291,7 +291,7 @@ def _whole(examined: Examined, policy: Policy) -> Iterator[CheckFinding]:
 
 
 def _convert(examined: Examined, *options: str, pickled: bool = True) -> str | None:
-    """The command that writes the weights alone; ``None``: the file has none, or not all.
+    """The command that writes only the weights; ``None``: the file has none, or not all.
 
     Of several sections it takes the one that inspect advises.  What safetensors cannot hold goes into a ``.pth``, or
     nowhere where a pickle is not ``pickled``.
@@ -331,4 +331,5 @@ RULES: tuple[tuple[str, Callable[[Policy], object], Rule], ...] = (
     ("location", lambda policy: policy.location, _location),
     ("whole", lambda policy: True, _whole),
 )
-"""Every rule that a file alone decides: its name (``whole`` is for ``allow_part``), whether a policy has it, and it."""
+"""Every rule that needs only the file: its name (``whole`` is for ``allow_part``), whether a policy has it, and the
+rule."""

@@ -47,12 +47,12 @@ _PIECE_NBYTES = 1 << 20
 """Bytes read and hashed at a time."""
 
 _PIECES = 4
-"""Buffers, of which one is read into while others are hashed."""
+"""Buffers: one is read into while others are hashed."""
 
 
 @dataclass(slots=True)
 class Values:
-    """What was computed of one tensor's values.
+    """The results for one tensor's values.
 
     Attributes:
         entry: the tensor.
@@ -80,15 +80,15 @@ class Values:
 
 
 class Reading:
-    """What was read.
+    """The results of reading.
 
     Args:
-        digested: tensors that are to be digested.
+        digested: tensors to digest.
         counted: those whose NaN and Inf are counted.
 
     Attributes:
         files: the SHA-256 of each file in hexadecimal, by ``id``.
-        damages: of the storages whose recorded checksums were held, those whose bytes are others.
+        damages: of the storages whose recorded checksums were checked, those whose bytes differ.
         sums: the CRC-32 of remote files' values that are not stored unchanged.
     """
 
@@ -106,7 +106,7 @@ class Reading:
             self.want(entry, counts=True)
 
     def want(self, entry: TensorEntry, *, digest: bool = False, counts: bool = False) -> None:
-        """Something is to be computed of a tensor, once however many names it has."""
+        """Something has to be computed for a tensor, once however many names it has."""
         known = self._first.get(id(entry.storage))
         if known is None:
             known = self._first[id(entry.storage)] = Values(entry)
@@ -119,11 +119,11 @@ class Reading:
 
     @property
     def wanted(self) -> Iterator[Values]:
-        """Everything of which something is computed."""
+        """Everything for which something is computed."""
         return chain(self._first.values(), self._others.values())
 
     def of(self, entry: TensorEntry) -> Values | None:
-        """What was computed of a tensor; ``None``: nothing was wanted of it, or its bytes cannot be inflated."""
+        """The results for a tensor; ``None``: none were requested, or its bytes cannot be inflated."""
         found = self._first.get(id(entry.storage))
         if found is not None and found.entry is not entry and found.entry.view != entry.view:
             found = self._others.get(entry.view)
@@ -221,7 +221,7 @@ def _read_apart(
 
 
 def files_of(file: Source) -> tuple[list[Source], dict[str, Source]]:
-    """What is read: the file and its shards, or all of a folder's own files; and those of several by name."""
+    """The sources to read: the file and its shards, or all of a folder's own files; and those of several by name."""
     parts = hashed_parts(file) if is_folder(file) else file.parts
     return [*([] if is_folder(file) else [file]), *parts.values()], parts
 

@@ -85,14 +85,14 @@ class CheckFinding(Finding):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileResult:
-    """One file, the rules it was held to and what they found.
+    """One file, its rules and what they found.
 
     Attributes:
         path: the file.
         size: bytes; ``None``: it could not be read, or is not there.
-        sha256: of the file, where it was computed.
+        sha256: of the file, if it was computed.
         rules: those applied, in order.
-        findings: what they found.
+        findings: from the rules.
         seconds: how long it took.
         stamp: of the file when it was checked; ``None``: not requested, or unknown.
         against: a digest of all else that the result depends on.
@@ -230,7 +230,7 @@ class CheckReport(Report["CheckDocument"]):
 
 
 def unreadable_finding(path: str, error: CkptkitError, allow_part: bool = False) -> CheckFinding:
-    """A file that could not be read; or that is a part of a checkpoint, where that is not allowed."""
+    """A file that could not be read; or a part of a checkpoint that is not allowed."""
     if error.is_hostile and isinstance(error, FormatError):
         return hostile_finding(path, error)
     message = str(error).removeprefix(f"{path}: ")
@@ -259,7 +259,7 @@ def malformed_finding(path: str, told: str) -> CheckFinding:
 
 
 def _broken(code: str, path: str, expected: str, found: str, message: str) -> CheckFinding:
-    """What is wrong with a file whatever the policy: it cannot be read, or not all of it."""
+    """The problem with a file whatever the policy: it cannot be read, or not all of it."""
     return CheckFinding(
         code=code, severity="error", path=path, rule="readable", expected=expected, found=found, message=message
     )
@@ -419,7 +419,7 @@ class Tally:
 
 
 def _tally_of(document: CheckDocument) -> Tally:
-    """What a document's findings come to."""
+    """The verdict of a document's findings."""
     errors: dict[str, set[bool]] = {}
     unchecked = False
     for finding in document["findings"]:

@@ -23,7 +23,7 @@ class Selected:
 
     Attributes:
         path: for opening it.
-        name: relative to the folder in question, with ``/``; begins with ``../`` where it is not below it.
+        name: relative to the folder in question, with ``/``; begins with ``../`` if it is not below it.
         names: that, and its other names: links to the same file.
     """
 
@@ -40,7 +40,7 @@ class Selection:
         checkpoints: each once, sorted by name.
         passed: the files that were met and are not checkpoints, with their kinds.
         others: those among them that may hold pickles, with their kinds.
-        unreadable: files and folders of which nothing is known, and why.
+        unreadable: files and folders about which nothing is known, and why.
         empty: folders without a checkpoint, each with its message.
         shards: shards that were named, by the path of the index that includes them.
     """
@@ -179,8 +179,8 @@ def name_of(path: str, folder: str, seen: dict[str, str] | None = None) -> str:
 
     Args:
         path: the file.
-        folder: what it is relative to.
-        seen: of very many files, gets the names of the folders they are in, each of which is asked for once.
+        folder: the base of relative paths.
+        seen: for very many files, collects the names of the folders they are in, each of which is listed once.
     """
     if not folder and os.sep == "/" and path[:1] not in ("/", ".") and os.path.normpath(path) == path:
         return path  # as most are, of very many
@@ -191,7 +191,7 @@ def name_of(path: str, folder: str, seen: dict[str, str] | None = None) -> str:
         if not seen[above].endswith(".."):  # else the path may be that of the folder
             return f"{seen[above]}/{last}".removeprefix("./")
     name = places.relative(path, folder)
-    return path if name == path else name  # the same text takes no room of its own
+    return path if name == path else name  # the same text takes no extra memory
 
 
 def size_of(path: str) -> int:

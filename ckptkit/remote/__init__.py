@@ -66,7 +66,7 @@ _MOST_KEPT = 128
 
 
 class Session:
-    """What one command knows of the servers it asks.
+    """Facts that one command has learned about servers.
 
     Args:
         options: ``--storage-option``: what fsspec's file systems are made with.
@@ -78,7 +78,7 @@ class Session:
         opened: files that were opened to see what they are, by URL.
         ahead: what opens files before they are asked for.
         failed: why a file could not be opened, or a folder listed, by URL, a folder's with ``/*`` at its end.
-        notes: what others found out of URLs, by URL.
+        notes: facts that others learned about URLs, by URL.
         hidden: the credentials in URLs: each URL, and who it asks, by how it is shown.
         process: whose connections they are.
     """
@@ -176,7 +176,7 @@ class _Carried:
 
     Args:
         known: the session.
-        work: what is called within one like it.
+        work: called within a session like it.
     """
 
     def __init__(self, known: Session, work: Callable[[Any], Any]) -> None:

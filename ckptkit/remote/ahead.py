@@ -1,8 +1,8 @@
-"""Reading ahead: what is about to be read of a file on another machine is fetched in blocks, several at a time.
+"""Reads ahead: the next bytes of a file on another machine are fetched in blocks, several at a time.
 
 Readers of values announce them (`ckptkit.bytesource.Source.will_read`), in about the order in which they are read.
-Ranges that nearly follow one another are made blocks of 8 to 32 MiB, each byte in one; those of which a whole file
-consists are smaller where the file is.  Some threads fetch the next blocks, as far as there is room; a reader who comes
+Ranges that nearly follow one another are made blocks of 8 to 32 MiB, each byte in one; for ranges that are a whole
+file, they are smaller if the file is.  Some threads fetch the next blocks, as far as there is room; a reader who comes
 before them fetches the block itself, so nobody ever waits for room.  A block is let go of once the readers are some way
 past it.  Ranges requested then are read as if they had not been announced.
 
@@ -22,8 +22,8 @@ from ckptkit.bytesource import given_up, require_wanted
 __all__ = ["GAP_NBYTES", "MOST_NBYTES", "Brought", "Passing", "ReadAhead"]
 
 GAP_NBYTES, _LEAST_GAP = 1 << 20, 16 << 10
-"""The most bytes between two ranges that are fetched along, as a trip takes as long; and of files with little to read,
-of which what is known already, or not wanted, would add up to much.
+"""The most bytes between two ranges that are fetched along, because a request takes as long; and for files with little
+to read, in which known or unneeded bytes would add up to much.
 """
 
 _LEAST_BLOCK, _LARGE_BLOCK = 8 << 20, 16 << 20
@@ -36,7 +36,7 @@ _AHEAD_NBYTES, _KEPT_NBYTES = 80 << 20, 48 << 20
 """Bytes fetched beyond the current position, and bytes kept before it for readers slightly behind."""
 
 _LATE_NBYTES = 64 << 10
-"""Bytes of a range that are kept by themselves where it is read long after the block that it is in."""
+"""Bytes of a range that are kept separately if it is read long after its block."""
 
 _FETCHERS = 4
 """Blocks of a file that are fetched at a time."""
@@ -73,7 +73,7 @@ class _Block:
 
 
 class Brought(NamedTuple):
-    """What a block has of the bytes that are asked for.
+    """The part of the requested bytes in a block.
 
     Attributes:
         data: they.
@@ -106,7 +106,7 @@ class ReadAhead:
     Args:
         read: gives exactly so many bytes from a position; called from several threads.
         areas: the ranges, offset and size in bytes, in about the order in which they are read.
-        passing: what is to see each block as it comes.
+        passing: called with each block as it arrives.
     """
 
     def __init__(
@@ -139,7 +139,7 @@ class ReadAhead:
         self._halt = threading.Event()
 
     def find(self, offset: int, nbytes: int) -> Brought | None:
-        """What a block brings of these bytes, from the first on; ``None``: none does, or it was let go of.
+        """The part of these bytes in a block, from the first on; ``None``: there is none, or it was released.
 
         Raises:
             FileAccessError, CorruptError: as the block could not be fetched.
@@ -150,7 +150,7 @@ class ReadAhead:
         block = self._lying[at]
         with _changed:
             while block.state == "coming" and not self._is_closed:
-                _changed.wait(0.2)  # an interrupt is heard meanwhile
+                _changed.wait(0.2)  # an interrupt is received in the meantime
                 require_wanted()
             if self._is_closed or block.state == "gone":
                 return None
@@ -191,7 +191,7 @@ class ReadAhead:
         _Room.nbytes += block.end - block.start
 
     def _advance(self, turn: int) -> None:
-        """A reader is at this block: what lies well before it is let go of, and what follows is fetched."""
+        """A reader is at this block: blocks well before it are released, and the following ones are fetched."""
         if turn <= self._at:
             return
         self._at = turn
@@ -265,7 +265,7 @@ class ReadAhead:
         if beyond > _AHEAD_NBYTES:
             return False
         for other in _Room.readers if _Room.nbytes + nbytes > MOST_NBYTES else ():
-            if _Room.had - other._had > _KEPT_NBYTES:  # whoever read there has gone elsewhere
+            if _Room.had - other._had > _KEPT_NBYTES:  # that reader has gone elsewhere
                 for read in [each for each in other._here if each.turn <= other._at]:
                     other._drop(read)
         return _Room.nbytes + nbytes <= MOST_NBYTES

@@ -55,7 +55,7 @@ _PORTS = {"http": 80, "https": 443}
 
 
 class Target(NamedTuple):
-    """What a URL says.
+    """The parts of a URL.
 
     Attributes:
         scheme, host, port: whom to ask.
@@ -152,7 +152,7 @@ class _Raw(io.RawIOBase):
 
 
 class Answer(HTTPResponse):
-    """What a server answers.
+    """A server's answer.
 
     Attributes:
         is_cut: whether the body ended before it was to.
@@ -242,7 +242,7 @@ class Answer(HTTPResponse):
         self._connection, self._route = connection, route
 
     def release(self) -> None:
-        """Let go of it: its connection is kept where it was read to its end."""
+        """Release it: its connection is kept if it was read to its end."""
         is_whole = not self.is_cut and (self.isclosed() or self.length == 0)
         if is_whole and not self.will_close and self._connection is not None and self._route is not None:
             self.close()

@@ -77,7 +77,7 @@ class Described(NamedTuple):
         stamp: identifies this state of the file at ``url``.
         linked: the same as said by who redirected to there: the hub's ``X-Linked-ETag``, a hash of the file.
         commit: the hub's, which the file is of.
-        via: what was known of where the bytes are, if that was asked at once.
+        via: the known place of the bytes, if they were requested there directly.
     """
 
     answer: Answer
@@ -112,7 +112,7 @@ class HttpStore(Store):
         return self.opened(url, place, nbytes)
 
     def opened(self, url: str, place: Place, nbytes: int) -> FarFile:
-        """What the file at a place is, whose URL is ``url``; the rest as in `open`."""
+        """The facts about the file at a place, whose URL is ``url``; the rest as in `open`."""
         file = retried(place.shown, lambda: self._opened(url, place, nbytes))
         came, wanted = len(file.head), min(nbytes, file.size)
         return file if came == wanted else replace(file, head=file.head + self.read(file, came, wanted - came))
@@ -140,7 +140,7 @@ class HttpStore(Store):
             return replace(known, size=size, head=head)
 
     def read(self, file: FarFile, offset: int, nbytes: int) -> bytes:
-        """As `Store.read`; what broke off is gone on with where it was."""
+        """As `Store.read`; an interrupted read continues where it was."""
         place: Place = file.place
         if place.copy is not None:
             return place.copy.read(offset, nbytes)
@@ -243,7 +243,7 @@ class HttpStore(Store):
 
     @contextlib.contextmanager
     def _asked(self, place: Place, first: int, last: int) -> Iterator[Described]:
-        """What is answered when these bytes are asked for, which is one of 200, 206 and 416.
+        """The answer to a request for these bytes, which is one of 200, 206 and 416.
 
         Raises:
             Passing: it may be another the next time.

@@ -3,9 +3,9 @@
 The hub's own client (huggingface_hub) writes URLs so (``utils/_hf_uris.py``), takes the endpoint and the token from the
 same variables of the environment (``constants.py``, ``utils/_auth.py``) and reads the same answers
 (``file_download.py``, ``utils/_http.py``); nothing of it is needed here.  A file is read by range at
-``{endpoint}/{repo}/resolve/{revision}/{path}``, which redirects to where large ones lie.  That first answer names the
-commit (``X-Repo-Commit``), of which the repository is from then on, whatever is pushed, and the file's SHA-256, or that
-of its blob in git (``X-Linked-ETag``, ``ETag``).  What a folder holds is at
+``{endpoint}/{repo}/resolve/{revision}/{path}``, which redirects to the place of large ones.  That first answer names
+the commit (``X-Repo-Commit``), from which the repository is read from then on, whatever is pushed, and the file's
+SHA-256, or that of its blob in git (``X-Linked-ETag``, ``ETag``).  The content of a folder is at
 ``{endpoint}/api/models/{repo}/tree/{revision}/{path}``, page after page (``Link``); mirrors may have it only at
 ``{endpoint}/api/models/{repo}/revision/{revision}``.
 """
@@ -52,11 +52,11 @@ _Value = TypeVar("_Value")
 
 @dataclass(frozen=True, slots=True)
 class HubPath:
-    """What an ``hf://`` URL says.
+    """The parts of an ``hf://`` URL.
 
     Attributes:
         kind: ``"models"``, ``"datasets"`` or ``"spaces"``.
-        repo: ``user/repo``, or a name alone, as the first ones have.
+        repo: ``user/repo``, or a single name, as the first repositories have.
         revision: branch, tag or commit; ``None``: the URL names none.
         path: in the repository, with slashes; "": all of it.
     """
@@ -122,7 +122,7 @@ def _endpoint() -> str:
 
 
 def _token(url: str) -> str | None:
-    """What the hub knows the user by: from the environment, else from the file where its client keeps it.
+    """The user's token: from the environment, otherwise from the file of the hub's own client.
 
     Raises:
         FileAccessError: it cannot be one; named is the file that it was for.
@@ -162,7 +162,7 @@ class _HubPlace(Place):
     """A place on the hub.
 
     Attributes:
-        path: what it is of.
+        path: the file's path.
         code: the hub's word for why it refused (``X-Error-Code``).
     """
 
@@ -184,8 +184,8 @@ class HubStore(HttpStore):
 
         Args:
             url: as it was given.
-            path: what it says.
-            before: what is in the page's URL between the endpoint and the revision.
+            path: the parts of its URL.
+            before: the part of the page's URL between the endpoint and the revision.
             after: the part after that.
 
         Raises:
@@ -203,13 +203,13 @@ class HubStore(HttpStore):
         return _HubPlace(place.asked, url, f"Bearer {token}" if token else place.authorization, path=path)
 
     def _pinned(self, path: HubPath, commit: str | None) -> str | None:
-        """The commit that all of this revision is read from: this one where it is the first."""
+        """The commit that all of this revision is read from: this one if it is the first."""
         if commit is None or not _COMMIT.fullmatch(commit):
             return commit
         return self._commits.setdefault((path.kind, path.repo, path.revision), commit)
 
     def _either_way(self, url: str, work: Callable[[HubPath], _Value]) -> _Value:
-        """What is done with what a URL says; where no repository has these two names, one of the first alone."""
+        """Call a function with the parts of a URL; if no repository has these two names, with the first name only."""
         path = HubPath.of(url)
         one = path.with_one_name()
         if one is not None and one.repo in self._one_name:
@@ -288,7 +288,7 @@ class HubStore(HttpStore):
         raise FileAccessError(f"{url}: its listing does not end", path=url)
 
     def _siblings(self, url: str, path: HubPath) -> list[tuple[str, int]]:
-        """The files of a repository as mirrors list them that know no trees: in what they say of a revision."""
+        """The files of a repository from mirrors that do not list trees: in their facts about a revision."""
         place = self._place(url, path, f"api/{path.kind}/{path.repo}/revision", "?blobs=true")
         try:
             told, _ = self._json(url, place)
@@ -342,7 +342,7 @@ class HubStore(HttpStore):
 
 
 def _printable(text: str) -> str:
-    """What a server says, as one short line."""
+    """A server's message, as one short line."""
     return masked_text("".join(letter if letter.isprintable() else " " for letter in text[:200])).rstrip(". ")
 
 

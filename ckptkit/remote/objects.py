@@ -81,7 +81,7 @@ _REACHED = {"s3fs": "the network, AWS_ENDPOINT_URL and --storage-option endpoint
 
 
 class _First(NamedTuple):
-    """What is known of a file before more is read of it."""
+    """Facts about a file before more of it is read."""
 
     size: int
     stamp: str | None
@@ -193,7 +193,7 @@ class ObjectStore(Store):
 
     Args:
         scheme: before the ``://``.
-        options: what the file system is made with, as its class takes it: ``{"anon": True}``.  The name of a scheme may
+        options: for the file system, as its class takes them: ``{"anon": True}``.  The name of a scheme may
             have a mapping for that scheme only.
 
     Raises:
@@ -277,7 +277,7 @@ class ObjectStore(Store):
         return FileAccessError(f"{shown}: {told}", path=shown)
 
     def _said(self, error: Exception) -> str:
-        """What an error says, on one line, without what was given as options."""
+        """An error's message, on one line, without the given options."""
         said = masked_text(str(getattr(error, "strerror", None) or error))
         for secret in sorted(_secrets(self._options), key=len, reverse=True):
             said = said.replace(secret, "***") if len(secret) > _HARMLESS else said

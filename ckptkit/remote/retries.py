@@ -67,7 +67,7 @@ def is_passing(status: int) -> bool:
 
 
 def sleep(seconds: float) -> None:
-    """Wait; here alone."""
+    """Wait; the only place that does."""
     halt = given_up.get()
     if halt is None:
         time.sleep(seconds)
@@ -79,8 +79,8 @@ def retried(shown: str, work: Callable[[], _Value]) -> _Value:
     """What ``work`` returns, which is called again after a pause while it raises `Passing`.
 
     Args:
-        shown: what the error calls the file.
-        work: goes on where it was.
+        shown: the file's name in the error.
+        work: continues where it was.
 
     Raises:
         FileAccessError: it raised that too often, or the server asks us to wait longer than is sensible.

@@ -8,8 +8,8 @@ separately.
 
 Looking into such a file leaves some of its bytes unread that of a local one are read (`RemoteSource.on_read`): the
 records' own headers beside values, which must say what an archive's directory says, the counts between the storages of
-torch-legacy, and the end of a file that is not a zip archive, which must not look like one.  They are looked at where
-they come along with what is read, and all of them before values are given to anyone (`RemoteSource.settle`).
+torch-legacy, and the end of a file that is not a zip archive, which must not look like one.  They are made when their
+bytes come along with others, and all of them before values are given to anyone (`RemoteSource.settle`).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from ckptkit.remote.store import FarFile, Store
 __all__ = ["RemoteSource"]
 
 _HEAD_NBYTES = 96 << 10
-"""First bytes that come with the size, or are read where none do."""
+"""First bytes that come with the size, or are read if none do."""
 
 _HEADER_NBYTES = 256 << 10
 """First bytes that are read where none come with the size, of a file called as those that begin with their header."""
@@ -58,7 +58,7 @@ _LONG_PICKLE = re.compile(rb"PK\x03\x04.{26}[^/]{1,255}/data\.pkl", re.DOTALL)
 """How an archive of torch begins."""
 
 _Left = tuple[int, int, Callable[[bytes], object]]
-"""What is to be looked at once values are read: offset, size in bytes, and who looks."""
+"""A check that waits until values are read: offset, size in bytes, and the function."""
 
 _begin: Callable[[_Left], int] = itemgetter(0)
 
@@ -105,7 +105,7 @@ class RemoteSource(Source):
         self.far: FarFile = replace(far, head=b"")
         self._keep(0, far.head)
 
-    # What was read is kept.
+    # Kept bytes.
 
     def _keep(self, offset: int, data: bytes) -> None:
         """Keep what is not kept yet of some bytes, or of their rest; no two spans overlap."""
@@ -185,7 +185,7 @@ class RemoteSource(Source):
                 nbytes, last = nbytes + wanted[last][1], last + 1
             part = wanted[first:last]
             self._fetch(part)
-            for area in part:  # what lies between two may be nowhere here
+            for area in part:  # the bytes between two may be nowhere here
                 yield self.read(*area)
             first = last
 
@@ -218,7 +218,7 @@ class RemoteSource(Source):
                 end = self._starts[at]
         return begin, end
 
-    # What is left until values are read.
+    # Checks delayed until values are read.
 
     def on_read(self, offset: int, nbytes: int, check: Callable[[bytes], object]) -> bool:
         """As `Source.on_read`."""
@@ -234,10 +234,10 @@ class RemoteSource(Source):
         return True
 
     def came(self, offset: int, data: bytes | memoryview) -> None:
-        """Some bytes were read, by whomever: what was left in them is looked at, and what ends in others is kept.
+        """Some bytes were read, by any reader: delayed checks in them are made, and ranges that end in others are kept.
 
         Raises:
-            FormatError: what was left is not as it must be.
+            FormatError: the rest is not valid.
         """
         if not self._later:
             return
@@ -286,7 +286,7 @@ class RemoteSource(Source):
         self._look(left, self.ranges([each[:2] for each in left]))
 
     def _around(self, areas: Sequence[tuple[int, int]]) -> list[_Left]:
-        """What was left that adjoins some ranges, which is then no longer left; small ranges are fetched with it."""
+        """The delayed ranges next to some ranges, which are then removed; small ones are fetched with them."""
         found: list[_Left] = []
         wanted: list[tuple[int, int]] = []
         for offset, nbytes in areas:
@@ -313,7 +313,7 @@ class RemoteSource(Source):
         """As `Source.folder`: a URL, where the server lists what is below it."""
         return self.path.rpartition("/")[0] if self.store.has_listings else None
 
-    # What lies beside it.
+    # Files beside it.
 
     def will_open(self, names: Sequence[str]) -> None:
         """As `Source.will_open`: they are opened side by side, with what is read of each at first."""
@@ -352,7 +352,7 @@ class RemoteSource(Source):
     def _beside(self, name: str) -> RemoteSource:
         return RemoteSource(self.store, self.store.beside(self.far.url, name))
 
-    # What is fetched ahead.
+    # Prefetching.
 
     def will_read(self, areas: Sequence[tuple[int, int]], passing: Passing | None = None) -> None:
         """As `Source.will_read`; of what is here of an earlier call some is kept."""
@@ -382,7 +382,7 @@ class RemoteSource(Source):
             return min([end, *self._starts[at : at + 1]])
 
     def _brought(self, ahead: ReadAhead, offset: int, nbytes: int) -> memoryview | None:
-        """What was fetched ahead of these bytes; where a block comes, what was left until then is looked at."""
+        """The prefetched part of these bytes; when a block arrives, delayed checks up to it are made."""
         found = ahead.find(offset, nbytes)
         if found is None:
             return None

@@ -1,4 +1,4 @@
-"""What a server is asked for: a file's size and first bytes, some of its bytes, whether it has changed, a listing."""
+"""Requests to a server: a file's size and first bytes, some of its bytes, whether it has changed, a listing."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ class FarFile:
     """A file, as a server describes it.
 
     Attributes:
-        url: where it is, with credentials: for requests alone.
+        url: with credentials: only for requests.
         shown: the same as messages have it, without them.
         size: in bytes.
         stamp: what differs once it is another: ETag, generation, time of change; ``None``: the server says nothing.
         head: its first bytes, where they came along.
-        place: what the store itself needs to read on: where it was redirected to, a version.
+        place: facts that the store itself needs to continue reading: where it was redirected to, a version.
     """
 
     url: str = field(repr=False)

@@ -79,10 +79,10 @@ class KeepBeside:
 
 
 class _Kept(NamedTuple):
-    """What is moved of a checkpoint.
+    """The values of a checkpoint that are moved.
 
     Attributes:
-        text: what the metadata is to hold; ``None``: nothing is moved.
+        text: for the metadata; ``None``: nothing is moved.
         rest: what stays beside the weights.
         parts: the keys that are moved.
         left: the keys that are not, and why.
@@ -238,7 +238,7 @@ class PutUnder:
     def __call__(self, checkpoint: Checkpoint) -> Checkpoint:
         if not checkpoint.state_dict.everything:
             raise RewriteError(f"there is no state_dict to put under {self.key!r:.200}")
-        result = with_tensors_replaced(checkpoint, lambda leaf: leaf)  # what it holds is ours to change
+        result = with_tensors_replaced(checkpoint, lambda leaf: leaf)  # its content is ours to change
         rest, path = result.rest, checkpoint.origin.state_path or ""
         at = None
         if rest is STATE_DICT or checkpoint.origin.is_program:
@@ -258,7 +258,7 @@ class PutUnder:
         return result.replace(rest=rest, sections=sections, origin=origin)
 
     def replaced(self, checkpoint: Checkpoint) -> str | None:
-        """What is under the key, in words; ``None``: nothing."""
+        """The value under the key, in words; ``None``: nothing."""
         for section in checkpoint.sections:
             if section.path == self.key and not section.selected:
                 kind = "model" if section.kind == "whole_model" else section.kind
@@ -268,7 +268,7 @@ class PutUnder:
 
 
 def _taken_out(rest: object, path: str) -> int | None:
-    """Take the weights from where they stand; returns the place among the keys of the file's own dict.
+    """Take the weights out of their place; returns the place among the keys of the file's own dict.
 
     Raises:
         RewriteError: they are in no dict, or the file's own value is not one.

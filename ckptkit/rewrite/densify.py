@@ -112,7 +112,7 @@ class _Work:
         }
 
     def of(self, name: str, value: object) -> dict[str, object]:
-        """What is in a value's place, by name."""
+        """The value in a value's place, by name."""
         if name in self._scales or (name in self._packed and isinstance(value, Global) and name.endswith(PACKED_DTYPE)):
             self._densify.taken.add(name)
             return {}
@@ -123,7 +123,7 @@ class _Work:
         return {target: self._value(name, target, part) for target, part in parts.items()}
 
     def _value(self, name: str, target: str, value: object) -> object:
-        key: object  # what is tied stays so
+        key: object  # ties are kept
         try:
             if isinstance(value, TensorEntry):
                 if name not in self._scaled:

@@ -30,7 +30,7 @@ from ckptkit.report import count_of, listed
 __all__ = ["cut_flat", "keeps_order"]
 
 _ALIGNED_NBYTES = 16
-"""What each parameter in a padded flat one begins at a multiple of."""
+"""The alignment of each parameter in a padded flat one."""
 
 _COUNTER = "num_batches_tracked"
 """What no parameter is called: a buffer that old files lack."""
@@ -166,7 +166,7 @@ def _members(
 
     Args:
         units: paths of the modules that have flat parameters.
-        before: what is before the model's names.
+        before: the prefix of the model's names.
         there: names that are in the file themselves.
         expected: of the model.
         tied: of the model.
@@ -183,7 +183,7 @@ def _members(
 
 
 def _part(name: str, view: TensorEntry, shape: tuple[int, ...], label: str) -> TensorEntry:
-    """A parameter of which the file says where in a flat one it lies.
+    """A parameter whose position in a flat one is recorded in the file.
 
     Raises:
         RewriteError: it is not of as many elements as it has.

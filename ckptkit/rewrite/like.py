@@ -11,8 +11,8 @@ has no module at that path.  Old names, as regular expressions:
   ``_load_state_dict`` rewrote when weights were downloaded (``torchvision/models/densenet.py``)
 - ``gamma`` and ``beta`` of LayerNorm, from the TensorFlow releases of BERT, which transformers renames in
   ``PreTrainedModel`` when it loads
-- ``weight_g`` and ``weight_v`` of the old ``weight_norm``, and the other way round: torch's own hook renames
-  the old ones for the new alone (``torch/nn/utils/parametrizations.py``); it does neither for ``spectral_norm``
+- ``weight_g`` and ``weight_v`` of the old ``weight_norm``, and the other way round: torch's own hook only renames old
+  names to new ones (``torch/nn/utils/parametrizations.py``); it does neither for ``spectral_norm``
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ _OLD_NAMES: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
         ),
     ),
 )
-"""What the names are, and the rules that make today's of them."""
+"""The kind of the names, and the rules that turn them into today's."""
 
 _SAMPLED = 8
 """Names looked at to guess a prefix, of the longest and once more of all: a wrapper is the same on all."""
@@ -76,7 +76,7 @@ _MAX_PREFIXES = 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Step:
-    """A change of names: what is wrong with them now, and what ``convert`` does about it."""
+    """A change of names: the problem with them now, and what ``convert`` does about it."""
 
     cause: str
     options: tuple[str, ...]
@@ -89,7 +89,7 @@ class Fitting:
     """A change of names, and how a state_dict fits a model after it.
 
     Attributes:
-        causes: what is wrong with the names now; empty: they do not change.
+        causes: the problems with the names now; empty: they do not change.
         options: of ``convert``, to change them.
         is_old: whether they are another release's.
         sources: names of the model that are there with their shape, and the names they have now.
@@ -168,7 +168,7 @@ class Like:
             kept = {"", *(path for source in targets for path in module_paths(source))}
             versions = {path: entry for path, entry in versions.items() if path in kept}
             versions = moved_versions(versions, targets, lambda path: path)
-        # What hangs on the mapping is no tensor of the model either.
+        # The mapping's attributes are not tensors of the model either.
         return checkpoint.replace(state_dict=StateDict(everything, versions=versions), rest=STATE_DICT)
 
     def cut(self, checkpoint: Checkpoint, rename: Callable[[str], str] | None = None) -> Checkpoint:
@@ -389,7 +389,7 @@ def _count(carrying: int, names: Sequence[str]) -> str:
 
 
 def _prefixes(longer: Collection[str], shorter: Collection[str]) -> list[str]:
-    """What is before a shorter name in longer ones; the most frequent first."""
+    """The text before a shorter name in longer ones; the most frequent first."""
     found: Counter[str] = Counter()
     names = sorted(shorter, key=len, reverse=True)
     for name in dict.fromkeys([*names[:_SAMPLED], *names[:: len(names) // _SAMPLED + 1]]):

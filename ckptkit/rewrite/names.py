@@ -12,7 +12,7 @@ from ckptkit.pickling.inert import InertDict, Object, TreeMap, mapping_items, wa
 __all__ = ["module_paths", "moved_versions", "renamed", "wrapper_versions"]
 
 _MAX_LEVELS = 64
-"""Modules inside modules that are looked at in a name; a name of a stranger may have a million dots."""
+"""Nested modules that are examined in a name; a stranger's name may have a million dots."""
 
 
 def renamed(checkpoint: Checkpoint, rename: Callable[[str], str], versions: Mapping[str, object] | None) -> Checkpoint:
@@ -136,7 +136,7 @@ def moved_versions(
                 votes[path].add(name[len(path) + 1 :] if path else name, new)
     moved: dict[str, str] = {}
     best: dict[str, tuple[bool, int, str]] = {}
-    for path in sorted(versions, key=len):  # what a module lies in goes before it
+    for path in sorted(versions, key=len):  # a module's parent goes before it
         vote = votes[path]
         everything = vote.exactly == len(targets)
         if path == "":
@@ -166,7 +166,7 @@ def _moved_path(path: str, vote: _Votes, moved: Mapping[str, str], rename: Calla
 
 
 class _Votes:
-    """What the names below a module say about where it went."""
+    """The new places of a module according to the names below it."""
 
     __slots__ = ("_exact", "_loose", "asked", "exactly")
 

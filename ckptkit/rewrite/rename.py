@@ -1,9 +1,8 @@
 r"""Renaming: prefixes of whole leading segments stripped and added, and rules of regular expressions.
 
-Names are dotted paths.  A prefix is stripped only where it is a leading run of whole segments:
-``mlp_module.layer`` does not begin with ``module.``, and a name without the prefix is left alone.
-The module versions (``_metadata``) and the names an optimizer keeps its state by, or beside it
-(``param_names``), move along with the names they belong to.
+Names are dotted paths.  A prefix is stripped only if it is a leading run of whole segments: ``mlp_module.layer`` does
+not begin with ``module.``, and a name without the prefix does not change. The module versions (``_metadata``) and the
+names an optimizer keeps its state by, or beside it (``param_names``), move along with the names they belong to.
 
 A rule is a regular expression and a replacement, as ``re.sub`` takes them: the expression is searched for
 anywhere in a name, and the replacement may hold ``\1`` and ``\g<name>``.
@@ -159,7 +158,7 @@ _MAX_SHOWN = 200
 
 
 Renaming = str | Sequence[str | tuple[str, str]] | Mapping[str, str] | Callable[[str], str]
-"""What says how names are renamed; see `Rename`."""
+"""A specification of how to rename; see `Rename`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,7 +243,7 @@ class Rename:
         return new
 
     def _applied(self, name: str) -> tuple[str, tuple[str, str] | None]:
-        """The new name, and where nothing is left of it the rule that took the last of it."""
+        """The new name, and if nothing is left of it the rule that removed the last of it."""
         emptied = None
         for pattern, replacement in self._expressions:
             new = re.sub(pattern, replacement, name)

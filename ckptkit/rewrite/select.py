@@ -193,7 +193,7 @@ _MAX_PATH = 200
 """Characters of a path in a message."""
 
 _GONE: Final = object()
-"""Stands where an item of a list is taken away."""
+"""Replaces a removed item of a list."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,7 +218,7 @@ class LeaveOut:
     def __call__(self, checkpoint: Checkpoint) -> Checkpoint:
         if not self.paths:
             return checkpoint
-        result = with_tensors_replaced(checkpoint, lambda leaf: leaf)  # what it holds is ours to change
+        result = with_tensors_replaced(checkpoint, lambda leaf: leaf)  # its content is ours to change
         found = {path: _place(checkpoint, result.rest, path) for path in self.paths}
         rest = result.rest
         for path, place in found.items():
@@ -256,7 +256,7 @@ class LeaveOut:
 
 
 class _Place(NamedTuple):
-    """Where a part stands: what holds it, the key or index there, and the part."""
+    """The place of a part: its container, the key or index there, and the part."""
 
     node: object
     key: object
@@ -272,7 +272,7 @@ def _place(checkpoint: Checkpoint, rest: object, path: str) -> _Place:
     shown = f"{path[:_MAX_PATH]!r}"
     found = list(places(rest, "", path, 1, set()))
     number = 1
-    bare, mark, digits = path.rpartition("#")  # as sections of one path are told apart
+    bare, mark, digits = path.rpartition("#")  # as sections with one path are distinguished
     if not found and mark and digits.isdecimal() and len(digits) < 9:
         found, number = list(places(rest, "", bare, 1, set())), int(digits)
     if len(found) > 1:

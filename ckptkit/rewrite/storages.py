@@ -1,8 +1,8 @@
 """Tensors and the storages they share: replaced everywhere, without unused bytes, tied or not.
 
-torch saves whole storages: ``big[:10]`` takes all of ``big`` with it.  What is viewed of a storage
-falls into runs of bytes: spans of tensors (`TensorEntry.span`) that overlap or touch are one, so
-ties, overlaps and neighbouring slices go on sharing.
+torch saves whole storages: ``big[:10]`` takes all of ``big`` with it.  The used part of a storage consists of runs of
+bytes: spans of tensors (`TensorEntry.span`) that overlap or touch are one, so ties, overlaps and neighboring slices
+still share.
 
 map_location: rewrite the device tags of every storage, with no such device at hand.
 
@@ -89,7 +89,7 @@ def nodes(checkpoint: Checkpoint) -> Iterator[object]:
 
 
 def _hanging(state_dict: StateDict) -> object:
-    """What is written around the values: the module they are of, or what hangs on their mapping."""
+    """The values written around the weights: their module, or attributes of their mapping."""
     return state_dict.container if state_dict.is_module else mapping_shell(state_dict.container)
 
 
@@ -124,7 +124,7 @@ _Runs = list[tuple[int, int]]
 
 
 class _Cut:
-    """A storage of which parts alone are viewed.
+    """A storage of which only parts are used.
 
     Args:
         storage: it.
@@ -160,7 +160,7 @@ class _Cut:
 
 
 class _Use:
-    """What is viewed of a storage."""
+    """The used part of a storage."""
 
     __slots__ = ("spans", "storage", "width")
 
@@ -189,7 +189,7 @@ def _viewed(runs: _Runs) -> int:
 def _cuttable(checkpoint: Checkpoint) -> list[tuple[Storage, _Runs]]:
     """The storages that have bytes no tensor views, and what is viewed of them."""
     uses: dict[int, _Use] = {}
-    taken: set[int] = set()  # all of them stays: one tensor views it, as in most files, or it stands by itself
+    taken: set[int] = set()  # the whole storage stays: one tensor uses it, as in most files, or it is a value itself
     for node in nodes(checkpoint):
         if isinstance(node, TensorEntry):
             storage = node.storage
@@ -394,7 +394,7 @@ def _location(given: object) -> str:
     """A location tag to be written.
 
     Raises:
-        RewriteError: it is none that torch could load.
+        RewriteError: torch could not load it.
     """
     text = _tag(given)
     if problem := device_problem(text):

@@ -44,7 +44,7 @@ class WeightsLike:
 
     Attributes:
         path: the file.
-        section: path of the weights in it, where one was selected.
+        section: path of the weights in it, if one was selected.
         called: what messages say.
         is_temporary: whether the file is gone when the assertion has failed.
     """

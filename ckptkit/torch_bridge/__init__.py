@@ -81,7 +81,7 @@ _FACTORIES: dict[str, Callable[[], object]] = {
     **{f"{module}.{name}": kind for module in _BUILTIN for name, kind in (("long", int), ("unicode", str))},
     **{f"collections.{kind.__name__}": kind for kind in (OrderedDict, Counter, deque, defaultdict)},
 }
-"""What a ``defaultdict`` may call; protocol 2 has Python 2's names."""
+"""Functions that a ``defaultdict`` may call; protocol 2 has Python 2's names."""
 
 _LAZY = ("torch.nn.parameter.UninitializedParameter", "torch.nn.parameter.UninitializedBuffer")
 
@@ -225,7 +225,7 @@ class _Builder:
     Args:
         loader: makes the tensors.
         map_location: where they go.
-        weights: what is where the marker `STATE_DICT` is.
+        weights: in the place of the marker `STATE_DICT`.
         stands_in: whether a placeholder replaces values that only other code can build.
     """
 
@@ -373,7 +373,7 @@ class _Builder:
     # Tensors that are not plain ones.
 
     def _tensor(self, found: Rebuilt) -> object:
-        # Storages are read before torch is asked, so that what is wrong with the file is not told as torch's refusal.
+        # Storages are read before torch is called, so that a problem with the file is not reported as torch's refusal.
         check_indices(found.layout, self._numbers)
         with self._loader.at_once():
             made = self._laid_out(found.layout)
@@ -488,7 +488,7 @@ class _Builder:
 
 
 def _by_torch(make: Callable[[], Any]) -> Any:
-    """What torch makes; where this torch has not what it takes, it cannot be made."""
+    """The result of a function of torch; what this torch lacks cannot be made."""
     try:
         return make()
     except (RuntimeError, TypeError, ValueError, NotImplementedError, AttributeError, ImportError) as error:

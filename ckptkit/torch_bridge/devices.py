@@ -58,13 +58,13 @@ class Places:
                 "expected a string, a torch.device, a dict or a callable"
             )
         self.asks = callable(map_location) and not is_one and not isinstance(map_location, Mapping)
-        """Whether a function is to be asked about each storage, once it is on the CPU."""
+        """Whether to call a function for each storage, once it is on the CPU."""
         self._given = map_location
         self._everywhere = str(map_location) if is_one else None
         self._known: dict[str, torch.device] = {}
 
     def location(self, storage: Storage) -> str:
-        """Where a storage is to lie; where a function is asked, what the file says."""
+        """The device for a storage; a function is asked with the device in the file."""
         if self._everywhere is not None:
             return self._everywhere
         if isinstance(self._given, Mapping):
@@ -153,7 +153,7 @@ class Staging:
 
         Args:
             memory: the storage.
-            read: puts its bytes from a position on into a piece of a buffer, as the device is to have them.
+            read: puts its bytes from a position on into a piece of a buffer, in the form for the device.
         """
         target = torch.empty((0,), dtype=torch.uint8, device=memory.device).set_(memory)
         start, end = 0, memory.nbytes()

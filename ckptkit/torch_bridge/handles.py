@@ -1,7 +1,7 @@
 """One tensor at a time, both ways: `TensorEntry.torch`, and torch's tensors as `ckptkit.save` takes them.
 
 A tensor in memory is a `TensorEntry` like any other: its storage, offset, sizes and strides are torch's own, and its
-bytes are read where they lie, on a device in pieces of a few MiB.
+bytes are read in place, on a device in pieces of a few MiB.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def read(entry: TensorEntry, device: str | torch.device | None) -> torch.Tensor:
         raise DTypeError(f"elements of {entry.dtype} have values only together with the scales of their tensor")
     lying, stride = least(entry)
     where = torch.device("cpu")
-    if str(device) != "cpu" or entry.requires_grad:  # what cannot be is told before a byte is read
+    if str(device) != "cpu" or entry.requires_grad:  # an unsupported tensor is reported before a byte is read
         none = replace(entry.storage, nbytes=0, source=entry.storage.source.part(0, 0), crc32=None, original=None)
         nothing = replace(entry, storage=none, storage_offset=0, shape=(0,), stride=(1,), is_parameter=False)
         where = tensors(StateDict({"": nothing}), map_location=device)[""].device
@@ -96,7 +96,7 @@ def _entry(tensor: torch.Tensor, storages: Storages) -> TensorEntry:
             return storages.memory.add_at(address, nbytes, memory)
         return storages.memory.add(nbytes, partial(_from_device, memory), memory)
 
-    # Of arrays made tensors too, and of tensors made arrays, the memory is known by its address and size.
+    # Memory shared by arrays and tensors is recognized by its address and size.
     key: Any = (address, nbytes) if on_cpu and nbytes else (str(tensor.device), address, nbytes, memory._cdata)
     location = "cpu" if on_cpu else str(torch.serialization.location_tag(memory))
     entry = TensorEntry(
@@ -117,7 +117,7 @@ def _entry(tensor: torch.Tensor, storages: Storages) -> TensorEntry:
 
 
 def _problem(tensor: torch.Tensor) -> str | None:
-    """What makes a tensor one that is not plain, and what helps."""
+    """The reason why a tensor is not plain, and what helps."""
     if tensor.is_nested:
         return "a nested tensor; .to_padded_tensor(0) or .unbind() gives plain ones"
     if tensor.layout != torch.strided:

@@ -44,7 +44,7 @@ _SUMMED_READ = 1 << 20
 """Bytes of one read that are summed while they are in a core's own cache."""
 
 _APART = 2
-"""Storages, or pieces of 16 MiB, of far files within which threads are at work."""
+"""Storages, or pieces of 16 MiB, of remote files that threads work on at the same time."""
 
 ALIGNMENT = 64
 """Bytes: as torch allocates.  Kernels choose by alignment how they sum up, so that the last bits of a product may
@@ -245,7 +245,7 @@ class Loader:
         return places.moved(storage, memory, location)
 
     def _noted(self, storage: Storage) -> _Readable:
-        """Where the bytes of a storage that is about to be read lie."""
+        """The range of a storage's bytes that are about to be read."""
         source = storage.source
         for file in files_of(source):
             self._files[id(file)] = file
@@ -303,7 +303,7 @@ class Loader:
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """What the block asks for has its values at once, and so has all that was asked for before."""
+        """The values that the block requests are there at once, and so is everything requested before."""
         self._read_all()
         self._is_patient, before = False, self._is_patient
         try:
@@ -339,7 +339,7 @@ def _private_map(file: Source, begin: int = 0, nbytes: int = 0) -> tuple[mmap.mm
 
 
 def _swap_width(entry: TensorEntry) -> int:
-    """Bytes that are to be reversed as one, 1 where nothing is; the parts of a complex one each on its own."""
+    """Bytes to reverse together, 1 if there are none; the parts of a complex number are reversed separately."""
     if entry.storage.byteorder == sys.byteorder:
         return 1
     row = DTYPES[entry.dtype]

@@ -46,7 +46,7 @@ SUMMED_NBYTES = 16 << 20
 """Bytes of a storage that one thread sums before it looks for other work."""
 
 _APART = 2
-"""Such portions of a far file within which threads are at work."""
+"""Such portions of a remote file that threads work on at the same time."""
 
 _READ_NBYTES = 512 << 10
 """Bytes read at a time: they are still in a core's own cache when they are summed, or compared with as many."""
@@ -58,8 +58,8 @@ _MANY = 1024
 """Small storages that one thread sums before it looks for other work."""
 
 _LAGS = 49_961, 91_639
-"""Bytes: a byte may stand these two numbers of bytes later instead, since x^(8 * 91639) is
-x^(8 * (91639 - 49961)) + 1 modulo the polynomial.  They are the least such pair."""
+"""Bytes: a byte may be moved by these two numbers of bytes instead, because x^(8 * 91639) is x^(8 * (91639 - 49961)) +
+1 modulo the polynomial.  They are the least such pair."""
 
 _BLOCK_NBYTES, _FOLDED_NBYTES = 48 << 10, 512 << 10
 """Bytes that are folded at a time, fewer than the first lag, and those from which that is worth its calls."""
@@ -73,7 +73,7 @@ _ONE, _X8 = 1 << 31, 1 << 23
 _REMEDY = "download or copy the file again; --ignore-checksums accepts it, for files that were edited in place"
 
 Names = Callable[[], Mapping[int, str]]
-"""What storages are called, by ``id``; asked for only where one is damaged."""
+"""Names of storages, by ``id``; only needed if one is damaged."""
 
 
 _kept = threading.local()
@@ -87,14 +87,14 @@ class Damage(NamedTuple):
 
 
 def damage_of(storage: Storage, crc: int) -> Damage | None:
-    """The damage of a storage whose bytes have this CRC-32; ``None`` where it is sound, or has no recorded checksum."""
+    """The damage of a storage whose bytes have this CRC-32; ``None`` if it is sound, or has no recorded checksum."""
     if storage.crc32 is None or crc == storage.crc32:
         return None
     return Damage(storage, f"the bytes have CRC-32 {crc:08x}, but {storage.crc32:08x} is recorded: the file is damaged")
 
 
 def damage_text(damages: Sequence[Damage], names: Mapping[int, str]) -> str:
-    """What is damaged, and what helps."""
+    """The damage, and what helps."""
     storage, what = damages[0]
     place = names.get(id(storage), "bytes of no tensor")
     others = len(damages) - 1
@@ -175,7 +175,7 @@ class Checksums:
         self._known[id(run.file), run.offset] = run.nbytes, crc
 
     def along(self, entry: TensorEntry, chunks: Iterable[bytes]) -> Iterator[bytes]:
-        """The chunks of a tensor's values, summed as they pass by where they are the file's bytes."""
+        """The chunks of a tensor's values, summed as they pass by if they are the file's bytes."""
         source = entry.storage.source
         is_summed = entry.storage.crc32 is not None and entry.is_plain_bytes and entry.nbytes > 0
         if not is_summed or not isinstance(source, ByteRange):
@@ -187,7 +187,7 @@ class Checksums:
             yield chunk
 
     def damages(self, *, keep: bool = False) -> list[Damage]:
-        """What is damaged; bytes that have not passed by are read.
+        """The damage; bytes that have not passed by are read.
 
         Args:
             keep: whether what is inflated will be read again.
@@ -375,7 +375,7 @@ def crc32(data: bytes | bytearray | memoryview, crc: int = 0) -> int:
         numpy.bitwise_xor(out, folded[far - near + start : far - near + end], out=out)
         if start == 0:  # the register's state is as good as in the first bytes
             out[:4] ^= numpy.frombuffer((crc ^ 0xFFFFFFFF).to_bytes(4, "little"), numpy.uint8)
-    # What would be folded beyond the end by one lag stays where it is.
+    # Bytes that one lag would fold beyond the end stay in place.
     numpy.bitwise_xor(source[last:], folded[last:nbytes], out=folded[far + last : far + nbytes])
     return zlib.crc32(folded[nbytes : nbytes + far], 0xFFFFFFFF)
 

@@ -9,7 +9,7 @@ Only a block of the values is in memory, with its parts, and for a sparse tensor
   ``(number - zero point) * scale``, where the difference is one of whole numbers of 32 bits and the scale a float32.
   Per channel the product is one of float64, rounded once; with zero points in float32 everything is float32.
 - Scaled by blocks (torchao's ``dequantize_affine`` and ``dequantize_affine_float8``, DeepSeek's ``weight_dequant``):
-  the same in float32; difference and product are rounded to the dtype of the values where that is narrower.
+  the same in float32; difference and product are rounded to the dtype of the values if that is narrower.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _SPARSE_NBYTES = 16 << 20
 """Bytes of a block of a sparse tensor's values: everything stored may have to be searched for each."""
 
 _LOOKED = 1 << 16
-"""Stored values that are looked at together."""
+"""Stored values that are examined together."""
 
 _WIDE_NBYTES = 1 << 20
 """Bytes of one stored value, with its dense dimensions, above which it is read in parts."""
@@ -289,7 +289,7 @@ class _SparseValues:
         return out.reshape(-1)[first - begin * inner :][:count].tobytes()
 
     def _wide_cells(self, first: int, count: int) -> bytes:
-        """The same where a cell has many elements, of which those that are wanted are read."""
+        """The same if a cell has many elements, of which only the needed ones are read."""
         import numpy
 
         inner, values, last = self._inner, self._form.values, first + count
@@ -306,7 +306,7 @@ class _SparseValues:
         return out.tobytes()
 
     def _near(self, begin: int, end: int) -> Iterator[tuple[int, int]]:
-        """The runs of stored values of which some may be in these cells."""
+        """The runs of stored values some of which may be in these cells."""
         with self._lock:
             if self._table is None:
                 self._table = self._checked()

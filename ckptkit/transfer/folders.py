@@ -40,8 +40,8 @@ class OutputFolder:
     Attributes:
         path: where it will be.
         shown: the name that messages use.
-        temporary: where it is in the meantime.
-        fd: open on that, and locked, where that can be; else -1.
+        temporary: its path in the meantime.
+        fd: open on that, and locked if possible; otherwise -1.
         is_ours: whether it has the temporary name still.
     """
 
@@ -104,7 +104,7 @@ class OutputFolder:
 
 
 def created_folder(path: str, shown: str) -> OutputFolder:
-    """An empty folder beside where it will be, and locked where that can be; with the permissions of one that is there.
+    """An empty folder beside its final place, locked if possible; with the permissions of an existing one.
 
     Args:
         path: where it will be.
@@ -136,12 +136,12 @@ def created_folder(path: str, shown: str) -> OutputFolder:
 
 
 def temporary_folder(path: str, shown: str) -> OutputFolder:
-    """An empty folder beside a path, locked where that can be, for what is to be there; it never gets the name itself.
+    """An empty folder beside a path, locked if possible, for the result; it never gets the name itself.
 
     The lock is one that others can share who give names in the folder (`ckptkit.transfer.names.publish`).
 
     Args:
-        path: what is to be there.
+        path: of the result.
         shown: the name that messages use.
 
     Raises:
@@ -193,7 +193,7 @@ def _is_locked(output: OutputFolder) -> bool:
     try:
         if locked(output.fd) and has_name(os.fstat(output.fd), output.temporary):
             return True
-    except OSError:  # there are no locks here: no other run may take it for one that was killed
+    except OSError:  # there are no locks here: no other run may treat it as one of a killed run
         named = beside(output.path, "")
         os.rename(output.temporary, named)
         output.temporary = named

@@ -38,7 +38,7 @@ _TOGETHER = 64
 
 
 class Work(Protocol[T_contra, R_co]):
-    """What is done with one task: an importable function, for it may be called in another process."""
+    """The work on one task: an importable function, because it may be called in another process."""
 
     def __call__(self, task: T_contra, threads: int = 1) -> R_co:
         """Do it with so many threads."""
@@ -49,7 +49,7 @@ class Workers:
     """Who does the work.
 
     Attributes:
-        jobs: how many processes; ``None``: as many as there are cores, where they are worth starting.
+        jobs: how many processes; ``None``: as many as there are cores, if they are worth starting.
         executor: what runs it in their place.
         seconds: the time that one file may take; ``None``: any.
 
@@ -87,11 +87,11 @@ def side_by_side(
     lost: Callable[[T, Outcome[R]], R],
     is_far: Callable[[T], bool] = lambda _: False,
 ) -> Iterator[R]:
-    """What the work makes of each task, in their order, as it comes.
+    """The result of each task, in their order, as it comes.
 
     Args:
         tasks: plain data.
-        work: what is done with each.
+        work: the function for each.
         workers: who does it.
         nbytes: how much a task reads.
         lost: makes the result of a task that others could not complete, of what is known of it.
@@ -111,7 +111,7 @@ def side_by_side(
     for start in range(0, len(tasks), _TOGETHER):
         some = tasks[start : start + _TOGETHER]
         sizes = known[start : start + _TOGETHER] if known else [nbytes(task) for task in some]
-        if sum(sizes) < MANY_NBYTES:  # threads gain nothing, and each result can be told before the next is begun
+        if sum(sizes) < MANY_NBYTES:  # threads gain nothing, and each result is there before the next task begins
             threads = 2 if len(tasks) < (os.cpu_count() or 1) else 1
             yield from (_done(work, some, sizes, number, threads) for number in range(len(some)))
         else:

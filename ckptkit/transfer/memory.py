@@ -1,11 +1,11 @@
-"""Tensors in memory: read into it, and the other way round what is in it as a checkpoint.
+"""Tensors in memory: reads tensors into it, and makes checkpoints from it.
 
-`read` is `TensorEntry.numpy`.  What it needs of memory `least` says: the elements of a part that are close together
-are read as they lie, with their strides; those far apart are gathered, so that a column of a table costs no table.
-Elements that are repeated (expanded tensors, whose sizes a stranger may choose) are read once.
+`read` is `TensorEntry.numpy`.  `least` says how much memory it needs: elements of a part that are close together are
+read with those between them; those far apart are gathered, so a column of a table does not take the memory of the
+table. Elements that are repeated (expanded tensors, whose sizes a stranger may choose) are read once.
 
-`Memory` is a source whose bytes are in the memory of arrays and tensors, one run after another; they are read where
-they are, when they are wanted.  `checkpoint_of` makes a checkpoint of a state over it: what `ckptkit.save` writes.
+`Memory` is a source whose bytes are in the memory of arrays and tensors, one run after another; they are read in place,
+when they are needed.  `checkpoint_of` makes a checkpoint of a state over it: what `ckptkit.save` writes.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def least(entry: TensorEntry) -> tuple[TensorEntry, tuple[int, ...]]:
     core = replace(entry, shape=shape)
     start, end = core.span()
     steps = entry.stride
-    if core.nbytes < end - start:  # something lies between
+    if core.nbytes < end - start:  # there is something between
         steps = contiguous_stride(shape)
     elif not core.is_contiguous:
         core = replace(core, shape=((end - start) // entry.itemsize,), stride=(1,))
@@ -127,9 +127,9 @@ def fill(memory: memoryview, entry: TensorEntry) -> None:
 
 
 def _require_unchanged(source: ByteSource) -> None:
-    """Raise if the file that was read from is another by now; of one that is far each read is of what was opened.
+    """Raise if the file has been replaced; a remote file is always the one that was opened.
 
-    What is left there around these bytes until they are read is looked at.
+    Delayed checks around these bytes are made.
     """
     file = source.file
     if file.is_far and isinstance(source, ByteRange):
@@ -139,7 +139,7 @@ def _require_unchanged(source: ByteSource) -> None:
 
 
 def _read_into(memory: memoryview, run: ByteRange, sums: Checksums) -> None:
-    """Read a range, summed on the way where a checksum is to be held."""
+    """Read a range, summed on the way if a checksum must be checked."""
     passing = sums.passing(run) if sums.wanted else None
     step = SUMMED_NBYTES if run.file.is_far else _READ_NBYTES
     for start in range(0, run.nbytes, step):
@@ -149,7 +149,7 @@ def _read_into(memory: memoryview, run: ByteRange, sums: Checksums) -> None:
             passing.update(piece)
 
 
-# The other way: what lies in memory, as bytes of a file.
+# The other way: values in memory, as bytes of a file.
 
 _memory_at = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int)(
     ("PyMemoryView_FromMemory", ctypes.pythonapi)
@@ -171,7 +171,7 @@ Piece = Callable[[int, int], "bytes | memoryview"]
 class Memory(Source):
     """Runs of bytes in memory, one after another, as a file would have them.
 
-    What they belong to is kept; that it is not written to in the meantime is for its owner to see to.
+    Their owner is kept alive; not writing to them in the meantime is up to the owner.
 
     Args:
         path: what messages call it.
@@ -191,7 +191,7 @@ class Memory(Source):
         Args:
             nbytes: how many.
             run: gives some of them, at most a chunk.
-            owner: what they belong to.
+            owner: of the bytes.
         """
         place = ByteRange(self, self.size, nbytes)
         if nbytes:
@@ -309,7 +309,7 @@ class _Tree:
     """Makes nodes of values; what is one object is one node.
 
     Attributes:
-        problems: what cannot be saved, and why.
+        problems: values that cannot be saved, and why.
     """
 
     def __init__(self, storages: Storages, tensors: Tensors) -> None:
@@ -372,7 +372,7 @@ class _Tree:
             members = [below("member", part) for part in sorted(value, key=repr)]
             return Object("reduce", Global("__builtin__", "set"), (members,))  # as pickles of torch's protocol say it
         node: Any = [] if kind is list else InertDict() if kind is dict else _ordered()
-        self._made[id(value)] = value, node  # before what is in it, which may lead back
+        self._made[id(value)] = value, node  # before its content, which may refer back
         if kind is list:
             node.extend([below(number, part) for number, part in enumerate(value)])
             return node
@@ -393,14 +393,14 @@ def _ordered() -> Object:
 def checkpoint_of(
     state: object, memory: Memory, tensors: Tensors, format_name: str, *, alone: str | None
 ) -> Checkpoint:
-    """What is in memory as a checkpoint.
+    """Values in memory as a checkpoint.
 
     Args:
         state: tensors, arrays and entries by name, or a tree of plain values with such in it.
         memory: takes their bytes.
         tensors: makes nodes of torch objects.
         format_name: the container that is to hold it.
-        alone: what it is called, where it stores named tensors and nothing else.
+        alone: its name, if it stores named tensors and nothing else.
 
     Raises:
         RewriteError: it cannot be written; the message names all that is in the way.

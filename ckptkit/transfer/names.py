@@ -1,9 +1,9 @@
 """Files under temporary names, and how they get their own: all at once, or as good as.
 
-A sharded checkpoint is several files that change together, and an index that names them.  Where shards of these names
-exist already, the index is first replaced by one that names the new shards under their temporary names, then the shards
-get their own names too, then the index that says so takes its place: at every moment the index names one whole
-checkpoint, the old one or the new one.
+A sharded checkpoint is several files that change together, and an index that names them.  If shards with these names
+exist, the index is first replaced by one that names the new shards under their temporary names, then the shards get
+their own names too, then the index that says so takes its place: at every moment the index names one whole checkpoint,
+the old one or the new one.
 
 A temporary file is locked (``flock``) while its run has it open, and the system unlocks it whatever happens to the run.
 So the next run into the same folder removes files that a killed one left: those with this host in their names, whose
@@ -52,7 +52,7 @@ __all__ = [
 ]  # fmt: skip
 
 _TEMPORARY = re.compile(r"\.[^/]*\.([0-9a-f]{8})([0-9a-f]{8})?\.tmp(?:\.[^./]*)?")
-"""Names of temporary files: what they will be called, random digits, those of the host, and the ending."""
+"""Names of temporary files: the final name, random digits, those of the host, and the extension."""
 
 _AT_ONCE = 256
 """Files of killed runs that are open at a time: a process may have no more than 1,024."""
@@ -69,12 +69,12 @@ class Output:
         plan: its steps.
         path: where it will be.
         shown: the name that messages use.
-        temporary: where it is in the meantime.
+        temporary: its path in the meantime.
         fd: open on that, readable and writable; -1 once it is complete.
         host: the part of its temporary name about this machine; empty if it is not locked.
         replaced: the file whose permissions it gets.
         status: of the complete file.
-        is_ours: whether the temporary name is to be removed at the end, and not in use by an index.
+        is_ours: whether to remove the temporary name at the end, because no index uses it.
     """
 
     plan: Plan
@@ -110,7 +110,7 @@ class Output:
 
 
 def created(plan: Plan, path: str, shown: str, replaced: os.stat_result | None = None) -> Output:
-    """An empty file beside where it will be, and locked where that can be.
+    """An empty file beside its final place, locked if possible.
 
     Args:
         plan: its steps.
@@ -122,7 +122,7 @@ def created(plan: Plan, path: str, shown: str, replaced: os.stat_result | None =
         FileAccessError: it cannot be made.
     """
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
-    # Less the umask, as any program's output; what replaces a file that few may read is not read by more meanwhile.
+    # Less the umask, as any program's output; the replacement of a restricted file is restricted from the start.
     mode = 0o666 if replaced is None else 0o600
     host = this_host()
     while True:
@@ -255,7 +255,7 @@ def remove_stale(folder: str) -> None:
                 some = itertools.islice(ours.items(), start, start + _AT_ONCE)
                 held: set[tuple[int, int]] = set()
                 won = {path: digits for path, digits in some if _won(path, stack, held)}
-                # Only now: whoever had them open is gone, and changes no index any more.
+                # Only now: the run that had them open is gone, and changes no index any more.
                 for path in won and _named_by_no_index(folder, won):
                     remove_folder(path)
                     with contextlib.suppress(OSError):
@@ -304,7 +304,7 @@ def exists(shown: str) -> DestinationExistsError:
 
 
 def replacing(action: Callable[[], None], path: str, source: Source | None) -> None:
-    """Rename over a file, or remove it; where that cannot be while we read the file, it is closed first.
+    """Rename over a file, or remove it; if that is impossible while we read the file, it is closed first.
 
     Args:
         action: what to do.
@@ -451,7 +451,7 @@ def _rename(file: Output, source: Source | None, *, force: bool) -> None:
 
 
 _waiting: ContextVar[set[str] | None] = ContextVar("_waiting", default=None)
-"""Folders whose names are to be made durable together; ``None``: each at once."""
+"""Folders whose names are made durable together; ``None``: each at once."""
 
 
 @contextlib.contextmanager

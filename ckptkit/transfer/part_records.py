@@ -1,6 +1,6 @@
-"""What parts of one output know of each other: of which plan each is, and which shards are its own.
+"""Facts that parts of one output share: the plan of each, and which shards are its own.
 
-All parts make the same plan, and by it alone each knows its own shards (`shares_of`).  A plan's identity
+All parts make the same plan, from which each knows its own shards (`shares_of`).  A plan's identity
 (`PlanIdentity`) contains only facts that two machines share: no path, no time, no inode.  A part's record
 (`PartRecord`) names its plan and describes each of its shards; it is a JSON object in a separate file.
 
@@ -61,7 +61,7 @@ _LOSSES = 5
 """Numbers of what one cast lost."""
 
 _RECORD_NBYTES = 64 << 20
-"""A record has some 150 bytes a shard and a source file, of which there are at most ten thousand."""
+"""A record has some 150 bytes per shard and source file, of which there are at most ten thousand."""
 
 
 class ShardRecord(TypedDict):
@@ -95,10 +95,10 @@ class PlanIdentity(TypedDict):
 
 
 class PartRecord(TypedDict):
-    """What a part wrote.
+    """A written part.
 
     Attributes:
-        plan: what it is a part of.
+        plan: it is a part of.
         part, of: which, from 1; and how many there are.
         checked: whether it was compared with the source.
         shards: its shards, by name.
@@ -122,7 +122,7 @@ def staging_of(index: str) -> str:
     """The folder for parts: its name follows from the index's, and is that of a temporary file.
 
     Args:
-        index: path of the index that is to be written.
+        index: path of the index to write.
     """
     folder, name = os.path.split(index)
     name = name.removesuffix(".index.json")
@@ -163,7 +163,7 @@ def hashed_by(plan: Plan, files: Mapping[str, Source], count: int) -> list[list[
 
 
 def _source_of(step: Step) -> ByteSource | None:
-    """What a step reads."""
+    """The sources that a step reads."""
     if isinstance(step, Gather):
         return step.entry.storage.source
     return step.source if isinstance(step, (Copy, Cast)) else None
@@ -329,7 +329,7 @@ def _conversions(plan: Plan) -> list[DTypeConversion]:
 
 
 def losses_of(plan: Plan, tally: Tally) -> list[list[int]]:
-    """What is in a record of what conversions of the plan lost."""
+    """The losses of conversions, in a record of the plan."""
     place = {id(conversion): number for number, conversion in enumerate(_conversions(plan))}
     counted = ((place[id(conversion)], losses) for conversion, losses in tally)
     return sorted([at, each.values, each.overflowed, each.rounded, each.underflowed] for at, each in counted)

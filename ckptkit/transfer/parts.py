@@ -93,7 +93,7 @@ class Parts:
     """The parts of one output, in their folder.
 
     Args:
-        destination: the index that is to be written.
+        destination: the index to write.
         plan: of it.
         files: of the source, by name.
         options: those that change the output, as text.
@@ -143,9 +143,9 @@ class Parts:
         Args:
             share: which.
             force: whether an output that exists may be replaced, and a part that is there is written again.
-            check: as in `write_atomically`, of an index of this part's shards alone.
+            check: as in `write_atomically`, with an index of only this part's shards.
             hashed: whether to record, or to check against the record, the SHA-256 of the shards.
-            source: what the plan reads.
+            source: of the plan.
             passed: as in `write_atomically`.
             progress: called as bytes are written, and again as they are compared.
 
@@ -280,7 +280,7 @@ class Parts:
         """
         path = os.path.join(self.staging, "finish.lock")
         with contextlib.ExitStack() as stack:
-            if fcntl is not None and os.path.isdir(self.staging):  # on Windows it would stand in the way of the folder
+            if fcntl is not None and os.path.isdir(self.staging):  # on Windows it would block the folder
                 with _access_told(self._shown):
                     fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
                 stack.callback(os.close, fd)
@@ -297,7 +297,7 @@ class Parts:
                     os.unlink(path)
 
     def require_same(self, records: Iterable[PartRecord], count: int) -> None:
-        """See that parts are of this very plan, and that there are to be so many.
+        """Check that parts belong to this very plan, and to the same number of parts.
 
         Raises:
             RewriteError: one is not; the message says what differs.
@@ -330,7 +330,7 @@ class Parts:
         """How many parts there will be (0: there are none yet), and what is wrong with incomplete ones.
 
         Args:
-            hashed: whether to hold shards against the recorded SHA-256; else by their sizes alone.
+            hashed: whether to check shards against the recorded SHA-256; otherwise only their sizes.
 
         Raises:
             As `records` and `require_same`.
@@ -349,7 +349,7 @@ class Parts:
         return count, found
 
     def _problem(self, record: PartRecord, *, hashed: bool) -> str | None:
-        """What is wrong with the shards of a part; ``None``: they are whole."""
+        """The problem with the shards of a part; ``None``: they are complete."""
         names = shares_of(self.plan, record["of"])[record["part"] - 1]
         if names != [*record["shards"]]:
             return "has shards that belong to another part"
@@ -413,7 +413,7 @@ class Parts:
         replaces: tuple[str, ...],
         source: Source | None,
     ) -> Tally:
-        """Give the shards of all parts, which are there and whole, their places, and write the index.
+        """Give the complete shards of all parts their places, and write the index.
 
         Args:
             force: whether an output that exists may be replaced.

@@ -1,4 +1,4 @@
-"""What is computed of bytes as they pass by: the SHA-256 of source files, and the proof that they reached an output.
+"""Computed from bytes as they pass by: the SHA-256 of source files, and the proof that they reached an output.
 
 A file on this machine is hashed by a separate thread, which reads it again: it is in memory by then.  A remote one is
 hashed as it arrives (`InOrder`), so no byte of it is fetched twice; and the proof that its bytes are in the output is
@@ -143,7 +143,7 @@ class DigestsInPassing:
         known: in hexadecimal, by the ``id`` of files that need no hashing.
 
     Attributes:
-        in_order: of files that are far, by ``id``: what is to be given their bytes as they come.
+        in_order: for remote files, by ``id``: receives their bytes as they arrive.
     """
 
     def __init__(
@@ -154,7 +154,7 @@ class DigestsInPassing:
         self._stop = stop
         self.in_order = {key: InOrder(file.size) for key, file in self._files.items() if file.is_far}
         near = [file for key, file in self._files.items() if key not in self.in_order]
-        # That it failed stops nothing else: it is raised where a digest is asked for.
+        # A failure stops nothing else: it is raised when a digest is requested.
         self._thread = Background(lambda: self._hash(near), threading.Event()) if near else None
 
     def _hash(self, files: Iterable[Source]) -> None:
@@ -191,7 +191,7 @@ class DigestsInPassing:
 
 
 def is_far(file: Source) -> bool:
-    """Whether a source, or a part of it, is far."""
+    """Whether a source, or a part of it, is remote."""
     return file.is_far or any(part.is_far for part in file.parts.values())
 
 
@@ -209,13 +209,13 @@ _kept = threading.local()
 
 
 class Passed:
-    """What passed by on its way to an output: read back from where it was written, and compared with what was read.
+    """Bytes on their way to an output: read back from where they were written, and compared with what was read.
 
     That is of use for what is too far to be read again.  It says that a piece is in the output only if nothing else was
     written there, and all of it was found unchanged; it knows nothing about anything else.
 
     Args:
-        storages: those whose recorded checksums are to be held.
+        storages: those whose recorded checksums are checked.
 
     Attributes:
         sums: the CRC-32 of what was fetched of them.
@@ -252,7 +252,7 @@ class Passed:
         self.will_write(fd, target, len(view))
 
     def will_write(self, fd: int, target: int, nbytes: int) -> None:
-        """Bytes at this position are written too: what was proved of them is so no longer."""
+        """Bytes at this position are written too: earlier proofs for them are void."""
         self._written.setdefault(_file(fd), []).append((target, target + nbytes))
 
     def note(self, source: ByteSource | TensorEntry, fd: int, target: int) -> None:
@@ -278,8 +278,7 @@ class Passed:
             source: the piece, or a tensor that was gathered.
             written: of the output, as its own reader has opened it.
 
-        Returns:
-            All of them where they were compared and are the same, fewer where one was another; ``None``: it was not
+        Returns: All of them if they were compared and are the same, fewer if one was different; ``None``: it was not
             written there, or cannot be relied upon.
         """
         if not isinstance(written.file, SourceFile):
@@ -300,7 +299,7 @@ def _file(fd: int) -> _File:
 
 
 def passed_of(checkpoint: Checkpoint, source: Source) -> Passed | None:
-    """What is to keep what passes by of a checkpoint that is written; ``None``: its source is near, and read again."""
+    """The recorder of a checkpoint being written; ``None``: its source is local, and is read again."""
     if not is_far(source):
         return None
     nodes = (found.node for found in every_tensor(checkpoint))

@@ -1,9 +1,9 @@
 """A tensor in pieces: several boxes, each a separate tensor in some file, that make up one whole.
 
-What processes share out among them lies so: a rank's slice along a dimension, a box of a mesh of several, a run of a
-flat buffer.  The whole is one plain tensor whose bytes are made as they are read (`ckptkit.computed.DenseRange`), so
-everything above treats it like any other.  Pieces that are runs of the whole's bytes are copied as they lie
-(`PiecedValues.copies`); of others the rows are gathered, in bounded blocks.
+Processes share tensors in such pieces: a rank's slice along a dimension, a box of a mesh of several, a run of a flat
+buffer.  The whole is one plain tensor whose bytes are made as they are read (`ckptkit.computed.DenseRange`), so
+everything above treats it like any other.  Pieces that are runs of the whole's bytes are copied directly
+(`PiecedValues.copies`); others are gathered row by row, in bounded blocks.
 
 Only the place of a piece may be known at first; its content is then read when its values are first needed.
 """
@@ -41,7 +41,7 @@ class Piece(NamedTuple):
     """A box of a tensor.
 
     Attributes:
-        offsets, sizes: where it is in the whole and how large it is, in elements, by dimension.
+        offsets, sizes: its place in the whole and its size, in elements, by dimension.
         local: the tensor that it is, of exactly these sizes; or what reads that, called once.
         where: what messages call it: the file, the rank.
     """
@@ -214,7 +214,7 @@ class PiecedValues(DenseValues):
                 self._scatter(part, at, sizes, out)
 
     def _near(self, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Sequence[int]:
-        """The pieces that may have something in common with a box, by where they are along the first dimension."""
+        """The pieces that may overlap a box, by their place along the first dimension."""
         if not offsets:
             return range(len(self._pieces))
         first = bisect_left(self._first_rows, offsets[0] - self._tallest + 1)
@@ -253,8 +253,8 @@ def pieced(
         shape: that the pieces are in.
         dtype: torch name of the elements' type.
         pieces: the boxes; each element is in exactly one.
-        view: the tensor's own shape, of as many elements; ``None``: as the pieces lie.
-        files: the sources that they are in; to be given where there are pieces that were not read yet.
+        view: the tensor's own shape, with the same number of elements; ``None``: that of the pieces.
+        files: their sources; needed if some pieces were not read yet.
         key: of its storage; ``None``: its name.
         location: device tag; ``None``: that of the first piece, or ``"cpu"``.
         requires_grad: as in `TensorEntry`.
@@ -339,7 +339,7 @@ def require_cover(name: str, shape: tuple[int, ...], boxes: Sequence[_Box]) -> N
 def _overlap(boxes: list[_Box], dims: int, what: str) -> tuple[_Box, _Box] | None:
     """Two boxes with an element in common; ``None``: there are none.
 
-    They are split along each dimension in turn where some are wholly before all others, as those of meshes are.
+    They are split along each dimension in turn if some are wholly before all others, as those of meshes are.
     """
     stack = [(boxes, 0, 0)]
     while stack:

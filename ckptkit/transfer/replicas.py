@@ -1,7 +1,7 @@
 """The comparison of values that are in several files and must be the same.
 
-What each rank has a copy of, is taken from one and checked against the others; and what is stored at two precisions, as
-DeepSpeed's weights and their fp32 masters are, is converted to the lesser and checked against that.
+A value of which each rank has a copy is read from one file and compared with the others; a value stored at two
+precisions, such as DeepSpeed's weights and their fp32 masters, is converted to the lesser one and compared.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """Carries out the steps of a plan on an open file.
 
-Casts, checksums and digests are computed in bounded buffers by several threads.  Bytes that move as they lie are copied
-inside the kernel, by whichever of its ways is the faster as things stand: a page cache takes aligned pieces best, and
-keeps each in one folio.  Tensors have other positions relative to a page in the source than in the output, so a long
-``copy_file_range`` writes off the grid all the way; through a pipe (``splice``) each piece can end on it.  Hot memory
-takes the latter in 0.8 of the time (ext4, Linux 6.18).  Where a virtual machine has first to get memory back from its
-host, large folios are what comes late, and the former can be twice as fast; where a server copies by itself (NFS) or
-blocks can be shared (XFS, btrfs), it can be faster than any copying.  So the pace of both is measured on the way.
+Casts, checksums and digests are computed in bounded buffers by several threads.  Unchanged bytes are copied inside the
+kernel, in whichever way is faster at the moment: a page cache takes aligned pieces best, and keeps each in one folio.
+Tensors have other positions relative to a page in the source than in the output, so a long ``copy_file_range`` writes
+off the grid all the way; through a pipe (``splice``) each piece can end on it.  Hot memory takes the latter in 0.8 of
+the time (ext4, Linux 6.18).  If a virtual machine first has to get memory back from its host, large folios are slow,
+and the former can be twice as fast; if a server copies by itself (NFS) or blocks can be shared (XFS, btrfs), it can be
+faster than any copying.  So the pace of both is measured on the way.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ _MEASURED_NBYTES = 1 << 20
 """Bytes from which a call shows how fast a way is."""
 
 _FORGETTING = 0.98
-"""What is left after a call of how slow the other ways were: one a third slower is tried again after some fifteen."""
+"""How much of the other ways' slowness counts after each call: one that is a third slower is tried again after some
+fifteen calls."""
 
 _PIECE_NBYTES = 64 << 10
 """Bytes spliced at a time, and the grid in the output that they end on: sixteen pages."""
@@ -82,7 +83,7 @@ class Copier:
         self._pipe: tuple[int, int] | None = None
         ways: list[tuple[str, _Way]] = [("splice", self._splice), ("copy_file_range", self._copy_file_range)]
         self._pace = {way: 0.0 for name, way in ways if hasattr(os, name)}
-        """Seconds a byte, of the ways that work here; 0 where it is not known yet."""
+        """Seconds per byte, of the ways that work here; 0 if not known yet."""
         self._last: dict[_Way, float] = {}
 
     def copy(self, source: ByteRange, target: int) -> None:
@@ -118,7 +119,7 @@ class Copier:
         return min(self._pace, key=self._pace.__getitem__, default=self._read_write)
 
     def _measured(self, way: _Way, pace: float) -> None:
-        """Take the better of a way's last two calls, since one alone may have had to wait for something else."""
+        """Take the better of a way's last two calls, because a single one may have had to wait for something else."""
         for other in self._pace:
             self._pace[other] *= _FORGETTING
         self._pace[way] = min(pace, self._last.get(way, pace))
@@ -381,7 +382,7 @@ def fill_file(
         fd: the file.
         digests: of the sources; ``None``: those fields, and checksums over literals, are left for later.
         checksums: whether to fill in the checksums over bytes of the source.
-        alone: whether what is between fields is not to be written once more, since it was compared.
+        alone: whether bytes between fields are not written again, because they were compared.
 
     Raises:
         As `execute`.

@@ -1,4 +1,4 @@
-"""The values of a tensor, in C order and little-endian, however they lie.
+"""The values of a tensor, in C order and little-endian, however they are stored.
 
 Only here is numpy imported, and only when a tensor is not plain bytes.
 
@@ -35,8 +35,7 @@ SMALL_NBYTES = 16 << 10
 """Bytes below which reading a tensor along with its neighbors is faster than a separate call."""
 
 _AHEAD_NBYTES = 4 << 10, 256 << 10
-"""Bytes read where nothing was read before, and the most that are read along: both sides of a comparison fit into a
-core's own cache."""
+"""Bytes read after a jump, and the most that are read along: both sides of a comparison fit into a core's own cache."""
 
 _SIGNED = ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
 """The types of 8 bits whose first is a sign."""
@@ -74,7 +73,7 @@ class Ahead:
 
 
 def lying_in(value: TensorEntry | Storage | ByteSource) -> Iterator[ByteRange]:
-    """The ranges of files that values are read from; what says where pieces lie is read for it."""
+    """The ranges of files that values are read from; the positions of pieces are read for it."""
     source = value.storage.source if isinstance(value, TensorEntry) else value
     source = source.source if isinstance(source, Storage) else source
     if isinstance(value, TensorEntry):
@@ -98,8 +97,7 @@ Along = Callable[[Source], Callable[[int, memoryview], object]]
 def will_read(values: Iterable[TensorEntry | Storage | ByteSource], along: Along | None = None) -> bool:
     """Announce to remote sources what is about to be read, in about this order; see `Source.will_read`.
 
-    Returns:
-        Whether one is far.
+    Returns: Whether one is remote.
     """
     if "ckptkit.remote.source" not in sys.modules:  # no source is far, and to look at each value takes time
         return False
@@ -172,7 +170,7 @@ def unconverted(entry: TensorEntry, source: ConvertedRange) -> TensorEntry:
         nbytes=original.nbytes,
         location=entry.storage.location,
         source=original,
-        byteorder="little",  # the conversion itself knows the byte order, and wants the bytes as they lie
+        byteorder="little",  # the conversion itself knows the byte order, and needs the stored bytes
     )
     return replace(entry, storage=storage, dtype=conversion.dtype)
 
@@ -223,7 +221,7 @@ def _collect(out: Any, source: ByteRange, start: int, strides: list[int]) -> Non
 
     Args:
         out: the array; its items are bytes.
-        source: what they are in.
+        source: of the bytes.
         start: position of the first one.
         strides: bytes from one to the next, by dimension.
     """

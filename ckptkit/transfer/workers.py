@@ -56,16 +56,16 @@ def in_parallel(
     stop: threading.Event | None = None,
     most: int = _MAX_WORKERS,
 ) -> None:
-    """Call every task once, several at a time where there is much to do; the order is not kept.
+    """Call every task once, several at a time if there is much to do; the order is not kept.
 
     Args:
         tasks: taken one after the other as threads come free.
         nbytes: how much they process in total.
         stop: set when one fails or is interrupted; the others may look at it, and raise `Stopped`.
-        most: how many at a time, where there are as many processors.
+        most: how many at a time, if there are as many processors.
 
     Raises:
-        BaseException: what a task raised first, or an interrupt; no further task is begun.
+        BaseException: a task's first error, or an interrupt; no further task is begun.
     """
     workers = min(most, os.cpu_count() or 1) if nbytes >= MANY_NBYTES else 1
     remaining = iter(tasks)
@@ -96,7 +96,7 @@ def in_parallel(
             threads += [Background(work, halt) for _ in range(workers)]
         for thread in threads:
             while thread.is_alive():
-                thread.join(0.2)  # an interrupt is heard meanwhile
+                thread.join(0.2)  # an interrupt is received in the meantime
     except BaseException:
         halt.set()
         for thread in threads:
@@ -107,9 +107,9 @@ def in_parallel(
 
 
 def near_together(tasks: Iterable[Callable[[], object]], apart: int) -> Iterator[Callable[[], object]]:
-    """The tasks, of which none begins before all but the last few before it are done: where one waits, others do.
+    """The tasks, none of which begins before all but the last few before it are done: while one waits, others work.
 
-    What is read ahead of them is kept for a while alone (`ckptkit.remote.ahead`).
+    Prefetched bytes are kept only for a while (`ckptkit.remote.ahead`).
 
     Args:
         tasks: taken by `in_parallel`.
@@ -164,10 +164,10 @@ def buffer(name: str, nbytes: int) -> memoryview:
 
 
 class Background(threading.Thread):
-    """A thread whose failure is raised where it is waited for; what holds where it is started holds in it.
+    """A thread whose failure is raised where it is waited for; it has the context in which it was started.
 
     Args:
-        work: what it does.
+        work: its function.
         stop: set when it fails, so that others stop too.
     """
 

@@ -52,7 +52,7 @@ _SWEEPING_SECONDS = 60.0
 """Pause between two looks for what killed runs left in a folder, which may hold ten thousand files."""
 
 _swept: dict[str, float] = {}
-"""When each folder was looked through."""
+"""When each folder was last searched."""
 
 _FLUSH_SECONDS = 0.05
 """Pause between flushes while files are being written; most are written before the first."""
@@ -83,7 +83,7 @@ def write_atomically(
         replaces: names of files beside the destination that the new ones make stale; removed at the end.
         source: the open file that the plan reads; where the system replaces no file that is open, and this is one to
             be replaced, it is closed once all of it is read.
-        passed: compares what passes by with what was written, where the source is far.
+        passed: compares what passes by with what was written, if the source is remote.
         digests: of source files that the caller wants, beside those that the plan has; none: the plan's.
         progress: called as bytes are written, and again as they are compared.
 
@@ -189,7 +189,7 @@ def places(plan: Plan, shown: str, *, force: bool) -> list[tuple[Plan, str, str]
     if plan.in_folder is not None:
         return found
     if plan.index is not None:
-        # An index may be a link into a cache, whose folder is no place for shards: links in folders alone are followed.
+        # An index may be a link into a cache, whose folder is not for shards: only links to folders are followed.
         above, name = os.path.split(shown)
         folder = os.path.realpath(above)
         shards = [(shard, os.path.join(folder, at), os.path.join(above, at)) for at, shard in plan.shards.items()]
@@ -211,7 +211,7 @@ def _created(wanted: list[tuple[Plan, str, str]], folder: str, replaces: tuple[s
 
 
 def _remove_stale_now_and_then(folder: str) -> None:
-    """Remove what killed runs left in the folder, unless it was looked through a moment ago."""
+    """Remove what killed runs left in the folder, unless it was searched a moment ago."""
     if time.monotonic() - _swept.get(folder, -math.inf) > _SWEEPING_SECONDS:
         _swept[folder] = time.monotonic()
         remove_stale(folder)
@@ -244,7 +244,7 @@ def _index(files: list[Output], plan: Plan, digests: DigestsInPassing) -> bytes:
 
 
 def index_bytes(plan: Plan, digests: DigestsInPassing, names: Mapping[str, str] | None = None) -> bytes:
-    """What an index says, with digests where they belong.
+    """The content of an index, with digests in their places.
 
     Args:
         plan: of the index.
@@ -279,7 +279,7 @@ class _Counter:
                 self._progress(self._done, self._nbytes)
 
     def finish(self) -> None:
-        """All is done: what is between tensors is not counted, nor compared."""
+        """Everything is written: bytes between tensors are neither counted nor compared."""
         self(self._nbytes - self._done)
 
 

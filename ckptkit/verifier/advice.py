@@ -42,8 +42,8 @@ def renamings_that_fit(fittings: Sequence[Fitting], expected: int) -> list[Fitti
 def head_classes(mismatches: Sequence[ShapeMismatch]) -> tuple[int, int] | None:
     """The two numbers of classes when a head of another size explains all mismatches: the file's, the reference's.
 
-    So it is when all differ in their first dimension alone, and in the same proportion (a detector's
-    box head has four outputs for each class).
+    That is the case if all differ only in their first dimension, and in the same proportion (a detector's box head has
+    four outputs for each class).
     """
     for m in mismatches:
         if not m.checkpoint or len(m.checkpoint) != len(m.reference) or m.checkpoint[1:] != m.reference[1:]:
@@ -58,7 +58,7 @@ def head_classes(mismatches: Sequence[ShapeMismatch]) -> tuple[int, int] | None:
 def sections_that_fit(
     checkpoint: Checkpoint, file: Source | None, like: Like, already: int
 ) -> list[tuple[str, Fitting]]:
-    """The other sections of which most tensors fit, equally many: their paths, and how.
+    """The other sections that most tensors fit, equally many: their paths, and how.
 
     Args:
         checkpoint: with the section that was selected.
@@ -98,7 +98,7 @@ def folded(names: Collection[str], among: Collection[str]) -> list[str]:
     """The names, with ``layer4.* (30)`` instead of those of a module all of whose names are among them.
 
     Args:
-        names: what is missing, say.
+        names: for example the missing ones.
         among: all names there are on that side; those given are of them.
     """
     everything = Counter(path for name in among for path in module_paths(name))

@@ -1,7 +1,7 @@
 """Two runs of one model, compared: with another checkpoint, or on another device.
 
-Outputs are compared in full; where they are not the same, samples of what each leaf module gave say
-where the two part.  The module is the same one, filled twice: there is one model in memory at a time.
+Outputs are compared in full; if they differ, samples of each leaf module's output show where the two diverge.  The
+module is the same one, filled twice: there is one model in memory at a time.
 """
 
 from __future__ import annotations
@@ -167,7 +167,7 @@ _CODES = {
     "against": ("against-equal", "against-close", "against-differs"),
     "device": ("device-equal", "device-close", "device-differs"),
 }
-"""What is compared, and the findings' codes: bit-equal, within the tolerance, beyond it."""
+"""The comparison, and the findings' codes: bit-equal, within the tolerance, beyond it."""
 
 
 def _told(

@@ -59,10 +59,10 @@ class Context:
     """The settings of one verification, and its results so far.
 
     Attributes:
-        reference: what the model was built from.
+        reference: the model's recipe.
         devices: where the forward pass runs: on the first, and once more on each other to compare.
-        options: what was asked for.
-        inputs: what the model is given; ``None``: no forward check is asked for.
+        options: as requested.
+        inputs: of the model; ``None``: no forward check was requested.
         against: another checkpoint of the same model, to compare outputs with; its file is open.
         golden: outputs recorded earlier, to compare with.
         file: the file of the checkpoint, for a look at its other sections; ``None``: no file is open.
@@ -78,7 +78,7 @@ class Context:
         notes: by check, what it examined, in words: for checks without findings.
         figures: by check, its figures, for programs.
         seconds: how long each part took.
-        steps: how long each check took, and the most memory held by then.
+        steps: how long each check took, and the peak memory by then.
     """
 
     reference: Reference
@@ -159,7 +159,7 @@ class Context:
         return [option, spec, *(part for name, value in args.items() for part in ("--model-arg", f"{name}={value}"))]
 
     def conversion(self, checkpoint: Checkpoint, *options: str, like: bool = False) -> str:
-        """The conversion that writes the verified weights alone, ready to be pasted.
+        """The conversion that writes only the verified weights, ready to be pasted.
 
         Args:
             checkpoint: the weights.
@@ -185,7 +185,7 @@ Check = Callable[[Checkpoint, nn.Module, Context], Iterator[Finding]]
 
 
 def peak_memory() -> int | None:
-    """The most memory this process has held so far, in bytes; ``None`` where the system does not say."""
+    """The peak memory of this process so far, in bytes; ``None`` if the system does not say."""
     try:
         import resource
     except ImportError:  # Windows

@@ -57,7 +57,7 @@ def fill_model(
     Args:
         model: the reference.
         state_dict: the weights.
-        values: theirs; tensors become the model's where it has no values.
+        values: theirs; tensors become the model's if it has no values.
         fit: how they fit.
         seeming: gets the names that loading skipped without saying so.
     """

@@ -34,7 +34,7 @@ __all__ = ["check_fit"]
 def check_fit(checkpoint: Checkpoint, model: nn.Module, context: Context) -> Iterator[Finding]:
     """Whether torch's strict load takes the checkpoint: every name of the model with its shape, and no other.
 
-    What is missing, unexpected or of another shape begins with torch's own words for it.
+    Findings on missing and unexpected names and on shapes begin with torch's own words.
     """
     context.fit = fit = _measured(model, checkpoint, context)
     yield _coverage(fit, context)
@@ -52,7 +52,7 @@ def check_fit(checkpoint: Checkpoint, model: nn.Module, context: Context) -> Ite
     yield from _remarks(fit)
     others, chosen = unselected_weights(checkpoint), checkpoint.origin.state_path
     if others:
-        # Whoever goes through them all comes to an end.
+        # All loops over them end.
         following = [section.path for section in checkpoint.sections if section.is_weights]
         following = following[following.index(chosen) + 1 :] if chosen in following else []
         yield Finding(
@@ -116,7 +116,7 @@ def _old_names(fit: Fit, checkpoint: Checkpoint, fittings: Sequence[Fitting], co
     others = f"; just as many after {listed([other.label for other in found[1:]], between=' or ')}" if found[1:] else ""
     in_passing = best.options == ("--strip-module",) and not best.unexpected
     here = " (verify --strip-module does this without writing a file)" if in_passing else ""
-    # What is left over has to go too; of several that fit, the one that is advised is named.
+    # The rest has to go too; of several that fit, the advised one is named.
     is_like = best.is_complete and bool(best.unexpected) and context.reference.spec is not None
     options = best.options if found[1:] or not is_like else ()
     return Finding(
@@ -145,7 +145,7 @@ def _section(fit: Fit, checkpoint: Checkpoint, like: Like, already: int, context
 
 
 def _architecture(fit: Fit, checkpoint: Checkpoint, context: Context) -> Finding | None:
-    """Another model than the reference, of which an index knows the name; another head is not another model."""
+    """A known model other than the reference; another head does not count as another model."""
     is_head = not (fit.missing or fit.unexpected) and (not fit.mismatches or head_classes(fit.mismatches) is not None)
     if is_head or _lacks_no_weights(fit):
         return None
@@ -200,7 +200,7 @@ def _names(fit: Fit, checkpoint: Checkpoint, values: Mapping[str, Any], context:
 
 
 def _without_counters(fit: Fit, checkpoint: Checkpoint, everything: Sequence[str], context: Context) -> str | None:
-    """The conversion that leaves out what is unexpected, where that is counters of batches alone."""
+    """The conversion that leaves out unexpected names, without counting batch counters."""
     extra = [name for name in fit.unexpected if is_counter(name)]
     if len(extra) < len(fit.unexpected):
         return None

@@ -28,9 +28,9 @@ class ForeignExitError(VerifyError):
 class foreign:  # noqa: N801 - read as a word of the language: ``with foreign():``
     """A block that runs foreign code; blocks may be in each other.
 
-    - An exception that is no `Exception` becomes a `ForeignExitError`, which is one; ``os._exit`` becomes that too.
+    - An exception that is not an `Exception` becomes a `ForeignExitError`, which is one; ``os._exit`` becomes that too.
     - A signal that the process really received is raised as its handler raised it, whatever the code made of that.
-    - What is printed goes to stderr, also where the code puts another stream in the place of stdout or closes it.
+    - Printed text goes to stderr, even if the code replaces or closes stdout.
     - A process that the code forked ends with the block.
 
     Args:
@@ -116,7 +116,7 @@ class _Aside:
         return getattr(self._stream, name)
 
     def close(self) -> None:
-        """Nothing: others go on writing to it."""
+        """Nothing: others continue to write to it."""
 
 
 def error_text(error: BaseException) -> str:
@@ -126,6 +126,6 @@ def error_text(error: BaseException) -> str:
     try:
         with foreign():
             text = " ".join(str(error).split())[:500]
-    except Exception:  # it cannot even be told
+    except Exception:  # its message fails too
         text = ""
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

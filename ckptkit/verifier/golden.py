@@ -10,7 +10,7 @@ A golden is a safetensors file.  Its metadata ``ckptkit.golden`` is one JSON obj
      "weights": {"content_digest": "sha256:…" | null, "tensors": {str: "DTYPE [SIZES] sha256:…"}},
      "dtype": str, "device": str, "tolerance": {"atol": float, "rtol": float}, "versions": {str: str}}
 
-``noise`` is the largest difference between runs on the machine that wrote it which differ in rounding alone
+``noise`` is the largest difference between runs that differ only in rounding, on the machine that wrote it
 (`ckptkit.verifier.forward.measured_noise`).  ``tensors`` are those of the file, by their names in the model, with the
 digests of `ckptkit.digests`.  Files of the first releases have neither, and an ``atol`` that goes by the dtype.
 
@@ -18,8 +18,8 @@ digests of `ckptkit.digests`.  Files of the first releases have neither, and an 
 gives the same values; inputs that came from a file are kept as tensors.  Of an output of more than 1 MiB
 every ``step``-th element is kept, in C order.
 
-A reader accepts what the above says and nothing else.  The reference is taken from a golden only where it
-is a library's by name: a golden never decides which of a user's files are run.
+A reader accepts what the above says and nothing else.  The reference is taken from a golden file only if it is a
+library's by name: a golden file never decides which of a user's files are run.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ VERSION = 1
 """The version of its content."""
 
 _ATOL_BY_DTYPE = (2.3e-16, 1.2e-7, 9.8e-4, 7.9e-3)
-"""What the first releases recorded where no ``atol`` was given; it hid any change of outputs as small as that."""
+"""The value that the first releases recorded if no ``atol`` was given; it hid any change of outputs of that size."""
 
 _SOURCES = ("torchvision", "timm", "transformers")
 """Libraries whose models a golden may name."""
@@ -78,11 +78,11 @@ class Golden:
         spec: the reference's name; ``None``: it had none.
         label: the reference, for messages.
         args: its arguments.
-        inputs: what the model was given.
-        outputs: what it gave.
+        inputs: of the model.
+        outputs: of the model.
         dtype, device: of the computation.
         tolerance: recorded along.
-        weights: of each tensor in the model: dtype, sizes and digest of what the file held; empty: not recorded.
+        weights: for each tensor in the model: dtype, sizes and digest of the file's; empty: not recorded.
         versions: of the packages that computed it.
     """
 

@@ -128,7 +128,7 @@ def _compared(golden: Golden, checkpoint: Checkpoint, model: nn.Module, context:
 
 
 def _circumstances(golden: Golden, model: nn.Module, context: Context) -> Iterator[Finding]:
-    """What was other when the golden was recorded: device, dtype, versions."""
+    """Differences from when the golden file was recorded: device, dtype, versions."""
     now = {"device": str(context.device), "dtype": model_dtype(model), **versions()}
     then = {"device": golden.device, "dtype": golden.dtype, **golden.versions}
     changed = [f"{name} {then[name]} then, {now.get(name, 'none')} now" for name in then if then[name] != now.get(name)]

@@ -1,4 +1,4 @@
-"""What a model takes, and the values it is given: drawn from a seed, or read from a file.
+"""The inputs of a model, and their values: generated from a seed, or read from a file.
 
 Two batches are made of the same values.  The first is the documented or requested input; the other contains one row if
 that has several, and two different ones if it has one: this shows whether a row's result depends on the rows beside it.
@@ -61,10 +61,10 @@ class Inputs:
     """Values for a model, on the CPU, before they are cast to its floating point type.
 
     Attributes:
-        inputs: what each is.
+        inputs: each input's description.
         values: of each, in the same order.
         others: values of the same shapes and different content, for a second row.
-        seed: what they were drawn from; ``None``: they were read from ``path``.
+        seed: of the generated values; ``None``: they were read from ``path``.
         path: the file they were read from.
     """
 
@@ -92,7 +92,7 @@ class Inputs:
         return self._given(self.values, device, dtype)
 
     def rebatched(self, device: torch.device, dtype: torch.dtype) -> Batch | None:
-        """Row 0 alone if the batch has several rows, else it and another one; ``None``: it is not a batch."""
+        """Only row 0 if the batch has several rows, otherwise it and another one; ``None``: it is not a batch."""
         rows = self.rows
         if rows is None or self.is_list:
             return None
@@ -146,7 +146,7 @@ def wanted_inputs(known: Sequence[Input], shapes: Sequence[Sequence[int]], label
     """The inputs to draw: those the reference documents, in the shapes asked for.
 
     Args:
-        known: what the reference documents; empty: nothing is known.
+        known: the reference's documented inputs; empty: unknown.
         shapes: asked for, by position; a shape keeps the kind of the input it is for.  One shape is
             for all inputs that are documented alike; of a model that takes a list each is for more images.
         label: the reference, for messages.
@@ -206,7 +206,7 @@ def read_inputs(path: str, known: Sequence[Input]) -> Inputs:
 
     Args:
         path: the file.
-        known: what the reference documents; where that is a list of images, it stays one.
+        known: the reference's documented inputs; a list of images stays one.
 
     Raises:
         VerifyError: it contains no tensors, or their positions have gaps.

@@ -1,4 +1,4 @@
-"""The load and weights checks: the weights go into the model, whole or not at all, and are looked at there."""
+"""The load and weights checks: the weights go into the model, whole or not at all, and are checked there."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def check_load(checkpoint: Checkpoint, model: nn.Module, context: Context) -> It
         )
         return
     context.loaded = True
-    if with_own_code:  # which may have changed what it was given; the file is asked again
+    if with_own_code:  # which may have changed its argument; the file is read again
         values.clear()
         pairs = _read_again(checkpoint.state_dict, fit)
     else:

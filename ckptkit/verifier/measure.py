@@ -56,8 +56,8 @@ class Fit:
         counters: names of BatchNorm's ``num_batches_tracked`` that the file lacks and torch sets itself, as it does
             where a state_dict records no version of the layer.
         allowed_missing, allowed_unexpected: names the caller allows to be so.
-        special: names of tensors that are not plain ones in the file (quantized, sparse), and likewise in the model;
-            or a number where it has a tensor of no dimension.
+        special: names of tensors that are not plain ones in the file (quantized, sparse), and likewise in the model; or
+            a number where it has a zero-dimensional tensor.
         opaque: names whose value is not a tensor in the model; it is made from the file where no code is needed for it.
         unloadable: names of plain tensors whose value in the file is not one, or of another layout or shape.
         tensors, of: how many of the model's tensors get a value from the file.
@@ -150,7 +150,7 @@ def measure_fit(
         state_dict: the weights; their values are not read.
         allow_missing: patterns (``fnmatch``) of names the file may lack.
         allow_unexpected: patterns of names the model may lack.
-        ties_once: whether the file's container stores tied tensors under one name alone.
+        ties_once: whether the file's container stores tied tensors under one name only.
 
     Raises:
         VerifyError: see `model_values`.

@@ -1,4 +1,4 @@
-"""The tensors of outputs, the model's and its leaf modules': what they hold, and how far those of two runs are apart.
+"""The tensors of outputs, the model's and its leaf modules': their content, and how far those of two runs are apart.
 
 The first leaf modules whose outputs differ show where two checkpoints diverge.
 """
@@ -45,8 +45,8 @@ class OutputTolerance:
     """How far apart two outputs may be and still agree.
 
     They agree if no element differs by more than ``atol + rtol * s``, where ``s`` is the largest magnitude in either
-    output: an element near zero is as uncertain as the sums it came from, which its own size does not show.  Where no
-    ``atol`` is given it is 0, and where that is not enough, what was measured: see `above`.
+    output: an element near zero is as uncertain as the sums it came from, which its own size does not show.  If no
+        ``atol`` is given it is 0, and if that is not enough, the measured noise: see `above`.
     """
 
     atol: float
@@ -57,11 +57,11 @@ class OutputTolerance:
         return self.atol + self.rtol * scale
 
     def above(self, noise: float) -> OutputTolerance:
-        """With room for noise: what is left where terms cancel is as uncertain as they were, whatever its size.
+        """With room for noise: the remainder where terms cancel is as uncertain as the terms, whatever its size.
 
         Args:
-            noise: the largest difference between runs that differ in rounding alone, on one machine; another may
-                be off by several times as much.
+            noise: the largest difference between runs that differ only in rounding, on one machine; another may be off
+                by several times as much.
         """
         return dataclasses.replace(self, atol=max(self.atol, 4 * noise))
 
@@ -93,7 +93,7 @@ def tolerance_of(dtypes: Iterable[str], atol: float | None = None, rtol: float |
     order = list(TOLERANCES)
     widened = {"complex128": "float64", "complex64": "float32"}
     known = {widened.get(name, name) for name in dtypes}
-    # What is below 16 bits is held to be as imprecise as the last one.
+    # Types below 16 bits count as being as imprecise as the last one.
     ranks = [order.index(n) if n in order else len(order) - 1 for n in known if n in order or n.startswith("float")]
     default = TOLERANCES[order[max(ranks, default=order.index("float32"))]]
     return OutputTolerance(atol=default.atol if atol is None else atol, rtol=default.rtol if rtol is None else rtol)
@@ -106,7 +106,7 @@ class OutputDifference:
     Attributes:
         path: where both are in the output.
         is_equal: bit for bit.
-        is_close: within the tolerance; whole numbers and truth values only where they are equal.
+        is_close: within the tolerance; whole numbers and truth values only if they are equal.
         max_abs: largest absolute difference; infinite where one side is not a number.
         max_rel: the same, as a share of the largest magnitude in either.
         allowed: the largest absolute difference that is close.
@@ -186,7 +186,7 @@ def compare_outputs(
         ours: outputs by path.
         theirs: others.
         tolerance: how far they may be apart.
-        noise: asked for each output's where some are further apart; ``None``: that is final.
+        noise: called for each output's if some are further apart; ``None``: the result is final.
     """
     found = []
     for path in dict.fromkeys((*ours, *theirs)):

@@ -88,7 +88,7 @@ def _printable(text: str) -> str:
 
 
 def _module(loaded: object, path: str) -> nn.Module | None:
-    """What is at these keys, joined with dots; keys may hold dots themselves."""
+    """The value at these keys, joined with dots; keys may contain dots themselves."""
     found: Any = loaded
     while path:
         if not isinstance(found, Mapping):
@@ -105,7 +105,7 @@ def _module(loaded: object, path: str) -> nn.Module | None:
 
 
 def unsafe_findings(checkpoint: Checkpoint, module: nn.Module) -> Iterator[Finding]:
-    """What was imported, and whether the module contains the weights that ckptkit read without running anything."""
+    """The imported names, and whether the module contains the weights that ckptkit read without running anything."""
     names = [use.name for use in checkpoint.globals]
     yield Finding(
         code="unsafe-load",

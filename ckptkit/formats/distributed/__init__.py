@@ -56,7 +56,7 @@ def unlisted_source(url: str) -> Source | None:
         return None
     try:
         is_one = is_metadata(places.head(url, HEAD_NBYTES))
-    except OSError:  # told when it is opened
+    except OSError:  # reported when it is opened
         return None
     return FolderSource(url, folder, "dcp", (name,)) if is_one else None
 

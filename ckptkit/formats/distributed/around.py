@@ -52,7 +52,7 @@ _MOST_FOLDERS = 1000
 """Folders in one that are searched."""
 
 _MOST_FILES = 1000
-"""Files in a folder that are looked at."""
+"""Files in a folder that are examined."""
 
 _MOST_LOOKED_AT = 8
 """Names in a folder without a checkpoint that are searched as folders themselves."""
@@ -92,14 +92,14 @@ _NAMED = re.compile(
     r"|metadata\.json|.*-\d{5}-of-\d{5}\.\w+|pytorch_model_fsdp_\d+",
     re.ASCII,
 )
-"""Names of which one at least is in every folder that may be a sharded checkpoint: of files and folders."""
+"""Names, of files and folders, at least one of which is in every folder that may be a sharded checkpoint."""
 
 
 class Found(NamedTuple):
     """The checkpoint that a folder means.
 
     Attributes:
-        root: the folder that the files are in; of one file, its path.
+        root: the folder of the files; for one file, its path.
         layout: name of its format; ``None``: it is one file, or an index.
         names: the files below the folder, by their paths from there, with slashes.
         own: those that belong to the checkpoint.
@@ -125,7 +125,7 @@ def sharded_at(folder: str, inside: Sequence[str] | None = None) -> Found | None
 
     Args:
         folder: its path.
-        inside: the names in it, where they are known.
+        inside: the names in it, if known.
 
     Raises:
         FileAccessError: it cannot be listed.
@@ -235,7 +235,7 @@ def _is_number(text: str) -> bool:
 
 
 def _numbered(folder: str, number: int) -> str:
-    """The folder of a step: as Megatron calls it, where it is there, or else the one whose name ends so (verl's)."""
+    """The folder of a step: with Megatron's name if it exists, otherwise the one whose name ends like that (verl's)."""
     name = f"iter_{number:07d}"
     if places.isdir(places.below(folder, name)):
         return name
@@ -356,7 +356,7 @@ def _standing(path: str, depth: int = 0, *, way: str = "", is_inner: bool = Fals
         path: the folder.
         depth: how many folders lead to it.
         way: their names from the given one on, each with a slash.
-        is_inner: whether it is looked at as one in a given folder; those in it are not then.
+        is_inner: whether it is examined as a folder inside a given one; then those in it are not.
     """
     own = sharded_at(path)
     if own is not None:

@@ -62,14 +62,14 @@ class Opened:
     """A folder whose ``.metadata`` was read and checked against its files.
 
     Attributes:
-        metadata: what it says.
+        metadata: its content.
         items: what reads the items.
         tensors: by name, each in pieces that were not read yet.
         objects: by name, as they were pickled.
         unread: how many items are of tensors, and were not read.
         globals: the verdicts on all names that were read so far, and the entry for unread ones.
-        findings: what is remarkable.
-        discarded: what the pickles of the objects make and drop.
+        findings: noteworthy facts.
+        discarded: what the pickles of the objects make and discard.
         replicas: chunks that several ranks stored.
     """
 
@@ -201,7 +201,7 @@ def open_folder(probe: Probe) -> Opened:
 
 
 def _parsed(probe: Probe, folder: FolderSource, name: str) -> tuple[Metadata, Source]:
-    """What a ``.metadata`` says, and its file."""
+    """The content of a ``.metadata``, and its file."""
     try:
         file = folder.part(name)
         if file.size > METADATA_NBYTES:

@@ -1,7 +1,7 @@
 """Stored items of torch.distributed.checkpoint: each a whole file of ``torch.save``, one after the other.
 
 Each is read as any such file is (`ckptkit.formats.torch_zip`).  A checkpoint has them by the hundred thousand, and
-those of tensors of one size differ in four things: the values, their checksum, an identity of forty digits, and its
+those of tensors with one size differ in four things: the values, their checksum, an identity of forty digits, and its
 checksum; those of one plain value in the latter two.  So what was read of one is known of all whose other bytes are the
 same (`_Mold`).
 """
@@ -41,7 +41,7 @@ _ZSTD = ("stream.zstd/1",)
 
 _HEAD_NBYTES = 1536
 _TAIL_NBYTES = 2048
-"""Bytes before and after an item's values that are looked at: torch writes some 700 and 850."""
+"""Bytes before and after an item's values that are examined: torch writes some 700 and 850."""
 
 _AROUND_NBYTES = 1 << 20
 """Bytes of a file of ``torch.save`` beyond those of its one tensor."""
@@ -144,7 +144,7 @@ class ItemReader:
         return entry
 
     def read(self, row: int, name: str) -> RawCheckpoint:
-        """What an item holds; the keys of its storages begin with the name.
+        """The content of an item; the keys of its storages begin with the name.
 
         Raises:
             FormatError: it is damaged or refused.
@@ -199,7 +199,7 @@ class ItemReader:
         return {want.row: prod(want.sizes) * DTYPES[want.dtype].itemsize for want in self._wanted()}
 
     def _area(self, row: int, name: str) -> ByteRange:
-        """Where an item's bytes lie, decompressed."""
+        """The decompressed bytes of an item."""
         area, through = self._lying(row), self._items.transforms[row]
         if not through:
             return area
@@ -218,7 +218,7 @@ class ItemReader:
         second = next(parts, None)
         if second is None:
             return Held(first, area.file.path).whole
-        with self._lock:  # nothing else is spooled meanwhile
+        with self._lock:  # nothing else is spooled in the meantime
             return spooled(chain((first, second), parts), None, self._folder, "has items of zstd, and takes")
 
 
@@ -231,7 +231,7 @@ class _Mold(NamedTuple):
     """The identity of an item.
 
     Attributes:
-        raw: what one holds: a tensor, or values that cannot change.
+        raw: the content of one: a tensor, or immutable values.
         head: its bytes before the values; of what is not a tensor, those of its pickle.
         nbytes: of the item, and of what follows.
         constant: bytes of that which are the same in all, each with where they begin and end.

@@ -1,4 +1,4 @@
-"""The ``.metadata`` of torch.distributed.checkpoint (DCP): which tensors there are, and where their chunks lie.
+"""The ``.metadata`` of torch.distributed.checkpoint (DCP): which tensors there are, and where their chunks are.
 
 One bare pickle whose root is ``torch.distributed.checkpoint.metadata.Metadata`` (``metadata.py``, ``filesystem.py`` of
 that package; Megatron's root is a subclass), and of whose attributes four are read:
@@ -7,16 +7,17 @@ that package; Megatron's root is a subclass), and of whose attributes four are r
   chunks; or to a placeholder for an object that was pickled
 - ``storage_data``: from a name, and of a chunk its offset, to a file, and the first byte and the number of bytes in it;
   the ``index`` beside them is a hint, and is skipped
-- ``planner_data``: from a name to the keys that lead to its value in what was saved: texts are keys of dicts, numbers
-  are indices of lists; ``None`` where nothing was flattened, and not there in files of Megatron's
+- ``planner_data``: from a name to the keys that lead to its value in the saved object: texts are keys of dicts, numbers
+  are indices of lists; ``None`` if nothing was flattened, and missing in Megatron's files
 - ``version``, since torch 2.9
 
 ``storage_meta``, ``all_local_plans``, ``mcore_data`` and whatever else there is are skipped; their names are judged as
 all are.  torch 1.12 and 1.13 had the classes in ``torch.distributed._shard``.  Attributes that are ``None`` may be left
 out.  A run of 1,024 processes has some 3.4 million chunks in 480 MB: see `ckptkit.formats.distributed.dcp_runs`.
 
-A reader must hold what is written against itself: chunks cover their tensor once (`ckptkit.transfer.pieces`), each that
-holds anything lies somewhere, nothing is stored of no chunk, files have plain names, and no two items share bytes.
+A reader must check that it is consistent: chunks cover their tensor once (`ckptkit.transfer.pieces`), each that
+contains anything is stored somewhere, nothing is stored for no chunk, files have plain names, and no two items share
+bytes.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ STRINGS = "ckptkit_metadata"
 """The attribute in which ckptkit keeps a checkpoint's string metadata, a dict; torch ignores it."""
 
 _MOST_CHUNKS = 8_000_000
-"""Chunks, stored items and tensors, of each: what has room in that."""
+"""For chunks, stored items and tensors: the type that can hold their numbers."""
 
 _MOST_NODES = 3_000_000
 """Nodes where chunks are shaped as torch does not write them, 16 for each of 180,000."""
@@ -76,14 +77,14 @@ _WRITERS = ("Metadata", "MCoreMetadata")
 
 
 def parse_metadata(data: bytes, limits: Limits) -> Metadata:
-    """What a ``.metadata`` says, once it agrees with itself.
+    """The content of a ``.metadata``, once it is consistent.
 
     Args:
         data: the file.
         limits: bounds on names, dimensions and numbers; those on bytes, chunks and nodes are its own.
 
     Raises:
-        FormatError: the pickle is damaged or refused, is no ``.metadata``, or contradicts itself.
+        FormatError: the pickle is damaged or refused, is not a ``.metadata``, or contradicts itself.
     """
     limits = limits._replace(pickle_nbytes=METADATA_NBYTES, tree_nodes=METADATA_NBYTES, nodes=_MOST_NODES)
     runs = Runs(_MOST_CHUNKS)
@@ -94,7 +95,7 @@ def parse_metadata(data: bytes, limits: Limits) -> Metadata:
         )  # fmt: skip
         uses = _uses(pickle)
         read = None if runs.memo.is_odd else _Reader(runs.columns, limits).read(pickle)
-        if read is None:  # what was left out is used as no pickler does
+        if read is None:  # a left-out part is used as no pickler would
             pickle = read_pickle(data, constructors=_CONSTRUCTORS, limits=limits, whole=True)
             uses = _uses(pickle)
             read = _Reader(Columns(), limits).read(pickle)
@@ -139,10 +140,10 @@ class _Reader:
         self._rows = 0
 
     def read(self, pickle: PickleResult) -> Metadata | None:
-        """What the pickle says; ``None``: what was left out of it is needed.
+        """The content of the pickle; ``None``: a part that was left out is needed.
 
         Raises:
-            FormatError: it is no ``.metadata``, or contradicts itself.
+            FormatError: it is not a ``.metadata``, or contradicts itself.
         """
         columns = self._columns
         tensors, objects, order = dict[str, TensorMetadata](), dict[str, int](), list[str]()
@@ -163,7 +164,7 @@ class _Reader:
         except _OddError:
             del columns.offsets[before[0] :], columns.names[before[1] :], columns.tensors[before[2] :]
             return None
-        if sum(before) != self._rows:  # some runs stand nowhere, or in two places
+        if sum(before) != self._rows:  # some runs are nowhere, or in two places
             return None
         self._match(tensors, objects)
         version = state.get("version")
@@ -263,7 +264,7 @@ class _Reader:
         sizes = self._columns.sizes[row.start : row.stop]
         return TensorMetadata(row.name, dtype, row.shape, row.requires_grad is True, offsets, sizes, [])
 
-    # Where they lie.
+    # Where they are.
 
     def _stored(self, node: object) -> None:
         """Bring all items into the columns, and see what each says."""

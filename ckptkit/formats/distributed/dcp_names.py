@@ -3,8 +3,7 @@
 Dicts are gone into, and lists that contain a tensor or a dict, in lists of lists too; what is in neither is one value,
 tuples whatever they hold.  A name is the keys that lead to a value, with dots between them (torch 2.4 and later:
 ``torch/distributed/checkpoint/_nested_dict.py`` and ``_traverse.py``; before, a dict or list without tensors was one
-value).  What is lost is recorded (`Flat.lost`): the classes and attributes of dicts, keys that are not text, empty
-dicts.
+value).  Losses are recorded (`Flat.lost`): the classes and attributes of dicts, keys that are not text, empty dicts.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ class Flat:
     Attributes:
         values: by name, in order: a `TensorEntry`, or any other node that is written as one item.
         paths: of each name the keys that lead there.
-        lost: what of the tree its names do not keep, in words.
+        lost: the parts of the tree that its names do not keep, in words.
     """
 
     values: dict[str, object] = field(default_factory=dict)
@@ -163,7 +162,7 @@ def _text(key: object, path: Path) -> str:
 
 
 def _lost(node: object, path: Path, pairs: list[tuple[object, object]]) -> Iterator[str]:
-    """What of a dict the names in it do not keep."""
+    """The parts of a dict that the names in it do not keep."""
     where = _name(path)[-100:] or "the outermost dict"
     if not pairs and path:
         yield f"{where} (an empty dict)"

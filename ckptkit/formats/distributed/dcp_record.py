@@ -1,4 +1,4 @@
-"""What the ``.metadata`` of torch.distributed.checkpoint says, as columns: which tensors there are, and where they lie.
+"""The ``.metadata`` of torch.distributed.checkpoint as columns: which tensors there are, and where they are.
 
 `ckptkit.formats.distributed.dcp_metadata` makes it, once it agrees with itself; here it is checked against the files.
 """
@@ -22,12 +22,12 @@ LISTED = 5
 
 
 class Items(NamedTuple):
-    """Where the stored items lie, a row each.
+    """Where the stored items are, one row each.
 
     Attributes:
         paths: the file.
         starts, lengths: first byte and number of bytes in it.
-        transforms: what the bytes went through: ``("stream.zstd/1",)``.
+        transforms: applied to the bytes: ``("stream.zstd/1",)``.
     """
 
     paths: Sequence[str]
@@ -56,7 +56,7 @@ class TensorMetadata:
         shape: its size in elements.
         requires_grad: whether it was trained; torch says ``False`` of all that a state_dict holds.
         offsets, sizes: of each chunk, in elements.
-        rows: of each chunk, where among `Items` it lies; -1: a chunk without elements that is nowhere.
+        rows: for each chunk, its place among `Items`; -1: an empty chunk that is nowhere.
     """
 
     name: str
@@ -72,7 +72,7 @@ class CopiedChunk(NamedTuple):
     """A chunk of a tensor that two ranks stored.
 
     Attributes:
-        wanted: what the first one's item must be.
+        wanted: the requirements for the first one's item.
         row: the other one's item.
     """
 
@@ -82,19 +82,19 @@ class CopiedChunk(NamedTuple):
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class Metadata:
-    """What a ``.metadata`` says.
+    """The content of a ``.metadata``.
 
     Attributes:
         tensors: by name, in order.
         objects: names of pickled objects, each with its row among ``items``.
         order: the names of both, in order.
-        items: where each lies.
+        items: where each is.
         paths: for names the keys that lead to them; ``None``: the names themselves are the keys.
         version: of the metadata, ``"1.0.0"``; ``None``: not said.
         strings: the checkpoint's string metadata (`STRINGS`).
         protocol: of the pickle.
         globals: the verdicts on all names in it.
-        copies: of several ranks' own metadata combined, the chunks that more than one has.
+        copies: in the combined metadata of several ranks, the chunks that more than one has.
         others: likewise the further rows of what was pickled under one name.
     """
 
@@ -116,7 +116,7 @@ class Metadata:
         return all(sum(map(math.prod, tensor.sizes)) == math.prod(tensor.shape) for tensor in self.tensors.values())
 
     def chunks(self) -> Iterator[Wanted]:
-        """What the items of all tensors must be."""
+        """The requirements for the items of all tensors."""
         for tensor in self.tensors.values():
             for offsets, sizes, row in zip(tensor.offsets, tensor.sizes, tensor.rows, strict=True):
                 if row >= 0:
@@ -161,7 +161,7 @@ class Metadata:
 
 
 def together(parts: Sequence[Metadata]) -> Metadata | None:
-    """What the metadata of several ranks say, each of which knows its own chunks alone.
+    """The metadata of several ranks, each of which knows only its own chunks.
 
     ``None``: it is not complete, or they contradict each other: each rank saved something different.
     """

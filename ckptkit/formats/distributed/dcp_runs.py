@@ -13,11 +13,11 @@ tensor and every planned write likewise (``torch/distributed/checkpoint/metadata
     bytes    TEXT, BytesStorageMetadata, which has no state
     write    WriteItem: index MetadataIndex, type, bytes_io_data NONE, tensor_data NONE or TensorWriteData
 
-`Runs` takes over when the machine has built the first of a kind, goes on as long as the bytes are exactly that, and
-leaves one `Run` on the machine's stack for all of them; FRAMEs, and whatever is shaped differently, are left to the
-machine.  Each `Run` must stand once where it belongs when the pickle ends, and nothing but sizes and texts is given
-out for memo entries that were left out: a pickle that does anything else with them is `Runs.is_odd`, and is read again
-without.
+`Runs` takes over when the machine has built the first of a kind, continues as long as the bytes have exactly that form,
+and leaves one `Run` on the machine's stack for all of them; FRAMEs, and anything of another form, are left to the
+machine.  Each `Run` must be in its place exactly once when the pickle ends, and only sizes and texts are returned for
+memo entries that were left out: a pickle that does anything else with them is `Runs.is_odd`, and is read again without
+runs.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _SIZE_PUTS = 3
 """PUTs of a size; of one without dimensions they are two."""
 
 _MOST_TRIES = 4
-"""How often a pattern is looked for: what it needs may be named only later."""
+"""How often a pattern is searched for: something it needs may be named only later."""
 
 _MOST_KNOWN = 200_000
 """Sizes, texts and numbers that are kept by how they are spelled."""
@@ -61,7 +61,7 @@ class _Marker:
 
 
 LEFT_OUT = _Marker()
-"""What a pickle gets that asks for a node that was left out."""
+"""The result of a reference to a node that was left out."""
 
 BYTES = _Marker()
 """Placeholder for a ``BytesStorageMetadata``, which contains nothing."""
@@ -99,7 +99,7 @@ class TensorRow(NamedTuple):
 
 
 class Columns:
-    """What was read; rows of one kind have one index.
+    """The result of reading; rows of one kind have one index.
 
     Attributes:
         offsets, sizes: of chunks.
@@ -153,7 +153,7 @@ class Memo(dict[int, object]):
         super().__setitem__(index, value)
 
     def __missing__(self, index: int) -> object:
-        """What a record that was left out wrote there."""
+        """The entries that a left-out record wrote there."""
         at = bisect_right(self.bases, index) - 1
         entries = self.entries(self.positions[at]) if at >= 0 else []
         if at < 0 or index - self.bases[at] >= len(entries):
@@ -168,7 +168,7 @@ class Runs:
         most: chunks, items and tensors there may be, of each.
 
     Attributes:
-        columns: what was read.
+        columns: the values read.
         memo: the machine's.
     """
 
@@ -195,7 +195,7 @@ class Runs:
         return False
 
     def built(self, machine: Machine, target: Object, /) -> None:
-        """Go on with what follows an object of a known class."""
+        """Continue after an object of a known class."""
         name = target.cls.name if isinstance(target.cls, Global) else ""
         runs = _RUNS.get(name)
         if runs is None or self.memo.is_odd:
@@ -358,7 +358,7 @@ class Runs:
         return at + 2 if data[at : at + 2] == b"ub" else 0
 
     def _writes(self, at: int) -> tuple[int, int, int]:
-        """Planned writes, of which nothing is kept."""
+        """Planned writes, none of which is kept."""
         memo, count = self.memo, 0
         match = self._patterns["write"][0]
         while (found := match(self._data, at)) is not None and found.end() <= self._frame_end:
@@ -427,7 +427,7 @@ class Runs:
     # The memo's entries that were left out.
 
     def _entries(self, at: int) -> list[object]:
-        """What the record at a position wrote to the memo, in order."""
+        """The entries that the record at a position wrote to the memo, in order."""
         for kind, (match, head) in self._patterns.items():
             if self._data.startswith(head, at) and (found := match(self._data, at)) is not None:
                 return _ENTRIES[kind](self, found)

@@ -1,14 +1,14 @@
 """torch.distributed.checkpoint: a folder that its ``load`` reads, as ranks would have written it.
 
-The folder has a file for each rank, ``__0_0.distcp``, and ``.metadata``, which says what is where.  What is written is
-what torch 2.14 writes (``torch/distributed/checkpoint/filesystem.py``, ``default_planner.py``), seen in its files:
+The folder has a file for each rank, ``__0_0.distcp``, and ``.metadata``, which says what is where.  The output equals
+torch 2.14's (``torch/distributed/checkpoint/filesystem.py``, ``default_planner.py``), as seen in its files:
 
 - The tree of dicts becomes names (`ckptkit.formats.distributed.dcp_names`); the planner's data lead back from them.
 - A tensor is one item or, of several ranks, one for each part along its first dimension, cut as ``torch.chunk`` cuts it
-  and as FSDP2 shards it: every part but the last has ⌈rows / ranks⌉ rows, and the last ranks may have none.  What has
-  fewer rows than there are ranks is one item, of the rank that has the fewest bytes by then.
+  and as FSDP2 shards it: every part but the last has ⌈rows / ranks⌉ rows, and the last ranks may have none.  A tensor
+  with fewer rows than there are ranks is one item, of the rank that has the fewest bytes by then.
 - An item is a complete torch-zip, and items are consecutive; the first rank's other values come first.  Tensors are
-  contiguous, little-endian and on the CPU.  What is not a tensor is pickled as ``torch.save`` does it.
+  contiguous, little-endian and on the CPU.  Anything but a tensor is pickled as ``torch.save`` does it.
 - ``.metadata`` is a pickle of protocol 4.  Neither the path nor a random id is in it: the same checkpoint gives the
   same bytes.  The properties of tensors are of the class that torch had for them until 2.2, and still has: so torch
   2.1 reads it, too.  A checkpoint's metadata strings are a separate attribute (`STRINGS`), which torch ignores.
@@ -40,7 +40,7 @@ _T = TypeVar("_T")
 
 
 class _Item(NamedTuple):
-    """What is written of a value: all of it, or of a tensor some rows.
+    """The written part of a value: all of it, or some rows of a tensor.
 
     Attributes:
         name: of the value.
@@ -82,7 +82,7 @@ class _Layout(NamedTuple):
     """The item of a contiguous tensor of a dtype and shape, whatever its values are.
 
     Attributes:
-        before, after: what is around the values.
+        before, after: the bytes around the values.
         checksums: positions of theirs.
     """
 
@@ -238,7 +238,7 @@ class _Pickle:
         self._count = 0
 
     def put(self, key: object = None) -> None:
-        """What was just written goes into the memo; ``key``: to be got from there."""
+        """Put the last value into the memo; ``key``: to get it from there."""
         self.out += b"\x94"
         if key is not None:
             count = self._count
@@ -294,7 +294,7 @@ class _Pickle:
             self.put(name)
 
     def called(self, name: tuple[str, str], *given: str | int) -> None:
-        """What a function gives, the same each time."""
+        """The result of a function, the same each time."""
         if not self._got((name, given)):
             self.name(name)
             self.path(given)
@@ -325,7 +325,7 @@ class _Pickle:
         self.out += b"("
 
     def each(self, kind: bytes, values: Iterable[_T], write: Callable[[_T], object], one: bytes, many: bytes) -> None:
-        """A dict or a list, each pair or item of which ``write`` writes."""
+        """A dict or a list whose pairs or items ``write`` writes."""
         self.out += kind
         self.put()
         left = list(values)
@@ -336,7 +336,7 @@ class _Pickle:
             self.out += many if len(left) > 1 else one
 
     def pairs(self, values: Iterable[_T], write: Callable[[_T], object]) -> None:
-        """A dict, each pair of which ``write`` writes."""
+        """A dict whose pairs ``write`` writes."""
         self.each(b"}", values, write, b"s", b"u")
 
 

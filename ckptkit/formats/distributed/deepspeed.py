@@ -19,10 +19,10 @@ Files, each in torch's own container; ``D`` is a data-parallel rank, ``MM`` a mo
   layer, by their names in the model; without ZeRO ``expp_rank_R_mp_rank_MM_optim_states.pt`` are the optimizers of the
   ranks of experts
 
-The tree is the model file's, as one process would have saved it: ``fp32`` is the state_dict with the masters in place
-of ``module``'s weights (buffers and frozen weights in their own dtype), ``module`` the saved one; they are one where
-they have one dtype, and at stage 3, of which no other copy exists, there is one alone.  Under ``optimizer`` stands what
-an optimizer keeps, by parameters' names.
+The tree is the model file's, as one process would have saved it: ``fp32`` is the state_dict with the masters instead of
+``module``'s weights (buffers and frozen weights in their own dtype), ``module`` the saved one; they are the same if
+they have one dtype, and at stage 3, of which no other copy exists, there is only one.  Under ``optimizer`` is the
+optimizer's state, by parameters' names.
 
 Where ``module`` has the weights, each must be its master converted to its dtype, bit for bit: that finds ranks of other
 runs or steps, swapped or repeated.
@@ -216,7 +216,7 @@ def _without_masters(parts: Parts, models: Models, modules: _Modules, names: Seq
 
 
 def _with_masters(parts: Parts, models: Models, modules: _Modules, zeros: Sequence[Zero]) -> RawCheckpoint:
-    """Of what was trained with ZeRO: the masters by name, the module, and what the optimizer keeps, by name.
+    """For checkpoints of ZeRO: the masters by name, the module, and the optimizer's state, by name.
 
     Raises:
         CorruptError: a weight is not what ``param_shapes`` says, or the file of a layer is missing.
@@ -253,7 +253,7 @@ def _with_masters(parts: Parts, models: Models, modules: _Modules, zeros: Sequen
 
 
 def _optimizer(models: Models, zeros: Sequence[Zero]) -> InertDict:
-    """What the optimizer keeps, by parameters' names, with what else rank 0 has of it."""
+    """The optimizer's state, by parameters' names, with the rest of rank 0's."""
     state: dict[str, InertDict] = {}
     left: list[tuple[object, object]] = []
     for stage, zero in zip(models.files, zeros, strict=True):

@@ -68,7 +68,7 @@ class File:
     Attributes:
         name: of it.
         root: its tree.
-        own: the values of its dict by their keys; nothing where it is not one.
+        own: the values of its dict by their keys; empty if it is not one.
     """
 
     __slots__ = ("name", "own", "root")
@@ -97,7 +97,7 @@ class Parts:
         return File(name, raw.root)
 
     def raw(self, root: object, writer: str, findings: Iterable[Finding], replicas: Iterable[Replica]) -> RawCheckpoint:
-        """What the reader of the folder hands over."""
+        """The result of the folder's reader."""
         raws = [shard.raw for shard in self._shards.values()]
         return RawCheckpoint(
             root=root,
@@ -188,7 +188,7 @@ def require_ranks(files: Mapping[int, object], count: int, what: str) -> None:
     Args:
         files: by rank.
         count: of the ranks.
-        what: of which kind they are, for messages.
+        what: their kind, for messages.
 
     Raises:
         CorruptError: one has none, or there are more.
@@ -211,7 +211,7 @@ def shapes_of(file: File, key: str = "param_shapes") -> list[Shapes]:
     """Names and shapes by group, in flat order; nothing where the file has none.
 
     Raises:
-        CorruptError: what it has are not names and shapes.
+        CorruptError: its values are not names and shapes.
     """
     node = file.own.get(key)
     groups: list[Shapes] = []
@@ -235,7 +235,7 @@ def _shape(node: object) -> tuple[int, ...] | None:
 
 
 def frozen_weights(models: Mapping[int, File]) -> dict[str, TensorEntry]:
-    """The weights that no optimizer has, combined of the ranks' shares where there are several.
+    """The weights that no optimizer has, combined from the ranks' shares if there are several.
 
     Raises:
         CorruptError: a rank's share is missing or of another size.
@@ -294,14 +294,15 @@ class Weights:
 
     Args:
         masters: the weights that were combined, by name.
-        holders: by name, in whose files they lie, for messages.
+        holders: by name, the files that contain them, for messages.
         shared: another name of a tied parameter -> the one that has the values.
 
     Attributes:
         masters: as above.
-        replicas: what must be equal: each master converted and the module's weight, each buffer in several files.
-        proven: the masters of which there is another copy.
-        own: the names of buffers of which each rank has its own values.
+        replicas: values that must be equal: each master converted and the module's weight, each buffer in several
+            files.
+        proven: the masters that have another copy.
+        own: the names of buffers that differ by rank.
     """
 
     def __init__(self, masters: Mapping[str, TensorEntry], holders: Mapping[str, str], shared: object = None) -> None:
@@ -318,7 +319,7 @@ class Weights:
 
     @property
     def unproven(self) -> list[str]:
-        """The masters of which there is no other copy."""
+        """The masters that have no other copy."""
         return [name for name in self.masters if name not in self.proven]
 
     def add(self, module: Mapping[str, object], where: str, *, buffers: object = None, stubs: bool = False) -> None:

@@ -135,7 +135,7 @@ def _optimizer(
     groups: Sequence[Sequence[Shapes]],
     state: Mapping[str, InertDict],
 ) -> InertDict:
-    """What the optimizer keeps, by parameters' names."""
+    """The optimizer's state, by parameters' names."""
     own = parts.read(_OPTIMIZER).own if _OPTIMIZER in names else {}
     param_groups: list[InertDict] = []
     kept = kept_of(InertDict([("param_groups", own.get("param_groups"))]), len(groups[0]))

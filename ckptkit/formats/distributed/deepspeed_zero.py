@@ -1,7 +1,7 @@
 """DeepSpeed's optimizer files: the flat buffers of all ranks, read together.
 
-What is in them is in `ckptkit.formats.distributed.deepspeed`, how parameters are in buffers in
-`ckptkit.formats.distributed.zero`.  With a mixture of experts, fewer ranks than there are share a group of experts
+`ckptkit.formats.distributed.deepspeed` describes their content, and `ckptkit.formats.distributed.zero` the positions of
+parameters in buffers.  With a mixture of experts, fewer ranks than there are share a group of experts
 (``partition_count`` has a number for each group): each of E sets of ranks has different experts, all called
 ``deepspeed_experts.0`` and on.  Rank r is of set r mod E, or, with ``use_data_before_expert_parallelism``, r div the
 ranks of a set (``deepspeed/utils/groups.py``).
@@ -50,14 +50,14 @@ _MOST_PADDING = 1 << 20
 
 
 class Zero(NamedTuple):
-    """What the optimizer files of the model, or of a stage of its pipeline, hold.
+    """The content of the optimizer files of the model, or of a stage of its pipeline.
 
     Attributes:
-        slots: where the parameters lie.
+        slots: the positions of the parameters.
         masters: their values.
-        moments: what the optimizer keeps of them; ``None``: nothing says how it belongs to them.
+        moments: the optimizer's values for them; ``None``: nothing says how they belong together.
         groups: the pairs of each of its ``param_groups``, and the names of their parameters.
-        own: what the file of rank 0 has.
+        own: the values in the file of rank 0.
         left: by rank, what could not be combined.
         told: the stage of ZeRO and its ranks.
     """
@@ -131,7 +131,7 @@ def zero_of(models: Mapping[int, File], files: Mapping[int, File], layers: Mappi
 
 
 def _kept(bases: Sequence[object], where: Sequence[str], count: int) -> list[Kept]:
-    """What the optimizers keep; nothing where one does not say to which buffers it belongs.
+    """The optimizers' state; empty if one does not say to which buffers it belongs.
 
     Raises:
         CorruptError: they are of different steps.
@@ -181,7 +181,7 @@ def _groups(
 
 
 def _number(value: object) -> object:
-    """A number; of an enum, of whatever class, its value."""
+    """A number; for an enum of any class, its value."""
     if isinstance(value, Object) and len(value.args) == 1:
         value = value.args[0]
     return value if isinstance(value, (int, list)) else None
@@ -208,7 +208,7 @@ def _buffers(nodes: Sequence[object], where: Sequence[str]) -> list[list[TensorE
 def _joined(
     groups: Sequence[Shapes], shared: Sequence[_Buffer], paddings: list[list[int]] | None, count: int
 ) -> tuple[list[Slot], list[int]]:
-    """As `joined_slots`, of groups of which some are in several sets of experts.
+    """As `joined_slots`, for groups some of which are in several sets of experts.
 
     Raises:
         CorruptError: there are not as many groups as buffers.
@@ -296,7 +296,7 @@ def _left(moments: Moments, shared: Sequence[_Buffer], kept: Sequence[Kept]) -> 
 def _shapes_by_mappings(owns: Sequence[Mapping[str, object]], model: File, layers: Mapping[int, File]) -> list[Shapes]:
     """The parameters in flat order, where ``param_shapes`` is ``None``: of BF16_Optimizer at stage 0.
 
-    Which run of a rank's part is of which parameter is in ``param_slice_mappings``, and shapes in the module.
+    ``param_slice_mappings`` says which run of a rank's part belongs to which parameter, and the module has the shapes.
 
     Raises:
         CorruptError: it does not, or the module has no weight of so many elements.

@@ -127,7 +127,7 @@ class FolderSource(Source):
             if not is_shard_name(name):
                 raise CorruptError(f"{name!r:.200} is not a path inside the folder", path=self.path)
             known = self.parts[name] = self.sibling(name)
-            if not self._is_listed and name not in self.own:  # what nobody lists is what is named
+            if not self._is_listed and name not in self.own:  # an unlisted folder has the files that are named
                 self.names = self.own = (*self.own, name)
             if len(self.parts) % _OPENED == 0:
                 _let_open(2 * (len(self.parts) + _OPENED))  # each may have a temporary file, too
@@ -138,12 +138,12 @@ class FolderSource(Source):
         return self._opens(name)
 
     def will_open(self, names: Sequence[str]) -> None:
-        """As `Source.will_open`, of files that are far: side by side."""
+        """As `Source.will_open`, for remote files: in parallel."""
         if self.is_far:
             places.look_ahead([self.part(name) for name in names])
 
     def read_together(self) -> None:
-        """See to it that the files whose trees are read one after the other come side by side, if they are far."""
+        """Have the files whose trees are read one after the other fetched in parallel, if they are remote."""
         if self.is_far and not self._is_together:
             self._is_together = True
             self.will_open([name for name in self.own if not name.endswith(_READ_APART)])
@@ -227,7 +227,7 @@ def folder_of(probe: Probe) -> FolderSource:
 
 
 def read_part(probe: Probe, name: str, *, named: bool = True) -> RawCheckpoint:
-    """What is in one file of the folder: the whole tree that its container's reader gives.
+    """The content of one file of the folder: the whole tree from its container's reader.
 
     Args:
         probe: of the folder.

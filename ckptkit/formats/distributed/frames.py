@@ -1,8 +1,7 @@
 """The tree into which the trees of several ranks are combined: the first rank's, with values that only others have.
 
-Two things are in some ranks' files alone: DTensors of a mesh of those ranks, such as experts or the layers of a
-pipeline's stage, with the versions of their modules; and what an optimizer keeps for flat parameters of which the
-others have nothing.
+Only some ranks' files have two things: DTensors of a mesh of those ranks, such as experts or the layers of a pipeline's
+stage, with the versions of their modules; and the optimizer state of flat parameters of which the others have nothing.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ _DEEPEST = 3
 
 
 def frame_of(roots: Sequence[object], *, is_sharded: bool) -> tuple[object, set[str]]:
-    """The first tree, with what others alone have in the state of an optimizer, and the keys of optimizers there.
+    """The first tree, with values that only others have in the state of an optimizer, and the keys of optimizers there.
 
     ``""``: the tree itself is one.  Only those count that have runs of flat parameters.
     """
@@ -39,7 +38,7 @@ def frame_of(roots: Sequence[object], *, is_sharded: bool) -> tuple[object, set[
 
 
 def _with_all_parts(nodes: Sequence[object], deep: int = _DEEPEST) -> object:
-    """The first rank's tree, with DTensors that other ranks alone have, in the dicts where they have them."""
+    """The first rank's tree, with DTensors that only other ranks have, in the dicts where they have them."""
     first = nodes[0]
     pairs = mapping_items(first)
     if (
@@ -90,7 +89,7 @@ def _is_optimizer(node: object) -> bool:
 
 
 def _with_all_states(optimizers: Sequence[object]) -> InertDict:
-    """The first rank's, with the state of parameters of which it has nothing, and another rank has."""
+    """The first rank's, with the state of parameters that only another rank has."""
     first = optimizers[0]
     pairs: dict[object, object] = {}
     for each in optimizers:

@@ -3,8 +3,8 @@
 Layout (verl ``fsdp_checkpoint_manager.py``, accelerate ``fsdp_utils.py``, DINOv2 ``fsdp/__init__.py``; torch 2.14):
 
 - names: ``model_world_size_4_rank_0.pt``, ``optim_...`` and ``extra_state_...`` beside it, ``fsdp_config.json`` with
-  ``world_size``; ``pytorch_model_fsdp_rank0.bin``; ``model_final.rank_0.pth``: whatever differs in a rank's number
-  alone belongs together
+  ``world_size``; ``pytorch_model_fsdp_rank0.bin``; ``model_final.rank_0.pth``: files whose names differ only in a
+  rank's number belong together
 - each file is a tree as torch.save writes it; those of all ranks have the same keys.  A DTensor or ShardedTensor is the
   rank's part of a tensor (`ckptkit.formats.distributed.placements`), and a plain tensor or value is a copy: the first
   rank's is taken, tensors of the others are `Replica`s, other values must be equal.  Values that differ by rank (states
@@ -14,7 +14,7 @@ Layout (verl ``fsdp_checkpoint_manager.py``, accelerate ``fsdp_utils.py``, DINOv
   them (`ckptkit.rewrite.flat_parameters`).  The moments of an optimizer are runs of theirs; with ``use_orig_params``
   the parameters' own names are there too, each a view of the flat one
 
-What several sets of files have in one folder is one dict: ``{model, optimizer, extra}``.  A set alone is its tree.
+What several sets of files have in one folder is one dict: ``{model, optimizer, extra}``.  A single set is its tree.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _SECTIONS = {
     "model": "model", "pytorch_model": "model", "pytorch_model_fsdp": "model", "optim": "optimizer",
     "optimizer": "optimizer", "extra": "extra", "extra_state": "extra",
 }  # fmt: skip
-"""What is in files' names, and the key of what is in them."""
+"""The kinds of content in files' names, and their keys."""
 
 _STEPS = frozenset(("final", "last", "latest", "best"))
 """Words that distinguish steps, as numbers do."""
@@ -56,10 +56,10 @@ _LISTED = 5
 
 @dataclass(slots=True)
 class _Set:
-    """Files that differ in the number of a rank alone.
+    """Files whose names differ only in the number of a rank.
 
     Attributes:
-        key: of what is in them, where there are several sets.
+        key: of their content, if there are several sets.
         step: what distinguishes it from others with this key.
         files: by rank.
         worlds: the world sizes in their names.
@@ -128,7 +128,7 @@ def _merged(sets: Sequence[_Set], shards: Mapping[str, Shard]) -> list[Ranks]:
 
 
 def _chosen(folder: FolderSource) -> list[_Set]:
-    """The sets of files that are one checkpoint: those of the step that is meant, where there are several.
+    """The sets of files that are one checkpoint: those of the chosen step, if there are several.
 
     Raises:
         CorruptError: a rank is there twice, or it is not clear which step is meant.
@@ -160,7 +160,7 @@ def _chosen(folder: FolderSource) -> list[_Set]:
 
 
 def _key_and_step(stem: str) -> tuple[str, str]:
-    """What the files of a stem hold, and which step they are of."""
+    """The content of the files of a stem, and their step."""
     words = [word for word in re.split(r"[._-]+", stem) if word]
     steps = [word for word in words if word.isdigit() or word in _STEPS]
     key = "_".join(word for word in words if word not in steps)
@@ -241,7 +241,7 @@ def _read_all(probe: Probe, names: Sequence[str]) -> dict[str, Shard]:
     return shards
 
 
-# What is to be told.
+# Findings.
 
 
 def _findings(sets: Sequence[_Set], merged: Sequence[Ranks], count: int, folder: FolderSource) -> Iterator[Finding]:

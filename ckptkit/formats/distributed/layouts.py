@@ -15,10 +15,10 @@ RANKED = (
     r"(?:(?P<stem>[^/]*?)(?:(?:^|(?<=[._-]))world_size_(?P<of>\d+))?[._-])?"
     r"rank[_-]?(?P<rank>\d+)(?P<end>\.(?:bin|ckpt|pkl|pth|pt|tar))"
 )
-"""What the files of FSDP's ranks are called: the stem is what those of one checkpoint have in common."""
+"""The names of FSDP's files: the stem is the part that those of one checkpoint have in common."""
 
 SHARDED = r"shard-(?P<n>\d{5})-model-(?P<file>\d{5})-of-(?P<of>\d{5})\.safetensors"
-"""What the files of the hub's writer are called: of which rank, from 1, and of which file once consolidated."""
+"""The names of the hub writer's files: of which rank, from 1, and of which file once consolidated."""
 
 MEGATRON = (
     r"(?P<folder>(?:mp|tp)_rank_(?P<tensor>\d+)(?:_(?:pp_rank_)?(?P<second>\d+))?(?:_(?:ep_rank_)?(?P<third>\d+))?)/"
@@ -92,7 +92,7 @@ def _names_backend(folder: str, names: tuple[str, ...]) -> bool:
 
 
 def is_llama(names: Iterable[str]) -> bool:
-    """Whether several of the files are Llama's; one alone is a file like any other."""
+    """Whether several of the files are Llama's; a single one is a file like any other."""
     return sum(re.fullmatch(LLAMA, name, re.ASCII) is not None for name in names) > 1
 
 
@@ -123,7 +123,7 @@ def _is_spread(path: str) -> bool:
 
 _SPREAD = (b"DTensor", b"ShardedTensor", b"flat_param")
 _LOOKED_AT, _PICKLE_NBYTES = 3, 1 << 20
-"""Files whose first so many bytes are looked at: what is pickled is there, before the tensors."""
+"""Files whose first bytes are searched, with the number of bytes: the pickle is there, before the tensors."""
 
 LAYOUTS: tuple[Layout, ...] = (
     Layout("dcp", _dcp),

@@ -8,8 +8,8 @@ rank, ``mp_rank_TT[_PPP][_EEE]/model_optim_rng.pt`` for the ranks of tensor, pip
 - ``args``: a Namespace, which says how many ranks there are; ``checkpoint_version``; ``iteration``
 - ``model``: the rank's state_dict, or dicts inside dicts; of a virtual pipeline ``model0``, ``model1``, ..., whose
   layers follow one another in the order of their numbers and then of the stages
-- ``optimizer`` and what else it takes to go on; with a distributed optimizer the file is ``model_rng.pt``, and buffers
-  are in ``distrib_optim.pt`` or ``optim.pt`` beside it
+- ``optimizer`` and everything else needed to continue; with a distributed optimizer the file is ``model_rng.pt``, and
+  buffers are in ``distrib_optim.pt`` or ``optim.pt`` beside it
 
 Slices are joined by the rules of `ckptkit.formats.distributed.tensor_parallel`.  Layers are counted from 0 in each
 stage, and experts in each rank: they get the numbers that they have in the whole.  What two stages hold, and the copy
@@ -237,7 +237,7 @@ def _require_one_run(roots: Mapping[str, object]) -> None:
 
 
 def _models(root: object) -> list[str | None]:
-    """The keys under which a rank's model lies, in their order; ``None``: the file is its state_dict."""
+    """The keys of a rank's models, in order; ``None``: the file is its state_dict."""
     keys = [key for key, value in named_items(root) if mapping_items(value) is not None]
     chunks = sorted((key for key in keys if re.fullmatch(r"model\d{1,4}", key)), key=lambda key: int(key[5:]))
     if chunks:
@@ -390,7 +390,7 @@ def _numbered(name: str, shift: Mapping[str, int], experts: int) -> str:
     return name
 
 
-# What is to be told.
+# Findings.
 
 
 def _tied(values: dict[str, object], args: Mapping[str, Any], stages: int, joiner: Joiner) -> Iterator[Finding]:
@@ -437,7 +437,7 @@ def _order(values: Mapping[str, object], version: float) -> Iterator[Finding]:
 
 
 def _buffers(probe: Probe, name: str) -> Iterator[Finding]:
-    """What is in the ranks' folders beside the file."""
+    """The other files in the ranks' folders."""
     names = getattr(probe.file, "names", ())
     others = [each for each in names if re.match(r"(?:mp|tp)_rank_\d", each) and os.path.basename(each) != name]
     if others:

@@ -149,7 +149,7 @@ def _listed(values: Mapping[tuple[int, ...], object]) -> object:
 
 
 class _Tree:
-    """What one process would have saved of it.
+    """The tree that one process would have saved.
 
     Args:
         folder: the folder.
@@ -345,7 +345,7 @@ class _Tree:
 
 
 def _part(name: str, box: Piece, place: tuple[int, ...]) -> TensorEntry:
-    """What is at a place of the leading dimensions of a chunk.
+    """The content at a place of the leading dimensions of a chunk.
 
     Raises:
         CorruptError: the chunk does not have the declared sizes.

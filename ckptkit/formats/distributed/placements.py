@@ -1,4 +1,4 @@
-"""Where in a whole tensor what one rank has of it lies: a DTensor by its mesh and placements, a ShardedTensor's shards.
+"""Which part of a tensor one rank has: of a DTensor by mesh and placements, of a ShardedTensor by its shards.
 
 Facts (torch 2.14 ``torch/distributed/tensor/_utils.py``, ``placement_types.py``; each checked against torch in the
 tests):
@@ -42,7 +42,7 @@ Box = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 class Distributed(NamedTuple):
-    """A tensor of which a file has a part, as its pickle makes it.
+    """A rank's part of a tensor, as the pickle makes it.
 
     Attributes:
         kind: ``"DTensor"`` or ``"ShardedTensor"``.
@@ -77,14 +77,14 @@ class Mesh(NamedTuple):
 
 
 class Share(NamedTuple):
-    """What a rank's file holds of a tensor.
+    """The part of a tensor in a rank's file.
 
     Attributes:
         shape, dtype: of the whole.
         pieces: the boxes of it, each with the tensor that it is.
         rank: the rank it names as its own; ``None``: none.
         ranks: of how many; 0: unknown.
-        every: of a ShardedTensor, all boxes and whose each is.
+        every: for a ShardedTensor, all boxes and the rank of each.
         mesh: of a DTensor.
     """
 
@@ -124,13 +124,13 @@ def _last_flag(node: Object) -> bool:
 
 
 def share_of(found: Distributed, name: str, rank: int, known: dict[int, Mesh]) -> Share:
-    """What a rank's file holds of a distributed tensor.
+    """The part of a distributed tensor in a rank's file.
 
     Args:
         found: the tensor in its file.
         name: of it, for messages.
         rank: whose file it is, which meshes of old torch do not say.
-        known: the meshes of this file that were looked at, by the id of their node.
+        known: the meshes of this file that were read, by the id of their node.
 
     Raises:
         UnsupportedError: it is a sum that was not made yet, or its own part is not a plain tensor.
@@ -238,7 +238,7 @@ class _Cut(NamedTuple):
 
 
 def _cuts(spec: object, mesh: Mesh) -> list[_Cut]:
-    """What the placements split, in order.
+    """The dimensions that the placements split, in order.
 
     Raises:
         UnsupportedError: one is a sum that was not made yet, or is not known.

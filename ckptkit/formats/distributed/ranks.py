@@ -2,7 +2,7 @@
 
 All have the same places.  Each place has a distributed tensor, of which each rank has parts; a plain tensor, of which
 each has a copy; a value, which must be equal; or something that differs by rank.  A DTensor of a mesh of some ranks
-(experts, the layers of a pipeline's stage) may be in the files of those alone: as many as the mesh has places.
+(experts, the layers of a pipeline's stage) may be only in their files: as many as the mesh has places.
 
 FSDP's first version has flat parameters, and what an optimizer's own ``state_dict()`` keeps for one, or with
 ``use_orig_params`` for the part of one that a parameter is, is a plain tensor: each rank has a run of it, or nothing.
@@ -98,7 +98,7 @@ class Ranks:
 
     Args:
         trees: of each rank's file, by its name, in the order of the ranks.
-        key: of what they hold; ``""``: they are all there is.
+        key: of their content; ``""``: they are all there is.
         is_sharded: whether the model's parameters are distributed: then what an optimizer's own state_dict() has that
             are plain tensors is of flat parameters.
 
@@ -167,7 +167,7 @@ class Ranks:
         return any(f"{place}.".startswith(f"{each}.state." if each else "state.") for each in self._optimizers)
 
     def _share(self, rank: int, met: Met, known: dict[int, Mesh]) -> None:
-        """What a rank has of a distributed tensor.
+        """A rank's part of a distributed tensor.
 
         Raises:
             FormatError: it does not fit together, or is another rank's.
@@ -340,7 +340,7 @@ class Ranks:
     def _view(
         self, copied: _Copied, flat: Mapping[tuple[int, int], tuple[int, int]], wholes: Mapping[int, TensorEntry]
     ) -> TensorEntry | None:
-        """What is joined in a flat parameter, where the ranks have views of it; ``None``: it is something else.
+        """A parameter joined in a flat one, if the ranks have views of it; ``None``: it is something else.
 
         Raises:
             CorruptError: the views do not follow each other.
@@ -374,7 +374,7 @@ class Ranks:
     def _joined(
         self, copied: _Copied, known: Mapping[object, tuple[int, ...]], twins: Mapping[int, int]
     ) -> TensorEntry | None:
-        """What an optimizer keeps of a flat parameter, each rank a run of it; ``None``: it is something else."""
+        """The optimizer's state of a flat parameter, of which each rank has a run; ``None``: it is something else."""
         if any(len(entry.shape) != 1 for _, entry in copied.each):
             return None
         pieces, at = [], 0
@@ -414,7 +414,7 @@ class Ranks:
 
 
 def _as_entry(node: object) -> object:
-    """A storage that stands by itself as the bytes that it is."""
+    """A separate storage as its bytes."""
     return tensor_of(node, 0, (node.nbytes,), (1,), "uint8", False, False) if isinstance(node, Storage) else node
 
 

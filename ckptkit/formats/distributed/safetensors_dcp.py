@@ -3,7 +3,7 @@
 Layout (torch 2.14 ``torch/distributed/checkpoint/hf_storage.py``, ``_hf_utils.py``, ``save_distributed=True``):
 
 - names: ``shard-RRRRR-model-CCCCC-of-NNNNN.safetensors``: of the rank R, from 1, the tensors of the file C of N into
-  which they are to be consolidated.  There is no index.  ``consolidate_safetensors_files`` makes one, beside the folder
+  which they will be consolidated.  There is no index.  ``consolidate_safetensors_files`` makes one, beside the folder
   ``sharded`` that these are in, and it is opened by itself
 - each is a safetensors file whose tensors are boxes of wholes.  Its metadata say in ``DCP_SHARDING_INFO``, as JSON, the
   offsets of each: ``{name: {"saved_offsets": [7, 0]}}``; ``DCP_VERSION`` is "1.0"
@@ -45,7 +45,7 @@ _LISTED = 5
 
 @dataclass(slots=True)
 class _Boxes:
-    """What the files have of one tensor, by where it begins."""
+    """The files' parts of one tensor, by where they begin."""
 
     dtype: str
     found: dict[tuple[int, ...], tuple[str, TensorEntry]] = field(default_factory=dict)
@@ -124,7 +124,7 @@ def _placed(name: str, raw: RawCheckpoint, tensors: dict[str, _Boxes], replicas:
     """Add what a file has.
 
     Raises:
-        CorruptError: it does not say where its tensors lie, or says it of others.
+        CorruptError: it does not say where its tensors are, or describes others.
     """
     info = raw.metadata.get(_INFO)
     if info is None:
@@ -180,7 +180,7 @@ def _absent(numbers: Mapping[str, re.Match[str]]) -> list[str]:
 
 
 def _unproven(numbers: Mapping[str, re.Match[str]], absent: Sequence[str]) -> Finding:
-    """What the files do not show."""
+    """Facts that the files do not show."""
     last = max(int(match["n"]) for match in numbers.values())
     if absent:
         return Finding(

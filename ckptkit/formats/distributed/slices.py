@@ -60,7 +60,7 @@ _OTHERS = ("optim", "rng", "random_state", "scheduler")
 _LEVELS = 16
 """Dicts inside dicts, as in `ckptkit.normalize.nested`."""
 
-# Trees of dicts, and what lies beside them.
+# Trees of dicts, and values beside them.
 
 
 def flat(node: object, where: str) -> tuple[dict[str, object], dict[str, dict[str, object]]]:
@@ -146,7 +146,7 @@ def stated(values: Mapping[str, object]) -> tuple[dict[str, object], list[Findin
 def beside(
     root: object, models: Sequence[str | None], joiner: Joiner, *, is_whole: bool = False
 ) -> list[tuple[object, object]]:
-    """What is in a rank's dict beside its weights and belongs to no rank alone.
+    """The values in a rank's dict beside its weights that do not differ by rank.
 
     Tensors of numbers are one rank's share of an optimizer's state, and are left out, which the joiner reports; dicts
     with other values (the state of random generators) are used.
@@ -155,7 +155,7 @@ def beside(
         root: the dict.
         models: the keys of the weights.
         joiner: of the weights.
-        is_whole: whether there is one rank alone, so that all is taken.
+        is_whole: whether there is only one rank, so that everything is used.
     """
     kept = []
     for key, value in mapping_items(root) or []:
@@ -231,7 +231,7 @@ _COUNTS = ("mp_world_size",)
 
 
 def read_ranks(probe: Probe, files: Mapping[str, str]) -> dict[str, RawCheckpoint]:
-    """What is in the files of ranks.
+    """The content of the ranks' files.
 
     Args:
         probe: of the folder.
@@ -256,7 +256,7 @@ def merged(
     """The checkpoint that ranks make up.
 
     Args:
-        raws: what is in their files.
+        raws: the content of their files.
         root: the tree of all.
         joiner: what their tensors were joined by.
         findings: other findings.
@@ -318,7 +318,7 @@ def sliced(names: Iterable[str]) -> list[str]:
 
 
 def require_one_run(roots: Mapping[str, object]) -> None:
-    """See that the files of ranks are of one run and step, as far as they say it.
+    """Check that the files of ranks are from one run and step, as far as they say.
 
     Raises:
         CorruptError: they say different things.
@@ -333,7 +333,7 @@ def require_one_run(roots: Mapping[str, object]) -> None:
 
 
 def same_said(a: object, b: object) -> bool:
-    """Whether two values say the same, where they are plain."""
+    """Whether two values are equal, if they are plain."""
     plain = (bool, int, float, str, type(None))
     return not isinstance(a, plain) or not isinstance(b, plain) or a == b or (a != a and b != b)
 
@@ -447,7 +447,7 @@ def _embeddings(probe: Probe, ranks: Mapping[str, Mapping[str, object]]) -> Iter
 
 
 def _params(probe: Probe) -> dict[str, object]:
-    """What ``params.json`` says, where there is one."""
+    """The content of ``params.json``, if there is one."""
     folder = probe.file
     if not isinstance(folder, FolderSource) or "params.json" not in folder.names:
         return {}

@@ -1,19 +1,19 @@
-"""Slices of tensors that several ranks hold, joined by rules; and folders that consist of such ranks alone.
+"""Slices of tensors that several ranks have, joined by rules; and folders that consist of such ranks only.
 
 Tensor parallelism cuts a matrix along its outputs (dimension 0) or its inputs (dimension 1) and leaves a rank one slice
 of it under the whole's name.  No file says how it was cut, so that rules do, by the tensor's name:
 
-- an axis: the slices lie side by side along it, in the order of the ranks
+- an axis: the slices are joined along it, in the order of the ranks
 - an axis, in parts: each slice is itself as many parts, one of each of as many matrices that are stored as one.  The
   first layer of a SwiGLU is two: the gates of all ranks come first, then what they gate
 - replicated: every rank has a copy; one is taken, and the others are compared where values are read
 
-A tensor without a rule is one that all ranks have a copy of where they begin with the same values, and it is compared
-likewise; where they do not, it is refused and never guessed.
+A tensor without a rule counts as a copy if all ranks' tensors begin with the same values, and is compared like one;
+otherwise it is refused and never guessed.
 
 `MEGATRON_RULES` and `LLAMA_RULES` are those of Megatron (names of megatron-core and its predecessors) and of Meta's
 ``consolidated.00.pth``, ``consolidated.01.pth``, ... (`transformers`' ``convert_llama_weights_to_hf.py``).  Others are
-given as a file, a JSON object of globs of names, of which the first that matches counts, before those rules::
+given as a file, a JSON object of globs of names; the first that matches counts, before those rules::
 
     {"*.attention.wqkv.weight": 0, "*.attention.wo.weight": 1, "*.norm.weight": "replicated", "*.w13.weight": "swiglu"}
 """
@@ -55,7 +55,7 @@ class Rule(NamedTuple):
 
     Attributes:
         pattern: of their names, all of one.
-        axis: the dimension along which they lie side by side; ``None``: they are copies.
+        axis: the dimension along which they are joined; ``None``: they are copies.
         parts: how many matrices are stored as one; 0: one or two, as the size of the layer's second matrix says.
         is_even: whether all slices have one size, as slices made by even splitting do.
     """
@@ -92,7 +92,7 @@ LLAMA_RULES: tuple[Rule, ...] = (
     ending(rf"(?:wq|wk|wv|w1|w3|output){_BOTH}", 0),
     ending(r"(?:wo|w2)\.weight", 1),
 )
-"""All but ``tok_embeddings.weight``, of which Llama 2 has the slices of each row and Llama 3 rows."""
+"""All but ``tok_embeddings.weight``, of which Llama 2 splits each row and Llama 3 the rows."""
 
 _SECOND = {"linear_fc1": "linear_fc2", "dense_h_to_4h": "dense_4h_to_h"}
 
@@ -149,11 +149,11 @@ class Joiner:
 
     Args:
         rules: the first whose pattern matches a name counts.
-        gated: whether first layers of which the second are not there are two matrices; ``None``: not known.
+        gated: whether first layers without second ones are two matrices; ``None``: unknown.
 
     Attributes:
         replicas: copies that must be equal.
-        unruled: names without a rule, of which all ranks seem to have a copy.
+        unruled: names without a rule, that all ranks seem to have a copy of.
         taken: names of what the first rank's was taken of: no tensors of weights.
         left: keys of what was left out, and why.
     """

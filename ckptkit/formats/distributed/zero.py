@@ -12,7 +12,7 @@ shapes are not in the buffers: ``param_shapes`` of a model file lists them in fl
   joins its shares of the parameters of a (sub)group
 - an optimizer keeps what it knows of a parameter (``exp_avg``) under the number of a flat buffer, in buffers of the
   same layout.  The numbers are in ``params`` of its ``param_groups``, in the order of the buffers
-- ``param_slice_mappings`` says where parameters lie, too, and is wrong with ``round_robin_gradients``: it is not read
+- ``param_slice_mappings`` says where parameters are, too, and is wrong with ``round_robin_gradients``: it is not read
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ _REMEDY = "a rank's file is from another run, or its optimizer was offloaded to 
 
 
 class Slot(NamedTuple):
-    """Where a parameter lies.
+    """The position of a parameter.
 
     Attributes:
         name, shape: of the parameter.
@@ -71,7 +71,7 @@ class Slot(NamedTuple):
         return prod(self.shape)
 
     def share(self, world: int) -> int:
-        """Elements of a rank's share of it at stage 3, the last one's padding counted."""
+        """Elements of a rank's share of it at stage 3, including the last one's padding."""
         return share(prod(self.shape), world)
 
 
@@ -147,7 +147,7 @@ class Flats:
     """Flat buffers that contain one value for each element of every parameter: the masters, or one of the moments.
 
     Attributes:
-        what: what they hold, for messages and as a storage's key: ``"fp32"``, ``"exp_avg"``.
+        what: their content, for messages and as a storage's key: ``"fp32"``, ``"exp_avg"``.
         parts: by flat buffer, the parts of the ranks that share it, one-dimensional.
         ranks: likewise, what messages call the ranks.
         is_split: whether each parameter is split over all ranks (stage 3).
@@ -172,7 +172,7 @@ class Flats:
             have = sum(sizes)
             if self.is_split:
                 wanted = [total] * len(sizes)
-            else:  # all of one size; where padding was taken off, the last ones are shorter
+            else:  # all of one size; if padding was removed, the last ones are shorter
                 wanted = [min(max(have - rank * sizes[0], 0), sizes[0]) for rank in range(len(sizes))]
             for rank, size, right in zip(self.ranks[flat], sizes, wanted, strict=True):
                 if size != right or any(len(part.shape) != 1 or not part.is_contiguous for part in self.parts[flat]):
@@ -206,7 +206,7 @@ class Flats:
         )
 
     def holders(self, slot: Slot) -> str:
-        """The ranks in whose buffers a parameter lies, for messages."""
+        """The ranks with a parameter in their buffers, for messages."""
         if self.is_split:
             return "all ranks"
         return listed((piece.where for piece in self._pieces(slot)), 3)
@@ -225,7 +225,7 @@ class Flats:
         while at < end:
             rank = bisect_right(ends, at)
             if rank == len(parts):
-                return  # whoever puts them together tells what is missing
+                return  # combining them reports missing ones
             count = min(ends[rank], end) - at
             yield _piece(parts[rank], at - ends[rank] + parts[rank].numel, count, at - slot.start, ranks[rank])
             at += count
@@ -240,13 +240,13 @@ def _piece(part: TensorEntry, start: int, count: int, at: int, where: str) -> Pi
 
 
 class Moments(NamedTuple):
-    """What an optimizer keeps of the parameters.
+    """An optimizer's state of the parameters.
 
     Attributes:
         flats: by name, the buffers of what it keeps for every element, where all ranks have them; by flat buffer
             whether it has any.
         shared: by flat buffer, what it keeps once for all parameters in it: a number of steps.
-        left: what is neither, by flat buffer and name: nothing says how it belongs to parameters.
+        left: other values, by flat buffer and name: nothing says how they belong to parameters.
         replicas: what all ranks must have alike.
     """
 
@@ -259,7 +259,7 @@ class Moments(NamedTuple):
         """The state of one parameter, as an optimizer that has parameters one by one keeps it."""
         pairs: list[tuple[object, object]] = []
         for key, value in self.shared[slot.flat].items():
-            if isinstance(value, TensorEntry):  # of its own: whoever counts it up, counts one parameter's
+            if isinstance(value, TensorEntry):  # a separate one: counting it up counts one parameter's
                 value = replace(value, storage=replace(value.storage, key=f"{key}:{slot.name}"))
             pairs.append((key, value))
         for key, (flats, has) in self.flats.items():
@@ -269,7 +269,7 @@ class Moments(NamedTuple):
 
 
 def moments_of(states: Sequence[Sequence[Mapping[str, object]]], masters: Flats, totals: Sequence[int]) -> Moments:
-    """What the optimizers of all ranks keep.
+    """The state of the optimizers of all ranks.
 
     Args:
         states: by flat buffer and rank that shares it, what is kept of it, by name.
@@ -357,7 +357,7 @@ def by_name(stages: Sequence[Sequence[tuple[list[tuple[object, object]], list[st
     """The ``param_groups`` of an optimizer that knows parameters by their names.
 
     Args:
-        stages: by stage of a pipeline, the pairs of each group and its parameters; groups of the same settings in one
+        stages: by stage of a pipeline, the pairs of each group and its parameters; groups with the same settings in one
             place are one.
     """
     found: list[tuple[list[tuple[object, object]], dict[str, None]]] = []
@@ -371,7 +371,7 @@ def by_name(stages: Sequence[Sequence[tuple[list[tuple[object, object]], list[st
 
 
 class Kept(NamedTuple):
-    """What one rank's optimizer keeps.
+    """The state of one rank's optimizer.
 
     Attributes:
         states: by flat buffer what it keeps of it, by name.
@@ -383,7 +383,7 @@ class Kept(NamedTuple):
 
 
 def kept_of(base: object, count: int) -> Kept | None:
-    """What an optimizer keeps; ``None``: it does not say to which buffers it belongs.
+    """An optimizer's state; ``None``: it does not say to which buffers it belongs.
 
     Args:
         base: its state_dict; or (``elastic_checkpoint``) a list of what it keeps, by buffer.

@@ -43,7 +43,7 @@ _PACKAGES = {
 def build(model: ModelLike, args: Mapping[str, object]) -> tuple[nn.Module, Reference]:
     """The reference model, in eval mode, without values: its parameters are on the meta device.
 
-    Where it cannot be built so, it has values, as what `Reference.make` gives always has.
+    If it cannot be built that way, it has values, like every result of `Reference.make`.
 
     Args:
         model: the reference.

@@ -1,4 +1,4 @@
-"""What a reference is: a factory, its arguments from what a user typed, and the module it returns.
+"""A reference: a factory, its arguments as typed by a user, and the module it returns.
 
 A factory is the user's own code: in an importable module, in a file, or an object in Python.
 A parameter's annotation decides its type, otherwise its default; if neither does, a string that is a Python literal
@@ -38,16 +38,15 @@ ModelLike = str | nn.Module | Callable[..., nn.Module]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reference:
-    """What a model is built from.
+    """The recipe of a model.
 
     Attributes:
         spec: as the user named it; ``None`` where an object was given.
         label: for messages.
         args: the arguments it is built with, without those ckptkit adds.
         make: builds the model, in eval mode; each call makes another.
-        inputs: what the model takes; empty where that is not known.
-        outputs: path to shape of each output for the first ``inputs``, ``None`` for a size that is not known;
-            empty where that is not known.
+        inputs: of the model; empty if unknown.
+        outputs: path to shape of each output for the first ``inputs``, ``None`` for an unknown size; empty if unknown.
     """
 
     spec: str | None
@@ -99,7 +98,7 @@ def _check_args(factory: Any, args: Mapping[str, object], spec: str) -> None:
 
 
 def close(name: str, names: list[str]) -> str:
-    """What may have been meant, for the end of a message."""
+    """Similar names, for the end of a message."""
     return did_you_mean(name, names)
 
 
@@ -172,7 +171,7 @@ def _wanted(factory: Any) -> dict[str, Any]:
 
 
 def _resolved(factory: Any, annotation: Any) -> Any:
-    """The annotation; one that is text, as its module reads it, or empty where it cannot be read."""
+    """The annotation; if it is text, as its module reads it, or empty if it cannot be read."""
     if not isinstance(annotation, str):
         return annotation
     function = inspect.unwrap(factory)
@@ -217,7 +216,7 @@ def _value(text: str, wanted: Any) -> object:
 
 
 def _first_fitting(text: str, members: Sequence[Any]) -> object:
-    # Every text is a string, so that comes last; "None" is meant as it stands.
+    # Every text is a string, so that comes last; "None" is meant literally.
     for member in sorted(members, key=lambda member: (member is str) - (member is type(None))):
         try:
             return _value(text, member)

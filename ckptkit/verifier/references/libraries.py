@@ -1,11 +1,11 @@
-"""Models of timm, torchvision and transformers: how they are built without weights, and what they take.
+"""Models of timm, torchvision and transformers: how they are built without weights, and their inputs.
 
 timm: ``timm/models/_factory.py`` (``create_model``) and ``_pretrained.py`` (``PretrainedCfg``) of timm 1.0.
 
 torchvision: ``torchvision/models/**`` (0.17 to 0.29); the family is the sub-package the builder is in, and decides what
 a model takes.
 
-transformers: a model is built from a configuration alone.
+transformers: a model is built from its configuration only.
 A folder's ``config.json`` names the class under ``architectures``; without that it is the bare model of its type.
 Nothing is downloaded, and code that comes with a configuration (``auto_map``) is never run.
 
@@ -46,7 +46,7 @@ def timm_reference(name: str, args: Mapping[str, object]) -> Reference:
         require("timm")
         timm = importlib.import_module("timm")
     spec = f"timm:{name}"
-    if not timm.is_model(name):  # names of a hub are none, and are never looked up
+    if not timm.is_model(name):  # names on a hub do not count, and are never looked up
         raise VerifyError(f"timm has no model {name!r}{close(name.partition('.')[0], timm.list_models())}")
     for weights in _WEIGHTS:
         if literal(args.get(weights)):
@@ -129,7 +129,7 @@ def torchvision_reference(name: str, args: Mapping[str, object]) -> Reference:
 
 
 def _torchvision_inputs(family: str, name: str, args: Mapping[str, object], weights: Any) -> tuple[Input, ...]:
-    """What a model of this name takes.
+    """The inputs of a model with this name.
 
     Args:
         family: the sub-package its builder is in.
@@ -153,7 +153,7 @@ def _torchvision_inputs(family: str, name: str, args: Mapping[str, object], weig
 def _outputs(
     family: str, name: str, args: Mapping[str, object], shape: tuple[int, ...]
 ) -> Mapping[str, tuple[int | None, ...]]:
-    """What a model of this name gives for its input, in eval mode; detectors find any number of things."""
+    """The outputs of a model with this name for its input, in eval mode; detectors find any number of things."""
     height, width = shape[-2:]
     if family == "optical_flow":
         return {str(step): (1, 2, height, width) for step in range(_FLOW_UPDATES)}
@@ -197,7 +197,7 @@ def transformers_reference(name: str, args: Mapping[str, object]) -> Reference:
 
     Args:
         name: a folder with a ``config.json``, or a model type, such as ``"bert"``.
-        args: settings of the configuration that are to be others.
+        args: settings of the configuration to change.
 
     Raises:
         VerifyError: there is neither, or the configuration cannot be read.
@@ -289,7 +289,7 @@ def _renaming(model: nn.Module) -> nn.Module:
 
 
 def _transformers_inputs(transformers: Any, config: Any, model_class: Any) -> Iterator[Input]:
-    """What the model takes; nothing where the configuration does not say."""
+    """The inputs of the model; empty if the configuration does not say."""
     if model_class is None:
         model_class = transformers.MODEL_MAPPING.get(type(config), None)
         if isinstance(model_class, tuple):
@@ -304,7 +304,7 @@ def _transformers_inputs(transformers: Any, config: Any, model_class: Any) -> It
     yield Input(shape=shape, name=main, below=ids[1] if main == "input_ids" else None)
     pixels = shapes["pixel_values"]
     if main != "pixel_values" and "return_loss" in parameters and "pixel_values" in parameters and pixels:
-        yield Input(shape=pixels, name="pixel_values")  # text and images, held against each other
+        yield Input(shape=pixels, name="pixel_values")  # text and images, compared with each other
     if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in parameters and ids[1]:
         yield Input(shape=(1, ids[0]), name="decoder_input_ids", below=ids[1])
 

@@ -6,8 +6,8 @@ torch's own hook, ``register_module_parameter_registration_hook`` of ``torch/nn/
 adds to nothing but registration, and only in this thread.
 
 A factory may do what cannot be done without values: read them, keep a parameter in a place where no
-``load_state_dict`` finds it, compute a buffer from one.  All of that is looked for afterwards, and such a
-model is built once more, with values.
+``load_state_dict`` finds it, compute a buffer from one.  All of that is searched for afterwards, and such a model is
+built once more, with values.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _CHECKED_REFERRERS = 4
 
 
 def without_values(make: Callable[[], nn.Module]) -> nn.Module:
-    """The model, with its parameters on the meta device where that does no harm, else with values.
+    """The model, with its parameters on the meta device if that does no harm, otherwise with values.
 
     Args:
         make: builds the model; each call makes another, out of the same random state.
@@ -76,7 +76,7 @@ class _Shells:
         handle = register_module_parameter_registration_hook(self._replaced)  # type: ignore[arg-type]
         try:
             with warnings.catch_warnings():
-                # A factory that loads a checkpoint of its own: those values are not wanted.
+                # A factory that loads its own checkpoint: those values are not needed.
                 warnings.filterwarnings("ignore", message="for .*: copying from a non-meta parameter")
                 return make()
         finally:
@@ -132,7 +132,7 @@ class _Shells:
             return kept or any(shell() is not None and id(shell()) not in owned for shell in self._made)
 
         if is_alive():
-            gc.collect()  # what hangs in cycles is not held
+            gc.collect()  # references in cycles do not count
             return is_alive()
         return False
 
