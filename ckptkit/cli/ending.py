@@ -268,6 +268,9 @@ _SECONDS = 0.2
 _PATIENCE_SECONDS = 0.5
 """Before that nobody asks how far a command is."""
 
+_SETTLED_SECONDS = 1.0
+"""Before that, and before a tenth is done, the rate says little about the time left."""
+
 _FEW = 2
 """Files of which it is not told how many are done with, where there is more to tell."""
 
@@ -433,7 +436,7 @@ def _how_far(done: int, total: int, seconds: float) -> str:
     rate = done / seconds if seconds > 0 else 0.0
     percent = done * 100 // total if total else 100
     text = f"{percent:3d}%  {human_size(done)} of {human_size(total)}  {human_size(int(rate))}/s"
-    if rate:
+    if rate and (seconds >= _SETTLED_SECONDS or done * 10 >= total):
         text += f"  {_clock((total - done) / rate)} left"
     return text
 

@@ -382,9 +382,9 @@ def path_argument(name: str, **options: Any) -> Callable[[F], F]:
 
 
 def styler(color: str) -> Style:
-    """How to color: always, never, or (auto) on a terminal where ``NO_COLOR`` is not set."""
-    wanted = color == "always" or (color == "auto" and ending.stdout().isatty() and not os.environ.get("NO_COLOR"))
-    return click.style if wanted else lambda text, **_: text
+    """How to color: always, never, or (auto) on a terminal that knows colors, where ``NO_COLOR`` is not set."""
+    can = ending.stdout().isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    return click.style if color == "always" or (color == "auto" and can) else lambda text, **_: text
 
 
 def terminal_width() -> int | None:

@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 
 import ckptkit
 from ckptkit.cli import COMMANDS, check, ending, main
+from ckptkit.cli.options import styler
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="descriptors and signals as on Linux")
 
@@ -383,6 +384,20 @@ def test_an_error_is_a_document_on_stdout_where_no_file_is_written(folder: Path,
 
 
 # A terminal.
+
+
+@pytest.mark.parametrize(("done", "seconds", "told"), [(9, 0.9, False), (10, 0.1, True), (1, 1.0, True)])
+def test_the_time_left_is_told_once_the_rate_says_something(done: int, seconds: float, told: bool) -> None:
+    assert ("left" in ending._how_far(done, 100, seconds)) == told
+
+
+@pytest.mark.parametrize("term", ["dumb", "xterm"])
+def test_a_dumb_terminal_gets_no_colors(term: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", term)
+    monkeypatch.setattr(ending._ending, "stdout", Terminal())
+    assert styler("auto")("told", bold=True) == ("told" if term == "dumb" else click.style("told", bold=True))
+    assert styler("always")("told", bold=True) != "told"
 
 
 class Terminal(io.StringIO):
