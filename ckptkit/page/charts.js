@@ -154,7 +154,7 @@ Page.treemap = (() => {
         const isLight = (node) => node.kids.size || node.isRest || node === at;
         return {
           traces: [{
-            type: "treemap", ids, parents, branchvalues: "total", values: nodes.map(value), sort: true,
+            type: "treemap", ids, parents, branchvalues: "total", values: nodes.map(value), sort: false,
             labels: nodes.map((node) => Page.inert(node === at ? nameOf(node) : node.name || "(no name)")),
             text: nodes.map((node) => Page.inert(text(node))), textinfo: "label+text",
             hovertext: nodes.map((node) => `${Page.inert(fullName(node))}<br>${Page.inert(text(node))}, ${share(node)}${node.leaves > 1 ? `, ${Page.countOf(node.leaves, "tensor")}` : ""}`),

@@ -104,7 +104,7 @@
 
     const modules = told.modules;
     if (modules.length) {
-      const body = Page.part("By module", { note: "Enter or click shows its tensors" });
+      const body = Page.part("By module", { note: "press Enter or click a row to see its tensors" });
       Page.table(body, {
         label: "Modules that differ", thing: "module", total: modules.length, height: 360, search: modules.length > 12 && ((i) => modules[i].module),
         placeholder: "Search modules", open: (i) => { document.getElementById("tensors").scrollIntoView(); table.find(modules[i].module); table.focus(); },
@@ -128,7 +128,7 @@
     const TONES = { changed: "warning", recast: "info", reshaped: "error", renamed: "info", added: "good", removed: "error", "not compared": "error", "other value": "warning" };
     const both = (one, other, text) => (one === null ? "" : other === null ? text(one) : `${text(one)} \u2192 ${text(other)}`);
     const dtype = (i) => both(kind(i)[0], kind(i)[1], String), shape = (i) => both(kind(i)[2], kind(i)[3], shapeText);
-    const body = Page.part("Tensors", { id: "tensors", note: "Enter or click shows all of one" });
+    const body = Page.part("Tensors", { id: "tensors", note: "press Enter or click a row for details" });
     const detail = el("div", { "aria-live": "polite" });
     const close = () => detail.replaceChildren();
     const table = Page.table(body, {
@@ -137,7 +137,7 @@
       filters: [{ label: "what", value: status }, { label: "dtype", value: dtype }],
       open: (i) => {
         const pairs = [["what", status(i)], ["was named", rows.was[i]], ["dtype", dtype(i)], ["shape", shape(i)], ["max |b\u2212a|", number(i, 0)], ["mean |b\u2212a|", number(i, 1)],
-          ["|b\u2212a| / |a|", number(i, 2)], ["cosine", number(i, 3)], ["elements that are equal", percent(number(i, 4))], ["to know", rows.notes[i]]];
+          ["|b\u2212a| / |a|", number(i, 2)], ["cosine", number(i, 3)], ["elements that are equal", percent(number(i, 4))], ["note", rows.notes[i]]];
         detail.replaceChildren(el("div", { class: "detail", role: "region", "aria-label": `Tensor ${Page.cut(rows.names[i], 200)}` },
           el("header", {}, el("h3", {}, rows.names[i]), el("button", { type: "button", class: "quiet", onclick: () => { close(); table.focus(); } }, "Close")),
           Page.facts(pairs.filter(([, value]) => value !== null && value !== undefined && value !== "").map(([label, value]) => [label, asText(value)]))));
@@ -230,7 +230,7 @@
       });
     }
     if (total) {
-      const body = Page.part("Files", { note: "Enter or click shows what was found" });
+      const body = Page.part("Files", { note: "press Enter or click a row to see what was found" });
       const detail = el("div", { "aria-live": "polite" });
       const close = () => detail.replaceChildren();
       const table = Page.table(body, {
