@@ -75,20 +75,31 @@ MODULES = modules()
 
 
 @cache
+def nodes(path: Path) -> tuple[ast.AST, ...]:
+    """A file's, as `ast.walk` gives them: parsed once for all tests here."""
+    return tuple(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _parsed_files_go() -> Iterator[None]:
+    yield
+    nodes.cache_clear()
+
+
+@cache
 def imports(path: Path) -> tuple[tuple[str, bool], ...]:
     """Every module a file imports, in full, and whether only for type checkers."""
     return tuple(_imports(path))
 
 
 def _imports(path: Path) -> Iterator[tuple[str, bool]]:
-    tree = ast.parse(path.read_text(encoding="utf-8"))
     typing_only = {
         id(node)
-        for block in ast.walk(tree)
-        if isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING"
+        for block in nodes(path)
+        if isinstance(block, ast.If) and isinstance(block.test, ast.Name) and block.test.id == "TYPE_CHECKING"
         for node in ast.walk(block)
     }
-    for node in ast.walk(tree):
+    for node in nodes(path):
         if isinstance(node, ast.Import):
             for alias in node.names:
                 yield alias.name, id(node) in typing_only
@@ -164,7 +175,7 @@ def test_containers_are_asked_for_their_facts_and_not_for_their_names() -> None:
     for module, path in MODULES.items():
         if room(module) == "formats":
             continue
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in nodes(path):
             texts = [part for part in ast.iter_child_nodes(node) if isinstance(part, ast.Constant)]
             named = any(part.value in names for part in texts) and (module, ast.unparse(node)) not in nouns
             if isinstance(node, ast.Compare):  # of `origin.format`, `plan.format`, with any text
@@ -217,7 +228,7 @@ def test_all_is_sorted_and_complete() -> None:
 
 def test_the_package_has_few_files_and_none_too_short_or_too_long() -> None:
     lines = {path.relative_to(PACKAGE): len(path.read_text(encoding="utf-8").splitlines()) for path in MODULES.values()}
-    assert len(lines) <= 269
+    assert len(lines) <= 270
     assert {path: n for path, n in lines.items() if n < 50 and path.name not in ("__init__.py", "__main__.py")} == {}
     assert {path: n for path, n in lines.items() if n > 500} == {}
 
@@ -254,8 +265,7 @@ def f(a, b):
 
 
 def test_no_function_has_too_many_branches() -> None:
-    trees = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in MODULES.items()}
-    functions = [(name, f) for name, tree in trees.items() for f in ast.walk(tree) if isinstance(f, ast.FunctionDef)]
+    functions = [(name, f) for name, path in MODULES.items() for f in nodes(path) if isinstance(f, ast.FunctionDef)]
     assert len(functions) > 1000
     found = {f"{name}.{f.name}": count for name, f in functions if (count := complexity(f)) > 25}
     assert found.keys() == {"pickling.reader._run"}, "its loop has a branch an opcode, for speed; all others are short"

@@ -9,6 +9,7 @@ import ast
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +33,18 @@ DOCUMENTS = [
 
 def _texts(path: Path, said: bool = True) -> Iterator[tuple[int, ast.AST]]:
     """The strings of a file that may be said, each with its line: all but docstrings; or docstrings alone."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
-    for node in ast.walk(tree):
-        is_text = isinstance(node, ast.JoinedStr) or (isinstance(node, ast.Constant) and isinstance(node.value, str))
-        if is_text and (id(node) not in docstrings) is said:
+    for node, is_docstring in _strings(path):
+        if is_docstring is not said:
             yield node.lineno, node  # type: ignore[attr-defined]
+
+
+@cache
+def _strings(path: Path) -> list[tuple[ast.AST, bool]]:
+    """All of a file, and whether each is a docstring."""
+    nodes = [*ast.walk(ast.parse(path.read_text(encoding="utf-8")))]
+    docstrings = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
+    texts = [each for each in nodes if isinstance(each, ast.JoinedStr) or isinstance(getattr(each, "value", None), str)]
+    return [(node, id(node) in docstrings) for node in texts if isinstance(node, (ast.JoinedStr, ast.Constant))]
 
 
 _EVERYWHERE = (

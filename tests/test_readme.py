@@ -12,11 +12,15 @@ import subprocess
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 import pytest
 
 from ckptkit.codes import CODES, TOPICS, topic
+
+if TYPE_CHECKING:
+    from support.forked import Forks
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -55,8 +59,18 @@ def without_install(script: str) -> str:
     return "\n".join(kept)
 
 
-def test_the_main_job_and_every_command_after_it(clone: Path, forks) -> None:
-    programs = forks(with_torch=True).shell("ckptkit", "-m", "ckptkit") + forks(with_torch=True).shell("python")
+@pytest.fixture
+def programs(forks: Callable[..., Forks]) -> str:
+    """``ckptkit`` and ``python`` for a shell: forks, of a process that has imported torch where a command needs it."""
+    with_torch, without = forks(with_torch=True), forks(with_torch=False)
+    chosen = 'ckptkit() { if [[ "${1-}" = verify ]]; then verifying "$@"; else others "$@"; fi; }\n'
+    verifying, others = (
+        each.shell(name, "-m", "ckptkit") for each, name in ((with_torch, "verifying"), (without, "others"))
+    )
+    return verifying + others + chosen + with_torch.shell("python")
+
+
+def test_the_main_job_and_every_command_after_it(clone: Path, programs: str) -> None:
     install, _tests, *more = blocks("sh")
     assert "pip install '.[torch]'" in install
     shell(without_install(install), clone, programs)
@@ -69,8 +83,7 @@ def test_the_main_job_and_every_command_after_it(clone: Path, forks) -> None:
         assert [line for line in expected if line not in printed] == [], "\n".join(printed)
 
 
-def test_every_command_of_the_topics(clone: Path, forks) -> None:
-    programs = forks(with_torch=True).shell("ckptkit", "-m", "ckptkit") + forks(with_torch=True).shell("python")
+def test_every_command_of_the_topics(clone: Path, programs: str) -> None:
     shell(without_install(blocks("sh")[0]).rpartition("&&")[0], clone, programs)  # without its last step, verify
     for name in PAGES.keys() - {"README.md"}:
         assert not re.search(r"^    \w", re.sub(r"^```.*?^```$", "", PAGES[name], flags=re.DOTALL | re.MULTILINE))

@@ -41,7 +41,7 @@
     const into = el("div", { class: "file", style: { display: "contents" } });
     place.replaceWith(into);
     place = into;
-    Page.anew();
+    Page.again();
     if (howMany > 1) Page.link("Files", "files");
     const badges = [file.format, words(file.kind), file.writer && `written by ${file.writer}`].filter(Boolean).map((text) => ({ text }));
     if (trust) badges.push({ text: trust[0], tone: trust[1], title: trust[2] });

@@ -1,4 +1,4 @@
-// The pages of `ckptkit diff`, `check` and `verify`: the verdict first, in words and colour, then what it comes from.
+// The pages of `ckptkit diff`, `check` and `verify`: the verdict first, in words and color, then what it comes from.
 "use strict";
 
 (() => {
@@ -13,7 +13,7 @@
     return SEVERITIES.map((each) => [found.filter((one) => one.severity === each).length, each])
       .filter(([number]) => number).map(([number, each]) => (each === "info" ? `${count(number)} info` : countOf(number, each))).join(", ");
   }
-  const gravestFirst = (found) => [...found].sort((a, b) => SEVERITIES.indexOf(a.severity) - SEVERITIES.indexOf(b.severity));
+  const most severeFirst = (found) => [...found].sort((a, b) => SEVERITIES.indexOf(a.severity) - SEVERITIES.indexOf(b.severity));
 
   // What it came to: tone "good", "error" or "warning".
   function verdict(tone, word, sentence) {
@@ -58,7 +58,7 @@
       file("tensors", (each) => count(each.tensors)), file("bytes of weights", (each) => size(each.nbytes)),
       file("saved on", (each) => each.locations.join(", ")), file("trust", (each) => words(each.trust)),
     ]);
-    if (told.findings.length) Page.findings(Page.part("Findings", { note: severities(told.findings) }), gravestFirst(told.findings), told.meanings);
+    if (told.findings.length) Page.findings(Page.part("Findings", { note: severities(told.findings) }), most severeFirst(told.findings), told.meanings);
     if (total) differing(told, { total, status, kind, number });
     besides(told);
   }
@@ -183,7 +183,7 @@
       });
     }
     if (told.ties.length)
-      plainTable(Page.part("Ties", { note: "names that are one tensor in one file alone" }), "Ties", ["names", "tied in"], told.ties.map((each) => [[each.names.join(" = "), each.tied_in.toUpperCase()], false]));
+      plainTable(Page.part("Ties", { note: "names that are tied in only one file" }), "Ties", ["names", "tied in"], told.ties.map((each) => [[each.names.join(" = "), each.tied_in.toUpperCase()], false]));
   }
 
   // ckptkit check
@@ -209,7 +209,7 @@
     const GRAVITY = ["failed", "not checked", "warning", "note", "ok", ""];
     const toneOf = { failed: "error", "not checked": "warning", warning: "warning", note: "info", ok: "good" };
     const outcome = (i, rule) => {
-      const found = (of.get(told.paths[i]) || []).find((each) => each.rule === rule); // the gravest is the first
+      const found = (of.get(told.paths[i]) || []).find((each) => each.rule === rule); // the most severe is the first
       if (!found) return held[told.ruleSetOf[i]].has(rule) ? "ok" : "";
       return found.severity === "error" ? (told.unchecked.includes(found.code) ? "not checked" : "failed") : found.severity === "warning" ? "warning" : "note";
     };
@@ -266,7 +266,7 @@
   function verify(told) {
     document.title = `${told.ok ? "Passed" : "Failed"} \u2013 ckptkit verify`;
     const isPartial = told.findings.some((each) => each.code === "not-loaded");
-    const wrong = gravestFirst(told.findings.filter((each) => each.severity !== "info" || each.fix));
+    const wrong = most severeFirst(told.findings.filter((each) => each.severity !== "info" || each.fix));
     const reasons = [...new Set(wrong.filter((each) => each.severity === "error").map((each) => (told.meanings[each.code] ? told.meanings[each.code].title : each.message)))];
     verdict(told.ok ? "good" : "error", told.ok ? "Passed" : "Failed", `${told.path} against ${told.reference}${reasons.length ? `: ${reasons.slice(0, 3).join("; ")}${reasons.length > 3 ? " and more" : ""}` : ""}${isPartial ? "; it was not loaded, and nothing was computed" : ""}.`);
     const whole = told.coverage, seconds = Object.values(told.seconds).reduce((sum, each) => sum + each, 0);

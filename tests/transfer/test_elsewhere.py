@@ -69,6 +69,10 @@ def test_the_lock_is_that_of_the_simulation(folder: Path) -> None:
 
 @linux_only
 def test_reading_and_writing(folder: Path) -> None:
+    """And that goldens are written over: in the same process, which imports torch for both."""
+    (folder / "model.py").write_text("import torch\ndef make(): return torch.nn.Linear(4, 3)\n")
+    torch.save(torch.nn.Linear(4, 3).state_dict(), folder / "l.pth")
+    verify = ["verify", "l.pth", "--model", "model.py:make", "--input-shape", "1,4"]
     codes = run(
         folder,
         ["inspect", "a.pth", "old.pth"],
@@ -82,6 +86,9 @@ def test_reading_and_writing(folder: Path) -> None:
         ["manifest", "b.safetensors", "-o", "lock.json", "--force"],
         ["load", "b.safetensors", "3"],
         ["load", "old.pth", "3"],
+        [*verify, "--write-golden", "g.safetensors"],
+        [*verify, "--write-golden", "g.safetensors", "--force"],
+        [*verify[:4], "--golden", "g.safetensors"],
     )
     assert set(codes) == {"0"}, codes
     assert same(folder / "b.safetensors")
@@ -130,20 +137,6 @@ def test_shards_are_written_replaced_and_merged(folder: Path, ending: str) -> No
     assert sorted(left) == sorted(set(index["weight_map"].values())), (
         "no shard of before, and no temporary file, is left"
     )
-
-
-@linux_only
-def test_goldens_are_written_over(folder: Path) -> None:
-    (folder / "model.py").write_text("import torch\ndef make(): return torch.nn.Linear(4, 3)\n")
-    torch.save(torch.nn.Linear(4, 3).state_dict(), folder / "l.pth")
-    verify = ["verify", "l.pth", "--model", "model.py:make", "--input-shape", "1,4"]
-    codes = run(
-        folder,
-        [*verify, "--write-golden", "g.safetensors"],
-        [*verify, "--write-golden", "g.safetensors", "--force"],
-        [*verify[:4], "--golden", "g.safetensors"],
-    )
-    assert set(codes) == {"0"}, codes
 
 
 @linux_only
