@@ -13,7 +13,7 @@
     return SEVERITIES.map((each) => [found.filter((one) => one.severity === each).length, each])
       .filter(([number]) => number).map(([number, each]) => (each === "info" ? `${count(number)} info` : countOf(number, each))).join(", ");
   }
-  const most severeFirst = (found) => [...found].sort((a, b) => SEVERITIES.indexOf(a.severity) - SEVERITIES.indexOf(b.severity));
+  const mostSevereFirst = (found) => [...found].sort((a, b) => SEVERITIES.indexOf(a.severity) - SEVERITIES.indexOf(b.severity));
 
   // What it came to: tone "good", "error" or "warning".
   function verdict(tone, word, sentence) {
@@ -58,7 +58,7 @@
       file("tensors", (each) => count(each.tensors)), file("bytes of weights", (each) => size(each.nbytes)),
       file("saved on", (each) => each.locations.join(", ")), file("trust", (each) => words(each.trust)),
     ]);
-    if (told.findings.length) Page.findings(Page.part("Findings", { note: severities(told.findings) }), most severeFirst(told.findings), told.meanings);
+    if (told.findings.length) Page.findings(Page.part("Findings", { note: severities(told.findings) }), mostSevereFirst(told.findings), told.meanings);
     if (total) differing(told, { total, status, kind, number });
     besides(told);
   }
@@ -266,7 +266,7 @@
   function verify(told) {
     document.title = `${told.ok ? "Passed" : "Failed"} \u2013 ckptkit verify`;
     const isPartial = told.findings.some((each) => each.code === "not-loaded");
-    const wrong = most severeFirst(told.findings.filter((each) => each.severity !== "info" || each.fix));
+    const wrong = mostSevereFirst(told.findings.filter((each) => each.severity !== "info" || each.fix));
     const reasons = [...new Set(wrong.filter((each) => each.severity === "error").map((each) => (told.meanings[each.code] ? told.meanings[each.code].title : each.message)))];
     verdict(told.ok ? "good" : "error", told.ok ? "Passed" : "Failed", `${told.path} against ${told.reference}${reasons.length ? `: ${reasons.slice(0, 3).join("; ")}${reasons.length > 3 ? " and more" : ""}` : ""}${isPartial ? "; it was not loaded, and nothing was computed" : ""}.`);
     const whole = told.coverage, seconds = Object.values(told.seconds).reduce((sum, each) => sum + each, 0);
