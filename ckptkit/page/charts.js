@@ -169,7 +169,9 @@ Page.treemap = (() => {
     function go(node) {
       if (!node.kids.size) { if (node.leaf !== null && leaf) leaf(node.leaf); return; }
       at = single(node);
+      const hadFocus = inside.contains(document.activeElement);
       show();
+      if (hadFocus) focusFirst();
       announce(`${Page.cut(fullName(at), 200)}: ${text(at)}`);
     }
 
@@ -188,7 +190,8 @@ Page.treemap = (() => {
       chart.say(`${Page.cut(fullName(at), 200)}: ${text(at)}${at === root ? "" : `, ${share(at)} of all`}${told ? `, ${Page.cut(told, 200)}` : ""}. Choose a tile or a line to go into it.`);
       chart.redraw();
     }
-    function up(node) { at = node; show(); const first = inside.querySelector("button"); if (first) first.focus(); }
+    function focusFirst() { const first = inside.querySelector("button"); if (first) first.focus(); }
+    function up(node) { at = node; show(); focusFirst(); }
     body.addEventListener("keydown", (event) => {
       if ((event.key === "Escape" || event.key === "Backspace") && at.parent && event.target.tagName !== "INPUT") { event.preventDefault(); up(at.parent); }
     });

@@ -142,7 +142,7 @@
         { label: "section", value: (i) => tensors.kind(i).section || "" },
         { label: "role", value: (i) => (tensors.isTied(i) ? "tied" : tensors.kind(i).form || tensors.kind(i).role) },
       ],
-      open: (i) => detail.replaceChildren(one(tensors, i, () => { close(); table.focus(); })),
+      open: (i) => { detail.replaceChildren(one(tensors, i, () => { close(); table.focus(); })); Page.inSight(detail); },
     });
     body.append(detail);
     return table;
@@ -161,9 +161,7 @@
     if (tensors.values[i]) told.push(["value", tensors.values[i]]);
     if (tensors.stats) STATS.forEach((stat) => { if (tensors.stat(i, stat) !== null) told.push([{ nan: "NaN", inf: "Inf" }[stat] || stat, figure(tensors.stat(i, stat))]); });
     const right = el("div", {});
-    const made = el("div", { class: "detail", role: "region", "aria-label": `Tensor ${Page.cut(name, 200)}` },
-      el("header", {}, el("h3", {}, name), el("button", { type: "button", class: "quiet", onclick: close }, "Close")),
-      el("div", { class: "two" }, Page.facts(told), right));
+    const made = Page.detail("Tensor", name, close, el("div", { class: "two" }, Page.facts(told), right));
     const histogram = tensors.histograms && tensors.histograms[i];
     const finite = histogram && binsOf(histogram), least = tensors.stats && tensors.stat(i, "min");
     if (finite && least === tensors.stat(i, "max")) right.append(el("p", { class: "none" }, finite.sum === 1 ? `The only finite value is ${figure(least)}.` : `All ${count(finite.sum)} finite values are ${figure(least)}.`));

@@ -190,6 +190,16 @@ const Page = (() => {
     body.append(list);
   }
 
+  // All of one row, below its table; the button and Escape close it.
+  function detail(label, title, close, ...children) {
+    return el("div", { class: "detail", role: "region", "aria-label": `${label} ${cut(title, 200)}`, onkeydown: (event) => { if (event.key === "Escape") { event.preventDefault(); close(); } } },
+      el("header", {}, el("h3", {}, title), el("button", { type: "button", class: "quiet", onclick: close }, "Close")), children);
+  }
+  // Where it would be out of sight the page moves, by no more than it has to.
+  function inSight(made) {
+    if (made.getBoundingClientRect().top > innerHeight - 160) made.scrollIntoView({ block: "nearest" });
+  }
+
   // Buttons of which one is pressed: [[value, label]].
   function choice(label, values, chosen, onchoose) {
     const made = el("div", { class: "switch", role: "group", "aria-label": label });
@@ -201,6 +211,6 @@ const Page = (() => {
     return made;
   }
 
-  return { announce, again, choice, color, copyable, count, countOf, cut, data, el, facts, figure, findings, header, howMany, isDark,
+  return { again, announce, choice, color, copyable, count, countOf, cut, data, detail, el, facts, figure, findings, header, howMany, inSight, isDark,
     link, main, mixed, onTheme, part, sentence, short, size, whole };
 })();

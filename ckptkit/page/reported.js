@@ -13,7 +13,7 @@
     return SEVERITIES.map((each) => [found.filter((one) => one.severity === each).length, each])
       .filter(([number]) => number).map(([number, each]) => (each === "info" ? `${count(number)} info` : countOf(number, each))).join(", ");
   }
-  const most severeFirst = (found) => [...found].sort((a, b) => SEVERITIES.indexOf(a.severity) - SEVERITIES.indexOf(b.severity));
+  const mostSevereFirst = (found) => [...found].sort((a, b) => SEVERITIES.indexOf(a.severity) - SEVERITIES.indexOf(b.severity));
 
   // What it came to: tone "good", "error" or "warning".
   function verdict(tone, word, sentence) {
@@ -58,7 +58,7 @@
       file("tensors", (each) => count(each.tensors)), file("bytes of weights", (each) => size(each.nbytes)),
       file("saved on", (each) => each.locations.join(", ")), file("trust", (each) => words(each.trust)),
     ]);
-    if (told.findings.length) Page.findings(Page.part("Findings", { note: severities(told.findings) }), most severeFirst(told.findings), told.meanings);
+    if (told.findings.length) Page.findings(Page.part("Findings", { note: severities(told.findings) }), mostSevereFirst(told.findings), told.meanings);
     if (total) differing(told, { total, status, kind, number });
     besides(told);
   }
@@ -138,9 +138,9 @@
       open: (i) => {
         const pairs = [["what", status(i)], ["was named", rows.was[i]], ["dtype", dtype(i)], ["shape", shape(i)], ["max |b\u2212a|", number(i, 0)], ["mean |b\u2212a|", number(i, 1)],
           ["|b\u2212a| / |a|", number(i, 2)], ["cosine", number(i, 3)], ["elements that are equal", percent(number(i, 4))], ["note", rows.notes[i]]];
-        detail.replaceChildren(el("div", { class: "detail", role: "region", "aria-label": `Tensor ${Page.cut(rows.names[i], 200)}` },
-          el("header", {}, el("h3", {}, rows.names[i]), el("button", { type: "button", class: "quiet", onclick: () => { close(); table.focus(); } }, "Close")),
+        detail.replaceChildren(Page.detail("Tensor", rows.names[i], () => { close(); table.focus(); },
           Page.facts(pairs.filter(([, value]) => value !== null && value !== undefined && value !== "").map(([label, value]) => [label, asText(value)]))));
+        Page.inSight(detail);
       },
       columns: [
         { name: "tensor", mono: true, show: (i) => (i in rows.was ? `${rows.names[i]} (was ${rows.was[i]})` : rows.names[i] || "(no name)"), key: (i) => rows.names[i] },
@@ -238,11 +238,11 @@
         filters: [{ label: "verdict", value: (i) => STATES[told.states[i]][0] },
           { label: "breaks rule", value: (i) => { const found = (of.get(told.paths[i]) || [])[0]; return found && found.severity !== "info" ? found.rule : ""; } }],
         open: (i) => {
-          const inside = el("div", { class: "detail", role: "region", "aria-label": `File ${Page.cut(told.paths[i], 200)}` },
-            el("header", {}, el("h3", {}, told.paths[i]), el("button", { type: "button", class: "quiet", onclick: () => { close(); table.focus(); } }, "Close")),
+          const inside = Page.detail("File", told.paths[i], () => { close(); table.focus(); },
             Page.facts([["verdict", STATES[told.states[i]][0]], ["size", told.sizes[i] === null ? "" : `${size(told.sizes[i])} (${count(told.sizes[i])} bytes)`], ["SHA-256", told.digests[i] || ""], ["rules", told.ruleSets[told.ruleSetOf[i]].join(", ")]].filter(([, value]) => value)));
           Page.findings(inside, (of.get(told.paths[i]) || []).map(shownOf), told.meanings);
           detail.replaceChildren(inside);
+          Page.inSight(detail);
         },
         columns: [
           { name: "file", mono: true, show: (i) => told.paths[i], key: (i) => told.paths[i] },
@@ -266,7 +266,7 @@
   function verify(told) {
     document.title = `${told.ok ? "Passed" : "Failed"} \u2013 ckptkit verify`;
     const isPartial = told.findings.some((each) => each.code === "not-loaded");
-    const wrong = most severeFirst(told.findings.filter((each) => each.severity !== "info" || each.fix));
+    const wrong = mostSevereFirst(told.findings.filter((each) => each.severity !== "info" || each.fix));
     const reasons = [...new Set(wrong.filter((each) => each.severity === "error").map((each) => (told.meanings[each.code] ? told.meanings[each.code].title : each.message)))];
     verdict(told.ok ? "good" : "error", told.ok ? "Passed" : "Failed", `${told.path} against ${told.reference}${reasons.length ? `: ${reasons.slice(0, 3).join("; ")}${reasons.length > 3 ? " and more" : ""}` : ""}${isPartial ? "; it was not loaded, and nothing was computed" : ""}.`);
     const whole = told.coverage, seconds = Object.values(told.seconds).reduce((sum, each) => sum + each, 0);

@@ -176,7 +176,10 @@ Page.table = (() => {
       active = at;
       draw(true);
       const found = rowAt(at);
-      if (found) found.focus({ preventScroll: true });
+      if (!found) return;
+      found.focus({ preventScroll: true });
+      const { top: upper, bottom: lower } = found.getBoundingClientRect();
+      if (upper < 60 || lower > innerHeight) found.scrollIntoView({ block: "center" });
     }
     function choose(at) {
       if (!open) return;

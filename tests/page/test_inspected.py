@@ -30,7 +30,8 @@ from ckptkit.report import printable
 FIXTURES = Path(__file__).parent.parent.parent / "fixtures"
 RESUME = FIXTURES / "ddp_resume.pth"
 
-ENTER, ESCAPE, DOWN, UP, END, HOME, SPACE = "\ue007", "\ue00c", "\ue015", "\ue013", "\ue010", "\ue011", " "
+ENTER, ESCAPE, TAB, SPACE = "\ue007", "\ue00c", "\ue004", " "
+DOWN, UP, END, HOME = "\ue015", "\ue013", "\ue010", "\ue011"
 
 HOSTILE = [
     "</script><script>window.pwned=1</script>",
@@ -209,6 +210,9 @@ def test_keys_in_a_table(browser: Browser, inspected: Pages) -> None:
     browser.keys(DOWN)
     browser.keys(SPACE)
     assert browser.text(".detail h3") == "module.features.0.1.weight"
+    browser.keys(TAB, ESCAPE)  # from its button
+    assert browser.texts(".detail") == [] and focused() == 1
+    browser.keys(SPACE)
     assert browser.one("#tensors tr[aria-selected=true]").get_attribute("data-at") == "1"
     browser.keys(ESCAPE)
     assert browser.texts(".detail") == []
@@ -233,7 +237,8 @@ def test_the_map_is_gone_into_and_back(browser: Browser, inspected: Pages) -> No
     assert browser.text("#where-the-bytes-are figcaption").startswith("state_dict.module.classifier.1: 51.2 kB")
     browser.click(f"{crumbs} button", 1)
     assert browser.texts(crumbs) == ["all tensors", "state_dict"]
-    browser.keys(ENTER)  # the first line has the focus
+    browser.keys(ENTER)  # the first line has the focus, and then the first of what is in it
+    assert browser.js("return document.activeElement === document.querySelector('.inside button')")
     assert browser.texts(crumbs) == ["all tensors", "state_dict", "module"]
     browser.click("#where-the-bytes-are .switch button", 1)
     assert "parameters" in browser.text("#where-the-bytes-are .inside .value")
