@@ -215,7 +215,11 @@ _DOCUMENTS = ("CheckEnd", "CheckHead", "CheckLine", "InspectedFile", "UnreadFile
 def __getattr__(name: str) -> Any:
     """Import what is asked for, so that a command starts without all that it does not need."""
     if name not in __all__:
-        raise AttributeError(f"module 'ckptkit' has no attribute {name!r}")
+        from importlib.util import find_spec
+
+        if name.startswith("_") or find_spec(f"ckptkit.{name}") is None:
+            raise AttributeError(f"module 'ckptkit' has no attribute {name!r}")
+        return import_module(f"ckptkit.{name}")
     for room in ("errors", "report", "checkpoint", "api"):
         module = import_module(f"ckptkit.{room}")
         if name in module.__all__:

@@ -220,7 +220,7 @@ def _cast(before: str, after: str, source: Any, target: Any) -> None:
 
 
 def _compared(values: Any, back: Any, *, saturates: bool) -> Losses:
-    """The losses of values of which ``back`` is what is left, in their own type; `Losses.values` is 0."""
+    """The losses of values that were cast; ``back`` has the results in their own type; `Losses.values` is 0."""
     import numpy
 
     differs = values != back

@@ -341,7 +341,7 @@ class ConvertedRange(_ComputedRange):
 class DenseValues(_Computed):
     """A tensor's values in C order, little-endian, computed from other tensors' on request.
 
-    They are made in blocks, of which each thread keeps the last: readers take pieces of any size.
+    They are made in blocks, and each thread keeps its last one: readers take pieces of any size.
 
     Args:
         function: gives the bytes of ``count`` elements from element ``first`` on; may be called from several threads.

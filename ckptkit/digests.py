@@ -70,7 +70,7 @@ PREFIX = "sha256:"
 _FIRST, _WITH_TREES, _WHOLE = b"ckptkit-content-1\n", b"ckptkit-content-2\n", b"ckptkit-whole-1\n"
 
 Values = Callable[[TensorEntry | Storage], str]
-"""The digest of the values of a tensor, or of the bytes of a storage that stands by itself."""
+"""The digest of the values of a tensor, or of the bytes of a separate storage."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -91,8 +91,8 @@ def combined_fix(
     Args:
         findings: of one file, most severe first, as reported (`ckptkit.report.apart`).
         beside: the keys of everything beside the file's weights; ``None``: unknown.
-        is_model: whether the file is a pickled model, of which every conversion takes the weights.
-        partly: codes of findings of which something is left after the conversion that they advise.
+        is_model: whether the file is a pickled model; every conversion then writes only the weights.
+        partly: codes of findings that the advised conversion fixes only in part.
         needs: the flags that the weights of a section need beside, where the findings are of another.
     """
     every = [_advice(each.code, each.fix) for each in findings if each.fix is not None and each.fix.startswith(CONVERT)]

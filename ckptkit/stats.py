@@ -143,7 +143,7 @@ class Histogram:
     def to_list(self) -> list[int] | None:
         """``[exponent, first, counts...]``: bins ``2 ** exponent`` wide, from ``first * 2 ** exponent`` on.
 
-        A count below 0 stands for so many empty bins.  ``None`` if nothing was counted.
+        A count below 0 means so many empty bins.  ``None`` if nothing was counted.
         """
         if not self._counts:
             return None

@@ -16,6 +16,21 @@ from torchvision.models import get_model
 import ckptkit
 
 
+def test_what_import_gives() -> None:
+    """Rooms are attributes as if all had been imported; few are before anything is asked for."""
+    code = """
+import sys, ckptkit
+loaded = [name for name in sys.modules if name.startswith("ckptkit")]
+assert len(loaded) < 8, loaded
+assert ckptkit.errors.CkptkitError is ckptkit.CkptkitError and ckptkit.options.ConvertOptions
+assert not hasattr(ckptkit, "nothing") and not hasattr(ckptkit, "__wrapped__")
+assert callable(ckptkit.convert) and callable(ckptkit.verify) and callable(ckptkit.diff)
+assert sorted(ckptkit.__all__) == [name for name in dir(ckptkit) if name in ckptkit.__all__]
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_open_shows_what_is_there(ddp_resume: Path) -> None:
     with ckptkit.open(ddp_resume) as ckpt:
         assert (ckpt.kind, ckpt.format, ckpt.trust) == ("resume", "torch-zip", "needs_trust")

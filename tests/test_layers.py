@@ -228,7 +228,7 @@ def test_all_is_sorted_and_complete() -> None:
 
 def test_the_package_has_few_files_and_none_too_short_or_too_long() -> None:
     lines = {path.relative_to(PACKAGE): len(path.read_text(encoding="utf-8").splitlines()) for path in MODULES.values()}
-    assert len(lines) <= 269
+    assert len(lines) <= 270
     assert {path: n for path, n in lines.items() if n < 50 and path.name not in ("__init__.py", "__main__.py")} == {}
     assert {path: n for path, n in lines.items() if n > 500} == {}
 

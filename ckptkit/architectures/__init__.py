@@ -37,7 +37,7 @@ _MIN_TENSORS = 8
 """Fewer are what any two small models may have in common.  The smallest model of the index has 16."""
 
 _MAX_TENSORS = 6_000
-"""More are not a model of the index, of which the largest has some 2,700, nor two of them together."""
+"""More are not a model of the index, whose largest has some 2,700, nor two of them together."""
 
 _MAX_SKETCHED = 4_000
 """Tensors of what is compared with models that do not fit: hashing each is most of the work."""

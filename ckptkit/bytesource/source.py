@@ -268,8 +268,8 @@ class Source:
 
         Args:
             areas: the ranges; they replace those announced before.
-            passing: called by a source that is far with where a run of bytes begins and the bytes, as they come: each
-                once, from several threads, in about their order.
+            passing: called by a remote source with the position and the bytes of each run as it arrives: each once,
+                from several threads, in about their order.
         """
 
     def will_open(self, names: Sequence[str]) -> None:

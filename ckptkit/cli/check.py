@@ -319,7 +319,8 @@ def _echo_text(run: Run, view: ui.View) -> int:
     code = ending.verdict(end["exit_code"])
     if gone is not None:
         raise gone
-    closing.summary(f"{read(tally.files, nbytes)}: {end['verdict']}")
+    is_shown = ending.stdout().isatty()  # the verdict, just above
+    closing.summary(read(tally.files, nbytes) + ("" if is_shown else f": {end['verdict']}"))
     for line in _last_lines(end["passed_over"], end["verdict"], code, view):
         ui.echo(line)
     return code

@@ -82,7 +82,8 @@ def summary(text: str) -> None:
 def sum_up() -> None:
     """Tell the summary on stderr, if there is one."""
     if _closing.summary:
-        ending.say(f"ckptkit: {_closing.summary}")
+        for line in wrapped(f"ckptkit: {_closing.summary}", ending.stderr_width()):
+            ending.say(line)
 
 
 def elapsed() -> str:

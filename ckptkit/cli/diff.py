@@ -12,6 +12,7 @@ from ckptkit.cli import closing, ending
 from ckptkit.cli import options as ui
 from ckptkit.cli.ending import progress_line
 from ckptkit.cli.tables import Cell, columns, wrapped
+from ckptkit.cli.usage import IntRange
 from ckptkit.options import DiffOptions
 from ckptkit.report import count_of, human_size, printable
 
@@ -259,7 +260,7 @@ RENDERERS: dict[str, ui.Renderer] = {"text": text, "markdown": ui.later("markdow
 
 
 _top = click.option(
-    "--top", type=click.IntRange(0), default=10, show_default=True, metavar="N", help="Number of rows in each list."
+    "--top", type=IntRange(0), default=10, show_default=True, metavar="N", help="Number of rows in each list."
 )
 
 

@@ -18,7 +18,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
@@ -30,12 +30,13 @@ __all__ = [
     "OutputLostError",
     "SignalledError",
     "begin",
+    "captured",
     "exit_code",
-    "into_file",
     "keep_stdout",
     "progress_line",
     "say",
     "signals_heard",
+    "stderr_width",
     "stdout",
     "take_descriptors",
     "ticking",
@@ -166,77 +167,14 @@ def stdout() -> TextIO:
 
 
 @contextmanager
-def into_file(path: str | None, given: Iterable[str]) -> Iterator[None]:
-    """What goes to stdout in the block becomes a file, whole or not at all: one that exists is replaced at the end.
-
-    A device or a pipe is written to as it is.
-
-    Args:
-        path: the file; ``None``: stdout stays what it is.
-        given: what else was typed, some of which may be paths.
-
-    Raises:
-        click.UsageError: it has no name, is one of those, or a checkpoint.
-        FileAccessError: it cannot be written.
-    """
-    if path is None:
-        yield
-        return
-    if not path:
-        raise click.UsageError("--output: give the name of a file")
-    if any(_is_same(path, each) for each in given):
-        raise click.UsageError(f"--output {path}: the command itself reads or writes this file; give another name")
-    is_special = os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path))
-    if os.path.exists(path) and not is_special and _is_checkpoint(path):
-        raise click.UsageError(
-            f"--output {path}: this is a checkpoint, which --output does not overwrite; give another name"
-        )
-    output = io.BytesIO()
-    _ending.file = io.TextIOWrapper(output, "utf-8", "backslashreplace", newline="\n", write_through=True)
+def captured() -> Iterator[io.BytesIO]:
+    """What goes to stdout in the block is kept instead, as UTF-8."""
+    kept = io.BytesIO()
+    _ending.file = io.TextIOWrapper(kept, "utf-8", "backslashreplace", newline="\n", write_through=True)
     try:
-        yield
-        data = output.getvalue()
+        yield kept
     finally:
         _ending.file = None
-    if is_special:
-        _write_into(path, data)
-        return
-    from ckptkit.plan import LiteralBytes, Plan  # few commands write anything
-    from ckptkit.transfer.writing import write_atomically
-
-    plan = Plan(format="output", nbytes=len(data), steps=(LiteralBytes(0, data),), tensors=0, aliases={})
-    write_atomically(path, plan, force=True, check=None)
-
-
-def _write_into(path: str, data: bytes) -> None:
-    from ckptkit.errors import FileAccessError
-
-    try:
-        with open(path, "wb", buffering=0) as file:
-            rest = memoryview(data)
-            while rest:
-                rest = rest[file.write(rest) :]
-    except OSError as error:
-        raise FileAccessError(f"{path}: cannot be written: {error.strerror}", path=path) from error
-
-
-def _is_same(path: str, other: str) -> bool:
-    with suppress(OSError, ValueError):
-        return os.path.realpath(path) == os.path.realpath(other) or os.path.samefile(path, other)
-    return False
-
-
-def _is_checkpoint(path: str) -> bool:
-    from ckptkit import api
-    from ckptkit.errors import CkptkitError, UnknownFormatError
-
-    try:
-        with api.open(path):
-            return True
-    except UnknownFormatError:
-        return False
-    except CkptkitError:
-        return not os.path.isdir(path)
 
 
 def write(data: str | bytes = "") -> None:
@@ -359,12 +297,17 @@ class _Line:
 _line = _Line()
 
 
+def stderr_width() -> int | None:
+    """Columns of the terminal that stderr is; ``None``: it is not one, or does not say."""
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns or None
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
 def _fitting(text: str) -> str:
     """The parts of a line that a terminal has room for, so that it never wraps; the cursor needs a column too."""
-    try:
-        width = os.get_terminal_size(sys.stderr.fileno()).columns - 1
-    except (OSError, ValueError, AttributeError):  # it is none
-        return text
+    width = (stderr_width() or 0) - 1
     while 0 < width < len(text) and "  " in text.strip():
         text = text[: text.rindex("  ")].rstrip()
     return text[:width] if width > 0 else text

@@ -15,7 +15,7 @@ from ckptkit.cli import closing, ending, inspect_text, tensor_tables
 from ckptkit.cli import options as ui
 from ckptkit.cli.closing import read
 from ckptkit.cli.tables import width_of, wrapped
-from ckptkit.cli.usage import Choice
+from ckptkit.cli.usage import Choice, IntRange
 from ckptkit.errors import CkptkitError, FileAccessError
 from ckptkit.inspection import describe_error, json_chunks, plain_document, survey
 from ckptkit.options.storage import local, session_of
@@ -48,13 +48,13 @@ RENDERERS: dict[str, ui.Renderer] = {
     ),
 )
 @ui.path_argument("paths", nargs=-1, metavar="PATHS...")
-@click.option("--depth", type=click.IntRange(1), help="Levels of the module tree; default: as many as remain readable.")
+@click.option("--depth", type=IntRange(1), help="Levels of the module tree; default: as many as remain readable.")
 @click.option("--flat", is_flag=True, help="One line per tensor with tab-separated fields, for grep and cut.")
 @click.option("--brief", is_flag=True, help="One line per file.")
 @click.option(
     "--top",
     "largest",
-    type=click.IntRange(0),
+    type=IntRange(0),
     default=0,
     metavar="N",
     help="The N largest tensors instead of the tree.",

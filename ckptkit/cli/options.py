@@ -11,7 +11,7 @@ import functools
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from importlib import import_module
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar, cast
@@ -22,7 +22,7 @@ from ckptkit import places
 from ckptkit.arguments import Option, Options, device_problem, tolerance
 from ckptkit.cli import closing, ending
 from ckptkit.cli.tables import wrapped
-from ckptkit.cli.usage import Choice
+from ckptkit.cli.usage import Choice, IntRange
 from ckptkit.errors import CkptkitError
 from ckptkit.options.storage import local, storage_options, typed_options
 from ckptkit.report import SCHEMA_VERSION, FindingDocument, printable
@@ -181,8 +181,10 @@ def common_options(
             if "html" in (output or ()) and output_file is None and ending.stdout().isatty():
                 raise click.UsageError("--format html: a page is for a browser; give --output FILE, such as page.html")
             with (
-                json_errors(output_file is not None and "json" in ([output] if isinstance(output, str) else output or ())),
-                ending.into_file(output_file, _texts([*args, *options.values()])),
+                json_errors(
+                    output_file is not None and "json" in ([output] if isinstance(output, str) else output or ())
+                ),
+                _into_file(output_file, _texts([*args, *options.values()])),
                 ending.watched(quiet=options["quiet"] or "progress" in options),
             ):
                 code = function(*args, output=output, **options)
@@ -208,6 +210,14 @@ def common_options(
         return made
 
     return decorated
+
+
+def _into_file(path: str | None, given: Iterable[str]) -> AbstractContextManager[None]:
+    if path is None:
+        return nullcontext()
+    from ckptkit.cli.output_file import into_file  # few commands write one
+
+    return into_file(path, given)
 
 
 def options_of(
@@ -326,7 +336,7 @@ tag_option = click.option("--tag", metavar="NAME", help="Step to use in a traini
 
 jobs_option = click.option(
     "--jobs",
-    type=click.IntRange(1),
+    type=IntRange(1),
     metavar="N",
     help="Number of processes for many files; default: one per core.",
 )
@@ -384,9 +394,9 @@ def terminal_width() -> int | None:
     import shutil
 
     width = shutil.get_terminal_size().columns
-    if encodable("…") != "…":
-        width -= _REPLACED
-    return width if width >= _NARROWEST else None
+    if width < _NARROWEST:
+        return None
+    return width if encodable("…") == "…" else width - _REPLACED
 
 
 def echo(text: str = "") -> None:

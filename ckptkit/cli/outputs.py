@@ -266,7 +266,7 @@ def _artifacts(files: Sequence[CheckedFile]) -> list[dict[str, Any]]:
 
 
 def _result(finding: CheckFindingDocument, codes: list[str]) -> dict[str, Any]:
-    fix = f" Fix: {finding['fix']}" if finding["fix"] else ""
+    fix = f"; fix: {finding['fix']}" if finding["fix"] else ""
     same = "\0".join((finding["path"], finding["rule"], finding["code"]))
     return {
         "ruleId": finding["code"],

@@ -18,6 +18,8 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from ckptkit.cli import ending
+
 __all__ = ["Cell", "bar", "columns", "count_cell", "padded", "seen", "width_of", "wrapped"]
 
 _LEAST_NOTE, _LONG_NAME, _LEAST_NAME = 12, 30, 16
@@ -123,6 +125,7 @@ def columns(
         last: columns that are left out after that, one after the other.
     """
     table = [headers, *rows] if headers else rows
+    table = table if width is None else [[*map(_encodable, row)] for row in table]
     layout, widths = _Layout(tuple(range(len(align)))), dict[int, int]()
     for layout in _layouts(align, first, last):
         widths = _widths(table, align, width, layout)
@@ -137,12 +140,26 @@ def columns(
             for i in layout.inside
         ]
         lines.append((" " * _GAP).join(padded(cell, widths[i], align[i]) for cell, i in cells).rstrip())
-        if row is not headers:
+        if number or not headers:
             below = [i for i in (*layout.below, *moved) if _must_stand(row[i])]
-            labels = {i: f"{headers[i]} " for i in below if align[i] == "r" and headers}
-            told = (" " * _GAP).join(labels.get(i, "") + row[i] for i in below)
-            lines += wrapped(_INDENT + told, width) if told else ()
+            lines += _below(row, below, headers, align, width)
     return lines
+
+
+def _below(row: Sequence[str], at: Sequence[int], headers: Sequence[str], align: str, width: int | None) -> list[str]:
+    """The lines of the cells that are below their row; numbers are labelled."""
+    told = [f"{headers[i]} {row[i]}" if align[i] == "r" and headers else row[i] for i in at]
+    return [*wrapped(_INDENT + (" " * _GAP).join(told), width)] if told else []
+
+
+def _encodable(cell: str) -> str:
+    """The text with what the terminal's encoding lacks escaped, before columns are counted; not our own symbols."""
+    encoding = "utf-8" if cell.isascii() else ending.stdout().encoding or "utf-8"
+    if encoding.lower().startswith("utf"):
+        return cell
+    escaped = (c if ord(c) in _OWN else c.encode(encoding, "backslashreplace").decode(encoding) for c in cell)
+    text = "".join(escaped)
+    return Cell(text, *map(_encodable, cell.forms)) if isinstance(cell, Cell) else text
 
 
 def _finds_room(cell: str, width: int) -> bool:
@@ -313,6 +330,7 @@ def wrapped(text: str, width: int | None, indent: int | None = None) -> Iterator
         width: columns of the terminal; ``None``: it stays one line.
         indent: columns before all lines but the first; ``None``, or more than half of them: four more than before that.
     """
+    text = text if width is None else _encodable(text)
     if width is None or seen(text) <= width:
         yield text
         return

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 else:
     _Choice = click.Choice  # which click 8.1 gives no type
 
-__all__ = ["Choice", "fail_command", "tell", "wants_json"]
+__all__ = ["Choice", "IntRange", "fail_command", "tell", "wants_json"]
 
 _CALLED = {
     "info": "inspect", "show": "inspect", "ls": "inspect", "list": "inspect", "dump": "inspect", "print": "inspect",
@@ -55,6 +55,12 @@ class Choice(_Choice):
             if meant := self._meant(str(value), self.choices):
                 raise click.BadParameter(error.message.removesuffix(".") + meant, ctx, param) from None
             raise
+
+
+class IntRange(click.IntRange):
+    """click's, which calls what is no number ``not a valid integer range``."""
+
+    name = "integer"
 
 
 def fail_command(ctx: click.Context, name: str, commands: Iterable[str]) -> None:

@@ -367,14 +367,14 @@ _DIGITS = 64
 
 
 class Tokens:
-    """Stand-ins for digests that are not known yet."""
+    """Placeholders for digests that are not known yet."""
 
     def __init__(self) -> None:
         self.prefix = os.urandom(_DIGITS // 4).hex()
         self.files: dict[str, Source] = {}
 
     def of(self, file: Source) -> str:
-        """The stand-in for the digest of a file."""
+        """The placeholder for the digest of a file."""
         token = f"{self.prefix}{len(self.files):0{_DIGITS // 2}x}"
         self.files[token] = file
         return token
@@ -387,7 +387,7 @@ def with_receipt(checkpoint: Checkpoint, file: Source, version: str, tokens: Tok
         checkpoint: as rewritten.
         file: the source.
         version: of ckptkit.
-        tokens: gives stand-ins for the source's digests; ``None``: the receipt holds none.
+        tokens: returns placeholders for the source's digests; ``None``: the receipt has none.
     """
     receipt: dict[str, object] = {"ckptkit": version, "format": checkpoint.origin.format}
     if tokens is not None:
@@ -401,7 +401,7 @@ def with_receipt(checkpoint: Checkpoint, file: Source, version: str, tokens: Tok
 
 
 def with_digests(plan: Plan, tokens: Tokens) -> Plan:
-    """The plan with a step for every stand-in in what it writes."""
+    """The plan with a step for every placeholder in its output."""
     prefix = tokens.prefix.encode()
     found: list[Step] = []
     for step in plan.steps:

@@ -39,7 +39,7 @@ def convert_in_place(source: object, options: ConvertOptions, convert: Convert) 
     """Convert a file, or several, into themselves.
 
     Args:
-        source: the path of a file; or a list of paths, of which each is converted though others cannot be.
+        source: the path of a file; or a list of paths, each of which is converted even if others fail.
         options: for each.
         convert: converts one file into itself.
 

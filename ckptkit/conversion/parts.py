@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 __all__ = ["PartTask", "WrittenPart", "finish", "over_workers", "require_shards", "words_of", "write_part"]
 
 _LISTED = 100
-"""Parts that are missing of which a message has the commands."""
+"""The number of missing parts for which a message has the commands."""
 
 _MOST_PARTS = 64
 """Parts of an output for an external executor, if there are that many shards: each part plans again."""

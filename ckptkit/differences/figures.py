@@ -94,7 +94,7 @@ class Sums:
         return Sums(**{**added, "largest": max(self.largest, other.largest)})
 
     def times(self, copies: int) -> Sums:
-        """The sums where each element stands so often."""
+        """The sums if each element occurs so often."""
         if copies == 1:
             return self
         multiplied = {each.name: getattr(self, each.name) * copies for each in fields(Sums)}

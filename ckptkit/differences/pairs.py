@@ -2,8 +2,8 @@
 
 What only one of the files has is matched in two rounds.  First by content: tensors of one dtype and shape with the same
 bits.  Where several have the same (zeros, counters of batches), those whose names end alike are matched, then what
-is left over in file order.  Then by shape: tensors of one dtype and shape, whose names end in the same segment, and of
-which both files have as many, are matched in file order; that is a guess unless there is but one.
+is left over in file order.  Then by shape: tensors with one dtype and shape, whose names end in the same segment, and
+that are equally many in both files, are matched in file order; that is a guess unless there is only one.
 
 Whether tensors have the same bits: read side by side, a piece at a time.
 
@@ -52,7 +52,7 @@ _HELD_NBYTES = 64 << 20
 """Bytes of a piece that is kept in memory; only one that is not contiguous can have more."""
 
 _APART = 2
-"""Pieces of far files within which threads are at work."""
+"""Pieces of remote files that threads work on at the same time."""
 
 _TOGETHER = 4096
 """Small tensors that one thread compares before it looks for other work."""

@@ -46,7 +46,7 @@ def cores() -> int:
 def _quota(groups: str = "/proc/self/cgroup", root: str = "/sys/fs/cgroup") -> float | None:
     """Processors that the control group has; ``None``: no bound is known.
 
-    Where they stand: https://docs.kernel.org/admin-guide/cgroup-v2.html (``cpu.max``), and of version 1
+    Their description: https://docs.kernel.org/admin-guide/cgroup-v2.html (``cpu.max``), and for version 1
     https://docs.kernel.org/scheduler/sched-bwc.html.
     """
     try:

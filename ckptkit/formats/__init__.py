@@ -60,7 +60,7 @@ SHARD_NBYTES = 5 * 10**9
 
 
 _MOST_LEFT = 1000
-"""Looks that were left for later, and that are caught up on where a file that is far is refused."""
+"""Checks that were left for later, and that are made when a remote file is refused."""
 
 
 def detect(probe: Probe) -> Format:
@@ -219,7 +219,7 @@ def _names_left(probe: Probe | None, error: FormatError) -> tuple[GlobalUse, ...
 
 
 def given_of(file: Source) -> Source:
-    """The file that was given: of what was found in one that is compressed or an archive, that one."""
+    """The given file: for content of a compressed file or an archive, the outer one."""
     around: Around | None = getattr(file, "around", None)
     return file if around is None else around.given
 
@@ -229,10 +229,10 @@ def source_of(path: Readable, tag: str | None = None, tp_rules: str | os.PathLik
 
     Args:
         path: a path, of a file or (``FILE/MEMBER``, ``FILE!MEMBER``) of a member of an archive, where no file has that
-            path; ``"-"``: standard input.  An open binary file: from its present position, where it then still
-            stands unless it cannot seek, to its end.  Bytes, a bytearray, a memoryview: not copied, and not to be
-            resized before the source is closed.  A source: itself.  A folder that several processes wrote, or that
-            leads to one, or with one checkpoint in it (`ckptkit.formats.distributed.around`).
+            path; ``"-"``: standard input.  An open binary file: from its current position, which does not change unless
+            it cannot seek, to its end.  Bytes, a bytearray, a memoryview: not copied, and not to be resized before the
+            source is closed.  A source: itself.  A folder that several processes wrote, or that leads to one, or with
+            one checkpoint in it (`ckptkit.formats.distributed.around`).
         tag: which of several steps in the folder is meant.
         tp_rules: as in `read`.
 

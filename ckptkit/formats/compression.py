@@ -5,7 +5,7 @@ They are identified by their first bytes, whatever their names, and decompressed
 - gzip (RFC 1952): consecutive members; zeros may follow the last
 - xz (``xz-file-format.txt``): streams, with zeros in fours between and after them
 - bzip2: consecutive streams
-- zstd (RFC 8878): frames, some of which are skipped; Python 3.14 reads them, before it the package zstandard
+- zstd (RFC 8878): frames, some of which are skipped; Python 3.14 reads them, older versions need the package zstandard
 
 Each has checksums or lengths, which are checked.  Data that is truncated, damaged or followed by something else is
 refused, and so is data that grows too many times (`Limits.unpacked_ratio`).

@@ -3,8 +3,8 @@
 Adding a container is a module with a function ``read(probe)``, whose docstring is its specification,
 and one row in `CONTAINERS`, with its facts.  A module is imported when there is a file for it.
 
-Which container a file is: by its content, once, and for exactly one of them.  Of a file that is far it is not known
-that it is not a zip archive by its end, before values are read or `ckptkit.bytesource.Source.settle` asks for that.
+Which container a file is: by its content, once, and for exactly one of them.  Whether a remote file is also a zip
+archive by its end is unknown before values are read or `ckptkit.bytesource.Source.settle` asks for it.
 """
 
 from __future__ import annotations

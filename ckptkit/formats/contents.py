@@ -66,7 +66,7 @@ _LEAST_NBYTES = 2048
 """Bytes that reading a pickle counts for at least: so many small ones take some seconds, too."""
 
 _ATTEMPTS = 20_000
-"""Names in what cannot be read of which it is asked whether they are called."""
+"""Names in unreadable bytes that are checked for calls."""
 
 _ARRAY = b"\x93NUMPY"
 _OF_OBJECTS = re.compile(rb"['\"]\|?O\d?['\"]")
@@ -77,7 +77,7 @@ _LINKS = frozenset("123456")
 """Types of a tar archive's members that have no data of their own."""
 
 _LIST = re.compile(rb"c[^\n]*\n[^\n]*\n\.[^\n]")
-"""A list of words, the third of which begins with a dot (``.gitignore``), is a pickle of a name, too."""
+"""A list of words whose third begins with a dot (``.gitignore``) is a pickle of a name, too."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -130,7 +130,7 @@ class ContentSearch:
 
         Args:
             name: its name in messages; ``""``: it is the file.
-            held: its bytes.
+            held: the file's bytes.
             is_program: whether it is code, or a part of it, whatever it looks like.
         """
         if is_program:

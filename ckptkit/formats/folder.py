@@ -93,7 +93,7 @@ class FolderSurvey:
         checkpoints: files to open, in the order of the walk; some of them may be unreadable.
         passed: the files (and folders) that were skipped, with their kinds.
         others: those among them that may hold pickles, with their kinds.
-        unreadable: files and folders of which nothing is known, and why.
+        unreadable: files and folders about which nothing is known, and why.
     """
 
     checkpoints: tuple[FoundFile, ...] = ()

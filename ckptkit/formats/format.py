@@ -77,7 +77,7 @@ class Probe:
 
     @cached_property
     def json_object(self) -> bytes | None:
-        """The whole file where it begins like a JSON object and is no larger than an index of shards may be."""
+        """The whole file if it begins like a JSON object and is no larger than an index of shards may be."""
         begins = self.head.lstrip(b" \t\r\n\xef\xbb\xbf").startswith(b"{")
         return self.file.read(0, self.file.size) if begins and self.file.size <= self.limits.index_nbytes else None
 
@@ -132,7 +132,7 @@ class Format(NamedTuple):
         is_program: whether it contains a program, of which only the weights can be written.
         tensors_alone: whether it can store only named tensors, each with its own bytes; otherwise there is a tree, and
             tensors share storages in it.
-        shards: of an index, the container that its shards are written in.
+        shards: for an index, the container of its shards.
         is_folder: whether it is a folder that several processes wrote, and that is one checkpoint.
         ties_once: whether tied tensors are in it under one name only, and loading fills in the others.
         loader: the function that programs load it with, if one loads everything in it.

@@ -1,7 +1,7 @@
 """The content of a file: the members of an archive, what they decompress to, and which of them is meant.
 
-The members of a zip or tar archive are files; those of torch's own archives are records, not files.  Archives
-that contain several checkpoints of which one is the model are in `_LAYOUTS`:
+The members of a zip or tar archive are files; those of torch's own archives are records, not files.  Archives with
+several checkpoints, one of which is the model, are in `_LAYOUTS`:
 
 - ``.nemo`` (NeMo, ``nemo/core/connectors/save_restore_connector.py``): a tar, compressed or not, with
   ``model_config.yaml`` and ``model_weights.ckpt``
@@ -64,7 +64,7 @@ _DATA_NBYTES = 64 << 20
 
 @dataclass(frozen=True, slots=True)
 class _Layout:
-    """An archive of which it is known which member is the model.
+    """A kind of archive in which the model's member is known.
 
     Attributes:
         what: its description.
@@ -103,7 +103,7 @@ class _Archive:
 
     Attributes:
         members: by name, without ``./`` before it.
-        twice: names of which there are several.
+        twice: names that occur several times.
         others: members that are neither files nor folders, with their kinds.
     """
 
@@ -418,7 +418,7 @@ def _member(file: Source, wanted: str, path: str, limits: Limits) -> Source:
 def begins_like_one(probe: Probe) -> bool:
     """Whether a checkpoint is in a compressed file or an archive by what its first bytes, or its members' names, show.
 
-    For files in folders, of which there may be many: nothing is decompressed but a beginning.
+    For files in folders, of which there may be many: only a beginning is decompressed.
     """
     if probe.records is not None:
         return _layout_of(dict.fromkeys(map(_tidy, probe.records))) is not None

@@ -197,7 +197,7 @@ def passes_over(error: FormatError, data: bytes, size: int, start: int = 0) -> b
 
 
 def attempts(data: bytes) -> Iterator[bool]:
-    """For one name after the other that stands somewhere in the data, whether it is called there."""
+    """For each name somewhere in the data, whether it is called there."""
     limits = DEFAULT_LIMITS._replace(opcodes=_CALL_OPCODES)
     starts = (found.start() for found in _STACK_GLOBAL.finditer(data))
     for start in chain((start for start, _, _ in _text_names(data)), starts):

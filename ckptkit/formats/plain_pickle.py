@@ -1,10 +1,10 @@
 """pickle: tensors and arrays that Python's own pickle wrote, or cloudpickle, dill or joblib.
 
 Layout: one pickle of any protocol and nothing after it.  A tensor is the call that torch-zip has for it, too
-(`ckptkit.pickling.tensors`).  Where that names a storage, here stands ``torch.storage._load_from_bytes(data)``
-(``torch/storage.py`` ``__reduce__``), whose argument is a whole file of `ckptkit.formats.torch_legacy` with nothing but
-that storage in it.  Since protocol 3 that is an opcode with the bytes after it, and the storage is in place; before, it
-is text that ``_codecs.encode`` turns into bytes, which are put into a temporary file.
+(`ckptkit.pickling.tensors`).  Instead of naming a storage, such a pickle has ``torch.storage._load_from_bytes(data)``
+(``torch/storage.py`` ``__reduce__``), whose argument is a whole file of `ckptkit.formats.torch_legacy` with only that
+storage in it.  Since protocol 3 that is an opcode with the bytes after it, and the storage is in place; before, it is
+text that ``_codecs.encode`` turns into bytes, which are put into a temporary file.
 
 Each call makes a separate storage: tensors that shared one no longer do, unless pickle saw that they are one object.  A
 call that was given anything else stays the call it is.
@@ -69,7 +69,7 @@ _WINDOW_NBYTES = 256 << 10
 """Bytes that are read at a time, at least."""
 
 _MARKS = (LOADER[1].encode(), b"numpy")
-"""Names without one of which there is neither a tensor nor an array."""
+"""Names without any of which there is neither a tensor nor an array."""
 
 _PACKED = (b"\x78", b"\x1f", b"B", b"\xfd", b"\x5d", b"\x28")
 """First bytes of what joblib may have compressed."""

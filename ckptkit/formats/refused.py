@@ -316,7 +316,8 @@ def _ctranslate(head: bytes) -> str | None:
 def _torchsharp(probe: Probe) -> str | None:
     """A state_dict as TorchSharp keeps it (``src/Python/exportsd.py`` ``save_state_dict``); all of it must fit.
 
-    How many tensors, then of each its name with its length, its type, how many dimensions, these, and the bytes.
+    The number of tensors, then for each its name with its length, its type, the number of dimensions, the dimensions,
+    and the bytes.
     """
     head, size = probe.head, probe.file.size
     try:

@@ -6,7 +6,7 @@ Everything here is checked in the header itself and against the number of bytes 
 Compared with the safetensors library (0.8, ``safetensors/src/tensor.rs``) this reader refuses more:
 
 - a header that does not begin with ``{``, as the format's description says it must
-- names given twice, of which the library takes the last and other parsers the first
+- duplicate names, of which the library takes the last and other parsers the first
 - a tensor described by a list instead of an object, or a dtype by an object, which serde accepts too
 - numbers from 2^62 on (as sizes beside a 0): torch counts in 63 bits
 - more than `Limits.entries` tensors or `Limits.dimensions` dimensions
@@ -337,7 +337,7 @@ _OWN_NBYTES = 1 << 20
 """Bytes of metadata that the pattern is given; with each of its strings it takes memory."""
 
 _CUSTOMARY_NBYTES = 32 << 20
-"""Bytes of a header, of 300,000 tensors, that is taken apart at once: the pieces take ten times as many."""
+"""Bytes of a header, of 300,000 tensors, that are parsed at once: the pieces take ten times as many."""
 
 _FIXED_NBYTES = len('"":{"dtype":"],"data_offsets":[,]},')
 

@@ -52,12 +52,12 @@ __all__ = ["SafetensorsUnits", "TorchUnits", "Unit", "index_name", "plan_shards"
 
 # Bounds in bytes, summed up from the formats' own layouts.
 _TORCH_FILE = 4096
-"""Of a torch-zip: its small records, the end of its directory, and each name that a pickle spells out once."""
+"""For a torch-zip: its small records, the end of its directory, and each name that a pickle spells out once."""
 _TORCH_STORAGE = 240
 """Of a record beside its data: both headers with zip64 fields (168), and up to 63 bytes of padding."""
 _TORCH_NAME = 256
-"""Of a parameter in the pickle (204) beside its name, its device tag and its dimensions, and of its module's
-version (27): with memo indices of four bytes and numbers of eight."""
+"""For a parameter in the pickle (204) beside its name, its device tag and its dimensions, and for its module's version
+(27): with memo indices of four bytes and numbers of eight."""
 _TORCH_DIMENSION = 24
 """Of one size and one stride in a pickle."""
 _SAFETENSORS_FILE = 64

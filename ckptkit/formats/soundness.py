@@ -29,7 +29,7 @@ def require_sound(file: Source, checkpoint: Checkpoint, *, held: bool = True) ->
     Args:
         file: the source.
         checkpoint: its content.
-        held: whether bytes are checked against checksums and copies; what is left for later is judged in any case.
+        held: whether bytes are checked against checksums and copies; pickles left for later are judged in any case.
 
     Returns:
         The checkpoint, with the names in pickles that were left for later.
@@ -108,7 +108,7 @@ def is_part(file: Source, path: str) -> bool:
 
 
 def hashed_parts(file: Source) -> dict[str, Source]:
-    """The files that a checkpoint of several consists of, by name: shards and their index, all files of a folder.
+    """The files of a checkpoint in several, by name: shards and their index, all files of a folder.
 
     Raises:
         FileAccessError: one cannot be opened.

@@ -185,7 +185,7 @@ class TorchArchive:
         self._text_ids = False
 
     def _fetch_own(self) -> None:
-        """Of an archive that is far, get what is not the bytes of tensors with few trips."""
+        """For a remote archive, get everything except the bytes of tensors with few requests."""
         file = next(iter(self.records.values())).data.file
         if file.is_far:
             own = [self.records[name].data for name in self.records if not _STORAGES.search(name)]

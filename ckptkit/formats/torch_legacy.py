@@ -307,7 +307,7 @@ def _require_count(path: str, at: int, key: str, expected: int, data: bytes) -> 
 
     Args:
         path: the file.
-        at: where in it the number stands.
+        at: the number's position in it.
         key: of the storage.
         expected: the number.
         data: the bytes there.

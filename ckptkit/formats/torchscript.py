@@ -124,7 +124,7 @@ def _extra_files(archive: TorchArchive) -> Iterator[Finding]:
 
 
 def _marking(archive: TorchArchive) -> Callable[[object], object]:
-    """Of a pickle that no weights are taken from, the storages are only declared to be in use."""
+    """In a pickle without weights, storages are only declared as used."""
 
     def load(pid: object) -> object:
         if isinstance(pid, tuple) and len(pid) > 2 and isinstance(pid[2], str):

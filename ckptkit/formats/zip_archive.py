@@ -87,7 +87,7 @@ _NARROW_DESCRIPTOR_NBYTES = 16
 
 
 _MOST_LOOKED_AT = 1000
-"""Records whose own headers are all read, one after the other, once one of them is wrong in a file that is far."""
+"""Records whose own headers are all read, one after the other, once one of them is wrong in a remote file."""
 
 
 class _Central(NamedTuple):

@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint, one row each: where it stands, what it is, what it is tied to.
+"""The tensors of a checkpoint, one row each: where it is, what it is, what it is tied to.
 
 A row has the fields of one element of the inspect document's ``tensors``; `TensorRow.to_dict` is that
 element and `TensorRow.to_json` its text.  Files have 100,000 of them, of few kinds: `Rows` describes the tensors of a
@@ -149,7 +149,7 @@ class Rows(Sequence[TensorRow]):
     """The rows of a file's tensors, made when they are asked for.
 
     Attributes:
-        sections, names, entries: where each tensor stands, and the tensor.
+        sections, names, entries: where each tensor is, and the tensor.
         kinds: a row of each kind: for tensors that differ only in name, storage and ties.  The
             same fields for some rows as for all.
         kind_of: the kind of each tensor, by its place in ``kinds``.
@@ -269,7 +269,7 @@ def _nullable(text: str | None) -> str:
 
 
 class Listing(NamedTuple):
-    """Every tensor of a file under every name it has, the state_dict's first, and what it is stored in.
+    """Every tensor of a file under every name it has, the state_dict's first, and the storage it is in.
 
     Attributes:
         rows: the tensors, in file order.

@@ -1,4 +1,4 @@
-"""The module tree of a file's weights, folded: repeated blocks stand once, as ``layers.0‥31`` times 32.
+"""The module tree of a file's weights, folded: repeated blocks are shown once, as ``layers.0‥31`` times 32.
 
 Made from the rows of the inspect document, and for whole models from its ``modules``.  Names are split
 on dots to *show* them as a tree; nothing is rebuilt from that.

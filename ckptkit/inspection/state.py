@@ -6,7 +6,7 @@ its groups identify it: ``torch/optim`` sets different defaults in each class (`
 is its ``__dict__`` (``torch/optim/lr_scheduler.py``), which identifies it in the same way.  Both are inferences and
 marked so; a pickled object says what it is.
 
-No tensor is read but those of one element, of which a few: step counts, a best metric.
+Only a few tensors, with one element each, are read: step counts, a best metric.
 
 A pickled model's modules are shown as ``print(model)`` shows them.
 """
@@ -61,7 +61,7 @@ _OPTIMIZERS: tuple[tuple[str, str], ...] = (
     ("Adamax", "betas exp_inf"),
     ("Adam or a related optimizer", "betas eps"),
 )
-"""Options of a parameter group that only one class sets, the most telling first."""
+"""Options of a parameter group that only one class sets, the most distinctive first."""
 
 _SCHEDULERS: tuple[tuple[str, str], ...] = (
     ("OneCycleLR", "total_steps"),
@@ -128,7 +128,7 @@ def training_state(rest: object) -> dict[str, Any]:
 
 
 def _object_items(node: object) -> list[tuple[object, object]]:
-    """The attributes of an object; of an omegaconf DictConfig, whose values are objects themselves, its content."""
+    """The attributes of an object; for an omegaconf DictConfig, whose values are objects themselves, its content."""
     state = attributes(node)
     if state is None:
         return []

@@ -136,8 +136,8 @@ class AdapterDocument(TypedDict):
         ranks: those there are, ascending; at most 50.
         alpha: of every module, likewise; ``None``: it is not recorded.
         modules: that are adapted, or words that are embedded.
-        targets: how many there are of each kind of module, the most first; of embeddings, how many vectors a word has
-            for each text encoder.  At most 50.
+        targets: how many there are of each kind of module, the most frequent first; for embeddings, how many vectors a
+            word has for each text encoder.  At most 50.
         others: tensors beside, which are not an adapter's.
         base: the model that it was made for; ``None``: unknown.
         told_by: where this is known from: ``"adapter_config.json"``, ``"metadata"``; ``"names"``: names and shapes make
@@ -359,7 +359,7 @@ def _of_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _parsed(text: str | None) -> Mapping[str, Any]:
-    """A JSON object; an empty one if the text is none."""
+    """A JSON object; an empty one if the text is not one."""
     try:
         return _mapping(json.loads(text or "null"))
     except (ValueError, RecursionError):

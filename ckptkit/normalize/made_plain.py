@@ -111,7 +111,7 @@ def arrays_made_plain(root: object, path: str, *, everything: bool = False) -> t
         everything: whether all arrays become tensors.
 
     Raises:
-        CorruptError: of an array that would be one, the bytes do not fit.
+        CorruptError: an array that would be one has the wrong number of bytes.
     """
     made: list[tuple[object, object]] = []
     kept: list[str] = []

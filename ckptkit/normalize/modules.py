@@ -143,7 +143,7 @@ def module_state(node: object) -> InertDict | None:
 
 
 def persistent(node: Object) -> InertDict | None:
-    """What StyleGAN's loader is given of an object: its class's name, its source text and state; ``None``: another."""
+    """The arguments of StyleGAN's loader for an object: class name, source text and state; ``None``: it is another."""
     is_one = isinstance(node.cls, Global) and node.cls.name == "_reconstruct_persistent_obj" and len(node.args) == 1
     return node.args[0] if is_one and isinstance(node.args[0], InertDict) else None
 
@@ -418,7 +418,7 @@ def _may_be_wrapped(name: str) -> bool:
 
 
 def may_be_wrapped(names: str) -> bool:
-    """Whether any of many names is worth that look; each stands after a line break."""
+    """Whether any of many names needs that look; each is after a line break."""
     return any(mark in names for mark in ("\nmodule.", "\n_forward_module.", "_orig_mod.", "_wrapped_module."))
 
 

@@ -426,7 +426,7 @@ def _exact(total: int, count: int) -> int | None:
 
 
 def _run(total: int, count: int, usual: int) -> int | None:
-    """How long each of so many runs is, of which the last may be shorter: the most usual length that fits."""
+    """How long each of so many runs is, of which the last may be shorter: the most common length that fits."""
     sizes = (usual, 64, 32, 16, 256, 512, 1024, 2048, 4096)
     return next((size for size in sizes if -(-total // size) == count), _exact(total, count))
 

@@ -250,7 +250,8 @@ def sections_listed(sections: Sequence[Section]) -> str:
     """The sections that contain weights, as a message names them: path, number of tensors, size."""
     weights = [section for section in sections if section.is_weights]
     told = [
-        f"{section.path[:200]!r} ({'' if section.path else 'the whole file: '}{count_of(section.tensors, 'tensor')}, {human_size(section.nbytes)})"
+        f"{section.path[:200]!r} ({'' if section.path else 'the whole file: '}"
+        f"{count_of(section.tensors, 'tensor')}, {human_size(section.nbytes)})"
         for section in weights[:_MAX_LISTED]
     ]
     return listed(told, _MAX_LISTED, total=len(weights))

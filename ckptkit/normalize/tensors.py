@@ -1,4 +1,4 @@
-"""Every tensor of a checkpoint, each with where it stands: the one enumeration.
+"""Every tensor of a checkpoint, each with its place: the one enumeration.
 
 Everything that shows, compares, digests, checks or counts the tensors of a file uses `every_tensor`.  It goes to:
 
@@ -97,7 +97,7 @@ class FoundTensor(NamedTuple):
     Attributes:
         section: path of the section it is in; ``None``: in none.
         name: in its section; of what is in none its path from the top of the file.
-        node: the tensor; a storage that stands by itself; numpy's array; or what makes the value.
+        node: the tensor; a separate storage; numpy's array; or the maker of the value.
         is_own: whether it is one of the section's own values, not somewhere below one.
         keys: those that lead to it from the top of the file, on request; see `keys_of`.
     """

@@ -3,7 +3,7 @@
 
 Page.inert = (text) => Page.cut(String(text), 120).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
 
-// One chart: draw(colors) -> {traces, layout}; label says in words what it shows.  Drawn anew where the theme changes.
+// One chart: draw(colors) -> {traces, layout}; label says in words what it shows.  Drawn again where the theme changes.
 Page.chart = (body, { label, caption, draw, height, onclick, isLater }) => {
   const { el, color } = Page;
   const node = el("div", { class: "chart", style: height ? { height: `${height}px` } : {} });
@@ -30,7 +30,7 @@ Page.chart = (body, { label, caption, draw, height, onclick, isLater }) => {
 
 // A treemap of what names separated by dots lie in, with the same as a list that keys reach.
 // total: how many leaves; path(i) -> [names from the root]; measures: [{name, of(i) -> number, show(number, sums) -> text}];
-// A measure without show is no choice: it is there for tone(sums) -> name of a colour, by which tiles are filled.
+// A measure without show is no choice: it is there for tone(sums) -> name of a color, by which tiles are filled.
 // leaf(i): when one is chosen; about(names) -> what there is to say of such a module, or nothing.
 Page.treemap = (() => {
   const { el, announce, count } = Page;
@@ -154,7 +154,7 @@ Page.treemap = (() => {
         const isLight = (node) => node.kids.size || node.isRest || node === at;
         return {
           traces: [{
-            type: "treemap", ids, parents, branchvalues: "total", values: nodes.map(value), sort: true,
+            type: "treemap", ids, parents, branchvalues: "total", values: nodes.map(value), sort: false,
             labels: nodes.map((node) => Page.inert(node === at ? nameOf(node) : node.name || "(no name)")),
             text: nodes.map((node) => Page.inert(text(node))), textinfo: "label+text",
             hovertext: nodes.map((node) => `${Page.inert(fullName(node))}<br>${Page.inert(text(node))}, ${share(node)}${node.leaves > 1 ? `, ${Page.countOf(node.leaves, "tensor")}` : ""}`),

@@ -6,7 +6,7 @@
   const STATS = ["min", "max", "mean", "std", "zeros", "nan", "inf"];
   const TRUST = {
     safe: ["safe", "good", "Plain data and torch's own functions: loading it runs nothing else."],
-    needs_trust: ["needs trust", "warning", "Loading it with pickle runs code of the packages that it names. ckptkit runs none of it."],
+    needs_trust: ["needs trust", "warning", "Loading it with pickle runs code from the packages it names. ckptkit runs none of it."],
     hostile: ["hostile", "error", "It names functions that run, import or open things. Do not load it with pickle."],
   };
   const VERDICTS = { dangerous: "error", unknown: "warning", allowed: "good", torch: "good" };
@@ -41,7 +41,7 @@
     const into = el("div", { class: "file", style: { display: "contents" } });
     place.replaceWith(into);
     place = into;
-    Page.anew();
+    Page.again();
     if (howMany > 1) Page.link("Files", "files");
     const badges = [file.format, words(file.kind), file.writer && `written by ${file.writer}`].filter(Boolean).map((text) => ({ text }));
     if (trust) badges.push({ text: trust[0], tone: trust[1], title: trust[2] });
@@ -106,7 +106,7 @@
       search: sections.length > 12 && ((i) => sections[i].path), placeholder: "Search sections",
       columns: [
         { name: "section", mono: true, show: (i) => sections[i].path || "(whole file)", key: (i) => sections[i].path },
-        { name: "kind", width: 130, show: (i) => words(sections[i].kind) + (sections[i].selected ? " \u2713" : ""), key: (i) => sections[i].kind, hint: "\u2713: the weights that commands take" },
+        { name: "kind", width: 130, show: (i) => words(sections[i].kind) + (sections[i].selected ? " \u2713" : ""), key: (i) => sections[i].kind, hint: "\u2713: the weights that commands use" },
         { name: "tensors", width: 90, number: true, show: (i) => count(sections[i].tensors), key: (i) => sections[i].tensors },
         { name: "parameters", width: 130, number: true, show: (i) => (sections[i].parameters === null ? "" : count(sections[i].parameters)), key: (i) => sections[i].parameters },
         { name: "buffers", width: 100, number: true, show: (i) => (sections[i].buffers === null ? "" : count(sections[i].buffers)), key: (i) => sections[i].buffers },
@@ -118,7 +118,7 @@
   const meter = (share) => el("span", {}, `${(100 * share).toFixed(1)} %`, el("span", { class: "meter", "aria-hidden": "true" }, el("i", { style: { width: `${Math.min(100, 100 * share)}%` } })));
 
   function tensorTable(file, tensors, hasSections, into) {
-    const body = Page.part("Tensors", { id: "tensors", note: "choose one to see all of it" }, into);
+    const body = Page.part("Tensors", { id: "tensors", note: "press Enter or click a row for details" }, into);
     const columns = [{ name: "tensor", mono: true, width: 300, show: (i) => tensors.names[i] || "(no name)", key: (i) => tensors.names[i] }];
     if (hasSections) columns.push({ name: "section", mono: true, width: 130, show: (i) => tensors.kind(i).section || "", key: (i) => tensors.kind(i).section });
     columns.push(
@@ -157,7 +157,7 @@
     if (kind.role !== "unknown") told.push(["role", kind.role]);
     if (kind.location) told.push(["saved on", kind.location]);
     if (tensors.isTied(i)) told.push(["tied to", tensors.tiedTo[i]]);
-    if (kind.form) told.push(["stands as", kind.form]);
+    if (kind.form) told.push(["stored as", kind.form]);
     if (tensors.values[i]) told.push(["value", tensors.values[i]]);
     if (tensors.stats) STATS.forEach((stat) => { if (tensors.stat(i, stat) !== null) told.push([{ nan: "NaN", inf: "Inf" }[stat] || stat, figure(tensors.stat(i, stat))]); });
     const right = el("div", {});
@@ -299,7 +299,7 @@
 
   function globals(file, into) {
     const uses = [...file.globals].sort((a, b) => GRAVITY.indexOf(a.verdict) - GRAVITY.indexOf(b.verdict));
-    const body = Page.part("Names in the pickle", { id: "names", note: "none is imported here" }, into);
+    const body = Page.part("Names in the pickle", { id: "names", note: "ckptkit imports none of them" }, into);
     Page.table(body, {
       label: "Names in the pickle", thing: "name", total: uses.length, height: 330, search: uses.length > 12 && ((i) => uses[i].name), placeholder: "Search names",
       filters: [{ label: "verdict", value: (i) => uses[i].verdict }],
@@ -307,7 +307,7 @@
         { name: "name", mono: true, show: (i) => uses[i].name, key: (i) => uses[i].name },
         { name: "verdict", width: 120, show: (i) => el("span", { class: `badge ${VERDICTS[uses[i].verdict]}` }, uses[i].verdict), key: (i) => GRAVITY.indexOf(uses[i].verdict) },
         { name: "calls", width: 100, number: true, show: (i) => count(uses[i].count), key: (i) => uses[i].count },
-        { name: "where, and what to know", width: 420, show: (i) => [uses[i].reason, uses[i].where.join("; ")].filter(Boolean).join(" \u2013 ") },
+        { name: "where, and why", width: 420, show: (i) => [uses[i].reason, uses[i].where.join("; ")].filter(Boolean).join(" \u2013 ") },
       ],
     });
   }
@@ -341,5 +341,5 @@
   } else if (howMany) {
     show(0);
     if (passedOver) Page.main.append(el("p", { class: "none" }, passedOver));
-  } else Page.main.append(el("p", { class: "none" }, `There is no checkpoint. ${passedOver}`));
+  } else Page.main.append(el("p", { class: "none" }, ["No checkpoint was found", passedOver].filter(Boolean).join("; ")));
 })();

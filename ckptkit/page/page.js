@@ -63,7 +63,7 @@ const Page = (() => {
     probe.remove();
     return found;
   }
-  // A colour so far (0 to 1) on the way to another, both as the browser tells them: "rgb(1, 2, 3)".
+  // A color so far (0 to 1) on the way to another, both as the browser tells them: "rgb(1, 2, 3)".
   function mixed(one, other, share) {
     const [a, b] = [one, other].map((text) => text.match(/[\d.]+/g).map(Number));
     return `rgb(${[0, 1, 2].map((n) => Math.round(a[n] + (b[n] - a[n]) * share)).join(", ")})`;
@@ -124,7 +124,7 @@ const Page = (() => {
   }
   const link = (title, name) => nav.append(el("a", { href: `#${name}` }, title));
   // What follows is in the place of what was shown: its links and charts are gone.
-  function anew() {
+  function again() {
     nav.replaceChildren();
     redraws.length = 0;
   }
@@ -157,7 +157,7 @@ const Page = (() => {
   // A sentence, of which what stands between backticks is code.
   const sentence = (text) => text.split(/`([^`]*)`/).map((part, n) => (n % 2 ? el("code", {}, part) : part));
 
-  // Findings, gravest first: [{severity, code, message, fix, where, told: [[label, text]]}];
+  // Findings, most severe first: [{severity, code, message, fix, where, told: [[label, text]]}];
   // what codes mean: {code: {title, meaning, remedy}};
   // combined: {title, command, keeps} of the one that does all that they advise, or null.
   const mostFindings = 200;
@@ -201,6 +201,6 @@ const Page = (() => {
     return made;
   }
 
-  return { announce, anew, choice, color, copyable, count, countOf, cut, data, el, facts, figure, findings, header, howMany, isDark,
+  return { announce, again, choice, color, copyable, count, countOf, cut, data, el, facts, figure, findings, header, howMany, isDark,
     link, main, mixed, onTheme, part, sentence, short, size, whole };
 })();

@@ -1,4 +1,4 @@
-// The pages of `ckptkit diff`, `check` and `verify`: the verdict first, in words and colour, then what it comes from.
+// The pages of `ckptkit diff`, `check` and `verify`: the verdict first, in words and color, then what it comes from.
 "use strict";
 
 (() => {
@@ -13,7 +13,7 @@
     return SEVERITIES.map((each) => [found.filter((one) => one.severity === each).length, each])
       .filter(([number]) => number).map(([number, each]) => (each === "info" ? `${count(number)} info` : countOf(number, each))).join(", ");
   }
-  const gravestFirst = (found) => [...found].sort((a, b) => SEVERITIES.indexOf(a.severity) - SEVERITIES.indexOf(b.severity));
+  const most severeFirst = (found) => [...found].sort((a, b) => SEVERITIES.indexOf(a.severity) - SEVERITIES.indexOf(b.severity));
 
   // What it came to: tone "good", "error" or "warning".
   function verdict(tone, word, sentence) {
@@ -58,7 +58,7 @@
       file("tensors", (each) => count(each.tensors)), file("bytes of weights", (each) => size(each.nbytes)),
       file("saved on", (each) => each.locations.join(", ")), file("trust", (each) => words(each.trust)),
     ]);
-    if (told.findings.length) Page.findings(Page.part("Findings", { note: severities(told.findings) }), gravestFirst(told.findings), told.meanings);
+    if (told.findings.length) Page.findings(Page.part("Findings", { note: severities(told.findings) }), most severeFirst(told.findings), told.meanings);
     if (total) differing(told, { total, status, kind, number });
     besides(told);
   }
@@ -104,7 +104,7 @@
 
     const modules = told.modules;
     if (modules.length) {
-      const body = Page.part("By module", { note: "Enter or click shows its tensors" });
+      const body = Page.part("By module", { note: "press Enter or click a row to see its tensors" });
       Page.table(body, {
         label: "Modules that differ", thing: "module", total: modules.length, height: 360, search: modules.length > 12 && ((i) => modules[i].module),
         placeholder: "Search modules", open: (i) => { document.getElementById("tensors").scrollIntoView(); table.find(modules[i].module); table.focus(); },
@@ -128,7 +128,7 @@
     const TONES = { changed: "warning", recast: "info", reshaped: "error", renamed: "info", added: "good", removed: "error", "not compared": "error", "other value": "warning" };
     const both = (one, other, text) => (one === null ? "" : other === null ? text(one) : `${text(one)} \u2192 ${text(other)}`);
     const dtype = (i) => both(kind(i)[0], kind(i)[1], String), shape = (i) => both(kind(i)[2], kind(i)[3], shapeText);
-    const body = Page.part("Tensors", { id: "tensors", note: "Enter or click shows all of one" });
+    const body = Page.part("Tensors", { id: "tensors", note: "press Enter or click a row for details" });
     const detail = el("div", { "aria-live": "polite" });
     const close = () => detail.replaceChildren();
     const table = Page.table(body, {
@@ -137,7 +137,7 @@
       filters: [{ label: "what", value: status }, { label: "dtype", value: dtype }],
       open: (i) => {
         const pairs = [["what", status(i)], ["was named", rows.was[i]], ["dtype", dtype(i)], ["shape", shape(i)], ["max |b\u2212a|", number(i, 0)], ["mean |b\u2212a|", number(i, 1)],
-          ["|b\u2212a| / |a|", number(i, 2)], ["cosine", number(i, 3)], ["elements that are equal", percent(number(i, 4))], ["to know", rows.notes[i]]];
+          ["|b\u2212a| / |a|", number(i, 2)], ["cosine", number(i, 3)], ["elements that are equal", percent(number(i, 4))], ["note", rows.notes[i]]];
         detail.replaceChildren(el("div", { class: "detail", role: "region", "aria-label": `Tensor ${Page.cut(rows.names[i], 200)}` },
           el("header", {}, el("h3", {}, rows.names[i]), el("button", { type: "button", class: "quiet", onclick: () => { close(); table.focus(); } }, "Close")),
           Page.facts(pairs.filter(([, value]) => value !== null && value !== undefined && value !== "").map(([label, value]) => [label, asText(value)]))));
@@ -183,7 +183,7 @@
       });
     }
     if (told.ties.length)
-      plainTable(Page.part("Ties", { note: "names that are one tensor in one file alone" }), "Ties", ["names", "tied in"], told.ties.map((each) => [[each.names.join(" = "), each.tied_in.toUpperCase()], false]));
+      plainTable(Page.part("Ties", { note: "names that are tied in only one file" }), "Ties", ["names", "tied in"], told.ties.map((each) => [[each.names.join(" = "), each.tied_in.toUpperCase()], false]));
   }
 
   // ckptkit check
@@ -209,7 +209,7 @@
     const GRAVITY = ["failed", "not checked", "warning", "note", "ok", ""];
     const toneOf = { failed: "error", "not checked": "warning", warning: "warning", note: "info", ok: "good" };
     const outcome = (i, rule) => {
-      const found = (of.get(told.paths[i]) || []).find((each) => each.rule === rule); // the gravest is the first
+      const found = (of.get(told.paths[i]) || []).find((each) => each.rule === rule); // the most severe is the first
       if (!found) return held[told.ruleSetOf[i]].has(rule) ? "ok" : "";
       return found.severity === "error" ? (told.unchecked.includes(found.code) ? "not checked" : "failed") : found.severity === "warning" ? "warning" : "note";
     };
@@ -230,7 +230,7 @@
       });
     }
     if (total) {
-      const body = Page.part("Files", { note: "Enter or click shows what was found" });
+      const body = Page.part("Files", { note: "press Enter or click a row to see what was found" });
       const detail = el("div", { "aria-live": "polite" });
       const close = () => detail.replaceChildren();
       const table = Page.table(body, {
@@ -266,7 +266,7 @@
   function verify(told) {
     document.title = `${told.ok ? "Passed" : "Failed"} \u2013 ckptkit verify`;
     const isPartial = told.findings.some((each) => each.code === "not-loaded");
-    const wrong = gravestFirst(told.findings.filter((each) => each.severity !== "info" || each.fix));
+    const wrong = most severeFirst(told.findings.filter((each) => each.severity !== "info" || each.fix));
     const reasons = [...new Set(wrong.filter((each) => each.severity === "error").map((each) => (told.meanings[each.code] ? told.meanings[each.code].title : each.message)))];
     verdict(told.ok ? "good" : "error", told.ok ? "Passed" : "Failed", `${told.path} against ${told.reference}${reasons.length ? `: ${reasons.slice(0, 3).join("; ")}${reasons.length > 3 ? " and more" : ""}` : ""}${isPartial ? "; it was not loaded, and nothing was computed" : ""}.`);
     const whole = told.coverage, seconds = Object.values(told.seconds).reduce((sum, each) => sum + each, 0);

@@ -132,16 +132,16 @@ Page.table = (() => {
     new ResizeObserver(() => { if (body.isConnected) draw(true); }).observe(scroll);
 
     // The rows in sight, between two gaps as tall as those that are not.
-    function draw(anew) {
+    function draw(again) {
       const full = shown.length * rowHeight;
       const ratio = Math.max(1, full / tallest);
       const inSight = Math.ceil(height / rowHeight);
       let from = Math.max(0, Math.floor((scroll.scrollTop * ratio) / rowHeight) - aroundSight);
       let to = Math.min(shown.length, from + inSight + 2 * aroundSight);
       if (isPrinting) [from, to] = [0, Math.min(shown.length, mostPrinted)];
-      if (!anew && from === first && to === last) return;
+      if (!again && from === first && to === last) return;
       [first, last] = [from, to];
-      if (anew) measure();
+      if (again) measure();
       const made = [];
       for (let at = from; at < to; at++) made.push(row(at));
       above.firstChild.style.height = `${(from * rowHeight) / ratio}px`;

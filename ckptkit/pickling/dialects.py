@@ -64,7 +64,7 @@ class LegacyTable(StorageTable):
         limits: bounds on tensor geometry.
 
     Attributes:
-        sources: of each class that came with its source: the class, the file it was in, the text.
+        sources: for each class that came with its source: the class, its file, the text.
     """
 
     def __init__(self, file: Source, limits: Limits) -> None:

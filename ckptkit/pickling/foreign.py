@@ -1,4 +1,4 @@
-"""Stand-ins for what only code from elsewhere could make, and the plain values that Python makes by a call.
+"""Placeholders for values that only other code can build, and the plain values that Python makes by a call.
 
 A file describes an object by the name of its class, what it was made from, and its attributes.  A `Foreign` shows that,
 and does nothing.  Its class is this one, whatever the file says: no name in the file is looked up, none is imported,
@@ -64,12 +64,12 @@ _MADE: dict[str, tuple[Callable[..., object], tuple[type, ...]]] = {
 
 
 class Foreign:
-    """Stands for an object of a class from elsewhere, or for a class or function that a file names.
+    """Represents an object of a foreign class, or a class or function that a file names.
 
     Its attributes are those in the file: ``args.lr``, ``vars(args)``.  A dict or list of a custom class has its content
     too: ``config["lr"]``, ``len(config)``, ``dict(config)``; a name that is not an attribute is looked up as a key.
     A module has its parameters, buffers and modules as attributes, as in torch. Two are equal only if they are the
-    same object.  It cannot be called, and has no methods of the class it stands for.
+    same object.  It cannot be called, and has no methods of the class it represents.
 
     Attributes:
         __name__: the name of the class, function or the like: ``"argparse.Namespace"``.
@@ -174,7 +174,7 @@ def stand_in(node: object, build: Builder, keep: Callable[[object], object]) -> 
     Args:
         node: an object, a name, or a reference to something outside the pickle.
         build: makes the values of what hangs there.
-        keep: called with the stand-in before it is filled: what hangs there may lead back to it.
+        keep: called with the placeholder before it is filled: its values may refer back to it.
     """
     if isinstance(node, Global):
         return Foreign(node.qualified)
@@ -202,7 +202,7 @@ def stand_in(node: object, build: Builder, keep: Callable[[object], object]) -> 
 
 
 def _fill(made: Foreign, node: Object, own: InertDict | None, build: Builder) -> None:
-    """Give a stand-in what an object was filled with: attributes, those in slots too; or something else."""
+    """Fill a placeholder with the object's state: attributes, including slots; or something else."""
     state = node.state
     slots = named_items(state[1]) if isinstance(state, tuple) and len(state) == 2 else []
     if own is None and not slots:

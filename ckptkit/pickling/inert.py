@@ -48,7 +48,7 @@ ABSENT: Final = _Marker("absent")
 """Means "the pickle does not set this", which is not ``None``."""
 
 ITSELF: Final = _Marker("itself")
-"""Stands, among the arguments of one of a node's ``effects``, for the node: copies of it need no other call."""
+"""Represents the node among the arguments of its ``effects``: copies of it need no other call."""
 
 
 class Global:
@@ -333,7 +333,7 @@ def walk(root: object, seen: set[int] | None = None) -> Iterator[object]:
 
 
 def tensors_in(root: object, seen: set[int] | None = None) -> Iterator[TensorEntry | Storage]:
-    """Every tensor, and every storage that stands by itself, at or below a node; arguments and errors as in `walk`."""
+    """Every tensor, and every separate storage, at or below a node; arguments and errors as in `walk`."""
     return (node for node in walk(root, seen) if isinstance(node, (TensorEntry, Storage)))
 
 

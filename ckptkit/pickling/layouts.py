@@ -70,7 +70,7 @@ class Quantized(NamedTuple):
 
 
 class Sparse(NamedTuple):
-    """The values that are not zero, and where they stand.
+    """The values that are not zero, and their places.
 
     Attributes:
         layout: torch name: ``"sparse_coo"``.

@@ -143,7 +143,7 @@ def merge_uses(*groups: Iterable[GlobalUse]) -> tuple[GlobalUse, ...]:
 def with_places(uses: tuple[GlobalUse, ...], root: object) -> tuple[GlobalUse, ...]:
     """The uses with the keys under which each name is in the tree.
 
-    Names that torch's own loader runs stand everywhere, and get none.  Something in an object is named by the keys that
+    Names that torch's own loader runs are everywhere, and get none.  Something in an object is named by the keys that
     lead to the object.
 
     Args:

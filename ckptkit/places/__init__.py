@@ -361,7 +361,7 @@ def opener(folder: str) -> Callable[[str], Source]:
 
 
 def look_ahead(files: Sequence[Source]) -> None:
-    """Look into files that an `opener` gave and that are far, side by side, before each is asked for what is in it."""
+    """Open files from an `opener` that are remote in parallel, before each is read."""
     from ckptkit.remote.listed import look_ahead as of_listed
 
     of_listed(files)
@@ -369,7 +369,7 @@ def look_ahead(files: Sequence[Source]) -> None:
 
 @contextmanager
 def opened_ahead(folder: str, leave_out: Callable[[str], bool]) -> Iterator[None]:
-    """While it lasts, the files below a folder are opened several at a time before they are asked for, if it is far.
+    """Within it, the files below a remote folder are opened several at a time before they are needed.
 
     Args:
         folder: that is walked through, in the order of names, files before folders.

@@ -52,7 +52,7 @@ _AHEAD = 64
 """Files that are open before they are asked for."""
 
 _asking = threading.RLock()
-"""Held while a listing is asked for, so that no two threads ask for one."""
+"""Held while a listing is requested, so that no two threads request one."""
 
 
 class FarEntry:
@@ -387,7 +387,7 @@ class _Ahead:
 
 
 def _looked_into(url: str) -> RemoteSource:
-    """A file of which is here what says what it is: its first bytes, and an archive's last."""
+    """A file with the bytes that identify it already here: its first bytes, and an archive's last."""
     file = opened_at(url)
     file._look_ahead()
     return file

@@ -197,7 +197,7 @@ class Examined:
     Attributes:
         path: as it was given.
         size: in bytes, with its shards; for a compressed file or a member of an archive, that of the stored file.
-        sha256: of the file in hexadecimal (of an index, the index alone); ``None``: not asked for, or it is a folder.
+        sha256: of the file in hexadecimal (for an index, only the index); ``None``: not requested, or it is a folder.
         format: container name.
         is_inside: whether the container is compressed, or in an archive.
         kind: of content.
@@ -207,7 +207,7 @@ class Examined:
         has_pickle: whether it has any.
         is_program: whether it contains a program, of which only the weights can be written.
         shards: of a sharded checkpoint, in the order of the index; of a folder its own files.
-        damage: what recorded checksums show to be damaged; ``None``: nothing, or they were not held.
+        damage: the damage that recorded checksums show; ``None``: none, or they were not checked.
         unlike: which copies are not what they are copies of; ``None``: none, or they were not compared.
         malformed: quantized, sparse and nested tensors whose parts do not fit each other, with what is wrong.
         content_digest: of all tensors (`ckptkit.digests`); ``None``: not asked for, or there is no tensor.
@@ -240,7 +240,7 @@ class Examined:
 
     @cached_property
     def tensors(self) -> tuple[TensorFact, ...]:
-        """Those of the weights, sorted by name; of a file without selected weights, all."""
+        """Those of the weights, sorted by name; for a file without selected weights, all."""
         return tuple(_fact(name, entry, of, self._reading) for name, entry, of in self._contents.weights.tensors)
 
     @cached_property

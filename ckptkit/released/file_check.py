@@ -63,7 +63,7 @@ class Task:
         folder: of the manifest, if there is one.
         is_extra: whether the manifest should name it, and does not.
         other: the kind of a file that is not a checkpoint, and is searched for pickles.
-        shards: those that were named, for which it stands.
+        shards: the named shards that it represents.
         against: a digest of everything else the result depends on; ``None``: nobody will ask whether the result is
             still valid.
     """
@@ -176,7 +176,7 @@ def _looked_into(task: Task, threads: int) -> tuple[Examined, list[CheckFinding]
 
 
 def held_from(folder: str, task: Task, threads: int = 1) -> tuple[FileResult, Architecture | None]:
-    """As `held`, of a task whose paths are relative to a folder that need not be the working directory here."""
+    """As `held`, for a task whose paths are relative to a folder that need not be the working directory here."""
     if os.getcwd() == folder:
         return held(task, threads)
 

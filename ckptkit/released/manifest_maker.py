@@ -130,7 +130,7 @@ class _Task:
 
     Attributes:
         is_listed: whether its tensors are listed.
-        before: its record so far, of which is asked whether it still holds; ``None``: it is recorded again.
+        before: its record so far, which is used if it is still valid; ``None``: it is recorded again.
     """
 
     name: str

@@ -129,7 +129,7 @@ POLICY_KEYS = tuple(name.replace("_", "-") for name in POLICY_FIELDS)
 if TYPE_CHECKING:
 
     class PolicyKeywords(TypedDict, total=False):
-        """What `ckptkit.check` takes of a `Policy`; ``None``: what is configured stands."""
+        """The arguments of `ckptkit.check` for a `Policy`; ``None``: the configured value applies."""
 
         no_pickle: bool | None
         max_trust: Literal["safe", "needs_trust"] | None

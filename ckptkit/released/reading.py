@@ -47,7 +47,7 @@ _PIECE_NBYTES = 1 << 20
 """Bytes read and hashed at a time."""
 
 _PIECES = 4
-"""Buffers, of which one is read into while others are hashed."""
+"""Buffers: one is read into while others are hashed."""
 
 
 @dataclass(slots=True)
@@ -88,7 +88,7 @@ class Reading:
 
     Attributes:
         files: the SHA-256 of each file in hexadecimal, by ``id``.
-        damages: of the storages whose recorded checksums were held, those whose bytes are others.
+        damages: of the storages whose recorded checksums were checked, those whose bytes differ.
         sums: the CRC-32 of remote files' values that are not stored unchanged.
     """
 
@@ -119,7 +119,7 @@ class Reading:
 
     @property
     def wanted(self) -> Iterator[Values]:
-        """Everything of which something is computed."""
+        """Everything for which something is computed."""
         return chain(self._first.values(), self._others.values())
 
     def of(self, entry: TensorEntry) -> Values | None:

@@ -85,7 +85,7 @@ class CheckFinding(Finding):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileResult:
-    """One file, the rules it was held to and what they found.
+    """One file, its rules and what they found.
 
     Attributes:
         path: the file.

@@ -40,7 +40,7 @@ class Selection:
         checkpoints: each once, sorted by name.
         passed: the files that were met and are not checkpoints, with their kinds.
         others: those among them that may hold pickles, with their kinds.
-        unreadable: files and folders of which nothing is known, and why.
+        unreadable: files and folders about which nothing is known, and why.
         empty: folders without a checkpoint, each with its message.
         shards: shards that were named, by the path of the index that includes them.
     """
@@ -180,7 +180,7 @@ def name_of(path: str, folder: str, seen: dict[str, str] | None = None) -> str:
     Args:
         path: the file.
         folder: the base of relative paths.
-        seen: of very many files, gets the names of the folders they are in, each of which is asked for once.
+        seen: for very many files, collects the names of the folders they are in, each of which is listed once.
     """
     if not folder and os.sep == "/" and path[:1] not in ("/", ".") and os.path.normpath(path) == path:
         return path  # as most are, of very many

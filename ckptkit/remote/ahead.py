@@ -1,8 +1,8 @@
 """Reads ahead: the next bytes of a file on another machine are fetched in blocks, several at a time.
 
 Readers of values announce them (`ckptkit.bytesource.Source.will_read`), in about the order in which they are read.
-Ranges that nearly follow one another are made blocks of 8 to 32 MiB, each byte in one; those of which a whole file
-consists are smaller where the file is.  Some threads fetch the next blocks, as far as there is room; a reader who comes
+Ranges that nearly follow one another are made blocks of 8 to 32 MiB, each byte in one; for ranges that are a whole
+file, they are smaller if the file is.  Some threads fetch the next blocks, as far as there is room; a reader who comes
 before them fetches the block itself, so nobody ever waits for room.  A block is let go of once the readers are some way
 past it.  Ranges requested then are read as if they had not been announced.
 
@@ -22,8 +22,8 @@ from ckptkit.bytesource import given_up, require_wanted
 __all__ = ["GAP_NBYTES", "MOST_NBYTES", "Brought", "Passing", "ReadAhead"]
 
 GAP_NBYTES, _LEAST_GAP = 1 << 20, 16 << 10
-"""The most bytes between two ranges that are fetched along, as a trip takes as long; and of files with little to read,
-of which what is known already, or not wanted, would add up to much.
+"""The most bytes between two ranges that are fetched along, because a request takes as long; and for files with little
+to read, in which known or unneeded bytes would add up to much.
 """
 
 _LEAST_BLOCK, _LARGE_BLOCK = 8 << 20, 16 << 20

@@ -4,8 +4,8 @@ The hub's own client (huggingface_hub) writes URLs so (``utils/_hf_uris.py``), t
 same variables of the environment (``constants.py``, ``utils/_auth.py``) and reads the same answers
 (``file_download.py``, ``utils/_http.py``); nothing of it is needed here.  A file is read by range at
 ``{endpoint}/{repo}/resolve/{revision}/{path}``, which redirects to the place of large ones.  That first answer names
-the commit (``X-Repo-Commit``), of which the repository is from then on, whatever is pushed, and the file's SHA-256, or
-that of its blob in git (``X-Linked-ETag``, ``ETag``).  The content of a folder is at
+the commit (``X-Repo-Commit``), from which the repository is read from then on, whatever is pushed, and the file's
+SHA-256, or that of its blob in git (``X-Linked-ETag``, ``ETag``).  The content of a folder is at
 ``{endpoint}/api/models/{repo}/tree/{revision}/{path}``, page after page (``Link``); mirrors may have it only at
 ``{endpoint}/api/models/{repo}/revision/{revision}``.
 """

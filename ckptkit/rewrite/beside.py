@@ -268,7 +268,7 @@ class PutUnder:
 
 
 def _taken_out(rest: object, path: str) -> int | None:
-    """Take the weights from where they stand; returns the place among the keys of the file's own dict.
+    """Take the weights out of their place; returns the place among the keys of the file's own dict.
 
     Raises:
         RewriteError: they are in no dict, or the file's own value is not one.

@@ -203,7 +203,7 @@ _SIDE = 128
 
 
 def scaled_weights(state_dict: Mapping[str, TensorEntry]) -> tuple[dict[str, tuple[str, Scaled]], dict[str, str]]:
-    """The weights in FP8 of which the scales are known, each with the name of its scale and what makes values of both.
+    """The FP8 weights with known scales, each with the name of its scale and the function that computes the values.
 
     Returns:
         Them; and those that have scales which could mean several things, each with the reason.

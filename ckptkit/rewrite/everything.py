@@ -140,7 +140,7 @@ def _named(key: object) -> str:
 
 
 def _subscripts(found: FoundTensor) -> str:
-    """Where a tensor stands, as Python would get there: ``["model"]["conv.weight"]``."""
+    """The place of a tensor, as a Python expression: ``["model"]["conv.weight"]``."""
     return "".join(f"[{key!r:.100}]" for key in keys_of(found.keys))[:_MAX_KEYS]
 
 

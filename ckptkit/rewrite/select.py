@@ -193,7 +193,7 @@ _MAX_PATH = 200
 """Characters of a path in a message."""
 
 _GONE: Final = object()
-"""Stands where an item of a list is taken away."""
+"""Replaces a removed item of a list."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,7 +256,7 @@ class LeaveOut:
 
 
 class _Place(NamedTuple):
-    """Where a part stands: what holds it, the key or index there, and the part."""
+    """The place of a part: its container, the key or index there, and the part."""
 
     node: object
     key: object

@@ -394,7 +394,7 @@ def _location(given: object) -> str:
     """A location tag to be written.
 
     Raises:
-        RewriteError: it is none that torch could load.
+        RewriteError: torch could not load it.
     """
     text = _tag(given)
     if problem := device_problem(text):

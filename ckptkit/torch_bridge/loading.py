@@ -44,7 +44,7 @@ _SUMMED_READ = 1 << 20
 """Bytes of one read that are summed while they are in a core's own cache."""
 
 _APART = 2
-"""Storages, or pieces of 16 MiB, of far files within which threads are at work."""
+"""Storages, or pieces of 16 MiB, of remote files that threads work on at the same time."""
 
 ALIGNMENT = 64
 """Bytes: as torch allocates.  Kernels choose by alignment how they sum up, so that the last bits of a product may

@@ -46,7 +46,7 @@ SUMMED_NBYTES = 16 << 20
 """Bytes of a storage that one thread sums before it looks for other work."""
 
 _APART = 2
-"""Such portions of a far file within which threads are at work."""
+"""Such portions of a remote file that threads work on at the same time."""
 
 _READ_NBYTES = 512 << 10
 """Bytes read at a time: they are still in a core's own cache when they are summed, or compared with as many."""
@@ -58,8 +58,8 @@ _MANY = 1024
 """Small storages that one thread sums before it looks for other work."""
 
 _LAGS = 49_961, 91_639
-"""Bytes: a byte may stand these two numbers of bytes later instead, since x^(8 * 91639) is
-x^(8 * (91639 - 49961)) + 1 modulo the polynomial.  They are the least such pair."""
+"""Bytes: a byte may be moved by these two numbers of bytes instead, because x^(8 * 91639) is x^(8 * (91639 - 49961)) +
+1 modulo the polynomial.  They are the least such pair."""
 
 _BLOCK_NBYTES, _FOLDED_NBYTES = 48 << 10, 512 << 10
 """Bytes that are folded at a time, fewer than the first lag, and those from which that is worth its calls."""

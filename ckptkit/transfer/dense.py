@@ -289,7 +289,7 @@ class _SparseValues:
         return out.reshape(-1)[first - begin * inner :][:count].tobytes()
 
     def _wide_cells(self, first: int, count: int) -> bytes:
-        """The same where a cell has many elements, of which those that are wanted are read."""
+        """The same if a cell has many elements, of which only the needed ones are read."""
         import numpy
 
         inner, values, last = self._inner, self._form.values, first + count
@@ -306,7 +306,7 @@ class _SparseValues:
         return out.tobytes()
 
     def _near(self, begin: int, end: int) -> Iterator[tuple[int, int]]:
-        """The runs of stored values of which some may be in these cells."""
+        """The runs of stored values some of which may be in these cells."""
         with self._lock:
             if self._table is None:
                 self._table = self._checked()

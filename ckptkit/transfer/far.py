@@ -1,10 +1,10 @@
 """Moves the bytes of remote sources in the order in which they are stored, whatever the order of the output.
 
-A file on this machine is read by position, and finding the next bytes costs nothing.  Of one that is far each byte is
-fetched once, in long runs and ahead of whoever moves it (`ckptkit.bytesource.Source.will_read`), in bounded memory: so
-the steps of all files of an output are carried out in the order of the source.  Written bytes are read back at once and
-compared (`ckptkit.transfer.passing.Passed`), while they are in a core's own cache; before that, converted values are
-converted a second time, from the same bytes, and must be the same.
+A file on this machine is read by position, and finding the next bytes costs nothing.  Each byte of a remote source is
+fetched once, in long runs and ahead of its use (`ckptkit.bytesource.Source.will_read`), in bounded memory: so the steps
+of all files of an output are carried out in the order of the source.  Written bytes are read back at once and compared
+(`ckptkit.transfer.passing.Passed`), while they are in a core's own cache; before that, converted values are converted a
+second time, from the same bytes, and must be the same.
 """
 
 from __future__ import annotations

@@ -127,7 +127,7 @@ def fill(memory: memoryview, entry: TensorEntry) -> None:
 
 
 def _require_unchanged(source: ByteSource) -> None:
-    """Raise if the file that was read from is another by now; of one that is far each read is of what was opened.
+    """Raise if the file has been replaced; a remote file is always the one that was opened.
 
     Delayed checks around these bytes are made.
     """

@@ -1,9 +1,9 @@
 """Files under temporary names, and how they get their own: all at once, or as good as.
 
-A sharded checkpoint is several files that change together, and an index that names them.  Where shards of these names
-exist already, the index is first replaced by one that names the new shards under their temporary names, then the shards
-get their own names too, then the index that says so takes its place: at every moment the index names one whole
-checkpoint, the old one or the new one.
+A sharded checkpoint is several files that change together, and an index that names them.  If shards with these names
+exist, the index is first replaced by one that names the new shards under their temporary names, then the shards get
+their own names too, then the index that says so takes its place: at every moment the index names one whole checkpoint,
+the old one or the new one.
 
 A temporary file is locked (``flock``) while its run has it open, and the system unlocks it whatever happens to the run.
 So the next run into the same folder removes files that a killed one left: those with this host in their names, whose

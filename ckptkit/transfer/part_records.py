@@ -1,4 +1,4 @@
-"""What parts of one output know of each other: of which plan each is, and which shards are its own.
+"""Facts that parts of one output share: the plan of each, and which shards are its own.
 
 All parts make the same plan, from which each knows its own shards (`shares_of`).  A plan's identity
 (`PlanIdentity`) contains only facts that two machines share: no path, no time, no inode.  A part's record
@@ -61,7 +61,7 @@ _LOSSES = 5
 """Numbers of what one cast lost."""
 
 _RECORD_NBYTES = 64 << 20
-"""A record has some 150 bytes a shard and a source file, of which there are at most ten thousand."""
+"""A record has some 150 bytes per shard and source file, of which there are at most ten thousand."""
 
 
 class ShardRecord(TypedDict):

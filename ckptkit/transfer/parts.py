@@ -413,7 +413,7 @@ class Parts:
         replaces: tuple[str, ...],
         source: Source | None,
     ) -> Tally:
-        """Give the shards of all parts, which are there and whole, their places, and write the index.
+        """Give the complete shards of all parts their places, and write the index.
 
         Args:
             force: whether an output that exists may be replaced.

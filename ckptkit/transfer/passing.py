@@ -191,7 +191,7 @@ class DigestsInPassing:
 
 
 def is_far(file: Source) -> bool:
-    """Whether a source, or a part of it, is far."""
+    """Whether a source, or a part of it, is remote."""
     return file.is_far or any(part.is_far for part in file.parts.values())
 
 

@@ -97,8 +97,7 @@ Along = Callable[[Source], Callable[[int, memoryview], object]]
 def will_read(values: Iterable[TensorEntry | Storage | ByteSource], along: Along | None = None) -> bool:
     """Announce to remote sources what is about to be read, in about this order; see `Source.will_read`.
 
-    Returns:
-        Whether one is far.
+    Returns: Whether one is remote.
     """
     if "ckptkit.remote.source" not in sys.modules:  # no source is far, and to look at each value takes time
         return False

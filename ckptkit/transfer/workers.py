@@ -107,7 +107,7 @@ def in_parallel(
 
 
 def near_together(tasks: Iterable[Callable[[], object]], apart: int) -> Iterator[Callable[[], object]]:
-    """The tasks, of which none begins before all but the last few before it are done: where one waits, others do.
+    """The tasks, none of which begins before all but the last few before it are done: while one waits, others work.
 
     Prefetched bytes are kept only for a while (`ckptkit.remote.ahead`).
 

@@ -83,7 +83,7 @@ def write_atomically(
         replaces: names of files beside the destination that the new ones make stale; removed at the end.
         source: the open file that the plan reads; where the system replaces no file that is open, and this is one to
             be replaced, it is closed once all of it is read.
-        passed: compares what passes by with what was written, where the source is far.
+        passed: compares what passes by with what was written, if the source is remote.
         digests: of source files that the caller wants, beside those that the plan has; none: the plan's.
         progress: called as bytes are written, and again as they are compared.
 

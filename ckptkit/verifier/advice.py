@@ -58,7 +58,7 @@ def head_classes(mismatches: Sequence[ShapeMismatch]) -> tuple[int, int] | None:
 def sections_that_fit(
     checkpoint: Checkpoint, file: Source | None, like: Like, already: int
 ) -> list[tuple[str, Fitting]]:
-    """The other sections of which most tensors fit, equally many: their paths, and how.
+    """The other sections that most tensors fit, equally many: their paths, and how.
 
     Args:
         checkpoint: with the section that was selected.

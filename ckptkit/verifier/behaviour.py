@@ -4,8 +4,8 @@ If all is well it costs one more forward pass: the first one's row 0 is computed
 pair if it was alone, alone if it was one of several).  If that gives the same result, the model is repeatable and keeps
 rows apart; if not, or if rows cannot be compared, one more pass on the first input decides which.
 
-A detector's outputs are chosen by rank and threshold, so that another rounding may give other boxes:
-of a list of images, only the first one's result on a second run is compared, not that beside another.
+A detector's outputs are chosen by rank and threshold, so different rounding may give other boxes: for a list of images,
+only the first one's result on a second run is compared, not that beside another.
 """
 
 from __future__ import annotations

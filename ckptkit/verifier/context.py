@@ -78,7 +78,7 @@ class Context:
         notes: by check, what it examined, in words: for checks without findings.
         figures: by check, its figures, for programs.
         seconds: how long each part took.
-        steps: how long each check took, and the most memory held by then.
+        steps: how long each check took, and the peak memory by then.
     """
 
     reference: Reference
@@ -185,7 +185,7 @@ Check = Callable[[Checkpoint, nn.Module, Context], Iterator[Finding]]
 
 
 def peak_memory() -> int | None:
-    """The most memory this process has held so far, in bytes; ``None`` where the system does not say."""
+    """The peak memory of this process so far, in bytes; ``None`` if the system does not say."""
     try:
         import resource
     except ImportError:  # Windows

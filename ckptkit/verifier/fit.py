@@ -145,7 +145,7 @@ def _section(fit: Fit, checkpoint: Checkpoint, like: Like, already: int, context
 
 
 def _architecture(fit: Fit, checkpoint: Checkpoint, context: Context) -> Finding | None:
-    """Another model than the reference, of which an index knows the name; another head is not another model."""
+    """A known model other than the reference; another head does not count as another model."""
     is_head = not (fit.missing or fit.unexpected) and (not fit.mismatches or head_classes(fit.mismatches) is not None)
     if is_head or _lacks_no_weights(fit):
         return None

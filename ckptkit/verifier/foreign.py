@@ -28,7 +28,7 @@ class ForeignExitError(VerifyError):
 class foreign:  # noqa: N801 - read as a word of the language: ``with foreign():``
     """A block that runs foreign code; blocks may be in each other.
 
-    - An exception that is no `Exception` becomes a `ForeignExitError`, which is one; ``os._exit`` becomes that too.
+    - An exception that is not an `Exception` becomes a `ForeignExitError`, which is one; ``os._exit`` becomes that too.
     - A signal that the process really received is raised as its handler raised it, whatever the code made of that.
     - Printed text goes to stderr, even if the code replaces or closes stdout.
     - A process that the code forked ends with the block.

@@ -82,7 +82,7 @@ class Golden:
         outputs: of the model.
         dtype, device: of the computation.
         tolerance: recorded along.
-        weights: of each tensor in the model: dtype, sizes and digest of what the file held; empty: not recorded.
+        weights: for each tensor in the model: dtype, sizes and digest of the file's; empty: not recorded.
         versions: of the packages that computed it.
     """
 

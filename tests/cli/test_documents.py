@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import types
@@ -18,10 +19,10 @@ from click.testing import CliRunner
 from safetensors.torch import save_file
 from torch import nn
 
-from ckptkit.cli import COMMANDS, html, tensor_tables
+from ckptkit.cli import COMMANDS, ending, html, tensor_tables
 from ckptkit.cli.inspect import lines as inspect_lines
 from ckptkit.cli.options import View
-from ckptkit.cli.tables import columns
+from ckptkit.cli.tables import Cell, columns, wrapped
 from ckptkit.conversion.document import ConvertFolderDocument
 from ckptkit.differences.difference import DiffDocument
 from ckptkit.documents import (
@@ -231,6 +232,17 @@ def test_flat_lines_of_a_saved_document(folder: Path) -> None:
     document = json.loads(command("inspect", "resume.pth --stats --json", folder))
     lines = [line for file in document["files"] for line in tensor_tables.flat(file, View())]
     assert "".join(f"{line}\n" for line in lines) == command("inspect", "resume.pth --stats --flat", folder)
+
+
+@pytest.mark.parametrize("width", [40, 60])
+def test_what_a_terminal_cannot_show_keeps_its_columns(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Escaped before columns are counted: two names of four characters are 24 columns each in ASCII."""
+    monkeypatch.setattr(ending._ending, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
+    rows = [["\u5c64\u5c64\u5c64\u5c64", "[3, 4]"], ["weight", Cell("\u5c64 [5]", "[5]")]]
+    lines = columns(rows, ["name", "shape"], "nl", width)
+    assert lines[1] == r"\u5c64\u5c64\u5c64\u5c64  [3, 4]" and all(len(line) <= width for line in lines)
+    assert lines[2].startswith("weight" + " " * 20) and lines[2].isascii()
+    assert max(map(len, wrapped("\u5c64" * 40, width))) <= width
 
 
 def test_wide_characters_keep_their_columns() -> None:

@@ -357,6 +357,31 @@ def test_no_input_and_no_checkpoint_is_overwritten_by_the_output(folder: Path, r
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
+def test_the_output_goes_to_a_device_a_pipe_or_stdout(folder: Path, run) -> None:
+    expected = run("inspect", "lin.pth", cwd=folder).stdout
+    done = run("inspect", "lin.pth", "-o", "-", cwd=folder)
+    assert (done.returncode, done.stdout) == (0, expected)
+    assert not (folder / "-").exists()
+    os.mkfifo(folder / "pipe")
+    with subprocess.Popen(["cat", folder / "pipe"], stdout=subprocess.PIPE, text=True) as reader:
+        assert run("inspect", "lin.pth", "-o", "pipe", cwd=folder).returncode == 0
+        assert reader.stdout is not None and reader.stdout.read() == expected
+    assert (folder / "pipe").is_fifo()
+    full = run("inspect", "lin.pth", "-o", "/dev/full", cwd=folder)
+    assert full.returncode == 2 and "/dev/full: cannot be written: No space left" in full.stderr
+    assert "give the name of a file" in run("inspect", "lin.pth", "-o", "", cwd=folder).stderr
+
+
+@pytest.mark.parametrize(
+    "arguments", [["inspect", "lin.pth", "-o", "no/such/folder.json"], ["diff", "lin.pth", "nope.pth", "-o", "told"]]
+)
+def test_an_error_is_a_document_on_stdout_where_no_file_is_written(folder: Path, arguments: list[str], run) -> None:
+    done = run(*arguments, "--json", cwd=folder)
+    document = json.loads(done.stdout)
+    assert done.returncode == 2 and document["ok"] is False and document["error"]["message"] in done.stderr
+    assert not (folder / "told").exists()
+
+
 # A terminal.
 
 

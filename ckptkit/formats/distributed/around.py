@@ -92,14 +92,14 @@ _NAMED = re.compile(
     r"|metadata\.json|.*-\d{5}-of-\d{5}\.\w+|pytorch_model_fsdp_\d+",
     re.ASCII,
 )
-"""Names of which one at least is in every folder that may be a sharded checkpoint: of files and folders."""
+"""Names, of files and folders, at least one of which is in every folder that may be a sharded checkpoint."""
 
 
 class Found(NamedTuple):
     """The checkpoint that a folder means.
 
     Attributes:
-        root: the folder that the files are in; of one file, its path.
+        root: the folder of the files; for one file, its path.
         layout: name of its format; ``None``: it is one file, or an index.
         names: the files below the folder, by their paths from there, with slashes.
         own: those that belong to the checkpoint.

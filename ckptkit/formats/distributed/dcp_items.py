@@ -1,7 +1,7 @@
 """Stored items of torch.distributed.checkpoint: each a whole file of ``torch.save``, one after the other.
 
 Each is read as any such file is (`ckptkit.formats.torch_zip`).  A checkpoint has them by the hundred thousand, and
-those of tensors of one size differ in four things: the values, their checksum, an identity of forty digits, and its
+those of tensors with one size differ in four things: the values, their checksum, an identity of forty digits, and its
 checksum; those of one plain value in the latter two.  So what was read of one is known of all whose other bytes are the
 same (`_Mold`).
 """

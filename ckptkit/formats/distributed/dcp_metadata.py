@@ -84,7 +84,7 @@ def parse_metadata(data: bytes, limits: Limits) -> Metadata:
         limits: bounds on names, dimensions and numbers; those on bytes, chunks and nodes are its own.
 
     Raises:
-        FormatError: the pickle is damaged or refused, is no ``.metadata``, or contradicts itself.
+        FormatError: the pickle is damaged or refused, is not a ``.metadata``, or contradicts itself.
     """
     limits = limits._replace(pickle_nbytes=METADATA_NBYTES, tree_nodes=METADATA_NBYTES, nodes=_MOST_NODES)
     runs = Runs(_MOST_CHUNKS)
@@ -143,7 +143,7 @@ class _Reader:
         """The content of the pickle; ``None``: a part that was left out is needed.
 
         Raises:
-            FormatError: it is no ``.metadata``, or contradicts itself.
+            FormatError: it is not a ``.metadata``, or contradicts itself.
         """
         columns = self._columns
         tensors, objects, order = dict[str, TensorMetadata](), dict[str, int](), list[str]()

@@ -94,7 +94,7 @@ class Metadata:
         strings: the checkpoint's string metadata (`STRINGS`).
         protocol: of the pickle.
         globals: the verdicts on all names in it.
-        copies: of several ranks' own metadata combined, the chunks that more than one has.
+        copies: in the combined metadata of several ranks, the chunks that more than one has.
         others: likewise the further rows of what was pickled under one name.
     """
 

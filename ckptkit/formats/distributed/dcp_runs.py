@@ -15,9 +15,9 @@ tensor and every planned write likewise (``torch/distributed/checkpoint/metadata
 
 `Runs` takes over when the machine has built the first of a kind, continues as long as the bytes have exactly that form,
 and leaves one `Run` on the machine's stack for all of them; FRAMEs, and anything of another form, are left to the
-machine.  Each `Run` must stand once where it belongs when the pickle ends, and nothing but sizes and texts is given out
-for memo entries that were left out: a pickle that does anything else with them is `Runs.is_odd`, and is read again
-without.
+machine.  Each `Run` must be in its place exactly once when the pickle ends, and only sizes and texts are returned for
+memo entries that were left out: a pickle that does anything else with them is `Runs.is_odd`, and is read again without
+runs.
 """
 
 from __future__ import annotations
@@ -358,7 +358,7 @@ class Runs:
         return at + 2 if data[at : at + 2] == b"ub" else 0
 
     def _writes(self, at: int) -> tuple[int, int, int]:
-        """Planned writes, of which nothing is kept."""
+        """Planned writes, none of which is kept."""
         memo, count = self.memo, 0
         match = self._patterns["write"][0]
         while (found := match(self._data, at)) is not None and found.end() <= self._frame_end:

@@ -325,7 +325,7 @@ class _Pickle:
         self.out += b"("
 
     def each(self, kind: bytes, values: Iterable[_T], write: Callable[[_T], object], one: bytes, many: bytes) -> None:
-        """A dict or a list, each pair or item of which ``write`` writes."""
+        """A dict or a list whose pairs or items ``write`` writes."""
         self.out += kind
         self.put()
         left = list(values)
@@ -336,7 +336,7 @@ class _Pickle:
             self.out += many if len(left) > 1 else one
 
     def pairs(self, values: Iterable[_T], write: Callable[[_T], object]) -> None:
-        """A dict, each pair of which ``write`` writes."""
+        """A dict whose pairs ``write`` writes."""
         self.each(b"}", values, write, b"s", b"u")
 
 

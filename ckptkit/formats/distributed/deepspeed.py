@@ -21,8 +21,8 @@ Files, each in torch's own container; ``D`` is a data-parallel rank, ``MM`` a mo
 
 The tree is the model file's, as one process would have saved it: ``fp32`` is the state_dict with the masters instead of
 ``module``'s weights (buffers and frozen weights in their own dtype), ``module`` the saved one; they are the same if
-they have one dtype, and at stage 3, of which no other copy exists, there is only one.  Under ``optimizer`` stands what
-an optimizer keeps, by parameters' names.
+they have one dtype, and at stage 3, of which no other copy exists, there is only one.  Under ``optimizer`` is the
+optimizer's state, by parameters' names.
 
 Where ``module`` has the weights, each must be its master converted to its dtype, bit for bit: that finds ranks of other
 runs or steps, swapped or repeated.
@@ -216,7 +216,7 @@ def _without_masters(parts: Parts, models: Models, modules: _Modules, names: Seq
 
 
 def _with_masters(parts: Parts, models: Models, modules: _Modules, zeros: Sequence[Zero]) -> RawCheckpoint:
-    """Of what was trained with ZeRO: the masters by name, the module, and what the optimizer keeps, by name.
+    """For checkpoints of ZeRO: the masters by name, the module, and the optimizer's state, by name.
 
     Raises:
         CorruptError: a weight is not what ``param_shapes`` says, or the file of a layer is missing.

@@ -188,7 +188,7 @@ def require_ranks(files: Mapping[int, object], count: int, what: str) -> None:
     Args:
         files: by rank.
         count: of the ranks.
-        what: of which kind they are, for messages.
+        what: their kind, for messages.
 
     Raises:
         CorruptError: one has none, or there are more.
@@ -301,8 +301,8 @@ class Weights:
         masters: as above.
         replicas: values that must be equal: each master converted and the module's weight, each buffer in several
             files.
-        proven: the masters of which there is another copy.
-        own: the names of buffers of which each rank has its own values.
+        proven: the masters that have another copy.
+        own: the names of buffers that differ by rank.
     """
 
     def __init__(self, masters: Mapping[str, TensorEntry], holders: Mapping[str, str], shared: object = None) -> None:
@@ -319,7 +319,7 @@ class Weights:
 
     @property
     def unproven(self) -> list[str]:
-        """The masters of which there is no other copy."""
+        """The masters that have no other copy."""
         return [name for name in self.masters if name not in self.proven]
 
     def add(self, module: Mapping[str, object], where: str, *, buffers: object = None, stubs: bool = False) -> None:

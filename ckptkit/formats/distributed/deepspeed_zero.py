@@ -208,7 +208,7 @@ def _buffers(nodes: Sequence[object], where: Sequence[str]) -> list[list[TensorE
 def _joined(
     groups: Sequence[Shapes], shared: Sequence[_Buffer], paddings: list[list[int]] | None, count: int
 ) -> tuple[list[Slot], list[int]]:
-    """As `joined_slots`, of groups of which some are in several sets of experts.
+    """As `joined_slots`, for groups some of which are in several sets of experts.
 
     Raises:
         CorruptError: there are not as many groups as buffers.
@@ -296,7 +296,7 @@ def _left(moments: Moments, shared: Sequence[_Buffer], kept: Sequence[Kept]) -> 
 def _shapes_by_mappings(owns: Sequence[Mapping[str, object]], model: File, layers: Mapping[int, File]) -> list[Shapes]:
     """The parameters in flat order, where ``param_shapes`` is ``None``: of BF16_Optimizer at stage 0.
 
-    Which run of a rank's part is of which parameter is in ``param_slice_mappings``, and shapes in the module.
+    ``param_slice_mappings`` says which run of a rank's part belongs to which parameter, and the module has the shapes.
 
     Raises:
         CorruptError: it does not, or the module has no weight of so many elements.

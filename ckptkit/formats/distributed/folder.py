@@ -138,12 +138,12 @@ class FolderSource(Source):
         return self._opens(name)
 
     def will_open(self, names: Sequence[str]) -> None:
-        """As `Source.will_open`, of files that are far: side by side."""
+        """As `Source.will_open`, for remote files: in parallel."""
         if self.is_far:
             places.look_ahead([self.part(name) for name in names])
 
     def read_together(self) -> None:
-        """See to it that the files whose trees are read one after the other come side by side, if they are far."""
+        """Have the files whose trees are read one after the other fetched in parallel, if they are remote."""
         if self.is_far and not self._is_together:
             self._is_together = True
             self.will_open([name for name in self.own if not name.endswith(_READ_APART)])

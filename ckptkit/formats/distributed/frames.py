@@ -89,7 +89,7 @@ def _is_optimizer(node: object) -> bool:
 
 
 def _with_all_states(optimizers: Sequence[object]) -> InertDict:
-    """The first rank's, with the state of parameters of which it has nothing, and another rank has."""
+    """The first rank's, with the state of parameters that only another rank has."""
     first = optimizers[0]
     pairs: dict[object, object] = {}
     for each in optimizers:

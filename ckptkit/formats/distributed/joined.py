@@ -123,7 +123,7 @@ def _member(probe: Probe, folder: FolderSource, member: str, container: Format) 
 
 
 def _pairs(raw: RawCheckpoint, member: str) -> list[tuple[object, object]]:
-    """The keys and values of one; of the second of several models, the second's."""
+    """The keys and values of one; for the second of several models, the second's."""
     name = re.split("[./]", member)[0]
     number = re.search(r"_([1-9]\d*)\Z", name)
     pairs = mapping_items(raw.root)

@@ -42,7 +42,7 @@ Box = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 class Distributed(NamedTuple):
-    """A tensor of which a file has a part, as its pickle makes it.
+    """A rank's part of a tensor, as the pickle makes it.
 
     Attributes:
         kind: ``"DTensor"`` or ``"ShardedTensor"``.
@@ -84,7 +84,7 @@ class Share(NamedTuple):
         pieces: the boxes of it, each with the tensor that it is.
         rank: the rank it names as its own; ``None``: none.
         ranks: of how many; 0: unknown.
-        every: of a ShardedTensor, all boxes and whose each is.
+        every: for a ShardedTensor, all boxes and the rank of each.
         mesh: of a DTensor.
     """
 

@@ -414,7 +414,7 @@ class Ranks:
 
 
 def _as_entry(node: object) -> object:
-    """A storage that stands by itself as the bytes that it is."""
+    """A separate storage as its bytes."""
     return tensor_of(node, 0, (node.nbytes,), (1,), "uint8", False, False) if isinstance(node, Storage) else node
 
 

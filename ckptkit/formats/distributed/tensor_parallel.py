@@ -13,7 +13,7 @@ otherwise it is refused and never guessed.
 
 `MEGATRON_RULES` and `LLAMA_RULES` are those of Megatron (names of megatron-core and its predecessors) and of Meta's
 ``consolidated.00.pth``, ``consolidated.01.pth``, ... (`transformers`' ``convert_llama_weights_to_hf.py``).  Others are
-given as a file, a JSON object of globs of names, of which the first that matches counts, before those rules::
+given as a file, a JSON object of globs of names; the first that matches counts, before those rules::
 
     {"*.attention.wqkv.weight": 0, "*.attention.wo.weight": 1, "*.norm.weight": "replicated", "*.w13.weight": "swiglu"}
 """
@@ -92,7 +92,7 @@ LLAMA_RULES: tuple[Rule, ...] = (
     ending(rf"(?:wq|wk|wv|w1|w3|output){_BOTH}", 0),
     ending(r"(?:wo|w2)\.weight", 1),
 )
-"""All but ``tok_embeddings.weight``, of which Llama 2 has the slices of each row and Llama 3 rows."""
+"""All but ``tok_embeddings.weight``, of which Llama 2 splits each row and Llama 3 the rows."""
 
 _SECOND = {"linear_fc1": "linear_fc2", "dense_h_to_4h": "dense_4h_to_h"}
 
@@ -149,11 +149,11 @@ class Joiner:
 
     Args:
         rules: the first whose pattern matches a name counts.
-        gated: whether first layers of which the second are not there are two matrices; ``None``: not known.
+        gated: whether first layers without second ones are two matrices; ``None``: unknown.
 
     Attributes:
         replicas: copies that must be equal.
-        unruled: names without a rule, of which all ranks seem to have a copy.
+        unruled: names without a rule, that all ranks seem to have a copy of.
         taken: names of what the first rank's was taken of: no tensors of weights.
         left: keys of what was left out, and why.
     """

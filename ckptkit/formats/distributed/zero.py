@@ -71,7 +71,7 @@ class Slot(NamedTuple):
         return prod(self.shape)
 
     def share(self, world: int) -> int:
-        """Elements of a rank's share of it at stage 3, the last one's padding counted."""
+        """Elements of a rank's share of it at stage 3, including the last one's padding."""
         return share(prod(self.shape), world)
 
 
@@ -357,7 +357,7 @@ def by_name(stages: Sequence[Sequence[tuple[list[tuple[object, object]], list[st
     """The ``param_groups`` of an optimizer that knows parameters by their names.
 
     Args:
-        stages: by stage of a pipeline, the pairs of each group and its parameters; groups of the same settings in one
+        stages: by stage of a pipeline, the pairs of each group and its parameters; groups with the same settings in one
             place are one.
     """
     found: list[tuple[list[tuple[object, object]], dict[str, None]]] = []
