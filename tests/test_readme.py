@@ -63,10 +63,8 @@ def without_install(script: str) -> str:
 def programs(forks: Callable[..., Forks]) -> str:
     """``ckptkit`` and ``python`` for a shell: forks, of a process that has imported torch where a command needs it."""
     with_torch, without = forks(with_torch=True), forks(with_torch=False)
+    verifying, others = with_torch.shell("verifying", "-m", "ckptkit"), without.shell("others", "-m", "ckptkit")
     chosen = 'ckptkit() { if [[ "${1-}" = verify ]]; then verifying "$@"; else others "$@"; fi; }\n'
-    verifying, others = (
-        each.shell(name, "-m", "ckptkit") for each, name in ((with_torch, "verifying"), (without, "others"))
-    )
     return verifying + others + chosen + with_torch.shell("python")
 
 
