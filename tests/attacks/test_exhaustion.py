@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.thorough
+
 HOSTILE, REFUSED, READ, ANSWERED = "hostile", "refused", "read", "answered"
 
 ASKED = ["json", "pth"]

@@ -10,12 +10,15 @@ import struct
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from ckptkit.errors import CorruptError, FormatError
 from ckptkit.pickling.inert import ABSENT, Global, InertDict, InertSet, Object, PersistentId
 from ckptkit.pickling.reader import read_pickle
+
+pytestmark = pytest.mark.thorough
 
 
 class Name:

@@ -18,7 +18,7 @@ from support.torch_oracle import Same, bits, check_compacted, convert, load, sav
 
 import ckptkit
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*omplex.* support is experimental")
+pytestmark = [pytest.mark.thorough, pytest.mark.filterwarnings("ignore:.*omplex.* support is experimental")]
 
 SIZES = st.integers(1, 20_000) | st.just(1)
 """Bytes of a file: from one tensor a file to one file."""

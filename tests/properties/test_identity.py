@@ -17,7 +17,7 @@ from support.torch_oracle import Same, check_compacted, check_tags, convert, loa
 
 import ckptkit
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*omplex.* support is experimental")
+pytestmark = [pytest.mark.thorough, pytest.mark.filterwarnings("ignore:.*omplex.* support is experimental")]
 
 
 @SOME

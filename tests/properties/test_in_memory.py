@@ -17,7 +17,7 @@ from ckptkit.casting import CAST_TARGETS, numpy_dtype
 from ckptkit.dtypes import DTYPES
 from ckptkit.errors import DTypeError, RewriteError
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*omplex.* support is experimental")
+pytestmark = [pytest.mark.thorough, pytest.mark.filterwarnings("ignore:.*omplex.* support is experimental")]
 
 
 CASTS = st.sampled_from([name for name in CAST_TARGETS if name in STORABLE])

@@ -9,6 +9,7 @@ from pathlib import Path
 from unittest import mock
 
 import hypothesis.strategies as st
+import pytest
 import torch
 from hypothesis import assume, given, settings
 from support.generated_tensors import ANYWHERE, KEYS, LEADING, MANY, SEGMENTS, SOME, WRAPPERS
@@ -20,6 +21,8 @@ from ckptkit.checkpoint import STATE_DICT, Checkpoint, Origin, StateDict, Storag
 from ckptkit.errors import KeyCollisionError, RewriteError
 from ckptkit.pickling.inert import InertDict
 from ckptkit.rewrite import AddModule, AddPrefix, Rename, Select, StripModule, StripPrefix
+
+pytestmark = pytest.mark.thorough
 
 
 def checkpoint_of(names: list[str], versions: dict[str, object] | None) -> Checkpoint:

@@ -32,7 +32,7 @@ from ckptkit.errors import DTypeError, RewriteError
 from ckptkit.options import ConvertOptions
 from ckptkit.rewrite import MapLocation
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*omplex.* support is experimental")
+pytestmark = [pytest.mark.thorough, pytest.mark.filterwarnings("ignore:.*omplex.* support is experimental")]
 
 # Names that share their beginnings, so that prefixes, rules and globs meet some of them.
 NAMES = st.one_of(

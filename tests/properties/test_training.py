@@ -17,6 +17,8 @@ from support.generated_tensors import SOME
 from support.torch_oracle import Same, convert, load, save
 from torch import nn
 
+pytestmark = pytest.mark.thorough
+
 FEW = settings(SOME, max_examples=6)
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
