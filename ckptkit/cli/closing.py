@@ -43,7 +43,7 @@ _closing = _Closing()
 
 
 def combined_title(fix: CombinedFix | None, findings: Sequence[FindingDocument]) -> str | None:
-    """What is above the combined fix; ``None``: it is the only fix there is, or there is none.
+    """The line above the combined fix; ``None`` if there is nothing to combine.
 
     Args:
         fix: of the document; saved ones may lack it.

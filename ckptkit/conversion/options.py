@@ -171,7 +171,7 @@ class Conversion:
         result: to write.
         renames: each name that changed, and its new one.
         dropped: the names that were left out.
-        fitting: how the weights fit the model they must match; ``None``: there is none.
+        fitting: how the weights fit the model they must match; ``None``: no model was given.
 
     Raises:
         RewriteError: an option cannot be applied.
@@ -414,7 +414,7 @@ def read_others(
 
 
 def section_like(checkpoint: Checkpoint, file: Source, options: ConvertOptions) -> str | None:
-    """The section whose weights are those of the model in ``options.like``; if there is none, the selected one.
+    """The section whose weights are those of the model in ``options.like``; without a model, the selected one.
 
     Args:
         checkpoint: the content of the file.

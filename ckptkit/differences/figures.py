@@ -101,7 +101,7 @@ class Sums:
         return Sums(**{**multiplied, "largest": self.largest})
 
     def to_dict(self) -> dict[str, Any]:
-        """The figures for JSON; ``None`` if there is none, or float64 cannot represent it."""
+        """The figures for JSON; ``None`` for one that is undefined or does not fit a float64."""
         norms = math.sqrt(self.squares_a), math.sqrt(self.squares_b)
         mean = self.total / self.finite if self.finite else None
         cosine = _ratio(self.product, norms[0] * norms[1])

@@ -25,7 +25,7 @@ class Outcome(Generic[R]):
 
     Attributes:
         value: what the function returned; ``None`` if there is a problem.
-        problem: ``None``: there is none; ``"failed"``: the task raised an error, or something could not be pickled;
+        problem: ``None`` if it was done; ``"failed"``: the task raised an error, or something could not be pickled;
             ``"died"``: so did its worker, or no worker took it; ``"timed-out"``; ``"version"``: the worker has another
             ckptkit.
         text: the problem in a sentence.

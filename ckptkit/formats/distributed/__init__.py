@@ -21,7 +21,7 @@ __all__ = ["folder_source", "unlisted_source"]
 
 
 def folder_source(path: str, tag: str | None = None, tp_rules: str | os.PathLike[str] | None = None) -> Source | None:
-    """The source for a folder that is one checkpoint, or leads to one; ``None``: there is none, or it is not a folder.
+    """The source for a folder that is one checkpoint, or leads to one; ``None`` for any other path.
 
     Args:
         path: the folder.

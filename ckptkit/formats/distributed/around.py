@@ -312,7 +312,7 @@ def sharded_in(path: str, tag: str | None = None, depth: int = 0) -> Found | Non
 
 
 def found_in(path: str, tag: str | None = None) -> Found | None:
-    """The one checkpoint that a folder means, whatever it is; ``None``: there is none in it.
+    """The one checkpoint that a folder means, of any layout; ``None`` if it has none.
 
     Args:
         path: the folder.

@@ -228,7 +228,7 @@ def _metadata_name(folder: FolderSource, ranks: Mapping[int, str]) -> str:
 
     Raises:
         FileAccessError: each rank has its own, and none was chosen.
-        CorruptError: there is none.
+        CorruptError: it is missing.
     """
     if ".metadata" in folder.names:
         return ".metadata"

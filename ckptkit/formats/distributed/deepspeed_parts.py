@@ -144,7 +144,7 @@ def models_of(parts: Parts, names: Sequence[str]) -> Models:
     """The ``model_states`` files of a folder, read.
 
     Raises:
-        CorruptError: there is none, or they are from different runs or steps.
+        CorruptError: they are missing, or from different runs or steps.
     """
     files = by_rank(parts, names, _MODEL)
     if not files:
