@@ -23,6 +23,7 @@ import pytest
 import torch
 
 import ckptkit
+from ckptkit.cli import main
 from ckptkit.dtypes import DTYPES
 
 # The same examples in every run, so that a change is what a new failure comes from; others are drawn with
@@ -37,6 +38,7 @@ for _ignored, _default in ((signal.SIGINT, signal.default_int_handler), (signal.
         signal.signal(_ignored, _default)
 
 if TYPE_CHECKING:
+    from support.commands import Done
     from support.forked import Forks
     from support.sharded import Samples
 
@@ -215,6 +217,26 @@ def run(tmp_path: Path, forks: Callable[..., Forks]) -> Callable[..., subprocess
         )  # fmt: skip
 
     return command
+
+
+@pytest.fixture
+def command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., Done]]:
+    """``command("inspect", ...)``: the whole command line, in this process and in the folder of the test."""
+    from support.commands import Done
+
+    monkeypatch.chdir(tmp_path)
+    threshold = gc.get_threshold()
+
+    def run(*arguments: object) -> Done:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main([*map(str, arguments)])
+        return Done(int(ended.value.code or 0), *capsys.readouterr())
+
+    yield run
+    gc.set_threshold(*threshold)
 
 
 @pytest.fixture
