@@ -48,6 +48,8 @@ pytest.register_assert_rewrite("support")
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # what tests start
 
+gc.disable()  # until the tests are collected: all of it stays
+
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 
 PACKAGE = Path(ckptkit.__file__).parent
@@ -78,6 +80,7 @@ def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 20)
+    gc.enable()
 
 
 @pytest.hookimpl(wrapper=True)
@@ -190,11 +193,11 @@ def forks() -> Iterator[Callable[..., Forks]]:
 
 
 @pytest.fixture(scope="session")
-def sharded(tmp_path_factory: pytest.TempPathFactory) -> Samples:
+def sharded(tmp_path_factory: pytest.TempPathFactory, forks: Callable[..., Forks]) -> Samples:
     """``sharded["fsdp2_4"].folder`` and ``.expected``: checkpoints of several ranks, and what one would have saved."""
     from support.sharded import made
 
-    return made(tmp_path_factory)
+    return made(tmp_path_factory, forks)
 
 
 @pytest.fixture
