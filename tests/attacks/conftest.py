@@ -1,7 +1,7 @@
 """Shared by the attacks: how hostile files are made, and the court they are brought before.
 
 Every test module here holds a table of samples, ``name: (expectation, function)``; the function gets
-`Make` and returns the file's bytes.  A sample goes through all `COMMANDS`, in a process of its own
+`Make` and returns the file's bytes.  A sample goes through all `COMMANDS` (one that is to be refused: `REFUSING`), in a process of its own
 (`support/warden.py` forks it), where they are large each command in one of its own; what must never happen is asserted for each (`Court.judge`), and
 the expectation on top:
 
@@ -38,6 +38,9 @@ COMMANDS: dict[str, list[str]] = {
                     "--rename", "a=>b", "--exclude", "x", "--max-shard-size", "1GB"],
     "pth": ["convert", "{file}", "out.pth"],
 }  # fmt: skip
+
+REFUSING = ["json", "pth"]
+"""Those that a sample goes through that is to be refused, but for `Court.judge_refused`: what they differ in comes later."""
 
 
 class Make:
@@ -235,6 +238,7 @@ class Court:
         self._apart = apart
         self._folder = root / "samples"
         self._results: dict[str, dict[str, dict[str, Any]]] = {}
+        self._refusing = [command for command in commands if command in REFUSING]
         self._warden = Warden(modules)
 
     def close(self) -> None:
@@ -247,9 +251,8 @@ class Court:
             folder = self._folder / name
             folder.mkdir(parents=True)
             (folder / "file.pth").write_bytes(self._samples[name][1](Make(self._canary)))
-            outputs = {
-                command: self._folder.parent / f"output{len(self._results)}.{command}" for command in self._commands
-            }
+            commands = self._refusing if self._samples[name][0] == REFUSED else self._commands
+            outputs = {command: self._folder.parent / f"output{len(self._results)}.{command}" for command in commands}
             found = {}
             for together in [[command] for command in outputs] if self._apart else [list(outputs)]:
                 jobs = [([word.format(file="file.pth") for word in COMMANDS[each]], outputs[each]) for each in together]
@@ -274,10 +277,18 @@ class Court:
         assert not self._canary.exists(), f"{name}: its payload ran"
         left = {path.name for path in (self._folder / name).iterdir()} - {"file.pth", "out.safetensors", "out.pth"}
         assert not left, f"{name}: half-written files are left"
-        for command in {"safetensors", "pth"} & set(self._commands):
+        for command in {"safetensors", "pth"} & set(results):
             written = (self._folder / name / f"out.{command}").exists()
             assert written == (results[command]["code"] == 0), f"{name}: half written by {command}"
         self._meets(name, expectation)
+
+    def judge_refused(self) -> None:
+        """What is to be refused, under every command."""
+        self._refusing, self._folder, self._results = self._commands, self._folder.parent / "refused", {}
+        refused = [name for name, (expectation, _) in self._samples.items() if expectation == REFUSED]
+        assert refused
+        for name in refused:
+            self.judge(name)
 
     def document(self, name: str) -> dict[str, Any]:
         """The JSON document of a sample."""

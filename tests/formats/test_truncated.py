@@ -153,10 +153,11 @@ def test_an_ending_of_a_download(ending: str, save: Save) -> None:
     assert unfinished("model.pth") == ""
 
 
-def test_every_length_of_a_small_file(save: Save) -> None:
+@pytest.mark.parametrize("every", [3, pytest.param(1, marks=pytest.mark.thorough)])
+def test_every_length_of_a_small_file(every: int, save: Save) -> None:
     path = save({"a": torch.ones(3), "b": torch.ones(2)})
     data = path.read_bytes()
-    for length in range(4, len(data)):
+    for length in range(len(data) - 1, 3, -every):
         path.write_bytes(data[:length])
         file = SourceFile(path)
         message = what_is_left(file, DEFAULT_LIMITS)

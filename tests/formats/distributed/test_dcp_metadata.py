@@ -387,17 +387,18 @@ def outcome(read: Callable[[bytes], Any], data: bytes) -> object:
 @pytest.mark.parametrize(
     "more", [b"0", b"00", b"\x94", b"\x940h\x05", b"h\x28", b"N", b"(", b"t", b"\x85", b"\x86", b"a", b"e", b"u", b"b"]
 )
-def test_opcodes_that_no_pickler_puts_there_change_nothing(more: bytes) -> None:
+@pytest.mark.parametrize("times", [20, pytest.param(60, marks=pytest.mark.thorough)])
+def test_opcodes_that_no_pickler_puts_there_change_nothing(more: bytes, times: int) -> None:
     """Between any two opcodes: in runs it is what it is one by one, or refused."""
     data, places = unframed(drawn(3, tensors=3, most=5))
     draw, read = random.Random(more), 0
-    for at in draw.sample(places, 60):
+    for at in draw.sample(places, times):
         changed = data[:at] + more + data[at:]
         found = outcome(lambda data: parse_metadata(data, DEFAULT_LIMITS), changed)
         expected = outcome(one_by_one, changed)
         read += found is not FormatError
         assert found in (expected, FormatError), at
-    assert read < 60
+    assert read < times
 
 
 def test_a_chunk_that_is_taken_off_again_is_none() -> None:

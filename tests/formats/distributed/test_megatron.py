@@ -42,9 +42,10 @@ SPLITS = [
 ]
 
 
+@pytest.mark.parametrize("every", [2, pytest.param(1, marks=pytest.mark.thorough)])
 @pytest.mark.parametrize("old", [False, True], ids=["core", "old"])
-def test_every_split_gives_the_whole_model(tmp_path: Path, old: bool) -> None:
-    for number, shape in enumerate(SPLITS):
+def test_every_split_gives_the_whole_model(tmp_path: Path, old: bool, every: int) -> None:
+    for number, shape in enumerate(SPLITS[old % every :: every]):
         state = whole(shape)
         folder = write_ranks(tmp_path / str(number), shape, state, old=old)
         require_same(folder, {old_name(name): value for name, value in state.items()} if old else state)
@@ -303,8 +304,9 @@ def test_objects_and_moments_are_in_their_place(tmp_path: Path) -> None:
         assert "distributed.dp_group_idx_0" in codes(folder)["not-merged"]
 
 
-def test_flat_slices_of_a_distributed_optimizer_have_their_parameters_shape(tmp_path: Path) -> None:
-    for seed in range(12):
+@pytest.mark.parametrize("seeds", [range(4), pytest.param(range(4, 12), marks=pytest.mark.thorough)])
+def test_flat_slices_of_a_distributed_optimizer_have_their_parameters_shape(tmp_path: Path, seeds: range) -> None:
+    for seed in seeds:
         rng = random.Random(seed)
         shape = Shape(layers=3, experts=2 * (seed % 3 == 2))
         state, tensors = whole(shape), dict(stacked(whole(shape)))
