@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from support.repeated import repeated
 
 import ckptkit
 from ckptkit import formats
@@ -47,7 +48,7 @@ def damaged(tmp_path: Path) -> Path:
     return tmp_path / "fixtures"
 
 
-every_so_many = pytest.mark.parametrize("every", [3, pytest.param(1, marks=pytest.mark.thorough)])
+every_so_many = repeated("every", 3, 1)
 
 
 @every_so_many

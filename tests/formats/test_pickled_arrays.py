@@ -72,9 +72,8 @@ SHAPES: dict[str, Callable[[dict[str, Any]], Any]] = {
 @pytest.mark.parametrize(
     ("protocol", "pickler", "shape"),
     [
-        pytest.param(*case, marks=[pytest.mark.thorough] * (number % 3 != case[0] % 3))  # each protocol with each pickler
-        for case in itertools.product(range(6), PICKLERS, SHAPES)
-        for number in [[*SHAPES].index(case[2])]
+        pytest.param(protocol, pickler, shape, marks=[pytest.mark.thorough] * (number != protocol % 3))
+        for protocol, pickler, (number, shape) in itertools.product(range(6), PICKLERS, enumerate(SHAPES))
     ],
 )
 def test_they_are_the_tensors_that_numpy_gives(

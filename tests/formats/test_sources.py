@@ -215,8 +215,8 @@ def test_it_is_read_as_check_and_manifest_read_it(name: str, both: Both) -> None
 
 @every_file
 def test_it_is_loaded(name: str, both: Both) -> None:
-    def bits(value: torch.Tensor) -> list[int]:
-        return value.resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8).tolist()
+    def bits(value: torch.Tensor) -> str:
+        return value.resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes().hex()
 
     def loaded(path: str) -> object:
         state = ckptkit.load_state_dict(path, allow_part=True)

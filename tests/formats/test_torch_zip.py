@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.files import SameBits, Save, repacked, tensor_of
+from support.repeated import repeated
 
 from ckptkit import formats
 from ckptkit.checkpoint import Checkpoint
@@ -269,7 +270,7 @@ def test_an_error_closes_the_file_and_leaves_the_collector_on(save: Save) -> Non
 # Damage anywhere.
 
 
-@pytest.mark.parametrize("every", [3, pytest.param(1, marks=pytest.mark.thorough)])
+@repeated("every", 3, 1)
 def test_truncation_at_every_byte(every: int, save: Save) -> None:
     path = save({"w": torch.ones(3), "n": 1})
     for length in range(path.stat().st_size - 1, -1, -every):
@@ -281,7 +282,7 @@ def test_truncation_at_every_byte(every: int, save: Save) -> None:
 MASKS = (1, 4, 32, 128, 255)
 
 
-@pytest.mark.parametrize("masks", [1, pytest.param(len(MASKS), marks=pytest.mark.thorough)])
+@repeated("masks", 1, len(MASKS))
 @pytest.mark.parametrize("writer", ["torch", "ckptkit"])
 def test_every_flipped_byte_gives_a_result_or_an_error_of_ours(writer: str, masks: int, save: Save) -> None:
     path = save({"w": torch.ones(3), "n": 1})

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.repeated import repeated
 
 from ckptkit import formats
 from ckptkit.bytesource import SourceFile
@@ -153,7 +154,7 @@ def test_an_ending_of_a_download(ending: str, save: Save) -> None:
     assert unfinished("model.pth") == ""
 
 
-@pytest.mark.parametrize("every", [3, pytest.param(1, marks=pytest.mark.thorough)])
+@repeated("every", 3, 1)
 def test_every_length_of_a_small_file(every: int, save: Save) -> None:
     path = save({"a": torch.ones(3), "b": torch.ones(2)})
     data = path.read_bytes()

@@ -26,6 +26,7 @@ from safetensors.torch import load_file
 import ckptkit
 from ckptkit.errors import FileAccessError, FormatError
 from support.files import tensor_of
+from support.repeated import repeated
 
 SameBits = Callable[[torch.Tensor, torch.Tensor], bool]
 
@@ -96,7 +97,7 @@ class Conformance:
         assert set(found) == set(state)
         assert all(same_bits(found[name], value) for name, value in state.items())
 
-    @pytest.mark.parametrize("every", [3, pytest.param(1, marks=pytest.mark.thorough)])
+    @repeated("every", 3, 1)
     def test_cut_off_anywhere_it_is_a_format_error(self, tmp_path: Path, every: int) -> None:
         path = self.written({"a": torch.arange(3.0), "b": torch.arange(2)}, tmp_path)
         cut = self.damage(path)
@@ -107,7 +108,7 @@ class Conformance:
                 ckptkit.open(path)
             assert len(str(caught.value)) < 2000
 
-    @pytest.mark.parametrize("times", [150, pytest.param(500, marks=pytest.mark.thorough)])
+    @repeated("times", 150, 500)
     def test_with_flipped_bits_it_opens_or_is_a_format_error(self, tmp_path: Path, times: int) -> None:
         path = self.written({"a": torch.arange(3.0), "b": torch.arange(2)}, tmp_path)
         changed = self.damage(path)

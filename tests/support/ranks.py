@@ -1,4 +1,4 @@
-"""Writes the checkpoints of trainings on several processes, as torch itself writes them: ``python -m support.ranks FOLDER``.
+"""Writes the checkpoints of trainings on several processes, as torch writes them: ``python -m support.ranks FOLDER``.
 
 Each case is a function that every rank of a gloo group calls, with the folder to write into; it returns what one
 process would have saved: the whole state, from values that are known before anything is sharded. Seeds are names, and

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from support.megatron import Shape, chunk_of, flat_slices, old_name, stacked, whole, write_dist, write_ranks
+from support.repeated import repeated
 
 import ckptkit
 from ckptkit.errors import CkptkitError, CorruptError, LimitError, UnsupportedError
@@ -42,7 +43,7 @@ SPLITS = [
 ]
 
 
-@pytest.mark.parametrize("every", [2, pytest.param(1, marks=pytest.mark.thorough)])
+@repeated("every", 2, 1)
 @pytest.mark.parametrize("old", [False, True], ids=["core", "old"])
 def test_every_split_gives_the_whole_model(tmp_path: Path, old: bool, every: int) -> None:
     for number, shape in enumerate(SPLITS[old % every :: every]):
@@ -304,7 +305,7 @@ def test_objects_and_moments_are_in_their_place(tmp_path: Path) -> None:
         assert "distributed.dp_group_idx_0" in codes(folder)["not-merged"]
 
 
-@pytest.mark.parametrize("seeds", [range(4), pytest.param(range(4, 12), marks=pytest.mark.thorough)])
+@repeated("seeds", range(4), range(4, 12))
 def test_flat_slices_of_a_distributed_optimizer_have_their_parameters_shape(tmp_path: Path, seeds: range) -> None:
     for seed in seeds:
         rng = random.Random(seed)
