@@ -29,7 +29,7 @@ from ckptkit import formats
 
 Save = Callable[..., Path]
 
-THREADS = 16
+THREADS = 8
 
 
 def at_once(work: Callable[[int], Any]) -> list[Any]:
