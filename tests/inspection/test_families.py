@@ -337,17 +337,17 @@ def test_what_is_neither(save: Callable[..., Path]) -> None:
         assert (found["adapter"], found["quantization"]) == (None, None)
 
 
-def test_it_is_said_in_text_and_in_markdown(tmp_path: Path, run: Any) -> None:
+def test_it_is_said_in_text_and_in_markdown(tmp_path: Path, command: Any) -> None:
     save_file(PEFT, tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "a\x1bb", "lora_alpha": 16}))
-    text = run("inspect", tmp_path / "adapter_model.safetensors").stdout
+    text = command("inspect", tmp_path / "adapter_model.safetensors").out
     assert "adapter: LoRA (peft's names), rank 8, alpha 16, on 2 modules: q_proj (2); for a\\x1bb, says" in text
-    assert "**adapter**: LoRA" in run("inspect", "--format", "markdown", tmp_path / "adapter_model.safetensors").stdout
+    assert "**adapter**: LoRA" in command("inspect", "--format", "markdown", tmp_path / "adapter_model.safetensors").out
     save_file({f"{i}.{k}": t for i in range(2) for k, t in awq().items()} | PLAIN, tmp_path / "q.safetensors")
-    text = run("inspect", tmp_path / "q.safetensors").stdout
+    text = command("inspect", tmp_path / "q.safetensors").out
     assert "quantized: AWQ, 4 bits, groups of 128 (2 modules of qweight, qzeros, scales); 1 other module with" in text
     assert "the weights of 2 modules are quantized" in text
-    assert "bits" in run("explain", "quantized-weights").stdout
+    assert "bits" in command("explain", "quantized-weights").out
 
 
 def test_scales_pair_as_they_do_for_casts(tmp_path: Path) -> None:

@@ -226,7 +226,7 @@ def test_graph_modules_have_their_name() -> None:
 
 def test_settings_are_bounded() -> None:
     deep: Any = 1
-    for _ in range(100_000):
+    for _ in range(20_000):
         deep = (deep,)
     huge = made("m.N", deep=deep, many=tuple(range(1000)), text="x" * 10_000, **{f"k{i}": i for i in range(1000)})
     assert len(text(huge)) < 1000

@@ -1,7 +1,7 @@
 """Models of torchvision, all the way: saved from a wrapper, converted to safetensors, verified by name.
 
-The small ones of different families are in every run, that of videos with a small one.  All of them are in ``pytest -m slow
-tests/verifier/test_torchvision_models.py``, which takes the better part of an hour on two cores.
+The small ones of different families are in every run, that of videos with a small input.  All of them are in
+``pytest -m slow tests/verifier/test_torchvision_models.py``, which takes the better part of an hour on two cores.
 """
 
 from __future__ import annotations
