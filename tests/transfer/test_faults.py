@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -138,7 +140,7 @@ def test_a_source_that_changes_meanwhile(
 ) -> None:
     """In a process of its own: to touch what is no longer there may be fatal."""
     source, target = tmp_path / "source.pth", out.with_name(ASKED)
-    source.write_bytes(tall.read_bytes())
+    shutil.copyfile(tall, source)
     target.write_bytes(b"old")
     change_it = (
         f"os.truncate({str(source)!r}, 3_000_000)" if change == "cut" else f"open({str(source)!r}, 'ab').write(b'x')"
@@ -292,25 +294,45 @@ def test_the_source_itself(tmp_path: Path, out: Path, name: str) -> None:
 # The same bytes, and whose they are.
 
 
-@pytest.mark.parametrize("options", [[], ["--max-shard-size", "10kB"], ["--dtype", "float16", "--no-check"]])
-@pytest.mark.parametrize("name", ["model.safetensors", "model.pth"])
-def test_the_same_bytes_every_time(tmp_path: Path, name: str, options: list[str]) -> None:
+SEEDED = """
+import json, sys
+from ckptkit.cli import main
+for words in json.loads(sys.argv[1]):
+    try:
+        main(words)
+    except SystemExit as ended:
+        assert not ended.code, words
+"""
+
+
+def test_the_same_bytes_every_time(tmp_path: Path) -> None:
+    """For every container and way of writing, in processes that each make all of them."""
     torch.save({**weights(1), "nested": torch.ones(2)}, tmp_path / "source.pth")
-    found = []
+    options: list[list[str]] = [[], ["--max-shard-size", "10kB"], ["--dtype", "float16", "--no-check"]]
+    ways = [(name, at) for name in ("model.safetensors", "model.pth") for at in range(len(options))]
+    found: list[dict[str, dict[str, bytes]]] = []
     for seed in ("0", "1", "random"):
-        folder = tmp_path / seed
-        folder.mkdir()
+        folders = {f"{at} {name}": tmp_path / seed / f"{at} {name}" for name, at in ways}
+        for folder in folders.values():
+            folder.mkdir(parents=True)
+        commands = [
+            ["convert", "-q", f"{tmp_path}/source.pth", f"{tmp_path}/{seed}/{at} {name}/{name}", *options[at]]
+            for name, at in ways
+        ]
         ended = subprocess.run(
-            command("convert", tmp_path / "source.pth", folder / name, *options),
+            [sys.executable, "-c", SEEDED, json.dumps(commands)],
             capture_output=True, env={**ENV, "PYTHONHASHSEED": seed, "TZ": f"UTC{seed[:1]}"},
         )  # fmt: skip
         assert ended.returncode == 0, ended.stderr
-        found.append(contents(folder))
+        found.append({way: contents(folder) for way, folder in folders.items()})
     assert found[0] == found[1] == found[2]
-    assert len(found[0]) == (1 if "--max-shard-size" not in options else len(found[0])) > 0
-    if "--no-check" not in options:
-        with ckptkit.open(folder / sorted(found[0])[-1]) as file:
-            assert "ckptkit_receipts" in file.checkpoint.metadata
+    assert {way: len(files) > 1 for way, files in found[0].items()} == {
+        f"{at} {name}": "--max-shard-size" in options[at] for name, at in ways
+    }
+    for way, folder in folders.items():
+        if "--no-check" not in options[int(way[0])]:
+            with ckptkit.open(folder / sorted(found[0][way])[-1]) as file:
+                assert "ckptkit_receipts" in file.checkpoint.metadata
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])

@@ -207,8 +207,31 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("before", BEFORE)
+def pairs(*thorough: tuple[str, Callable[..., None]]) -> list[Any]:
+    """Every way with everything that was before."""
+    return [
+        pytest.param(way, before, marks=pytest.mark.thorough if (way, before) in thorough else [])
+        for before in BEFORE
+        for way in WAYS
+    ]
+
+
+@pytest.mark.parametrize(
+    ("way", "before"),
+    pairs(
+        ("fails", same_count),
+        ("fails", one_file),
+        ("fails once done", other_count),
+        ("fails once done", strangers),
+        ("fails once done", nothing),
+        ("fails without links", one_file),
+        ("fails without links", strangers),
+        ("fails without links", nothing),
+        ("is interrupted", same_count),
+        ("is interrupted", other_count),
+        ("is interrupted", strangers),
+    ),
+)
 def test_a_failure_at_every_step(
     convert: Convert, out: Path, monkeypatch: pytest.MonkeyPatch, before: Callable[..., None], way: str
 ) -> None:
