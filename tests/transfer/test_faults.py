@@ -336,10 +336,15 @@ def test_the_same_bytes_every_time(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
-def test_the_umask_decides_who_may_read(save: Save, out: Path, umask: int, mode: int) -> None:
+def test_the_umask_decides_who_may_read(
+    save: Save, out: Path, umask: int, mode: int, forks: Callable[..., Any]
+) -> None:
     source = save(OLD)
-    assert run("convert", source, out.with_name("one.pth"), umask=umask).returncode == 0
-    assert run("convert", source, out.with_name(ASKED), "--max-shard-size", SHARD_SIZES[3], umask=umask).returncode == 0
+    code = f"import os, sys; os.umask({umask}); from ckptkit.cli import main; main(sys.argv[1:])"
+    for destination, *options in (["one.pth"], [ASKED, "--max-shard-size", str(SHARD_SIZES[3])]):
+        words = ["convert", str(source), str(out.with_name(destination)), *options]
+        ended = forks(with_torch=False).run("-c", code, *words, cwd=out.parent, env=ENV)
+        assert ended.returncode == 0, ended.stderr
     assert only(out) == sorted([*files_of(3), "one.pth"])
     assert {name: oct(out.with_name(name).stat().st_mode & 0o777) for name in only(out)} == dict.fromkeys(
         only(out), oct(mode)
