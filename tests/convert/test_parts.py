@@ -33,7 +33,7 @@ SIZE = "6kB"
 @pytest.fixture
 def state() -> dict[str, torch.Tensor]:
     torch.manual_seed(3)
-    net = nn.Sequential(*(nn.Sequential(nn.Linear(16, 16), nn.BatchNorm1d(16)) for _ in range(12)))
+    net = nn.Sequential(*(nn.Sequential(nn.Linear(16, 16), nn.BatchNorm1d(16)) for _ in range(9)))
     state = net.state_dict()
     state["head.weight"] = state["0.0.weight"]
     return state
