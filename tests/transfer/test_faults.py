@@ -122,7 +122,7 @@ def test_a_folder_that_cannot_be_written_to(save: Save, out: Path, options: list
 
 # Sources that change.
 
-TALL = {"whole": torch.ones(3000, 1000), "across": torch.ones(3000, 1500).t(), "few": torch.ones(100, 10_000)[:, ::50]}
+TALL = {"whole": torch.ones(1500, 1000), "across": torch.ones(1500, 1500).t(), "few": torch.ones(100, 10_000)[:, ::50]}
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +134,7 @@ def tall(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("check", [True, False])
 @pytest.mark.parametrize("change", ["appended to", "cut"])
-@pytest.mark.parametrize("options", [{}, {"dtype": "bfloat16"}, {"max_shard_size": "13MB"}])
+@pytest.mark.parametrize("options", [{}, {"dtype": "bfloat16"}, {"max_shard_size": "9MB"}])
 def test_a_source_that_changes_meanwhile(
     tall: Path, out: Path, tmp_path: Path, change: str, options: dict[str, Any], check: bool, forks: Callable[..., Any]
 ) -> None:
