@@ -20,11 +20,17 @@ from unittest import mock
 
 import hypothesis
 import pytest
-import torch
 
 import ckptkit
 from ckptkit.cli import main
 from ckptkit.dtypes import DTYPES
+
+# The collector has nothing to find while modules are imported and tests are collected.
+gc.disable()
+
+# Of several workers each has a core: more threads of torch's would wait for one another, and busily.  Torch is imported
+# where it is needed: the process that several workers report to does without.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 # The same examples in every run, so that a change is what a new failure comes from; others are drawn with
 # `--hypothesis-profile=searching`.
@@ -38,15 +44,12 @@ for _ignored, _default in ((signal.SIGINT, signal.default_int_handler), (signal.
         signal.signal(_ignored, _default)
 
 if TYPE_CHECKING:
+    import torch
     from support.commands import Done
     from support.forked import Forks
     from support.sharded import Samples
 
 pytest.register_assert_rewrite("support")
-
-# Of several workers each has a core: more threads of torch's would wait for one another, and busily.
-torch.set_num_threads(1)
-os.environ["OMP_NUM_THREADS"] = "1"  # what tests start
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 
@@ -78,6 +81,7 @@ def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 20)
+    gc.enable()
 
 
 @pytest.hookimpl(wrapper=True)
@@ -86,6 +90,8 @@ def pytest_runtest_call() -> Iterator[None]:
     try:
         return (yield)
     except (AttributeError, KeyError, RuntimeError) as error:
+        import torch
+
         lacking = re.search(r"attribute '(_rebuild_\w+)'|(NestedTensorImpl doesn't support sizes)", str(error))
         name = lacking and lacking[1]
         if lacking is not None and (name is None or not hasattr(torch._utils, name)):
@@ -130,6 +136,7 @@ def dask_executor() -> Iterator[Any]:
 @pytest.fixture
 def save(tmp_path: Path) -> SaveAs:
     """``save(obj, name="model.pth", device="cpu")`` writes with torch and returns the path."""
+    import torch
 
     def write(obj: object, name: str = "model.pth", *, device: str | Callable[[Any], str] = "cpu") -> Path:
         path = tmp_path / name
@@ -143,6 +150,8 @@ def save(tmp_path: Path) -> SaveAs:
 @pytest.fixture
 def without_checksums() -> Callable[[], AbstractContextManager[None]]:
     """A context in which torch.save leaves checksums out."""
+    import torch
+
     if not hasattr(torch.serialization, "set_crc32_options"):
         pytest.skip("this torch always records checksums: leaving them out is an option of later ones")
 
@@ -160,6 +169,7 @@ def without_checksums() -> Callable[[], AbstractContextManager[None]]:
 @pytest.fixture
 def same_bits() -> Callable[[torch.Tensor, torch.Tensor], bool]:
     """Whether two tensors agree in dtype, shape and every bit (NaN payloads and signs of zero too)."""
+    import torch
 
     def compare(a: torch.Tensor, b: torch.Tensor) -> bool:
         def bits(t: torch.Tensor) -> bytes:
