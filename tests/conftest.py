@@ -62,7 +62,9 @@ compileall.compile_dir(PACKAGE, quiet=2)
 _writes_no_bytecode, sys.dont_write_bytecode = sys.dont_write_bytecode, False
 
 PYTHON = os.environ.get("CKPTKIT_PYTHON", sys.executable)
-"""What runs the command of the fixture `run`: another may have other versions of what ckptkit needs, and no torch."""
+"""What runs the command of the fixture `run`: another may have other versions of what ckptkit needs, and no torch.
+
+Its processes are forks then; where it is the Python of the tests the command runs in theirs."""
 
 SaveAs = Callable[..., Path]
 
@@ -208,8 +210,30 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> Samples:
 
 
 @pytest.fixture
-def run(tmp_path: Path, forks: Callable[..., Forks]) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """``run("inspect", path, ...)``: the command as a process of its own, in an empty folder."""
+def whole(capsys: pytest.CaptureFixture[str]) -> Callable[..., Done]:
+    """``whole(folder, "inspect", ...)``: the whole command line, in this process and in a folder."""
+    from support.commands import Done
+
+    def call(folder: Path, *arguments: object) -> Done:
+        capsys.readouterr()
+        threshold, before = gc.get_threshold(), Path.cwd()
+        os.chdir(folder)
+        try:
+            with pytest.raises(SystemExit) as ended:
+                main([*map(str, arguments)])
+        finally:
+            os.chdir(before)
+            gc.set_threshold(*threshold)
+        return Done(int(ended.value.code or 0), *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture
+def run(
+    tmp_path: Path, forks: Callable[..., Forks], request: pytest.FixtureRequest
+) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """``run("inspect", path, ...)``: the command in an empty folder; with an environment or stdin it is a process."""
 
     def command(
         *arguments: object,
@@ -218,6 +242,9 @@ def run(tmp_path: Path, forks: Callable[..., Forks]) -> Callable[..., subprocess
         stdin: int | bytes = subprocess.DEVNULL,
     ) -> subprocess.CompletedProcess[str]:
         words = [*map(str, arguments)]
+        if PYTHON == sys.executable and env is None and stdin == subprocess.DEVNULL:
+            done = request.getfixturevalue("whole")(cwd or tmp_path, *words)
+            return subprocess.CompletedProcess(words, *done)
         with_torch = "verify" in words or "--fits" in words
         return forks(with_torch=with_torch, python=PYTHON).run(
             "-m", "ckptkit", *words,
@@ -230,23 +257,10 @@ def run(tmp_path: Path, forks: Callable[..., Forks]) -> Callable[..., subprocess
 
 
 @pytest.fixture
-def command(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Callable[..., Done]]:
+def command(tmp_path: Path, whole: Callable[..., Done], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Done]:
     """``command("inspect", ...)``: the whole command line, in this process and in the folder of the test."""
-    from support.commands import Done
-
     monkeypatch.chdir(tmp_path)
-    threshold = gc.get_threshold()
-
-    def run(*arguments: object) -> Done:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main([*map(str, arguments)])
-        return Done(int(ended.value.code or 0), *capsys.readouterr())
-
-    yield run
-    gc.set_threshold(*threshold)
+    return lambda *arguments: whole(Path.cwd(), *arguments)
 
 
 @pytest.fixture
