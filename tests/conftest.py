@@ -242,7 +242,7 @@ def run(
         stdin: int | bytes = subprocess.DEVNULL,
     ) -> subprocess.CompletedProcess[str]:
         words = [*map(str, arguments)]
-        if PYTHON == sys.executable and env is None and stdin == subprocess.DEVNULL:
+        if sys.executable == PYTHON and env is None and stdin == subprocess.DEVNULL:
             done = request.getfixturevalue("whole")(cwd or tmp_path, *words)
             return subprocess.CompletedProcess(words, *done)
         with_torch = "verify" in words or "--fits" in words
