@@ -20,11 +20,17 @@ from unittest import mock
 
 import hypothesis
 import pytest
-import torch
 
 import ckptkit
 from ckptkit.cli import main
 from ckptkit.dtypes import DTYPES
+
+# The collector has nothing to find while modules are imported and tests are collected.
+gc.disable()
+
+# Of several workers each has a core: more threads of torch's would wait for one another, and busily.  Torch is imported
+# where it is needed: the process that several workers report to does without.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 # The same examples in every run, so that a change is what a new failure comes from; others are drawn with
 # `--hypothesis-profile=searching`.
@@ -38,17 +44,12 @@ for _ignored, _default in ((signal.SIGINT, signal.default_int_handler), (signal.
         signal.signal(_ignored, _default)
 
 if TYPE_CHECKING:
+    import torch
     from support.commands import Done
     from support.forked import Forks
     from support.sharded import Samples
 
 pytest.register_assert_rewrite("support")
-
-# Of several workers each has a core: more threads of torch's would wait for one another, and busily.
-torch.set_num_threads(1)
-os.environ["OMP_NUM_THREADS"] = "1"  # what tests start
-
-gc.disable()  # until the tests are collected: all of it stays
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 
@@ -61,7 +62,9 @@ compileall.compile_dir(PACKAGE, quiet=2)
 _writes_no_bytecode, sys.dont_write_bytecode = sys.dont_write_bytecode, False
 
 PYTHON = os.environ.get("CKPTKIT_PYTHON", sys.executable)
-"""What runs the command of the fixture `run`: another may have other versions of what ckptkit needs, and no torch."""
+"""What runs the command of the fixture `run`: another may have other versions of what ckptkit needs, and no torch.
+
+Its processes are forks then; where it is the Python of the tests the command runs in theirs."""
 
 SaveAs = Callable[..., Path]
 
@@ -89,6 +92,8 @@ def pytest_runtest_call() -> Iterator[None]:
     try:
         return (yield)
     except (AttributeError, KeyError, RuntimeError) as error:
+        import torch
+
         lacking = re.search(r"attribute '(_rebuild_\w+)'|(NestedTensorImpl doesn't support sizes)", str(error))
         name = lacking and lacking[1]
         if lacking is not None and (name is None or not hasattr(torch._utils, name)):
@@ -133,6 +138,7 @@ def dask_executor() -> Iterator[Any]:
 @pytest.fixture
 def save(tmp_path: Path) -> SaveAs:
     """``save(obj, name="model.pth", device="cpu")`` writes with torch and returns the path."""
+    import torch
 
     def write(obj: object, name: str = "model.pth", *, device: str | Callable[[Any], str] = "cpu") -> Path:
         path = tmp_path / name
@@ -146,6 +152,8 @@ def save(tmp_path: Path) -> SaveAs:
 @pytest.fixture
 def without_checksums() -> Callable[[], AbstractContextManager[None]]:
     """A context in which torch.save leaves checksums out."""
+    import torch
+
     if not hasattr(torch.serialization, "set_crc32_options"):
         pytest.skip("this torch always records checksums: leaving them out is an option of later ones")
 
@@ -163,6 +171,7 @@ def without_checksums() -> Callable[[], AbstractContextManager[None]]:
 @pytest.fixture
 def same_bits() -> Callable[[torch.Tensor, torch.Tensor], bool]:
     """Whether two tensors agree in dtype, shape and every bit (NaN payloads and signs of zero too)."""
+    import torch
 
     def compare(a: torch.Tensor, b: torch.Tensor) -> bool:
         def bits(t: torch.Tensor) -> torch.Tensor:
@@ -201,8 +210,30 @@ def sharded(tmp_path_factory: pytest.TempPathFactory, forks: Callable[..., Forks
 
 
 @pytest.fixture
-def run(tmp_path: Path, forks: Callable[..., Forks]) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """``run("inspect", path, ...)``: the command as a process of its own, in an empty folder."""
+def whole(capsys: pytest.CaptureFixture[str]) -> Callable[..., Done]:
+    """``whole(folder, "inspect", ...)``: the whole command line, in this process and in a folder."""
+    from support.commands import Done
+
+    def call(folder: Path, *arguments: object) -> Done:
+        capsys.readouterr()
+        threshold, before = gc.get_threshold(), Path.cwd()
+        os.chdir(folder)
+        try:
+            with pytest.raises(SystemExit) as ended:
+                main([*map(str, arguments)])
+        finally:
+            os.chdir(before)
+            gc.set_threshold(*threshold)
+        return Done(int(ended.value.code or 0), *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture
+def run(
+    tmp_path: Path, forks: Callable[..., Forks], request: pytest.FixtureRequest
+) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """``run("inspect", path, ...)``: the command in an empty folder; with an environment or stdin it is a process."""
 
     def command(
         *arguments: object,
@@ -211,6 +242,9 @@ def run(tmp_path: Path, forks: Callable[..., Forks]) -> Callable[..., subprocess
         stdin: int | bytes = subprocess.DEVNULL,
     ) -> subprocess.CompletedProcess[str]:
         words = [*map(str, arguments)]
+        if sys.executable == PYTHON and env is None and stdin == subprocess.DEVNULL:
+            done = request.getfixturevalue("whole")(cwd or tmp_path, *words)
+            return subprocess.CompletedProcess(words, *done)
         with_torch = "verify" in words or "--fits" in words
         return forks(with_torch=with_torch, python=PYTHON).run(
             "-m", "ckptkit", *words,
@@ -223,23 +257,10 @@ def run(tmp_path: Path, forks: Callable[..., Forks]) -> Callable[..., subprocess
 
 
 @pytest.fixture
-def command(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Callable[..., Done]]:
+def command(tmp_path: Path, whole: Callable[..., Done], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Done]:
     """``command("inspect", ...)``: the whole command line, in this process and in the folder of the test."""
-    from support.commands import Done
-
     monkeypatch.chdir(tmp_path)
-    threshold = gc.get_threshold()
-
-    def run(*arguments: object) -> Done:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main([*map(str, arguments)])
-        return Done(int(ended.value.code or 0), *capsys.readouterr())
-
-    yield run
-    gc.set_threshold(*threshold)
+    return lambda *arguments: whole(Path.cwd(), *arguments)
 
 
 @pytest.fixture

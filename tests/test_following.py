@@ -257,9 +257,23 @@ FILES: dict[str, Callable[[], object]] = {
 }
 
 
+AMONG_OTHERS = ("all.pth", "it's 100 %.ckpt", "several.pth", "whole.pth", "quantized.pth", "views.pth")
+"""Files of every way to go, which are followed among neighbours in every run."""
+
+
 @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
-@pytest.mark.parametrize("neighbours", [False, True], ids=["alone", "neighbours"])
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize(
+    ("name", "neighbours"),
+    [
+        *(pytest.param(name, False, id=f"{name}-alone") for name in FILES),
+        *(
+            pytest.param(
+                name, True, id=f"{name}-neighbours", marks=() if name in AMONG_OTHERS else pytest.mark.thorough
+            )
+            for name in FILES
+        ),
+    ],
+)
 def test_every_fix_of_a_kind_leads_on(name: str, neighbours: bool, folder: Path) -> None:
     """Also where what would be written is there already, and where a section is named."""
     with saved_from("cuda:3") if neighbours else nullcontext():
