@@ -60,8 +60,8 @@ _HUGE = 1 << 62
 _FIELDS = 1, 6, 7, 11, 14, 17, 21, 22, 23
 """The groups of `_pattern` that differ in tensors that are spelled alike: the PUTs' indices, and `_KEY`."""
 
-_KEY, _PUT_SHAPE = 6, 14
-"""The groups of the storage's key and of the PUT of the shape."""
+_KEY, _PUT_SHAPE, _PUT_STRIDE = 6, 14, 17
+"""The groups of the storage's key, and of the PUTs of the sizes."""
 
 _FEW = 4
 """Tensors that follow each other before it is worth noting how they are spelled."""
@@ -186,20 +186,19 @@ class TensorShortcut:
             return at, count
         if len(memo) > self._size:
             self._see(memo)
-        match, last, load = _pattern(_LONG_PUT), self._last, int.from_bytes
+        match, last = _pattern(_LONG_PUT), self._last
         # What GETs name stays as it is meanwhile: nothing is written to entries that there are.
         kinds: dict[tuple[bytes, ...], _Names] = {}
         geometries: dict[tuple[bytes, bytes], _Geometry] = {}
         spellings: dict[tuple[object, ...], _Alike] = {}
         before = _Alike()
-        while count < most and data[at : at + 1] == b"X":
-            if before.after is not None:
-                at, last, more, before = self._follow_alike(data, at, memo, stack, most - count, last, before)
-                count += more
-                if count >= most or data[at : at + 1] != b"X":
-                    break
+        while True:
+            at, last, more, before = self._follow_alike(data, at, memo, stack, most - count, last, before)
+            count += more
+            if count >= most or data[at : at + 1] != b"X":
+                break
             start = at + 5
-            end = start + load(data[at + 1 : start], "little")
+            end = start + int.from_bytes(data[at + 1 : start], "little")
             found = match(data, end)
             if found is None:
                 break
@@ -213,17 +212,10 @@ class TensorShortcut:
             if known is None or put_key is None or len(key) != key_size[0]:
                 break
             kinds[names] = known
-            if put_shape is not None and put_stride is not None:
-                a, b, c, d, e, f, g, h = _NAMED_INDICES(
-                    b"".join((put_name, put_key, put_id, put_shape, put_stride, put_dict, put_args, put_tensor))
-                )
-                if not last < a < b < c < d < e < f < g < h:
-                    break
-            else:
-                puts = put_name, put_key, put_id, put_shape, put_stride, put_dict, put_args, put_tensor
-                a, b, *_, h = indices = [load(put, "little") for put in filter(None, puts)]
-                if not all(map(operator.lt, (last, *indices), indices)):
-                    break
+            puts = put_name, put_key, put_id, put_shape, put_stride, put_dict, put_args, put_tensor
+            indices = _rising(last, puts)
+            if indices is None:
+                break
             spelled = shape or get_shape, stride or get_stride
             geometry = geometries.get(spelled)
             is_new = geometry is None and spelled not in self._geometries
@@ -232,30 +224,28 @@ class TensorShortcut:
                 if geometry is None:
                     break
                 geometries[spelled] = geometry
-            text = key.decode("ascii")
             made = known, self._number(numel), self._number(offset), geometry, needs_grad == b"\x88"
-            entry = self._entry(known, text, *made[1:])
+            entry = self._entry(known, text := key.decode("ascii"), *made[1:])
             if entry is None:
                 break
             try:
                 name = str(data[start:end], "utf-8", "surrogatepass")
             except UnicodeDecodeError:
                 break
-            memo[a] = name
-            memo[b] = text
+            memo[indices[0]] = name
+            memo[indices[1]] = text
             if is_new:
                 _keep_sizes(memo, put_shape, put_stride, geometry)
             elif put_shape or put_stride:
                 self._spelled[spelled] = put_shape, put_stride
-            memo[h] = entry
+            last, at = indices[-1], found.end()
+            memo[last] = entry
             stack += (name, entry)
             known.made.calls += 1
-            last, at = h, found.end()
             count += 1
-            if count >= _FEW and (put_shape is None) is (put_stride is None):
-                alike = names, numel, offset, spelled, needs_grad, len(key), at - end
-                before.after = spellings.get(alike) or spellings.setdefault(alike, _Alike(found, spelled, made))
-                before = before.after
+            if count >= _FEW:
+                kind = names, numel, offset, spelled, needs_grad, len(key), at - end
+                before.after = before = spellings.get(kind) or spellings.setdefault(kind, _Alike(found, spelled, made))
         self._last, self._size = last, len(memo)
         return at, count
 
@@ -399,16 +389,14 @@ class _Alike:
     """How a tensor in a state_dict is spelled from the end of its name on: what others have in common with it.
 
     Args:
-        found: the tensor, as `_pattern` found it; ``None``: a beginning, which nothing is like.
+        found: the tensor, as `_pattern` found it; ``None``: none.  Nothing is like none, or a PUT of one size.
         spelled: its sizes.
         made: what `TensorShortcut._entry` makes of it, but for the key.
 
     Attributes:
-        after: the spelling that followed it last; ``None``: not known.
-        nbytes: of everything.
-        fixed: the bytes between the fields: the PUTs' indices, and after the first of them the key.
-        unpack: splits all into those bytes and fields, in turn.
-        has_sizes: whether there are PUTs of the sizes.
+        after: the spelling that followed it last.
+        fixed: the bytes between the fields that differ: the PUTs' indices, and the key.
+        unpack: splits all into those bytes and the fields, in turn.
     """
 
     __slots__ = ("after", "fixed", "has_sizes", "made", "nbytes", "spelled", "unpack")
@@ -421,8 +409,8 @@ class _Alike:
         spelled: tuple[bytes, bytes] = (b"", b""),
         made: tuple[_Names, int, int, _Geometry, bool] | None = None,
     ) -> None:
-        self.after = None
-        if found is None or made is None:
+        self.after, self.nbytes = None, _HUGE
+        if found is None or made is None or (found[_PUT_SHAPE] is None) is not (found[_PUT_STRIDE] is None):
             return
         data, at, layout, fixed = found.string, found.start(), "<", []
         for field in _FIELDS:
@@ -457,6 +445,15 @@ class _Names:
 def _key(text: bytes, size: bytes) -> str | None:
     """A storage's key; ``None``: it is longer or shorter than it is declared to be, and names no storage."""
     return text.decode("ascii") if size[0] == len(text) else None
+
+
+def _rising(last: int, puts: tuple[bytes | None, ...]) -> tuple[int, ...] | None:
+    """The memo indices of PUTs, those there are; ``None``: they do not rise after the last one before them."""
+    if None not in puts:
+        indices: tuple[int, ...] = _NAMED_INDICES(b"".join(puts))  # type: ignore[arg-type]
+    else:
+        indices = tuple([int.from_bytes(put, "little") for put in puts if put is not None])
+    return indices if all(map(operator.lt, (last, *indices), indices)) else None
 
 
 def _usual_names(memo: dict[int, object], names: tuple[bytes, ...], callee: Global) -> _Names | None:
