@@ -41,7 +41,6 @@ class Probe:
         file: the file.
         limits: bounds on what it may ask for.
         prefix: before the key of each storage: the name of a shard, and a colon.
-        head: its first `HEAD_NBYTES` bytes, or all there are.
         outcomes: for containers that cannot claim a file without reading it: the result or the error by name; ``None``:
             the file is none of theirs.
     """
@@ -50,8 +49,12 @@ class Probe:
         self.file = file
         self.limits = limits
         self.prefix = prefix
-        self.head = file.read(0, min(HEAD_NBYTES, file.size))
         self.outcomes: dict[str, RawCheckpoint | FormatError | None] = {}
+
+    @cached_property
+    def head(self) -> bytes:
+        """Its first `HEAD_NBYTES` bytes, or all there are."""
+        return self.file.read(0, min(HEAD_NBYTES, self.file.size))
 
     @cached_property
     def records(self) -> Records | None:
