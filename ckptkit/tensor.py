@@ -176,12 +176,13 @@ class TensorEntry:
     @property
     def is_contiguous(self) -> bool:
         """Whether its elements are in C order without gaps, as in ``torch.Tensor.is_contiguous``."""
-        if 0 in self.shape:
+        shape, stride, expected = self.shape, self.stride, 1
+        if 0 in shape:
             return True
-        expected = 1
-        for size, stride in zip(reversed(self.shape), reversed(self.stride), strict=True):
+        for axis in range(len(shape) - 1, -1, -1):
+            size = shape[axis]
             if size != 1:
-                if stride != expected:
+                if stride[axis] != expected:
                     return False
                 expected *= size
         return True
@@ -387,6 +388,8 @@ def tied_groups(entries: Mapping[str, TensorEntry]) -> list[list[str]]:
     Tied is the same view (`TensorEntry.view`) of the same storage; tensors without elements are not.
     """
     several = shared_storages(entries.values())
+    if not several:
+        return []
     groups: dict[tuple[object, ...], list[str]] = {}
     for name, entry in entries.items():
         if id(entry.storage) in several and entry.nbytes:

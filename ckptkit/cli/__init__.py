@@ -40,7 +40,7 @@ COMMANDS = {
 _COMPLETION = "_CKPTKIT_COMPLETE"
 """The variable by which a shell asks; click derives it from the program's name."""
 
-_GARBAGE_THRESHOLD = 1_000_000
+_GARBAGE_THRESHOLD = 2_000_000
 """New objects after which Python looks for garbage; by default some hundreds."""
 
 CONTEXT = {

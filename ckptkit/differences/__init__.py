@@ -167,19 +167,21 @@ class _Comparison:
         self.work = work
         self._tolerance = tolerance
         common = [name for name in ours if name in theirs]
-        self._removed = [name for name in ours if name not in theirs]
-        self._added = [name for name in theirs if name not in ours]
+        self._removed = [name for name in ours if name not in theirs] if len(common) < len(ours) else []
+        self._added = [name for name in theirs if name not in ours] if len(common) < len(theirs) else []
         self._renamed = find_renamed(_tensors(ours, self._removed), _tensors(theirs, self._added), work.checksums)
         self.pairs: list[_Paired] = []
         for old, new in chain(zip(common, common, strict=True), ((each.old, each.new) for each in self._renamed)):
             x, y = ours[old], theirs[new]
             if isinstance(x, TensorEntry) and isinstance(y, TensorEntry):
                 self.pairs.append((old, new, x, y))
-        known = {new for _, new, _, _ in self.pairs}
-        others = [name for name in common if name not in known]
+        others: list[str] = []
+        if len(self.pairs) < len(common) + len(self._renamed):
+            known = {new for _, new, _, _ in self.pairs}
+            others = [name for name in common if name not in known]
         self._others = others
         self._values = ValueComparison(ours, theirs, others, work)
-        self._same_order = common == [name for name in theirs if name in ours]
+        self._same_order = common == ([name for name in theirs if name in ours] if self._added else list(theirs))
         self._kinds: dict[str, str] = {}
         self._lists: dict[str, list[dict[str, Any]]] = {
             name: [] for name in ("reshaped", "recast", "changed", "within_tolerance", "values", "not_compared")
@@ -212,7 +214,7 @@ class _Comparison:
             removed=tuple(name for name in self._removed if name not in olds),
             renamed=tuple(each.to_dict() for each in self._renamed),
             same_order=self._same_order,
-            modules=rolled_up(self._ordered(), largest),
+            modules=rolled_up(self._ordered(), largest) if {*self._kinds.values()} - {UNCHANGED} else (),
             tree=tree,
             tree_differences=in_trees,
             findings=(*self._told(rows), *findings),
@@ -314,7 +316,7 @@ def _prefixes(
     a: Checkpoint, b: Checkpoint, ours: Mapping[str, object], theirs: Mapping[str, object], given: Sequence[str]
 ) -> Iterator[Finding]:
     """Whether names that differ would be equal without wrapper prefixes."""
-    agreeing = sum(name in theirs for name in ours)
+    agreeing = len(ours.keys() & theirs.keys())
     if agreeing == len(ours) == len(theirs):
         return
     bare = [{unwrapped(name) for name in side} for side in (ours, theirs)]

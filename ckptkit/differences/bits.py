@@ -74,7 +74,8 @@ def same_piece(a: TensorEntry, b: TensorEntry, checksums: Checksums, ahead: tupl
         CorruptError, FileAccessError: they cannot be read.
     """
     if a.is_plain_bytes and b.is_plain_bytes:
-        left, right = _lying(a), _lying(b)
+        nbytes = a.nbytes
+        left, right = _lying(a, nbytes), _lying(b, nbytes)
         x, y = a.storage, b.storage
         summed = [left] if (x.original or x).crc32 is not None else []
         if (y.original or y).crc32 is not None:
@@ -105,9 +106,9 @@ def held(entry: TensorEntry) -> TensorEntry:
     )
 
 
-def _lying(entry: TensorEntry) -> ByteRange:
-    """The bytes of a tensor whose values are in a row."""
-    source, nbytes = entry.storage.source, entry.nbytes
+def _lying(entry: TensorEntry, nbytes: int) -> ByteRange:
+    """The bytes, so many, of a tensor whose values are in a row."""
+    source = entry.storage.source
     if nbytes != source.nbytes:
         source = source.part(entry.storage_offset * entry.itemsize, nbytes)
     return source if isinstance(source, ByteRange) else source.plain()

@@ -229,7 +229,9 @@ class TreeComparison:
         flags = not is_alone and (a.module is None) is (b.module is None)
         rule = SameContent(flags=flags)
         place = Place().below(b.origin.state_path) if b.origin.state_path else Place()
-        hanging = [(place.below(name), x, y) for _, name, x, y in pairs if _may_differ(x, y, flags=flags)]
+        is_bare = not flags and a.state_dict.is_plain and b.state_dict.is_plain and a.origin.state_path is not None
+        differing = () if is_bare and b.origin.state_path is not None else pairs
+        hanging = [(place.below(name), x, y) for _, name, x, y in differing if _may_differ(x, y, flags=flags)]
         self._found: list[tuple[Met, Pair | None]] = []
         self._count = 0
         self._take(side_by_side(hanging, rule), pairs)

@@ -195,7 +195,7 @@ class Records(Mapping[str, Record]):
         crcs: the checksum of each; 0: it may not be recorded.
     """
 
-    __slots__ = ("_columns", "_file", "_numbers", "_offset", "_root", "_taken")
+    __slots__ = ("_columns", "_file", "_names", "_next", "_numbers", "_offset", "_root", "_taken")
 
     def __init__(
         self,
@@ -209,6 +209,7 @@ class Records(Mapping[str, Record]):
     ) -> None:
         self._file, self._offset, self._root = area.file, area.offset, ""
         self._columns = begins, packed, sizes, methods, crcs
+        self._names, self._next = names, 0  # most are taken in the directory's order: no need to look for them
         self._numbers = dict(zip(names, range(len(names)), strict=True))
         self._taken = bytearray(len(names))
 
@@ -219,9 +220,13 @@ class Records(Mapping[str, Record]):
 
     def take(self, name: str) -> Record | None:
         """As `get`; it is noted that it was taken."""
-        number = self._numbers.get(full := self._root + name)
-        if number is None:
-            return None
+        full, number = self._root + name, self._next
+        if number >= len(self._names) or self._names[number] != full:
+            found = self._numbers.get(full)
+            if found is None:
+                return None
+            number = found
+        self._next = number + 1
         self._taken[number] = 1
         return self._record(number, full)
 
@@ -256,7 +261,7 @@ class Records(Mapping[str, Record]):
     def ordered(self, names: Iterable[str]) -> Records:
         """The same records, or some of them, in another order."""
         made = copy.copy(self)
-        made._numbers = {name: self._numbers[name] for name in names}
+        made._names, made._numbers = (), {name: self._numbers[name] for name in names}
         return made
 
     def below(self, root: str) -> Records:

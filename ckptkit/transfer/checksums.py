@@ -19,7 +19,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache, partial
-from itertools import chain, groupby, islice
+from itertools import groupby, islice
 from typing import Any, NamedTuple
 
 from ckptkit.bytesource import ByteRange, Source
@@ -138,7 +138,16 @@ class Checksums:
 
     def want(self, storages: Iterable[Storage]) -> None:
         """Check these too, each once; a storage cut or converted from others is checked through them."""
-        for whole in chain.from_iterable(storage.originals for storage in storages):
+        for storage in storages:
+            source = storage.source
+            if storage.original is None and isinstance(source, ByteRange):  # as nearly all are
+                if storage.crc32 is not None and storage.nbytes:
+                    self._wanted.setdefault((id(source.file), source.offset, storage.nbytes), storage)
+            else:
+                self._want_originals(storage)
+
+    def _want_originals(self, storage: Storage) -> None:
+        for whole in storage.originals:
             if whole.crc32 is not None and whole.nbytes and not is_made(whole.source):
                 place = whole.source.whole.deflated if isinstance(whole.source, DeflatedRange) else whole.source
                 self._wanted.setdefault((id(place.file), place.offset, whole.nbytes), whole)
@@ -195,17 +204,21 @@ class Checksums:
         Raises:
             CorruptError, FileAccessError: something cannot be read.
         """
-        held = self.wanted
+        held, known = self.wanted, self._known
         broken: dict[int, Damage] = {}
         unread: list[tuple[Storage, ByteRange]] = []
         tasks: list[Callable[[], object]] = []
         nbytes = 0
         for storage in held:
             source = storage.source
-            if isinstance(source, DeflatedRange):
-                tasks.append(partial(_inflate, storage, source.whole, broken, keep))
-            elif isinstance(source, ByteRange) and not self._is_known(storage, source, broken):
+            if isinstance(source, ByteRange):
+                if known.get((id(source.file), source.offset)) == (source.nbytes, storage.crc32):
+                    continue  # as nearly all are
+                if self._is_known(storage, source, broken):
+                    continue
                 unread.append((storage, source))
+            elif isinstance(source, DeflatedRange):
+                tasks.append(partial(_inflate, storage, source.whole, broken, keep))
             else:
                 continue
             nbytes += storage.nbytes

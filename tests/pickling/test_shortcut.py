@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import struct
 import zipfile
 from collections.abc import Callable
@@ -217,3 +218,19 @@ def test_changed_bytes_mean_the_same_both_ways(save: Save, seed: int) -> None:
         assert found == outcome(bytes(changed), short=False)
         agreeing += not isinstance(found, type)
     assert agreeing > 20  # not all of them are refused
+
+
+@pytest.mark.parametrize("number", range(8))
+def test_indices_that_do_not_rise_are_left_to_the_opcodes(save: Save, number: int) -> None:
+    """Of a tensor that is spelled like those before it: each of its PUTs writes an entry that there is already."""
+    honest = pickle_of(save({f"layer{i}.weight": torch.zeros(3, 2) for i in range(80)}))
+    at = honest.index(b"layer70.weight")
+    end = honest.index(b"layer71.weight")
+    puts = [at + match.start() for match in re.finditer(rb"r..\0\0", honest[at:end], re.DOTALL)]
+    assert len(puts) == 8
+    assert read(honest, short=True)[1] > 70
+    index = struct.unpack_from("<I", honest, puts[number] + 1)[0]
+    for other in (0, index - 9, index - 1, index + 1):
+        changed = bytearray(honest)
+        struct.pack_into("<I", changed, puts[number] + 1, other)
+        assert outcome(bytes(changed), short=True) == outcome(bytes(changed), short=False)
