@@ -174,11 +174,11 @@ def same_bits() -> Callable[[torch.Tensor, torch.Tensor], bool]:
     import torch
 
     def compare(a: torch.Tensor, b: torch.Tensor) -> bool:
-        def bits(t: torch.Tensor) -> bytes:
+        def bits(t: torch.Tensor) -> torch.Tensor:
             t = t.detach().resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
-            return bytes(t.reshape(-1).view(torch.uint8).tolist()) if t.numel() else b""
+            return t.reshape(-1).view(torch.uint8)
 
-        return a.dtype == b.dtype and a.shape == b.shape and bits(a) == bits(b)
+        return a.dtype == b.dtype and a.shape == b.shape and (not a.numel() or torch.equal(bits(a), bits(b)))
 
     return compare
 
@@ -202,11 +202,11 @@ def forks() -> Iterator[Callable[..., Forks]]:
 
 
 @pytest.fixture(scope="session")
-def sharded(tmp_path_factory: pytest.TempPathFactory) -> Samples:
+def sharded(tmp_path_factory: pytest.TempPathFactory, forks: Callable[..., Forks]) -> Samples:
     """``sharded["fsdp2_4"].folder`` and ``.expected``: checkpoints of several ranks, and what one would have saved."""
     from support.sharded import made
 
-    return made(tmp_path_factory)
+    return made(tmp_path_factory, forks)
 
 
 @pytest.fixture

@@ -33,7 +33,6 @@ from ckptkit.rewrite.storages import TiedPolicy
 from ckptkit.testing import assert_fits, assert_matches_manifest, assert_same_outputs, assert_same_weights
 
 SaveAs = Callable[..., Path]
-Run = Callable[..., Any]
 
 STATE = {"0.weight": torch.ones(2, 3), "0.bias": torch.zeros(2), "1.weight": torch.ones(1, 2), "1.bias": torch.zeros(1)}
 
@@ -165,11 +164,11 @@ def test_tolerances_within_which_nothing_can_be(name: str, bad: Any, save: SaveA
 
 
 @pytest.mark.parametrize("bad", ["nan", "-1", "inf", "-nan"])
-def test_tolerances_on_the_command_line(bad: str, save: SaveAs, run: Run) -> None:
+def test_tolerances_on_the_command_line(bad: str, save: SaveAs, command: Any) -> None:
     a, b = save({"a": torch.zeros(9)}, "a.pth"), save({"a": torch.ones(9)}, "b.pth")
-    for command in (["diff", a, b], ["verify", a, "--model", "x:y"]):
-        done = run(*command, f"--rtol={bad}")
-        assert done.returncode == 2 and "Usage: " in done.stderr and "finite number of at least 0" in done.stderr
+    for words in (["diff", a, b], ["verify", a, "--model", "x:y"]):
+        done = command(*words, f"--rtol={bad}")
+        assert done.code == 2 and "Usage: " in done.err and "finite number of at least 0" in done.err
     assert tolerance("x", 0) == 0.0 and tolerance("x", None) is None and tolerance("x", "1e-3") == 1e-3
 
 
@@ -210,7 +209,7 @@ def test_devices_are_those_of_torch() -> None:
         ("mpss", "'mps'"),
     ],
 )  # fmt: skip
-def test_what_was_meant_is_told(given: str, meant: str, save: SaveAs, run: Run, tmp_path: Path) -> None:
+def test_what_was_meant_is_told(given: str, meant: str, save: SaveAs, command: Any, tmp_path: Path) -> None:
     path = save(STATE)
     problem = device_problem(given)
     assert problem is not None and meant in problem
@@ -223,14 +222,14 @@ def test_what_was_meant_is_told(given: str, meant: str, save: SaveAs, run: Run, 
         ckptkit.verify(path, model=model, device=given, forward=False)
     with pytest.raises(RewriteError, match=meant if given != "cuda:-1" else "cuda:-1"):
         ckptkit.load_state_dict(path, map_location=given)
-    for command in (
+    for words in (
         ["convert", path, tmp_path / "out.pth", "--map-location", given],
         ["convert", path, tmp_path / "out.pth", "--map-location", f"cpu={given}"],
         ["check", path, "--location", given],
         ["verify", path, "--model", "x:y", "--device", f"cpu,{given}"],
     ):
-        done = run(*command)
-        assert done.returncode == 2 and "Usage: " in done.stderr and meant in done.stderr, command
+        done = command(*words)
+        assert done.code == 2 and "Usage: " in done.err and meant in done.err, words
     assert not (tmp_path / "out.pth").exists()
 
 

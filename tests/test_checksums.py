@@ -93,7 +93,7 @@ def deflated(save: SaveAs) -> tuple[Path, str]:
 
 
 def of_several_pieces(save: SaveAs) -> tuple[Path, str]:
-    return flipped(save({"a": torch.ones(3), "large": torch.zeros(9_000_001)}), 1, -1), "large"
+    return flipped(save({"a": torch.ones(3), "large": torch.zeros(4_500_001)}), 1, -1), "large"
 
 
 KINDS = [plain, viewed, transposed, tied, quantized, deflated, of_several_pieces]
@@ -112,7 +112,7 @@ def test_the_library_loads_them_without_a_word(save: SaveAs) -> None:
     assert not torch.equal(torch.load(path)[name], torch.full((64,), 0.5))
 
 
-def test_check(damaged: tuple[Path, str], run: Run) -> None:
+def test_check(damaged: tuple[Path, str], command: Any) -> None:
     path, name = damaged
     report = ckptkit.check(path)
     (finding,) = report.findings
@@ -120,13 +120,13 @@ def test_check(damaged: tuple[Path, str], run: Run) -> None:
     assert f"tensor {name!r}: " in finding.message and "--ignore-checksums" in finding.message
     good = path.with_name("good.safetensors")
     save_file({"w": torch.ones(2)}, good)
-    document = json.loads(run("check", path, good, "--json").stdout)
+    document = json.loads(command("check", path, good, "--json").out)
     assert {file["path"]: file["ok"] for file in document["files"]} == {str(path): False, str(good): True}
     if path.name != "deflated.pth":  # which cannot be inflated at all
         assert ckptkit.check(path, ignore_checksums=True).exit_code == 0
 
 
-def test_manifest_and_what_it_recorded(damaged: tuple[Path, str], run: Run) -> None:
+def test_manifest_and_what_it_recorded(damaged: tuple[Path, str], command: Any) -> None:
     path, name = damaged
     with pytest.raises(CorruptError, match=f"tensor {name!r}: .*--ignore-checksums") as caught:
         ckptkit.manifest([path])
@@ -134,7 +134,7 @@ def test_manifest_and_what_it_recorded(damaged: tuple[Path, str], run: Run) -> N
     if path.name == "deflated.pth":
         return
     lock = path.with_name("lock.json")
-    assert run("manifest", path, "-o", lock, "--ignore-checksums").returncode == 0
+    assert command("manifest", path, "-o", lock, "--ignore-checksums").code == 0
     report = ckptkit.check(path, manifest=lock)
     assert report.exit_code == 0, "the hash that the manifest has is proof enough"
     flipped(path, 0, 1)
@@ -142,7 +142,7 @@ def test_manifest_and_what_it_recorded(damaged: tuple[Path, str], run: Run) -> N
 
 
 @pytest.mark.parametrize("number", [0, 1])
-def test_diff(damaged: tuple[Path, str], number: int, tmp_path: Path, run: Run) -> None:
+def test_diff(damaged: tuple[Path, str], number: int, tmp_path: Path, command: Any) -> None:
     path, name = damaged
     other = tmp_path / "other.pth"
     inflates = path.name != "deflated.pth"
@@ -151,7 +151,7 @@ def test_diff(damaged: tuple[Path, str], number: int, tmp_path: Path, run: Run) 
     with pytest.raises(CorruptError, match=f"tensor {name!r}: ") as caught:
         ckptkit.diff(*pair)
     assert caught.value.path == str(path)
-    assert run("diff", *pair).returncode == 2
+    assert command("diff", *pair).code == 2
     if inflates:
         assert ckptkit.diff(*pair, ignore_checksums=True).equal
 
@@ -166,18 +166,18 @@ def test_a_file_that_differs_is_summed_to_its_end(save: SaveAs) -> None:
         ckptkit.diff(a, renamed)
 
 
-def test_statistics(damaged: tuple[Path, str], run: Run) -> None:
+def test_statistics(damaged: tuple[Path, str], command: Any) -> None:
     path, name = damaged
     document = ckptkit.inspect(path, stats=True)
     if name == "q":  # its bytes are no tensor's that is listed
         return
     (finding,) = [finding for finding in document["findings"] if finding["code"] == "damaged"]
     assert finding["severity"] == "error" and f"tensor {name!r}: " in finding["message"]
-    done = run("inspect", "--stats", "--json", path)
-    assert done.returncode == 1 and json.loads(done.stdout)["files"][0]["tensors"]
-    assert run("inspect", path).returncode == 0, "nothing was read"
+    done = command("inspect", "--stats", "--json", path)
+    assert done.code == 1 and json.loads(done.out)["files"][0]["tensors"]
+    assert command("inspect", path).code == 0, "nothing was read"
     if path.name != "deflated.pth":
-        assert run("inspect", "--stats", "--ignore-checksums", path).returncode == 0
+        assert command("inspect", "--stats", "--ignore-checksums", path).code == 0
 
 
 def test_loading(damaged: tuple[Path, str]) -> None:

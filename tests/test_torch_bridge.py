@@ -374,14 +374,15 @@ def test_an_optional_package_that_is_broken(tmp_path: Path, monkeypatch: pytest.
         require("notthere")
 
 
-def test_torch_warns_of_nothing_when_every_dtype_is_loaded(tmp_path: Path) -> None:
+def test_torch_warns_of_nothing_when_every_dtype_is_loaded(tmp_path: Path, python: Any) -> None:
     """In a process of its own: what torch warns of, it says once."""
-    program = "import ckptkit, sys; print(len(ckptkit.load_state_dict(sys.argv[1])))"
+    program = "import warnings; warnings.simplefilter('error')\n"
+    program += "import ckptkit, sys; print(len(ckptkit.load_state_dict(sys.argv[1])))"
     fixture = Path(__file__).parent.parent / "fixtures" / "tied.pth"
     with ckptkit.open(fixture) as file:
         lacking = [name for name, entry in file.state_dict.items() if not hasattr(torch, entry.dtype)]
     if lacking:  # an older torch
         fixture = Path(ckptkit.convert(fixture, tmp_path / "some.pth", exclude=lacking).details["destination"])
-    done = subprocess.run([sys.executable, "-W", "error", "-c", program, fixture], capture_output=True, text=True)
+    done = python("-c", program, fixture)
     assert (done.returncode, done.stderr) == (0, "")
     assert int(done.stdout) == 39 - len(lacking)

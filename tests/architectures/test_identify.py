@@ -140,32 +140,32 @@ def test_the_bounds_hold_the_index() -> None:
         assert max(tensors) * 2 <= _MAX_TENSORS
 
 
-def test_the_document_and_the_text_say_it(run, save) -> None:
+def test_the_document_and_the_text_say_it(command, save) -> None:
     with torch.device("cpu"):
         path = save(mobilenet_v2(num_classes=3).state_dict())
-    (file,) = json.loads(run("inspect", "--json", path).stdout)["files"]
+    (file,) = json.loads(command("inspect", "--json", path).out)["files"]
     best = file["architecture"][0]
     assert (best["reference"], best["args"], best["exact"]) == ("torchvision:mobilenet_v2", {"num_classes": 3}, True)
     line = "torchvision mobilenet_v2, head 1000 → 3 (fits equally well: torchvision quantized_mobilenet_v2"
-    assert f"looks like: {line}" in run("inspect", path).stdout
+    assert f"looks like: {line}" in command("inspect", path).out
     assert (
         "- **looks like**: torchvision mobilenet\\_v2, head 1000 → 3"
-        in run("inspect", "--format", "markdown", path).stdout
+        in command("inspect", "--format", "markdown", path).out
     )
 
 
-def test_the_text_says_what_is_closest(run, save) -> None:
+def test_the_text_says_what_is_closest(command, save) -> None:
     with torch.device("cpu"):
         state = {n: t for n, t in mobilenet_v2().state_dict().items() if not n.startswith("features.17.")}
         path = save(state)
-    output = run("inspect", path).stdout
+    output = command("inspect", path).out
     assert "closest: torchvision mobilenet_v2 (9" in output
     assert "% alike)" in output
     assert "looks like" not in output
 
 
-def test_the_fixture_of_the_training_run_is_a_small_mobilenet(run, ddp_resume: Path) -> None:
-    assert "looks like: torchvision mobilenet_v2, with other shapes" in run("inspect", ddp_resume).stdout
+def test_the_fixture_of_the_training_run_is_a_small_mobilenet(command, ddp_resume: Path) -> None:
+    assert "looks like: torchvision mobilenet_v2, with other shapes" in command("inspect", ddp_resume).out
 
 
 # Files of strangers.
@@ -209,18 +209,18 @@ def test_names_no_model_has(name: str, named) -> None:
     assert identify(named({f"{name}.{number}": (number,) for number in range(99)})) == ()
 
 
-def test_a_hostile_prefix_is_printed_harmlessly(run, save) -> None:
+def test_a_hostile_prefix_is_printed_harmlessly(command, save) -> None:
     with torch.device("cpu"):
         state = mobilenet_v2().state_dict()
-    output = run("inspect", save({f"\x1b[31m.{name}": tensor for name, tensor in state.items()})).stdout
+    output = command("inspect", save({f"\x1b[31m.{name}": tensor for name, tensor in state.items()})).out
     assert "looks like: torchvision mobilenet_v2, under" in output
     assert "\x1b" not in output
 
 
-def test_the_text_says_what_is_beside_and_what_fits_alike(run, save) -> None:
+def test_the_text_says_what_is_beside_and_what_fits_alike(command, save) -> None:
     with torch.device("cpu"):
         path = save(nn.ModuleDict({"net": mobilenet_v2(num_classes=2), "extra": nn.Linear(2, 2)}).state_dict())
-    (line,) = (line for line in run("inspect", path).stdout.splitlines() if line.startswith("looks like: "))
+    (line,) = (line for line in command("inspect", path).out.splitlines() if line.startswith("looks like: "))
     assert line.startswith("looks like: torchvision mobilenet_v2, head 1000 → 2, under 'net.' (fits equally well: ")
     assert "torchvision quantized_mobilenet_v2" in line
     assert line.endswith("; 2 other tensors beside it")

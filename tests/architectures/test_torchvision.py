@@ -18,6 +18,8 @@ from ckptkit.architectures import Architecture, identify
 from ckptkit.architectures.index import load, sketch, weights_of
 
 NAMES = torchvision.models.list_models()
+FAMILIES = {torchvision.models.get_model_builder(name).__module__: name for name in reversed(NAMES)}
+"""The first model of each module of torchvision's."""
 
 
 @cache
@@ -42,7 +44,14 @@ def test_a_model_as_it_is(name: str, named) -> None:
     assert_is(identify(named(shapes_of(name))), name)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith("raft_")])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in FAMILIES.values() else pytest.mark.thorough)
+        for name in NAMES
+        if not name.startswith("raft_")
+    ],
+)
 def test_a_model_with_another_head(name: str, named) -> None:
     assert_is(identify(named(shapes_of(name, num_classes=7))), name, num_classes=7)
 

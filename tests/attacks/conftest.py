@@ -1,7 +1,7 @@
 """Shared by the attacks: how hostile files are made, and the court they are brought before.
 
 Every test module here holds a table of samples, ``name: (expectation, function)``; the function gets
-`Make` and returns the file's bytes.  A sample goes through all `COMMANDS`, in a process of its own
+`Make` and returns the file's bytes.  A sample goes through all `COMMANDS` (one that is to be refused: `REFUSING`), in a process of its own
 (`support/warden.py` forks it), where they are large each command in one of its own; what must never happen is asserted for each (`Court.judge`), and
 the expectation on top:
 
@@ -38,6 +38,9 @@ COMMANDS: dict[str, list[str]] = {
                     "--rename", "a=>b", "--exclude", "x", "--max-shard-size", "1GB"],
     "pth": ["convert", "{file}", "out.pth"],
 }  # fmt: skip
+
+REFUSING = ["json", "pth"]
+"""Those that a sample goes through that is to be refused, but for `Court.judge_refused`: what they differ in comes later."""
 
 
 class Make:
@@ -197,9 +200,12 @@ Samples = dict[str, tuple[str, Callable[[Make], bytes]]]
 
 
 class Warden:
-    """The process that runs the commands: one for a table, asked for one job after another."""
+    """The process that runs the commands, asked for one job after another; a payload would leave its ``canary``."""
 
-    def __init__(self, modules: Path) -> None:
+    def __init__(self, root: Path) -> None:
+        self.canary, modules = root / "canary", root / "modules"
+        modules.mkdir()
+        (modules / "canary_module.py").write_text(f"open({str(self.canary)!r}, 'w')\nclass Net: pass\n")
         script = Path(warden.__file__)
         env = {**os.environ, "PYTHONPATH": os.pathsep.join((str(script.parents[2]), str(modules)))}
         argv = [sys.executable, "-X", "utf8", str(script)]
@@ -224,32 +230,26 @@ class Warden:
 class Court:
     """What becomes of each sample under each command; every sample is made and run when it is asked for."""
 
-    def __init__(self, samples: Samples, commands: list[str], bounds: dict[str, int], apart: bool, root: Path) -> None:
-        modules = root / "modules"
-        modules.mkdir()
-        self._canary = root / "canary"
-        (modules / "canary_module.py").write_text(f"open({str(self._canary)!r}, 'w')\nclass Net: pass\n")
+    def __init__(
+        self, held: Warden, samples: Samples, commands: list[str], bounds: dict[str, int], apart: bool, root: Path
+    ) -> None:
         self._samples = samples
         self._commands = commands
         self._bounds = {"memory": warden.MEMORY, "seconds": warden.SECONDS} | bounds
         self._apart = apart
         self._folder = root / "samples"
         self._results: dict[str, dict[str, dict[str, Any]]] = {}
-        self._warden = Warden(modules)
-
-    def close(self) -> None:
-        """Let the warden go."""
-        self._warden.dismiss()
+        self._refusing = [command for command in commands if command in REFUSING]
+        self._warden = held
 
     def results(self, name: str) -> dict[str, dict[str, Any]]:
         """What became of a sample, by command."""
         if name not in self._results:
             folder = self._folder / name
             folder.mkdir(parents=True)
-            (folder / "file.pth").write_bytes(self._samples[name][1](Make(self._canary)))
-            outputs = {
-                command: self._folder.parent / f"output{len(self._results)}.{command}" for command in self._commands
-            }
+            (folder / "file.pth").write_bytes(self._samples[name][1](Make(self._warden.canary)))
+            commands = self._refusing if self._samples[name][0] == REFUSED else self._commands
+            outputs = {command: self._folder.parent / f"output{len(self._results)}.{command}" for command in commands}
             found = {}
             for together in [[command] for command in outputs] if self._apart else [list(outputs)]:
                 jobs = [([word.format(file="file.pth") for word in COMMANDS[each]], outputs[each]) for each in together]
@@ -271,13 +271,21 @@ class Court:
             assert result["events"] == [], told
             assert result["peak"] < self._bounds["memory"], told
             assert len(result["stderr"]) < 10_000, told
-        assert not self._canary.exists(), f"{name}: its payload ran"
+        assert not self._warden.canary.exists(), f"{name}: its payload ran"
         left = {path.name for path in (self._folder / name).iterdir()} - {"file.pth", "out.safetensors", "out.pth"}
         assert not left, f"{name}: half-written files are left"
-        for command in {"safetensors", "pth"} & set(self._commands):
+        for command in {"safetensors", "pth"} & set(results):
             written = (self._folder / name / f"out.{command}").exists()
             assert written == (results[command]["code"] == 0), f"{name}: half written by {command}"
         self._meets(name, expectation)
+
+    def judge_refused(self) -> None:
+        """What is to be refused, under every command."""
+        self._refusing, self._folder, self._results = self._commands, self._folder.parent / "refused", {}
+        refused = [name for name, (expectation, _) in self._samples.items() if expectation == REFUSED]
+        assert refused
+        for name in refused:
+            self.judge(name)
 
     def document(self, name: str) -> dict[str, Any]:
         """The JSON document of a sample."""
@@ -309,22 +317,29 @@ class Court:
         assert trust == "hostile" or not is_dangerous
 
 
+@pytest.fixture(scope="session")
+def held(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warden]:
+    """The warden of all courts."""
+    held = Warden(tmp_path_factory.mktemp("warden"))
+    yield held
+    held.dismiss()
+
+
 @pytest.fixture(scope="module")
-def court(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Court]:
+def court(request: pytest.FixtureRequest, held: Warden, tmp_path_factory: pytest.TempPathFactory) -> Court:
     """For the samples of the module's table ``SAMPLES``, under the commands ``ASKED`` for (default: all).
 
     Where there is an ``ASKED``, each of them has a process of its own; ``BOUNDS`` are those of `warden` but for small
     samples.
     """
-    held = Court(
+    return Court(
+        held,
         request.module.SAMPLES,
         getattr(request.module, "ASKED", list(COMMANDS)),
         getattr(request.module, "BOUNDS", {}),
         hasattr(request.module, "ASKED"),
         tmp_path_factory.mktemp("attacks"),
     )
-    yield held
-    held.close()
 
 
 @pytest.fixture

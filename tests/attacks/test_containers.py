@@ -156,6 +156,11 @@ def test_container(name: str, court: Any) -> None:
     court.judge(name)
 
 
+@pytest.mark.thorough
+def test_every_command_refuses(court: Any) -> None:
+    court.judge_refused()
+
+
 def test_control_characters_of_a_file_do_not_reach_the_terminal(court: Any) -> None:
     for command in ("inspect", "flat", "markdown"):
         shown = court.output("control characters in names", command)

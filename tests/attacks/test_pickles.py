@@ -157,6 +157,11 @@ def test_pickle(name: str, court: Any) -> None:
     court.judge(name)
 
 
+@pytest.mark.thorough
+def test_every_command_refuses(court: Any) -> None:
+    court.judge_refused()
+
+
 def test_the_canary_lives(make: Any) -> None:
     """The payload would leave its mark, were it executed."""
     assert not make.canary.exists()

@@ -85,3 +85,8 @@ SAMPLES: Any = {
 @pytest.mark.parametrize("name", SAMPLES)
 def test_header(name: str, court: Any) -> None:
     court.judge(name)
+
+
+@pytest.mark.thorough
+def test_every_command_refuses(court: Any) -> None:
+    court.judge_refused()

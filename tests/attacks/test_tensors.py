@@ -107,7 +107,7 @@ SAMPLES: Any = {
             + b"N" + b"tR" * 2000 + b"s."
         ),
     ),
-    "shapes that collide when hashed": (ANSWERED, colliding),
+    "shapes that collide when hashed": (REFUSED, colliding),
     "dtypes that are none": (READ, lambda m: m.zip(m.state_dict().replace(b"_rebuild_tensor_v2", b"_rebuild_tensor_v3").replace(b")RtR", b")Rctorch\nsystem\ntR"))),
     "legacy: 10^12 elements out of a stride of 0": (READ, lambda m: m.legacy(b"\x80\x02}" + m.text("w") + m.tensor(shape=(10**12,), stride=(0,)) + b"s.")),
     "legacy: a view outside its storage": (
@@ -131,6 +131,11 @@ SAMPLES: Any = {
 @pytest.mark.parametrize("name", SAMPLES)
 def test_tensor(name: str, court: Any) -> None:
     court.judge(name)
+
+
+@pytest.mark.thorough
+def test_every_command_refuses(court: Any) -> None:
+    court.judge_refused()
 
 
 def test_a_number_is_written_as_the_pickle_has_it(make: Any) -> None:

@@ -39,7 +39,9 @@ def merged(index: str) -> dict[str, torch.Tensor]:
     return {**{name: found[name] for name in weight_map}, **tied}
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "model.pth"])
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "pytorch_model.bin", pytest.param("model.pth", marks=pytest.mark.thorough)]
+)
 def test_apart_and_together(save, convert, converted, agree, state: dict[str, torch.Tensor], name: str) -> None:
     path = save(state, "source.pth")
     done = convert(path, name, "--max-shard-size", "4kB")

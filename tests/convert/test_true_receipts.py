@@ -228,10 +228,17 @@ HOSTILE = {
 }
 
 
-@pytest.mark.parametrize(("text", "count"), HOSTILE.values(), ids=HOSTILE)
-@outputs
+@pytest.mark.parametrize(
+    ("name", "size", "text", "count"),
+    [
+        pytest.param(*output, *HOSTILE[what], id=f"{what}-{output}", marks=[pytest.mark.thorough] if again else [])
+        for what in HOSTILE
+        for output in OUTPUTS
+        for again in [what == "very many" and output[1] is not None]
+    ],
+)
 def test_what_a_stranger_wrote_there(
-    tmp_path: Path, tokens: list[str], text: str, count: int | None, name: str, size: int | None
+    tmp_path: Path, tokens: list[str], name: str, size: int | None, text: str, count: int | None
 ) -> None:
     source = tmp_path / "source.safetensors"
     save_file(STATE, source, metadata={KEY: text, "note": text})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import os
 import pickle
 import struct
@@ -68,9 +69,13 @@ SHAPES: dict[str, Callable[[dict[str, Any]], Any]] = {
 }
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("pickler", PICKLERS)
-@pytest.mark.parametrize("protocol", range(6))
+@pytest.mark.parametrize(
+    ("protocol", "pickler", "shape"),
+    [
+        pytest.param(protocol, pickler, shape, marks=[pytest.mark.thorough] * (number != protocol % 3))
+        for protocol, pickler, (number, shape) in itertools.product(range(6), PICKLERS, enumerate(SHAPES))
+    ],
+)
 def test_they_are_the_tensors_that_numpy_gives(
     protocol: int, pickler: str, shape: str, tmp_path: Path, same_bits: SameBits
 ) -> None:
@@ -218,7 +223,7 @@ def test_in_other_containers(save: Any, tmp_path: Path, same_bits: SameBits) -> 
 
 
 @pytest.mark.parametrize("compress", [0, 3, ("gzip", 3), ("bz2", 3), ("lzma", 3), ("xz", 3)])
-@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+@pytest.mark.parametrize("protocol", [2, *(pytest.param(number, marks=pytest.mark.thorough) for number in (3, 4)), 5])
 def test_joblib(compress: Any, protocol: int, tmp_path: Path, same_bits: SameBits) -> None:
     import joblib
 

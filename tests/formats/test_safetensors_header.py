@@ -19,6 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from support.repeated import repeated
 
 import ckptkit
 from ckptkit import formats
@@ -266,13 +267,14 @@ def agree(path: Path) -> bool:
     return True
 
 
-def test_every_flipped_bit_of_the_header_is_read_as_the_library_reads_it(tmp_path: Path) -> None:
+@repeated("bits", range(1, 8, 2), range(8))
+def test_every_flipped_bit_of_the_header_is_read_as_the_library_reads_it(bits: Any, tmp_path: Path) -> None:
     path = tmp_path / "m.safetensors"
     save_file({"a": torch.arange(3.0), "b": torch.arange(5)}, path, metadata={"k": "v"})
     data = path.read_bytes()
     taken = 0
     for at in range(8 + int.from_bytes(data[:8], "little")):
-        for bit in range(8):
+        for bit in bits:
             path.write_bytes(data[:at] + bytes([data[at] ^ 1 << bit]) + data[at + 1 :])
             taken += agree(path)
     assert taken > 10, "a name's letters may change"
@@ -328,7 +330,8 @@ def test_descriptions_of_all_kinds_are_read_as_the_library_reads_them(
     agree(path)
 
 
-def test_both_ways_through_a_header_say_the_same() -> None:
+@repeated("times", 1500, 4000)
+def test_both_ways_through_a_header_say_the_same(times: int) -> None:
     """A pattern reads headers as the library writes them, JSON's reader any other: of no header may they differ."""
     random = Random(0)
     sizes = [[4, 2], [], [3], [0, 5], [2, 2, 2]]
@@ -349,7 +352,7 @@ def test_both_ways_through_a_header_say_the_same() -> None:
             return f"{type(error).__name__}: {error}"
 
     quick = 0
-    for _ in range(4000):
+    for _ in range(times):
         raw = bytearray(random.choice(headers))
         for _ in range(random.choice((0, 1, 1, 2, 3))):
             at = random.randrange(len(raw) + 1)
@@ -358,4 +361,4 @@ def test_both_ways_through_a_header_say_the_same() -> None:
         with mock.patch.object(reader, "_customary", return_value=None):
             slow = outcome(reader._layouts, bytes(raw))
         assert outcome(reader._layouts, bytes(raw)) == slow, bytes(raw)
-    assert 400 < quick < 3600
+    assert 0.1 < quick / times < 0.9

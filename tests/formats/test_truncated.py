@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.repeated import repeated
 
 from ckptkit import formats
 from ckptkit.bytesource import SourceFile
@@ -153,10 +154,11 @@ def test_an_ending_of_a_download(ending: str, save: Save) -> None:
     assert unfinished("model.pth") == ""
 
 
-def test_every_length_of_a_small_file(save: Save) -> None:
+@repeated("every", 3, 1)
+def test_every_length_of_a_small_file(every: int, save: Save) -> None:
     path = save({"a": torch.ones(3), "b": torch.ones(2)})
     data = path.read_bytes()
-    for length in range(4, len(data)):
+    for length in range(len(data) - 1, 3, -every):
         path.write_bytes(data[:length])
         file = SourceFile(path)
         message = what_is_left(file, DEFAULT_LIMITS)

@@ -22,6 +22,7 @@ from torch import nn
 
 import ckptkit
 from ckptkit.errors import LimitError
+from ckptkit.limits import DEFAULT_LIMITS, Limits
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 pytestmark = pytest.mark.filterwarnings("ignore")  # of torch: what is deprecated, or a prototype
@@ -278,12 +279,15 @@ def test_a_storage_and_an_array_say_what_they_are(save: Callable[..., Path]) -> 
     }
 
 
-def test_no_list_is_gone_through_in_part(tmp_path: Path) -> None:
+@pytest.mark.parametrize("most", [3_000, pytest.param(300_000, marks=pytest.mark.thorough)])
+def test_no_list_is_gone_through_in_part(most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert DEFAULT_LIMITS.entries == 300_000
+    monkeypatch.setattr("ckptkit.normalize.tensors.DEFAULT_LIMITS", Limits(entries=most))
     same = (1, "a")
-    for before in ([same] * 300_001, [same] * 299_999 + [{}] * 2):
+    for before in ([same] * (most + 1), [same] * (most - 1) + [{}] * 2):
         path = tmp_path / "m.pth"
         torch.save([*before, T(2)], path)
         assert [row["name"] for row in ckptkit.inspect(path)["tensors"]] == [str(len(before))]
-    torch.save([T(1)] * 300_001, path)
-    with pytest.raises(LimitError, match="values in a list: 300,001 is over the limit"):
+    torch.save([T(1)] * (most + 1), path)
+    with pytest.raises(LimitError, match=f"values in a list: {most + 1:,} is over the limit"):
         ckptkit.inspect(path)

@@ -320,9 +320,9 @@ def test_what_does_not_fit_together_is_an_error(save: Save, name: str) -> None:
     assert re.search(words, row["value"]) if is_told else row["dtype"] in DTYPES
 
 
-def test_what_has_no_place_is_saved_on_none(save: Save, run: Any) -> None:
+def test_what_has_no_place_is_saved_on_none(save: Save, command: Any) -> None:
     odd = Call(torch._utils._rebuild_meta_tensor_no_storage, torch.float32, (2,), (1, 1), False)
-    told = run("inspect", save({"w": torch.ones(2), "odd": odd})).stdout
+    told = command("inspect", save({"w": torch.ones(2), "odd": odd})).out
     assert "saved on cpu, written" in told and "odd (malformed meta tensor: size (2,) and stride (1, 1)" in told
 
 

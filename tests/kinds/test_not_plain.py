@@ -159,14 +159,14 @@ def test_inspect_lists_it_with_dtype_shape_and_bytes(kind: str, save: Save) -> N
     json.dumps(document)
 
 
-def test_the_tree_shows_the_value_and_not_what_it_is_made_of(run: Any, save: Save) -> None:
+def test_the_tree_shows_the_value_and_not_what_it_is_made_of(command: Any, save: Save) -> None:
     path = save({"a": {"w": torch.ones(2), "q": per_channel(), "s": torch.eye(3).to_sparse()}, "epoch": 3})
-    shown = run("inspect", path).stdout
+    shown = command("inspect", path).out
     assert "quantized [3, 4] quint8, 3 scales along dim 0" in shown
     assert "zero_points" not in shown and "indices" not in shown
-    flat = [line.split("\t") for line in run("inspect", "--flat", path).stdout.splitlines()]
+    flat = [line.split("\t") for line in command("inspect", "--flat", path).out.splitlines()]
     assert ["q", "quint8", "[3, 4]", "36", "cpu", "a"] in flat
-    assert run("inspect", "--stats", path).returncode == run("inspect", "--format", "markdown", path).returncode == 0
+    assert command("inspect", "--stats", path).code == command("inspect", "--format", "markdown", path).code == 0
 
 
 def test_each_is_listed_in_every_section_and_once(save: Save) -> None:
@@ -215,16 +215,16 @@ def two_ranks() -> Iterator[Any]:
     ],
 )
 def test_a_distributed_tensor_says_how_and_what_helps(
-    placement: tuple[Any, ...], text: str, two_ranks: Any, save: Save, run: Any
+    placement: tuple[Any, ...], text: str, two_ranks: Any, save: Save, command: Any
 ) -> None:
     path = save({f"layer.{n}.weight": two_ranks(placement) for n in range(9)} | {"bias": torch.ones(3)})
     document = ckptkit.inspect(path)
     assert [row["value"] for row in document["tensors"] if "value" in row] == [text] * 9
-    told = run("convert", path, "out.safetensors").stderr
+    told = command("convert", path, "out.safetensors").err
     assert "--exclude" not in told and "_rebuild" not in told
     if placement[0] == "Shard":
         assert "part-of-a-checkpoint" in told
-        told = run("convert", path, "out.safetensors", "--allow-part").stderr
+        told = command("convert", path, "out.safetensors", "--allow-part").err
         assert "--exclude" not in told
     assert f"layer.0.weight ({text})" in told and "and 1 more" in told
     assert "tensor.full_tensor()" in told

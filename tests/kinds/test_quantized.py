@@ -36,7 +36,8 @@ def engine() -> Any:
 
 def static() -> nn.Module:
     model = nn.Sequential(quantization.QuantStub(), nn.Conv2d(1, 2, 3), nn.ReLU(), quantization.DeQuantStub()).eval()
-    model.qconfig = quantization.get_default_qconfig(torch.backends.quantized.engine)  # type: ignore[assignment]
+    weight = quantization.get_default_qconfig(torch.backends.quantized.engine).weight
+    model.qconfig = quantization.QConfig(quantization.MinMaxObserver, weight)  # type: ignore[assignment]
     prepared = quantization.prepare(model)
     prepared(torch.ones(1, 1, 4, 4))
     return quantization.convert(prepared)

@@ -203,7 +203,7 @@ def test_an_entry_written_again_is_the_last_one(data: bytes) -> None:
     assert read(changed, short=True)[0].root[1] == (50 % 5 + 1,)  # type: ignore[index]
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.thorough) for seed in (1, 2, 3))])
 def test_changed_bytes_mean_the_same_both_ways(save: Save, seed: int) -> None:
     honest = pickle_of(save({**many(), "tied": (w := torch.zeros(2, 2)), "tied2": w}))
     chance = random.Random(seed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
@@ -115,7 +116,7 @@ def test_each_failure_is_the_result_of_its_file(folder: Path, processes: Executo
     assert report.exit_code == 2 and report.findings[1].message == "out of memory"
 
 
-def test_a_worker_that_dies_and_a_file_that_hangs(folder: Path, python: Any) -> None:
+def test_a_worker_that_dies_and_a_file_that_hangs(folder: Path, forks: Any) -> None:
     """Of processes of our own: what ends one is not the end of the others, and what hangs is ended."""
     for name in CODES_OF:
         torch.save({"a": torch.ones(1)}, f"w/sub/{name}.pth")
@@ -127,7 +128,9 @@ odd_files.are_odd()  # which forks inherit
 from ckptkit.cli import main
 main(["check", "w/sub", "--jobs", "2", "--timeout", "1"])
 """
-    done = python("-c", code.format(tests=str(Path(__file__).parents[1])), cwd=folder)
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    code = code.format(tests=str(Path(__file__).parents[1]))
+    done = forks(with_torch=False).run("-c", code, cwd=folder, env=env)
     lines = done.stdout.splitlines()
     assert done.returncode == 2, done.stderr
     for name, expected in CODES_OF.items():

@@ -7,6 +7,7 @@ import io
 import json
 import pickle
 import zipfile
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -45,26 +46,26 @@ def look(name: str, data: bytes, tmp_path: Path, *, heads: bool) -> FarStore:
     return store
 
 
-@every_server
 @pytest.mark.parametrize(("count", "numel", "trips", "most"), [(300, 40_000, 2, 256), (5000, 1000, 3, 1536)])
-def test_torch_zip(count: int, numel: int, trips: int, most: int, heads: bool, tmp_path: Path) -> None:
-    store = look("model.pth", saved(weights(count, numel)), tmp_path, heads=heads)
-    assert len(store.asked) == trips + (not heads)
-    assert store.nbytes <= most * KIB
+def test_torch_zip(count: int, numel: int, trips: int, most: int, tmp_path: Path) -> None:
+    data = saved(weights(count, numel))
+    for heads in (True, False):
+        store = look("model.pth", data, tmp_path, heads=heads)
+        assert len(store.asked) == trips + (not heads), heads
+        assert store.nbytes <= most * KIB, heads
 
 
-@every_server
-def test_torch_zip_as_ckptkit_writes_and_zip_packs_it(heads: bool, tmp_path: Path) -> None:
+def test_torch_zip_as_ckptkit_writes_and_zip_packs_it(tmp_path: Path) -> None:
     torch.save(weights(300, 10_000), tmp_path / "source.pth")
     ckptkit.convert(tmp_path / "source.pth", tmp_path / "ours.pth")
     packed = io.BytesIO()
     with zipfile.ZipFile(tmp_path / "source.pth") as old, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as new:
         for info in old.infolist():
             new.writestr(info.filename, old.read(info))
-    for data in ((tmp_path / "ours.pth").read_bytes(), packed.getvalue()):
+    for data, heads in product(((tmp_path / "ours.pth").read_bytes(), packed.getvalue()), (True, False)):
         store = look("model.pth", data, tmp_path, heads=heads)
-        assert len(store.asked) == 2 + (not heads)
-        assert store.nbytes <= 256 * KIB
+        assert len(store.asked) == 2 + (not heads), heads
+        assert store.nbytes <= 256 * KIB, heads
 
 
 @every_server
@@ -109,19 +110,20 @@ def test_shards_of_torch(tmp_path: Path) -> None:
         assert len(store.asked) <= 1 + 2 * 20
 
 
-@every_server
-def test_torchscript_and_exported_programs(heads: bool, tmp_path: Path) -> None:
+def test_torchscript_and_exported_programs(tmp_path: Path) -> None:
     model = nn.Sequential(*(nn.Linear(60, 60) for _ in range(60)))
     with pytest.warns((FutureWarning, DeprecationWarning)):
         buffer = io.BytesIO()
         torch.jit.save(torch.jit.script(model), buffer)
-    store = look("model.pt", buffer.getvalue(), tmp_path, heads=heads)
-    assert len(store.asked) <= 4 + (not heads)
-    assert store.nbytes <= 256 * KIB
+    for heads in (True, False):
+        store = look("model.pt", buffer.getvalue(), tmp_path, heads=heads)
+        assert len(store.asked) <= 4 + (not heads), heads
+        assert store.nbytes <= 256 * KIB, heads
     buffer = io.BytesIO()
     torch.export.save(torch.export.export(model, (torch.ones(1, 60),)), buffer)
-    store = look("model.pt2", buffer.getvalue(), tmp_path, heads=heads)
-    assert len(store.asked) <= 6 + (not heads)
+    for heads in (True, False):
+        store = look("model.pt2", buffer.getvalue(), tmp_path, heads=heads)
+        assert len(store.asked) <= 6 + (not heads), heads
 
 
 @every_server

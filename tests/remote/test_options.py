@@ -94,6 +94,7 @@ def test_every_command_takes_them(
     s3: ObjectServer, private: tuple[str, ...], command: Callable[..., Done], save: SaveAs, tmp_path: Path
 ) -> None:
     path = save(torch.nn.Linear(2, 3).state_dict())
+    s3.empty()
     url = s3.put("net.pth", path)
     (tmp_path / "net.py").write_text("import torch\n\n\ndef build():\n    return torch.nn.Linear(2, 3)\n")
     for words in (

@@ -26,6 +26,7 @@ from safetensors.torch import load_file
 import ckptkit
 from ckptkit.errors import FileAccessError, FormatError
 from support.files import tensor_of
+from support.repeated import repeated
 
 SameBits = Callable[[torch.Tensor, torch.Tensor], bool]
 
@@ -96,22 +97,24 @@ class Conformance:
         assert set(found) == set(state)
         assert all(same_bits(found[name], value) for name, value in state.items())
 
-    def test_cut_off_anywhere_it_is_a_format_error(self, tmp_path: Path) -> None:
+    @repeated("every", 3, 1)
+    def test_cut_off_anywhere_it_is_a_format_error(self, tmp_path: Path, every: int) -> None:
         path = self.written({"a": torch.arange(3.0), "b": torch.arange(2)}, tmp_path)
         cut = self.damage(path)
         data = cut.read_bytes()
-        for length in range(0, len(data), self.step):
+        for length in (0, *range(len(data) - 1, 0, -self.step * every)):
             cut.write_bytes(data[:length])
             with pytest.raises(FormatError) as caught:
                 ckptkit.open(path)
             assert len(str(caught.value)) < 2000
 
-    def test_with_flipped_bits_it_opens_or_is_a_format_error(self, tmp_path: Path) -> None:
+    @repeated("times", 150, 500)
+    def test_with_flipped_bits_it_opens_or_is_a_format_error(self, tmp_path: Path, times: int) -> None:
         path = self.written({"a": torch.arange(3.0), "b": torch.arange(2)}, tmp_path)
         changed = self.damage(path)
         data, numbers = changed.read_bytes(), random.Random(0)
         refused = 0
-        for _ in range(500):
+        for _ in range(times):
             at = numbers.randrange(len(data))
             changed.write_bytes(data[:at] + bytes([data[at] ^ 1 << numbers.randrange(8)]) + data[at + 1 :])
             try:

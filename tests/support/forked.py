@@ -34,8 +34,8 @@ from typing import NoReturn
 SECONDS = 300
 """What takes longer is killed."""
 
-HASHING = "PYTHONHASHSEED"
-"""Which dask puts into the environment of the process that it is started by."""
+PUT_THERE = {"PYTHONHASHSEED", "TORCHINDUCTOR_CACHE_DIR"}
+"""Variables that dask and torch put into the environment of the process that imports them."""
 
 AT_START = ("PYTHON", "LANG", "LC_", "TZ", "OMP_", "MKL_", "TORCH", "CUDA")
 """Variables that are read when a process starts, or a library is loaded: other values need a new process."""
@@ -66,7 +66,7 @@ class Forks:
         self, *arguments: str, cwd: Path, env: dict[str, str], stdin: int | bytes = subprocess.DEVNULL
     ) -> subprocess.CompletedProcess[str]:
         """As `subprocess.run` of ``python ARGUMENTS`` gives it; ``stdin``: a descriptor, or what a pipe gives."""
-        keys = (key for key in {*env, *self._env} - {HASHING} if key.startswith(AT_START))
+        keys = (key for key in {*env, *self._env} - PUT_THERE if key.startswith(AT_START))
         if any(env.get(key) != self._env.get(key) for key in keys):
             assert stdin == subprocess.DEVNULL
             return subprocess.run(

@@ -11,10 +11,12 @@ A job: ``arguments`` of the command line; ``at``: before which call the process 
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import Callable
 from itertools import count
 from typing import Any
@@ -115,10 +117,25 @@ def killed_after_one(source: str, destination: str, options: Any) -> Any:
     return report
 
 
-if __name__ == "__main__":
-    from forked import preload
+def warm_up() -> None:
+    """Import what a conversion imports, and compute what is kept: the processes that follow are forks of this one."""
+    one = b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}'
+    with tempfile.TemporaryDirectory() as folder:
+        source, destination = os.path.join(folder, "a.safetensors"), os.path.join(folder, "b.safetensors")
+        with open(source, "wb") as file:
+            file.write(len(one).to_bytes(8, "little") + one + b"x")
+        for options in ([], ["--max-shard-size", "10"]):
+            try:
+                main(["convert", "-q", source, destination, "--force", *options])
+            except SystemExit as ended:
+                if ended.code:
+                    raise
+    gc.collect()
+    gc.freeze()
 
-    preload()
+
+if __name__ == "__main__":
+    warm_up()
     for line in sys.stdin:
         job = json.loads(line)
         seen, report = os.pipe()

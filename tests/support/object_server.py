@@ -54,6 +54,11 @@ class ObjectServer:
                 self.put(f"{key}/{path.relative_to(folder).as_posix()}", path)
         return f"s3://{BUCKET}/{key}"
 
+    def empty(self) -> None:
+        """Remove what other tests stored."""
+        self._send("POST", "moto-api/reset")
+        self._send("PUT", BUCKET)
+
     def _send(self, method: str, path: str, data: bytes = b"", acl: str = "") -> None:
         signed = "Credential=AKIAEXAMPLE/20260101/us-east-1/s3/aws4_request, SignedHeaders=host, Signature=0"
         headers = {"Content-Type": "application/octet-stream", "Authorization": f"AWS4-HMAC-SHA256 {signed}"}
@@ -121,7 +126,7 @@ def object_server() -> Iterator[ObjectServer]:
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()
     try:
-        served._send("PUT", BUCKET)
+        served.empty()
         served.forget()
         yield served
     finally:

@@ -1,4 +1,4 @@
-"""Writes the checkpoints of trainings on several processes, as torch itself writes them: ``python ranks.py FOLDER``.
+"""Writes the checkpoints of trainings on several processes, as torch writes them: ``python -m support.ranks FOLDER``.
 
 Each case is a function that every rank of a gloo group calls, with the folder to write into; it returns what one
 process would have saved: the whole state, from values that are known before anything is sharded. Seeds are names, and
@@ -10,11 +10,13 @@ this program and has the cases by name. The ranks are forks of one process that 
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
 import sys
 import traceback
+import warnings
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -506,9 +508,13 @@ def as_rank(root: Path, rank: int, world: int) -> None:
 
 
 def main(root: Path) -> int:
+    warnings.simplefilter("ignore")
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
     adam(Net())  # imports torch._dynamo, once for all ranks
+    gc.collect()
+    gc.freeze()
+    gc.disable()  # in each of them it would go through all of torch
     failed = 0
     for world in CASES:
         ranks = []

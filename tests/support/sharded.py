@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-PROGRAM = Path(__file__).with_name("ranks.py")
+from support.forked import Forks
 
 
 @dataclass(frozen=True)
@@ -65,8 +63,8 @@ def flat(tree: object, path: str = "") -> Iterator[tuple[str, Any]]:
         yield from flat(value, f"{path}.{key}" if path else str(key))
 
 
-def made(factory: pytest.TempPathFactory) -> Samples:
-    """Let the ranks write, or wait until another worker of this run has: that takes ten seconds of CPU time."""
+def made(factory: pytest.TempPathFactory, forks: Callable[..., Forks]) -> Samples:
+    """Let the ranks write, or wait until another worker of this run has: that takes five seconds of CPU time."""
     if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 9):
         pytest.skip(f"torch {torch.__version__} does not write all of these: the program is for 2.9 and later")
     import fcntl
@@ -79,8 +77,9 @@ def made(factory: pytest.TempPathFactory) -> Samples:
     with (root / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (root / "done").exists():
-            command = [sys.executable, "-W", "ignore", str(PROGRAM), str(root)]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+            tests, fork = Path(__file__).parents[1], forks(with_torch=True)
+            env = {**os.environ, "PYTHONPATH": str(tests.parent)}
+            done = fork.run("-m", "support.ranks", str(root), cwd=tests, env=env)
             assert done.returncode == 0, done.stderr[-8000:]
             (root / "done").touch()
     return Samples(root)

@@ -72,6 +72,11 @@ def put(folder: Path, there: dict[str, bytes]) -> None:
 JOBS = [(0, 1, True), (1, 1, True), (0, 3, True), (1, 3, True), (2, 3, True), (3, 3, True), (3, 3, False)]
 
 
+def jobs(*chosen: int) -> list[Any]:
+    """These of `JOBS`; the others are thorough."""
+    return [pytest.param(*job, marks=[] if at in chosen else pytest.mark.thorough) for at, job in enumerate(JOBS)]
+
+
 def converted(sources: dict[str, Path], folder: Path, before: int, after: int) -> tuple[list[str], dict[str, bytes]]:
     """The arguments that make ``after`` files of the new state, where ``before`` files of the old one are put."""
     if before:
@@ -82,7 +87,7 @@ def converted(sources: dict[str, Path], folder: Path, before: int, after: int) -
     return arguments + ["--force"] * bool(before), contents(folder)
 
 
-@pytest.mark.parametrize(("before", "after", "links"), JOBS)
+@pytest.mark.parametrize(("before", "after", "links"), jobs(1, 2, 4, 6))
 def test_killed_at_any_moment(
     send: Send, sources: dict[str, Path], out: Path, before: int, after: int, links: bool
 ) -> None:
@@ -120,7 +125,7 @@ def test_killed_at_any_moment(
     assert {was, "new"} <= outcomes <= {was, "new"} | (set() if links else {"refused"})
 
 
-@pytest.mark.parametrize(("before", "after", "links"), [*JOBS[:3], JOBS[5]])
+@pytest.mark.parametrize(("before", "after", "links"), jobs(0, 5))
 def test_interrupted_at_any_moment_nothing_is_left(
     send: Send, sources: dict[str, Path], out: Path, before: int, after: int, links: bool
 ) -> None:
@@ -161,8 +166,22 @@ run()
 """The command, which waits for a line before it moves the first byte."""
 
 
-@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-@pytest.mark.parametrize("options", [[], ["--max-shard-size", str(SHARD_SIZES[3])]])
+SHARDS = ["--max-shard-size", str(SHARD_SIZES[3])]
+
+
+@pytest.mark.parametrize(
+    ("number", "options"),
+    [
+        (signal.SIGINT, []),
+        (signal.SIGKILL, []),
+        (signal.SIGTERM, SHARDS),
+        (signal.SIGKILL, SHARDS),
+        pytest.param(signal.SIGHUP, [], marks=pytest.mark.thorough),
+        pytest.param(signal.SIGTERM, [], marks=pytest.mark.thorough),
+        pytest.param(signal.SIGHUP, SHARDS, marks=pytest.mark.thorough),
+        pytest.param(signal.SIGINT, SHARDS, marks=pytest.mark.thorough),
+    ],
+)
 def test_a_second_run_beside(sources: dict[str, Path], out: Path, number: signal.Signals, options: list[str]) -> None:
     folder = out.parent
 

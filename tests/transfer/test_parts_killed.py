@@ -106,7 +106,10 @@ def test_a_part_that_is_killed(
 FINISHES = [(0, True), (0, False), (2, True), (3, True), (3, False)]
 
 
-@pytest.mark.parametrize(("before", "links"), FINISHES)
+@pytest.mark.parametrize(
+    ("before", "links"),
+    [pytest.param(*each, marks=pytest.mark.thorough if FINISHES.index(each) in (1, 3) else []) for each in FINISHES],
+)
 def test_a_finish_that_is_killed(
     send: Send, sources: dict[str, Path], out: Path, expected: Path, tmp_path: Path, before: int, links: bool
 ) -> None:

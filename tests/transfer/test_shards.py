@@ -174,14 +174,16 @@ class Failing:
 
     NAMES = ("replace", "link", "unlink", "fsync", "ftruncate", "pwrite", "open", "posix_fallocate")
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, at: int, failure: BaseException, *, after: bool) -> None:
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, at: int, failure: Callable[[], BaseException], *, after: bool
+    ) -> None:
         self.count = 0
         self.failed: str | None = None
         for name in self.NAMES:
             if hasattr(os, name) and not (after and name == "open"):  # no descriptor is lost by a call that fails
                 monkeypatch.setattr(os, name, self._wrapped(name, at, failure, after=after))
 
-    def _wrapped(self, name: str, at: int, failure: BaseException, *, after: bool) -> Callable[..., Any]:
+    def _wrapped(self, name: str, at: int, failure: Callable[[], BaseException], *, after: bool) -> Callable[..., Any]:
         real = getattr(os, name)
 
         def call(*given: Any, **more: Any) -> Any:
@@ -194,21 +196,48 @@ class Failing:
             self.failed = name
             if after:
                 real(*given, **more)
-            raise failure
+            raise failure()
 
         return call
 
 
-WAYS = {
-    "fails": (OSError(errno.EIO, "Input/output error"), False),
-    "fails once done": (OSError(errno.EIO, "Input/output error"), True),  # as a file system over a network may
-    "fails without links": (OSError(errno.EIO, "Input/output error"), False),
-    "is interrupted": (KeyboardInterrupt(), False),
+def broken() -> OSError:
+    return OSError(errno.EIO, "Input/output error")
+
+
+WAYS: dict[str, tuple[Callable[[], BaseException], bool]] = {
+    "fails": (broken, False),
+    "fails once done": (broken, True),  # as a file system over a network may
+    "fails without links": (broken, False),
+    "is interrupted": (KeyboardInterrupt, False),
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("before", BEFORE)
+def pairs(*thorough: tuple[str, Callable[..., None]]) -> list[Any]:
+    """Every way with everything that was before."""
+    return [
+        pytest.param(way, before, marks=pytest.mark.thorough if (way, before) in thorough else [])
+        for before in BEFORE
+        for way in WAYS
+    ]
+
+
+@pytest.mark.parametrize(
+    ("way", "before"),
+    pairs(
+        ("fails", same_count),
+        ("fails", one_file),
+        ("fails once done", other_count),
+        ("fails once done", strangers),
+        ("fails once done", nothing),
+        ("fails without links", one_file),
+        ("fails without links", strangers),
+        ("fails without links", nothing),
+        ("is interrupted", same_count),
+        ("is interrupted", other_count),
+        ("is interrupted", strangers),
+    ),
+)
 def test_a_failure_at_every_step(
     convert: Convert, out: Path, monkeypatch: pytest.MonkeyPatch, before: Callable[..., None], way: str
 ) -> None:

@@ -199,12 +199,12 @@ def test_runs_that_sweep_while_others_begin(out: Path) -> None:
         thread.start()
     try:
         with ThreadPoolExecutor(4) as pool:
-            assert list(pool.map(writing, range(200))) == [str(number).encode() for number in range(200)]
+            assert list(pool.map(writing, range(100))) == [str(number).encode() for number in range(100)]
     finally:
         done.set()
         for thread in sweepers:
             thread.join()
-    assert len(only(out)) == 200
+    assert len(only(out)) == 100
 
 
 # Permissions.

@@ -53,12 +53,13 @@ def test_another_architecture(run: Run, save: Any) -> None:
 
 def test_no_architecture_is_advised_where_the_reference_is_right(run: Run) -> None:
     """Another head, a layer more, a layer less: of the reference itself, or of a model made from it."""
-    weights = torchvision.models.resnet18().state_dict()
+    make, model = torchvision.models.shufflenet_v2_x0_5, "torchvision:shufflenet_v2_x0_5"
+    weights = make().state_dict()
     for misfit in (
-        run(torchvision.models.resnet18(num_classes=3).state_dict(), model="torchvision:resnet18"),
-        run(weights, model=lambda: torchvision.models.resnet18(num_classes=3)),
-        run({**weights, "extra": torch.ones(1)}, model="torchvision:resnet18"),
-        run({name: value for name, value in weights.items() if name != "conv1.weight"}, model="torchvision:resnet18"),
+        run(make(num_classes=3).state_dict(), model=model),
+        run(weights, model=lambda: make(num_classes=3)),
+        run({**weights, "extra": torch.ones(1)}, model=model),
+        run({name: value for name, value in weights.items() if name != "conv1.0.weight"}, model=model),
     ):
         assert not misfit.ok
         assert "another-architecture" not in [code for _, code in codes(misfit)]
@@ -145,9 +146,10 @@ def test_a_detector_with_another_head(run: Run) -> None:
 
 def test_a_head_in_many_layers(run: Run) -> None:
     """Each of SSD's six has its own number of outputs for a class."""
-    weights = torchvision.models.detection.ssd300_vgg16(weights=None, weights_backbone=None, num_classes=5).state_dict()
-    found = finding(run(weights, model="torchvision:ssd300_vgg16"), "shape-mismatch")
-    assert found.message.startswith("another head: `head.classification_head.module_list.0`, ")
+    name = "ssdlite320_mobilenet_v3_large"
+    weights = torchvision.models.get_model(name, weights=None, weights_backbone=None, num_classes=5).state_dict()
+    found = finding(run(weights, model=f"torchvision:{name}"), "shape-mismatch")
+    assert found.message.startswith("another head: `head.classification_head.module_list.0.1`, ")
     assert found.fix.endswith("--model-arg num_classes=5")
 
 
@@ -176,7 +178,7 @@ def renamed_back(weights: dict[str, torch.Tensor], pattern: str, replacement: st
     return {re.sub(pattern, replacement, name): value for name, value in weights.items()}
 
 
-@pytest.mark.parametrize("wrapper", ["", "module."])
+@pytest.mark.parametrize("wrapper", ["", pytest.param("module.", marks=pytest.mark.thorough)])
 def test_old_names_of_densenet(save: Any, wrapper: str) -> None:
     weights = torchvision.models.densenet121(num_classes=3).state_dict()
     old = renamed_back(weights, r"(denselayer\d+\.(?:norm|conv))([12])\.", r"\1.\2.")
@@ -196,10 +198,11 @@ class Gammas(nn.Module):
         self.head = nn.Linear(3, 2)
 
 
-def test_old_names_of_layer_norm(save: Any) -> None:
+@pytest.mark.parametrize("wrapper", ["", "module."])
+def test_old_names_of_layer_norm(save: Any, wrapper: str) -> None:
     weights = dict(Gammas().state_dict())
     old = renamed_back(renamed_back(weights, r"(layers\.\d)\.weight", r"\1.gamma"), r"(layers\.\d)\.bias", r"\1.beta")
-    path = save(old)
+    path = save({wrapper + name: value for name, value in old.items()})
     found = finding(check_file(path, model=Gammas), "old-names")
     assert "6 of 8 keys are `gamma` and `beta`" in found.message
     carry_out(found.fix)

@@ -10,6 +10,7 @@ import torch
 import torchvision
 from support.fitting import NOT_LOADED, Net, Run, codes, finding, state, without
 from torch import nn
+from torchvision.models.detection.retinanet import RetinaNetHead
 
 from ckptkit.errors import SectionError, VerifyError
 
@@ -91,20 +92,23 @@ def test_a_counter_that_torch_fills_in(run: Run) -> None:
 
 def test_names_that_torch_itself_upgrades(run: Run) -> None:
     """RetinaNet's heads rename `conv.0.weight` of their version 1 when they load."""
-    model = torchvision.models.detection.retinanet_resnet50_fpn(weights=None, weights_backbone=None)
+
+    def heads() -> nn.Module:
+        return nn.ModuleDict({"head": RetinaNetHead(in_channels=32, num_anchors=2, num_classes=3)})
+
     old = OrderedDict()
-    for name, value in model.state_dict().items():
+    for name, value in heads().state_dict().items():
         head, dot, rest = name.partition("_head.conv.")
         layer, _, tail = rest.partition(".0.")
         old[f"{head}{dot}{2 * int(layer)}.{tail}" if dot else name] = value
     assert "head.classification_head.conv.6.weight" in old
-    report = run(old, model="torchvision:retinanet_resnet50_fpn")
+    report = run(old, model=heads)
     assert report.ok
     assert report.details["coverage"]["parameters_share"] == 1.0
     assert "16 tensors are converted to their current names" in finding(report, "upgraded-keys").message
     # And a value that went astray on the way would be seen.
-    old["head.classification_head.conv.6.weight"] = torch.full((256, 256, 3, 3), torch.nan)
-    assert not run(old, model="torchvision:retinanet_resnet50_fpn").ok
+    old["head.classification_head.conv.6.weight"] = torch.full((32, 32, 3, 3), torch.nan)
+    assert not run(old, model=heads).ok
 
 
 def test_the_probe_leaves_the_model_alone() -> None:

@@ -51,12 +51,21 @@ def weights() -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in Net().state_dict().items()}
 
 
-@pytest.fixture
-def golden(save: Any, weights: dict[str, torch.Tensor], tmp_path: Path) -> Path:
-    path = tmp_path / "golden.safetensors"
-    report = ckptkit.verify(save(weights), write_golden=path, **OPTIONS)
+@pytest.fixture(scope="module")
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("golden")
+    torch.manual_seed(0)
+    torch.save(dict(Net().state_dict()), folder / "model.pth")
+    report = ckptkit.verify(folder / "model.pth", write_golden=folder / "golden.safetensors", **OPTIONS)
     assert codes(report) == ["golden-written"], report.findings
-    return path
+    return folder
+
+
+@pytest.fixture
+def golden(made_once: Path, tmp_path: Path) -> Path:
+    for name in ("golden.safetensors", "model.pth"):
+        shutil.copy(made_once / name, tmp_path)
+    return tmp_path / "golden.safetensors"
 
 
 def held(save: Any, weights: dict[str, torch.Tensor], golden: Path, **options: Any) -> Report:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.repeated import repeated
 
 from ckptkit.checkpoint import Storage, TensorEntry
 from ckptkit.computed import Held
@@ -116,8 +117,9 @@ def local_of(
     return whole.clone()
 
 
-def test_all_ranks_together_are_the_whole_whatever_the_mesh_and_the_placements() -> None:
-    for seed in range(250):
+@repeated("seeds", range(100), range(100, 250))
+def test_all_ranks_together_are_the_whole_whatever_the_mesh_and_the_placements(seeds: range) -> None:
+    for seed in seeds:
         rng = random.Random(seed)
         sizes, placements, whole = generated(rng)
         how = rng.choice(HOWS)
