@@ -227,11 +227,11 @@ def signalled(
         with open(reader, encoding="utf-8") as errors:
             streams = [nothing.fileno(), out.fileno(), writer]
             status = asking.submit(forks(with_torch=True).ask, *arguments, cwd=folder, env=ENV, streams=streams)
-            *words, pid = errors.readline().split()
-            assert words == ["at", "work"]
-            send(int(pid))
+            status.add_done_callback(lambda _: os.close(writer))  # nothing more is said, whatever there was
+            begun = errors.readline()
+            assert begun.startswith("at work "), (begun, status.result(timeout=60))
+            send(int(begun.split()[-1]))
             ended = status.result(timeout=60)
-            os.close(writer)
             out.seek(0)
             return ended, out.read().decode(), errors.read()
 
