@@ -24,7 +24,7 @@ from ckptkit.cli.usage import Choice
 from ckptkit.dtypes import DTYPES, meant_dtype
 from ckptkit.formats.folder import passed_over_text
 from ckptkit.options.storage import local, session_of
-from ckptkit.released import WORKING, Run
+from ckptkit.released import Run
 from ckptkit.released.config import find_config
 from ckptkit.released.lines import line_of, text_of
 from ckptkit.released.policy import CONTAINERS
@@ -258,8 +258,6 @@ def command(
     with ui.json_errors(wanted == "json"), ExitStack() as stack:
         given = ui.with_listed(paths, files_from)
         stack.enter_context(session_of(storage_options, given))
-        workers = Workers(jobs=jobs, seconds=timeout)
-        stack.enter_context(workers.ahead(*WORKING))
         run = Run(
             local(given),
             is_listed=files_from is not None,
@@ -268,7 +266,7 @@ def command(
             tag=tag,
             skip_others=skip_others,
             part=part,
-            workers=workers,
+            workers=Workers(jobs=jobs, seconds=timeout),
             resume=resume,
             is_resumable=as_lines,
             typed={name: value for name, value in policy.items() if value is not None},

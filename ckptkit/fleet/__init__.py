@@ -6,7 +6,7 @@ either, and `outcome` is the result of a task.  Only pickled bytes are sent: eve
 pickling is reported for the task it belongs to.
 """
 
-from ckptkit.fleet.engine import ahead, cores, each
+from ckptkit.fleet.engine import cores, each
 from ckptkit.fleet.outcome import Outcome
 
-__all__ = ["Outcome", "ahead", "cores", "each"]
+__all__ = ["Outcome", "cores", "each"]

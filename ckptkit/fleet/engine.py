@@ -10,8 +10,7 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import chain, islice
 from operator import length_hint
@@ -115,20 +114,6 @@ def each(
             raise CkptkitError(f"the executor has no submit method: {executor!r:.80}")
         return _through(executor, tasks, work, seconds)
     return _with_jobs(tasks, work, jobs, seconds, max(1, worth))
-
-
-def ahead(jobs: int, modules: Sequence[str]) -> AbstractContextManager[None]:
-    """Within it `each` finds so many processes started, for a caller that must first find out what there is to do.
-
-    Args:
-        jobs: how many.
-        modules: what they import in the meantime, by name.
-    """
-    if not _may_start():
-        return nullcontext()
-    from ckptkit.fleet.pool import ahead
-
-    return ahead(jobs, modules)
 
 
 def _with_jobs(

@@ -10,9 +10,8 @@ import pickle
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from contextvars import ContextVar
+from collections.abc import Iterator
+from contextlib import suppress
 
 from ckptkit.fleet.outcome import told
 from ckptkit.fleet.processes import CLEANING_SECONDS, ready, signals_held, started
@@ -37,8 +36,8 @@ class _Worker:
         since: when it was given that, or started.
     """
 
-    def __init__(self, modules: Sequence[str] = ()) -> None:
-        self.process = started(modules)
+    def __init__(self) -> None:
+        self.process = started()
         self.ready = False
         self.ticket: int | None = None
         self.since = time.monotonic()
@@ -46,7 +45,7 @@ class _Worker:
 
     def give(self, ticket: int, call: bytes) -> None:
         """A batch, at once or when it is ready: a message to a process that is not reading may not fit."""
-        self.ticket, self._call, self.since = ticket, call, time.monotonic()
+        self.ticket, self._call = ticket, call
         if self.ready:
             self.send()
 
@@ -106,8 +105,7 @@ class Pool:
             raise RefusedError("no worker process starts: the last ones ended before they were ready")
         try:
             with signals_held():
-                waiting = _waiting.get(None)
-                self._workers.append(waiting.pop() if waiting else _Worker())
+                self._workers.append(_Worker())
         except (OSError, RuntimeError) as error:
             raise RefusedError(f"no worker process can be started: {told(error)}") from error
         return self._workers[-1]
@@ -170,31 +168,6 @@ class Pool:
         for worker in workers:
             worker.process.join(max(0.0, until - time.monotonic()))
             worker.end()
-
-
-_waiting: ContextVar[list[_Worker]] = ContextVar("_waiting")
-"""Workers that were started ahead, and that no pool has yet."""
-
-
-@contextmanager
-def ahead(jobs: int, modules: Sequence[str]) -> Iterator[None]:
-    """Within it pools take workers that start now, and import modules while it is found out what there is to do.
-
-    Args:
-        jobs: how many.
-        modules: by name.
-    """
-    started = Pool(jobs, None)
-    try:
-        with suppress(OSError, RuntimeError), signals_held():  # a pool that finds none starts them itself, and tells
-            started._workers.extend(_Worker(modules) for _ in range(started.most))
-        token = _waiting.set(started._workers)
-        try:
-            yield
-        finally:
-            _waiting.reset(token)
-    finally:
-        started.close()
 
 
 def _ending(code: int | None) -> str:

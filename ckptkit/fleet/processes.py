@@ -19,9 +19,8 @@ import struct
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from importlib import import_module
 from typing import Any, NoReturn, Protocol
 
 from ckptkit.fleet import worker
@@ -84,16 +83,13 @@ class Process(Protocol):
         """Close the channel, and do not wait for it any more: what waits for a disk cannot be killed."""
 
 
-def started(modules: Sequence[str] = ()) -> Process:
+def started() -> Process:
     """A worker; call this while signals are held (`signals_held`), so that every worker is recorded.
-
-    Args:
-        modules: what it imports before it does anything.
 
     Raises:
         OSError, RuntimeError: the system, or Python, does not let it start.
     """
-    return _Forked(modules) if _may_fork() else _Spawned(modules)
+    return _Forked() if _may_fork() else _Spawned()
 
 
 def _may_fork() -> bool:
@@ -138,7 +134,7 @@ class _Pipes:
 class _Forked:
     """A copy of this process."""
 
-    def __init__(self, modules: Sequence[str]) -> None:
+    def __init__(self) -> None:
         down = os.pipe()
         up = os.pipe()
         self._code: int | None = None
@@ -146,7 +142,7 @@ class _Forked:
             driver = os.getpid()
             self._pid = os.fork()  # type: ignore[attr-defined,unused-ignore]
             if self._pid == 0:
-                _begin(_Pipes(down[0], up[1]), driver, modules, (down[1], up[0]))
+                _begin(_Pipes(down[0], up[1]), driver, (down[1], up[0]))
         except OSError:
             for fd in (down[1], up[0]):
                 os.close(fd)
@@ -191,12 +187,12 @@ class _Forked:
 class _Spawned:
     """A new Python."""
 
-    def __init__(self, modules: Sequence[str]) -> None:
+    def __init__(self) -> None:
         from multiprocessing import get_context
 
         context = get_context("spawn")
         self.channel, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, os.getpid(), modules), daemon=True, name=_NAME)
+        self._process = context.Process(target=_serve, args=(theirs, os.getpid()), daemon=True, name=_NAME)
         try:
             with _main_left_alone():
                 self._process.start()
@@ -292,7 +288,7 @@ def _main_left_alone() -> Iterator[None]:
 # In the worker.
 
 
-def _begin(channel: Channel, driver: int, modules: Sequence[str], others: Iterable[int]) -> NoReturn:
+def _begin(channel: Channel, driver: int, others: Iterable[int]) -> NoReturn:
     """The life of a copy, which never returns to what the original was at."""
     code = 1
     try:
@@ -301,7 +297,7 @@ def _begin(channel: Channel, driver: int, modules: Sequence[str], others: Iterab
         sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: PTH123, SIM115 - as long as the process lives
         signal.set_wakeup_fd(-1)  # an event loop of the original's would take our signals for its own
         gc.freeze()  # searching the original's objects for garbage would copy them all
-        _serve(channel, driver, modules)
+        _serve(channel, driver)
         code = 0
     except BaseException:
         sys.excepthook(*sys.exc_info())
@@ -309,8 +305,8 @@ def _begin(channel: Channel, driver: int, modules: Sequence[str], others: Iterab
         os._exit(code)  # nothing of the original's is cleaned up twice
 
 
-def _serve(channel: Channel, driver: int, modules: Sequence[str]) -> None:
-    """Import the modules, then do one batch after the other, until the driver is gone."""
+def _serve(channel: Channel, driver: int) -> None:
+    """Do one batch after the other, until the driver is gone."""
     worker.is_one = True
     sys.stdout = sys.stderr  # whatever is printed here is not what the driver reports
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -322,8 +318,6 @@ def _serve(channel: Channel, driver: int, modules: Sequence[str]) -> None:
         if sys.platform != "win32" and hasattr(signal, "pthread_sigmask"):
             signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
         channel.send_bytes(b"")
-        for name in modules:
-            import_module(name)
         while True:
             call = pickle.loads(channel.recv_bytes())  # noqa: S301 - our own
             channel.send_bytes(pickle.dumps(run(*call), PROTOCOL))

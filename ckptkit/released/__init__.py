@@ -31,7 +31,8 @@ from ckptkit.fleet.shares import Share
 from ckptkit.formats.folder import PICKLE
 from ckptkit.released.bases import based
 from ckptkit.released.config import Config, read_config
-from ckptkit.released.lines import Earlier, digest_of, digest_of_policy, end_of, stamp_of
+from ckptkit.released.file_check import Task, held, held_from, stamp_of, with_model
+from ckptkit.released.lines import Earlier, digest_of, digest_of_policy, end_of
 from ckptkit.released.manifest_file import FileRecord, Manifest, paths_of, read_manifest
 from ckptkit.released.policy import Policy
 from ckptkit.released.results import (
@@ -43,19 +44,15 @@ from ckptkit.released.results import (
     nothing_selected,
     unreadable_finding,
 )
-from ckptkit.released.selection import Selected, Selection, Task, name_of, select
+from ckptkit.released.selection import Selected, Selection, name_of, select
 from ckptkit.report import SCHEMA_VERSION, Report
 from ckptkit.transfer.many import Workers, side_by_side
 
 if TYPE_CHECKING:
-    from ckptkit.architectures import Architecture
     from ckptkit.fleet import Outcome
     from ckptkit.released.document import CheckEnd, CheckHead
 
-__all__ = ["WORKING", "Run", "check"]
-
-WORKING = "ckptkit.released.file_check", "ckptkit.formats.torch_zip", "ckptkit.pickling.shortcut"
-"""The modules that check most files, for `ckptkit.transfer.many.Workers.ahead`."""
+__all__ = ["Run", "check"]
 
 
 class Run:
@@ -173,10 +170,10 @@ class Run:
             looked_at = [(task, is_kept and task.other is None) for task, is_kept in self._earlier.kept(tasks)]
             kept = [task.path for task, is_kept in looked_at if is_kept]
             tasks = [task for task, is_kept in looked_at if not is_kept]
-        work = _held if self._workers.executor is None else partial(_held, folder=os.getcwd())
+        work = held if self._workers.executor is None else partial(held_from, os.getcwd())
         made = side_by_side(tasks, work, workers=self._workers, nbytes=_nbytes, lost=_lost, is_far=_is_far)
         found = zip(tasks, made, strict=True)
-        opened = ((task, self._complete(task, *each)) for task, each in found)
+        opened = ((task, with_model(*each, task, self._verify)) for task, each in found)
         others = [(task, result) for task, result in islice(opened, count) if result.findings]
         self._passed.subtract(Counter(task.other for task, _ in others if task.other is not None))
         told = [*self._told, *(result for _, result in others)]
@@ -187,14 +184,6 @@ class Run:
             told = [nothing_selected(where, "found no file to check")]
         told.sort(key=lambda result: result.path)
         yield from merge(told, (result for _, result in opened), taken, key=lambda result: result.path)
-
-    def _complete(self, task: Task, result: FileResult, architecture: Architecture | None) -> FileResult:
-        """The result with what the verifier says, if a model is needed."""
-        if not task.policy.needs_model:
-            return result
-        from ckptkit.released.file_check import with_model
-
-        return with_model(result, architecture, task, self._verify)
 
     @property
     def passed_over(self) -> dict[str, int]:
@@ -218,25 +207,11 @@ class Run:
         return replace(report, details=details)
 
 
-def check(paths: Sequence[str], *, workers: Workers, **asked: Any) -> CheckReport:
+def check(paths: Sequence[str], **asked: Any) -> CheckReport:
     """Check files against a manifest and policies; arguments as in `Run`, results as in `ckptkit.check`."""
-    with workers.ahead(*WORKING):
-        run = Run(paths, workers=workers, **asked)
-        results = tuple(run.results())
+    run = Run(paths, **asked)
+    results = tuple(run.results())
     return run.report(results)
-
-
-def _held(task: Task, threads: int = 1, folder: str | None = None) -> tuple[FileResult, Architecture | None]:
-    """The check of one file, imported where it is done: a process that leaves it to others needs none of it.
-
-    Args:
-        task: the file.
-        threads: how many may work on it.
-        folder: that its paths are relative to, for workers that may be elsewhere.
-    """
-    from ckptkit.released import file_check
-
-    return file_check.held(task, threads) if folder is None else file_check.held_from(folder, task, threads)
 
 
 def _nbytes(task: Task) -> int:

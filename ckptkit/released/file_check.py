@@ -1,4 +1,4 @@
-"""One file of a check: the results, and the state of the file when it was checked.
+"""One file of a check: what it is checked against, the results, and the state of the file when it was checked.
 
 `held` is called where the file is checked, in this process or in another: its argument (a `Task`) and its results (a
 `FileResult`, and the known model) are plain data.  What needs a model is done by `with_model`, in the process that has
@@ -7,10 +7,12 @@ it.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -18,11 +20,13 @@ from ckptkit import places
 from ckptkit.architectures import Architecture
 from ckptkit.checkpoint import GlobalUse
 from ckptkit.errors import CkptkitError, FormatError
-from ckptkit.formats import collector_paused, source_of
+from ckptkit.formats import STDIN, collector_paused, source_of
+from ckptkit.formats.containers import SUFFIXES
+from ckptkit.formats.unpacked import is_unpacked
 from ckptkit.normalize.parts import CODE
 from ckptkit.pickling.trust import merge_uses
 from ckptkit.released.examine import Examined, examine_file
-from ckptkit.released.lines import stamp_of
+from ckptkit.released.manifest_file import FileRecord
 from ckptkit.released.manifest_rules import (
     compare,
     golden_findings,
@@ -30,6 +34,7 @@ from ckptkit.released.manifest_rules import (
     is_same_file,
     model_findings,
 )
+from ckptkit.released.policy import Policy
 from ckptkit.released.policy_rules import pickle_violations, rules_of, violations
 from ckptkit.released.results import (
     CheckFinding,
@@ -41,10 +46,61 @@ from ckptkit.released.results import (
     unreadable_finding,
     whole_finding,
 )
-from ckptkit.released.selection import Task, size_of
-from ckptkit.report import Report
+from ckptkit.released.selection import size_of
+from ckptkit.report import Report, split_member
 
-__all__ = ["held", "held_from", "with_model"]
+__all__ = ["Task", "held", "held_from", "stamp_of", "with_model"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """One file, and what it is checked against.
+
+    Attributes:
+        path: the file.
+        policy: what every file must meet.
+        record: its record in the manifest; ``None``: it has none.
+        folder: of the manifest, if there is one.
+        is_extra: whether the manifest should name it, and does not.
+        other: the kind of a file that is not a checkpoint, and is searched for pickles.
+        shards: the named shards that it represents.
+        against: a digest of everything else the result depends on; ``None``: nobody will ask whether the result is
+            still valid.
+    """
+
+    path: str
+    policy: Policy
+    record: FileRecord | None = None
+    folder: str = ""
+    is_extra: bool = False
+    other: str | None = None
+    shards: tuple[str, ...] = ()
+    against: str | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Its size, as far as known before it is opened."""
+        if self.record is not None and self.record.shards:
+            return self.record.size
+        return size_of(self.path)
+
+    @property
+    def is_missing(self) -> bool:
+        """Whether the manifest names it, and it is not there."""
+        return self.record is not None and not places.may_exist(self.path)
+
+    @property
+    def may_be_same(self) -> bool:
+        """Whether the file may have the bytes of its record: then its hash is enough."""
+        record = self.record
+        return record is not None and (bool(record.shards) or self.nbytes == record.size)
+
+    @property
+    def golden(self) -> str | None:
+        """The file of its recorded outputs."""
+        if self.record is None or self.record.golden is None:
+            return None
+        return places.below(self.folder, self.record.golden.path)
 
 
 @collector_paused()  # without it, read values are freed at the end
@@ -154,6 +210,54 @@ def held_from(folder: str, task: Task, threads: int = 1) -> tuple[FileResult, Ar
 
 def _stamp(task: Task) -> str | None:
     return None if task.against is None else stamp_of(task.path)
+
+
+def stamp_of(path: str) -> str | None:
+    """A value that changes when a checkpoint is written to; ``None``: unknown.
+
+    It is made from the sizes and modification times of its files: for a folder all in it, for an index its shards too.
+    For anything but a local file it comes from the source, such as an ETag.
+    """
+    try:
+        if path == STDIN:
+            return None
+        member = split_member(path)
+        if member is None and not os.path.lexists(path):
+            return _stamp_of_source(path)
+        files = [path if member is None else member[0]]
+        if member is None:
+            files += _files_beside(path)
+        facts = [(name.removeprefix(os.path.dirname(path)), *_facts(os.stat(name))) for name in files]
+    except (OSError, ValueError):
+        return None
+    if len(facts) == 1:
+        return f"{facts[0][1]}/{facts[0][2]}"
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def _stamp_of_source(path: str) -> str:
+    """The stamp from the source of a path; at a URL it stays open for its next reader."""
+    source = source_of(path)
+    stamp = repr(source.identity)
+    places.put_back(source, path)
+    return stamp
+
+
+def _facts(status: os.stat_result) -> tuple[int, int]:
+    return status.st_size, status.st_mtime_ns
+
+
+def _files_beside(path: str) -> list[str]:
+    """The other files of a checkpoint: those in the folder that it is, or of the index that it is; sorted."""
+    folder, name = os.path.split(path)
+    if os.path.isdir(path) or (name == "data.pkl" and is_unpacked(folder or os.curdir)):
+        above = path if os.path.isdir(path) else folder
+        return sorted(os.path.join(inside, name) for inside, _, names in os.walk(above) for name in names)
+    if os.path.splitext(name)[1].lower() in SUFFIXES:
+        return []
+    from ckptkit.formats.sharded import shard_names
+
+    return sorted(os.path.join(folder, *shard.split("/")) for shard in shard_names(path))
 
 
 def _other_result(task: Task) -> FileResult:

@@ -21,23 +21,20 @@ from dataclasses import dataclass, field, fields
 from types import NoneType
 from typing import IO, TYPE_CHECKING, Any, cast
 
-from ckptkit import places
 from ckptkit.errors import FileAccessError, FormatError, MissingFileError
-from ckptkit.formats import STDIN, source_of
-from ckptkit.formats.containers import SUFFIXES
-from ckptkit.formats.unpacked import is_unpacked
+from ckptkit.formats import STDIN
 from ckptkit.nearness import meant_file
+from ckptkit.released.file_check import Task, stamp_of
 from ckptkit.released.policy import Policy
 from ckptkit.released.results import FileResult, Tally
-from ckptkit.released.selection import Task
-from ckptkit.report import SCHEMA_VERSION, split_member
+from ckptkit.report import SCHEMA_VERSION
 
 if TYPE_CHECKING:
     from ckptkit.documents import CheckDocument, CheckFindingDocument
     from ckptkit.released.document import CheckEnd, CheckHead, CheckLine
 
 __all__ = [
-    "Earlier", "Stream", "digest_of", "digest_of_policy", "end_of", "line_of", "read_streams", "stamp_of", "text_of",
+    "Earlier", "Stream", "digest_of", "digest_of_policy", "end_of", "line_of", "read_streams", "text_of",
 ]  # fmt: skip
 
 
@@ -107,54 +104,6 @@ def _packages(reference: str | None) -> dict[str, str | None]:
         except (PackageNotFoundError, ValueError):
             found[name] = None
     return found
-
-
-def stamp_of(path: str) -> str | None:
-    """A value that changes when a checkpoint is written to; ``None``: unknown.
-
-    It is made from the sizes and modification times of its files: for a folder all in it, for an index its shards too.
-    For anything but a local file it comes from the source, such as an ETag.
-    """
-    try:
-        if path == STDIN:
-            return None
-        member = split_member(path)
-        if member is None and not os.path.lexists(path):
-            return _stamp_of_source(path)
-        files = [path if member is None else member[0]]
-        if member is None:
-            files += _files_beside(path)
-        facts = [(name.removeprefix(os.path.dirname(path)), *_facts(os.stat(name))) for name in files]
-    except (OSError, ValueError):
-        return None
-    if len(facts) == 1:
-        return f"{facts[0][1]}/{facts[0][2]}"
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-
-
-def _stamp_of_source(path: str) -> str:
-    """The stamp from the source of a path; at a URL it stays open for its next reader."""
-    source = source_of(path)
-    stamp = repr(source.identity)
-    places.put_back(source, path)
-    return stamp
-
-
-def _facts(status: os.stat_result) -> tuple[int, int]:
-    return status.st_size, status.st_mtime_ns
-
-
-def _files_beside(path: str) -> list[str]:
-    """The other files of a checkpoint: those in the folder that it is, or of the index that it is; sorted."""
-    folder, name = os.path.split(path)
-    if os.path.isdir(path) or (name == "data.pkl" and is_unpacked(folder or os.curdir)):
-        above = path if os.path.isdir(path) else folder
-        return sorted(os.path.join(inside, name) for inside, _, names in os.walk(above) for name in names)
-    if os.path.splitext(name)[1].lower() in SUFFIXES:
-        return []
-    from ckptkit.formats.sharded import shard_names
-
-    return sorted(os.path.join(folder, *shard.split("/")) for shard in shard_names(path))
 
 
 # Reading.

@@ -379,7 +379,7 @@ def make_at(
         )
     previous = read_manifest(destination) if destination is not None and there and update else None
     folder, beside = _folders_for(paths, destination, previous)
-    with places.asked_once(folder), workers.ahead("ckptkit.formats.torch_zip", "ckptkit.pickling.shortcut"):
+    with places.asked_once(folder):
         tag = tag if paths else None  # each of its folders is a separate step
         paths = paths or (_paths_of(previous, folder) if update else ())
         if tp_rules is None:

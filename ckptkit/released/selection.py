@@ -6,7 +6,6 @@ import os
 from collections import Counter
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from ckptkit import places
 from ckptkit.errors import CkptkitError, FileAccessError
@@ -15,11 +14,7 @@ from ckptkit.formats.folder import Surveyor, indexes_by_shard
 from ckptkit.report import count_of, split_member
 from ckptkit.transfer.names import is_temporary_name
 
-if TYPE_CHECKING:
-    from ckptkit.released.manifest_file import FileRecord
-    from ckptkit.released.policy import Policy
-
-__all__ = ["Selected", "Selection", "Task", "name_of", "select", "size_of", "step_of"]
+__all__ = ["Selected", "Selection", "name_of", "select", "size_of", "step_of"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,57 +68,6 @@ class Selection:
             raise errors[0]
         if errors:
             raise FileAccessError("\n  ".join([f"{count_of(len(errors), 'path')} cannot be read:", *map(str, errors)]))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Task:
-    """One file, and what it is checked against.
-
-    Attributes:
-        path: the file.
-        policy: what every file must meet.
-        record: its record in the manifest; ``None``: it has none.
-        folder: of the manifest, if there is one.
-        is_extra: whether the manifest should name it, and does not.
-        other: the kind of a file that is not a checkpoint, and is searched for pickles.
-        shards: the named shards that it represents.
-        against: a digest of everything else the result depends on; ``None``: nobody will ask whether the result is
-            still valid.
-    """
-
-    path: str
-    policy: Policy
-    record: FileRecord | None = None
-    folder: str = ""
-    is_extra: bool = False
-    other: str | None = None
-    shards: tuple[str, ...] = ()
-    against: str | None = None
-
-    @property
-    def nbytes(self) -> int:
-        """Its size, as far as known before it is opened."""
-        if self.record is not None and self.record.shards:
-            return self.record.size
-        return size_of(self.path)
-
-    @property
-    def is_missing(self) -> bool:
-        """Whether the manifest names it, and it is not there."""
-        return self.record is not None and not places.may_exist(self.path)
-
-    @property
-    def may_be_same(self) -> bool:
-        """Whether the file may have the bytes of its record: then its hash is enough."""
-        record = self.record
-        return record is not None and (bool(record.shards) or self.nbytes == record.size)
-
-    @property
-    def golden(self) -> str | None:
-        """The file of its recorded outputs."""
-        if self.record is None or self.record.golden is None:
-            return None
-        return places.below(self.folder, self.record.golden.path)
 
 
 def select(

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Protocol, TypeVar
@@ -77,18 +76,6 @@ class Workers:
         from ckptkit.fleet import cores
 
         return count >= _MANY and cores() > 1
-
-    def ahead(self, *modules: str) -> AbstractContextManager[None]:
-        """Within it `side_by_side` finds the processes started that a number of jobs asks for.
-
-        Args:
-            modules: what they import while this process looks for the files.
-        """
-        if self.jobs is None or self.jobs == 1:
-            return nullcontext()
-        from ckptkit.fleet import ahead
-
-        return ahead(self.jobs, modules)
 
 
 def side_by_side(

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from support import fleet_work
 
-from ckptkit.fleet import Outcome, ahead, each, pool, processes
+from ckptkit.fleet import Outcome, each, pool, processes
 
 SUPPORT = Path(fleet_work.__file__)
 
@@ -58,27 +58,6 @@ def test_where_no_process_can_be_started_every_task_says_so(monkeypatch: pytest.
     came = list(each(range(5), fleet_work.square, jobs=2))
     assert [outcome.problem for _, outcome in came] == ["died"] * 5
     assert came[0][1].text.startswith("no worker process can be started: BlockingIOError: ")
-
-
-def test_workers_that_were_started_ahead_are_taken_and_the_others_ended() -> None:
-    with ahead(3, ["colorsys"]):
-        started = [worker.process for worker in pool._waiting.get()]
-        came = list(each(["colorsys", "colorsys"], fleet_work.is_imported, jobs=2))
-        assert [outcome.value for _, outcome in came] == [True, True]  # by who was asked to import it
-        assert len(pool._waiting.get()) == 1
-        assert {process.exitcode for process in started} != {None}  # those that had work have ended
-    assert None not in [process.exitcode for process in started]
-    assert pool._waiting.get(None) is None
-    assert [outcome.value for _, outcome in each(range(3), fleet_work.square, jobs=2)] == [0, 1, 4]
-
-
-def test_a_worker_that_was_started_ahead_and_died_takes_no_task_with_it() -> None:
-    with ahead(2, ["no_such_module"]):
-        for worker in pool._waiting.get():
-            worker.process.kill()
-            worker.process.join(10)
-        came = list(each(range(20), fleet_work.square, jobs=2))
-    assert [outcome.value for _, outcome in came] == [number * number for number in range(20)]
 
 
 def pids(folder: Path) -> list[int]:

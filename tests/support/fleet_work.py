@@ -28,10 +28,6 @@ def same(value: Any) -> Any:
     return value
 
 
-def is_imported(module: str) -> bool:
-    return module in sys.modules
-
-
 def says(text: str) -> str:
     print(text, flush=True)
     return text
