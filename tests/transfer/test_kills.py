@@ -221,7 +221,12 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("options", [[], ["--dtype", "float64"], ["--max-shard-size", "4.5MB"]])
+AT_RANDOM = [["--dtype", "float64"], ["--max-shard-size", "4.5MB"]]
+
+
+@pytest.mark.parametrize(
+    "options", [[], *(pytest.param(more, marks=pytest.mark.thorough) for more in AT_RANDOM)], ids=" ".join
+)
 def test_at_random_times(large: Path, out: Path, options: list[str]) -> None:
     folder = out.parent
     command = [sys.executable, "-m", "ckptkit", "convert", "-q", large, folder / ASKED, "--force", *options]
