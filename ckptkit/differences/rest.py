@@ -229,9 +229,10 @@ class TreeComparison:
         flags = not is_alone and (a.module is None) is (b.module is None)
         rule = SameContent(flags=flags)
         place = Place().below(b.origin.state_path) if b.origin.state_path else Place()
-        is_bare = not flags and a.state_dict.is_plain and b.state_dict.is_plain and a.origin.state_path is not None
-        differing = () if is_bare and b.origin.state_path is not None else pairs
-        hanging = [(place.below(name), x, y) for _, name, x, y in differing if _may_differ(x, y, flags=flags)]
+        # Where both have state_dicts the pairs are of these, and most are plain: nothing hangs on any tensor.
+        are_plain = all(each.origin.state_path is not None and each.state_dict.is_plain for each in (a, b))
+        asked = pairs if flags or not are_plain else ()
+        hanging = [(place.below(name), x, y) for _, name, x, y in asked if _may_differ(x, y, flags=flags)]
         self._found: list[tuple[Met, Pair | None]] = []
         self._count = 0
         self._take(side_by_side(hanging, rule), pairs)
