@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Protocol, Typ
 
 from ckptkit.errors import RewriteError, VerifyError
 from ckptkit.nearness import did_you_mean, nearest
-from ckptkit.patterns import pattern
+from ckptkit.startup import pattern
 
 if TYPE_CHECKING:
     from typing_extensions import Self

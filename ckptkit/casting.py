@@ -22,12 +22,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 from ckptkit.computed import ConvertedRange, DTypeConversion
 from ckptkit.dtypes import DTYPES, meant_dtype
 from ckptkit.errors import DTypeError
+from ckptkit.startup import dataclass
 from ckptkit.tensor import Storage
 
 __all__ = ["CAST_SOURCES", "CAST_TARGETS", "Caster", "Losses", "cast_storage", "caster", "numpy_dtype"]

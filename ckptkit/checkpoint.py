@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, ItemsView, Iterable, Iterator, Mapping, ValuesView
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from itertools import islice
 from typing import Final, Literal, NamedTuple, Protocol, get_args
 
 from ckptkit.errors import KeyCollisionError, RewriteError
 from ckptkit.report import Finding, count_of, listed, printable
+from ckptkit.startup import dataclass
 from ckptkit.tensor import Storage, TensorEntry, as_tensor, contiguous_stride, shared_storages, tied_groups
 
 __all__ = [

@@ -11,11 +11,11 @@ from __future__ import annotations
 import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeGuard
 
 from ckptkit.bytesource import CHUNK_NBYTES, ByteRange, Source, outside, spool_room, write_at
 from ckptkit.errors import CorruptError, FileAccessError
+from ckptkit.startup import dataclass
 
 if TYPE_CHECKING:
     from typing_extensions import Self

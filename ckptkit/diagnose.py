@@ -22,10 +22,10 @@ from ckptkit.normalize.sections import brief, step
 from ckptkit.normalize.selection import discarded_text, holding_suffix, other_parts, other_weights
 from ckptkit.normalize.shapes import are_data
 from ckptkit.normalize.tensors import FoundTensor, other_tensors
-from ckptkit.patterns import pattern
 from ckptkit.pickling.inert import Global, Object, mapping_items, walk
 from ckptkit.report import Finding, apart, convert_command, count_of, gravest_first, human_size, listed, share_of
 from ckptkit.shell import command_line
+from ckptkit.startup import pattern
 from ckptkit.tensor import unordered, unused_nbytes
 
 if TYPE_CHECKING:

@@ -39,7 +39,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 
 from ckptkit.checkpoint import STATE_DICT, Checkpoint, Storage, TensorEntry, tied_groups
 from ckptkit.normalize import lower_state_dict
@@ -48,6 +47,7 @@ from ckptkit.normalize.modules import unwrapped_in_digests
 from ckptkit.normalize.sections import is_plain_value
 from ckptkit.normalize.trees import FLAGS
 from ckptkit.pickling.inert import Global, InertDict, InertSet, Object, effects_of, tensors_in
+from ckptkit.startup import dataclass
 from ckptkit.transfer.checksums import Checksums
 from ckptkit.transfer.values import stream
 

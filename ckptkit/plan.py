@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import TYPE_CHECKING, NamedTuple
 
 from ckptkit.bytesource import Source
 from ckptkit.checkpoint import TensorEntry
 from ckptkit.computed import ByteSource, ConvertedRange, DenseRange, is_made
 from ckptkit.report import count_of
+from ckptkit.startup import dataclass
 
 if TYPE_CHECKING:
     from ckptkit.documents import PlanDocument, StepsDocument

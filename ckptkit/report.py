@@ -10,13 +10,13 @@ import json
 import os
 import re
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, TypedDict, TypeVar
 
 from ckptkit.display import human_size, printable
 from ckptkit.errors import FailedReportError, RewriteError
-from ckptkit.patterns import pattern
 from ckptkit.shell import command_line, quoted, words_in
+from ckptkit.startup import dataclass, pattern
 
 if TYPE_CHECKING:
     from typing_extensions import TypeVar as TypeVarWithDefault  # of Python 3.13

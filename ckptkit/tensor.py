@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib import import_module
 from operator import index
 from types import EllipsisType
@@ -21,6 +21,7 @@ from ckptkit.computed import ByteSource, DeflatedRange, DenseRange, Inflation
 from ckptkit.dtypes import DTYPES
 from ckptkit.errors import CorruptError, DTypeError
 from ckptkit.report import count_of, human_size, printable
+from ckptkit.startup import dataclass
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -18,7 +18,7 @@ from ckptkit.formats import FORMATS
 PACKAGE = Path(ckptkit.__file__).parent
 
 LAYERS = (
-    {"errors", "display", "shell", "patterns"},
+    {"errors", "display", "shell", "startup"},
     {"nearness"},
     {"report", "arguments", "dtypes", "limits", "extras"},
     {"codes", "documents", "fleet", "fixes"},

@@ -7,11 +7,12 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import ContextVar
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, fields
 from typing import Any, NoReturn, TypeVar
 
 from ckptkit.arguments import BinaryFile
 from ckptkit.errors import CorruptError, FileAccessError, MissingFileError
+from ckptkit.startup import dataclass
 
 __all__ = [
     "CHUNK_NBYTES",

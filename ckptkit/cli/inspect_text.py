@@ -14,8 +14,8 @@ from ckptkit.inspection import surveyed
 from ckptkit.inspection.listing import each_kind, where
 from ckptkit.normalize.adapters import adapter_text
 from ckptkit.normalize.selection import EMBEDDINGS, KEY, earlier
-from ckptkit.patterns import pattern
 from ckptkit.report import count_of, human_size, listed
+from ckptkit.startup import pattern
 
 if TYPE_CHECKING:
     from ckptkit.inspection import Survey

@@ -20,7 +20,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 from ckptkit import formats
@@ -36,6 +36,7 @@ from ckptkit.normalize.selection import BESIDE, KEY, earlier, require_state_dict
 from ckptkit.plan import Checksum, Digest, LiteralBytes, Plan, Step
 from ckptkit.report import Finding, Report, parse_size
 from ckptkit.rewrite.beside import KeepBeside, restored
+from ckptkit.startup import dataclass
 from ckptkit.transfer.names import is_temporary_name
 from ckptkit.transfer.passing import is_far, passed_of
 from ckptkit.transfer.steps import Tally

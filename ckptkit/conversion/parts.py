@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ckptkit import formats
@@ -26,6 +25,7 @@ from ckptkit.plan import Plan
 from ckptkit.remote import carried
 from ckptkit.report import count_of, human_size, listed
 from ckptkit.shell import command_line
+from ckptkit.startup import dataclass
 from ckptkit.transfer.folders import temporary_folder
 from ckptkit.transfer.part_records import modified_of, shares_of, tally_of
 from ckptkit.transfer.parts import Parts

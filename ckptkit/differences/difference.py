@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from collections import Counter
 from copy import copy
-from dataclasses import dataclass
 from typing import Any, Literal, TypedDict, TypeVar
 
 from ckptkit.checkpoint import Kind, Trust
 from ckptkit.errors import FailedReportError
 from ckptkit.report import SCHEMA_VERSION, Finding, FindingDocument, count_of, human_size, listed, printable, share_of
+from ckptkit.startup import dataclass
 
 __all__ = ["DiffDocument", "DiffFile", "Difference", "ModuleRow", "RenamedRow", "TreeRow"]
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import Any
 
 from ckptkit.arguments import tolerance
@@ -22,6 +22,7 @@ from ckptkit.casting import CAST_SOURCES, CAST_TARGETS, caster, numpy_dtype
 from ckptkit.checkpoint import TensorEntry
 from ckptkit.differences.bits import chunks_side_by_side
 from ckptkit.dtypes import DTYPES
+from ckptkit.startup import dataclass
 
 __all__ = ["MEASURED", "Sums", "Tolerance", "is_measurable", "measure_pair"]
 

@@ -25,7 +25,6 @@ from __future__ import annotations
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from functools import partial, reduce
 from operator import add
 from typing import TYPE_CHECKING, Any, Literal
@@ -36,6 +35,7 @@ from ckptkit.differences.figures import MEASURED, Sums, Tolerance, is_measurable
 from ckptkit.digests import tensor_digest
 from ckptkit.errors import DTypeError
 from ckptkit.limits import DEFAULT_LIMITS
+from ckptkit.startup import dataclass
 from ckptkit.transfer.checksums import Checksums
 from ckptkit.transfer.values import SMALL_NBYTES, Ahead, will_read
 from ckptkit.transfer.workers import Progress, in_parallel, near_together

@@ -18,13 +18,13 @@ import pickle
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar, cast
 
 from ckptkit.errors import CkptkitError
 from ckptkit.extras import __version__
 from ckptkit.fleet.outcome import Outcome, Problem, told
 from ckptkit.fleet.worker import PROTOCOL, Call, Lost, RefusedError, Reply, Result
+from ckptkit.startup import dataclass
 
 __all__ = ["pickled", "shared_out"]
 

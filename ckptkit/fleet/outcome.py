@@ -6,10 +6,10 @@ import threading
 import time
 from collections.abc import Callable
 from contextvars import copy_context
-from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar, cast
 
 from ckptkit.errors import CkptkitError
+from ckptkit.startup import dataclass
 
 __all__ = ["Outcome", "Problem", "done_here", "late", "told"]
 

@@ -6,11 +6,11 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from ckptkit.errors import FileAccessError, FormatError, MissingFileError, VerifyError
 from ckptkit.nearness import meant_file
+from ckptkit.startup import dataclass
 
 __all__ = ["STDIN", "Share", "paths_from"]
 

@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from contextvars import copy_context
-from dataclasses import dataclass
 from functools import lru_cache
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -26,6 +25,7 @@ from typing import Any
 from ckptkit.errors import CkptkitError
 from ckptkit.extras import __version__
 from ckptkit.fleet.outcome import late, told
+from ckptkit.startup import dataclass
 
 __all__ = [
     "PROTOCOL",

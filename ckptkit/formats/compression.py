@@ -19,7 +19,6 @@ import re
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from ckptkit.bytesource import CHUNK_NBYTES, Source
@@ -29,6 +28,7 @@ from ckptkit.extras import require
 from ckptkit.formats.shards import name_of
 from ckptkit.formats.sources import Inner, room_for
 from ckptkit.limits import Limits
+from ckptkit.startup import dataclass
 
 __all__ = ["ENDINGS", "FRAME_NBYTES", "PACKED_PICKLES", "Compression", "compression_of", "decompressed"]
 

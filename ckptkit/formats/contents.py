@@ -20,7 +20,7 @@ from __future__ import annotations
 import re
 import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 
 from ckptkit import places
 from ckptkit.bytesource import ByteRange, Source
@@ -50,6 +50,7 @@ from ckptkit.limits import DEFAULT_LIMITS, Limits
 from ckptkit.pickling.reader import LEGACY_MAGIC, LEGACY_PICKLES
 from ckptkit.pickling.trust import global_uses, merge_uses
 from ckptkit.report import count_of
+from ckptkit.startup import dataclass
 
 __all__ = ["ContentSearch", "Inside", "head_of", "look_inside", "names_left"]
 

@@ -22,7 +22,7 @@ import os
 import stat
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 
 from ckptkit import places
 from ckptkit.bytesource import Source, pace
@@ -34,6 +34,7 @@ from ckptkit.formats.unpacked import is_unpacked
 from ckptkit.formats.zip_archive import ends_like_a_zip
 from ckptkit.limits import DEFAULT_LIMITS, Limits
 from ckptkit.report import count_of
+from ckptkit.startup import dataclass
 
 __all__ = [
     "PICKLE",

@@ -22,7 +22,6 @@ import os
 import posixpath
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 
 from ckptkit.bytesource import ByteRange, Source, SourceFile
 from ckptkit.computed import Held
@@ -52,6 +51,7 @@ from ckptkit.limits import Limits
 from ckptkit.nearness import asked_of, near_names
 from ckptkit.remote import source_at
 from ckptkit.report import Finding, count_of, listed, split_member
+from ckptkit.startup import dataclass
 
 __all__ = ["ENDINGS", "begins_like_one", "entered", "member_at", "member_of"]
 

@@ -29,8 +29,8 @@ from typing import NoReturn
 from ckptkit.checkpoint import StateDict
 from ckptkit.errors import AmbiguousError, CorruptError, FormatError, LimitError
 from ckptkit.limits import DEFAULT_LIMITS, Limits
-from ckptkit.patterns import pattern
 from ckptkit.pickling.inert import Global, InertDict, Object, mapping_items
+from ckptkit.startup import pattern
 
 __all__ = [
     "ORDER",

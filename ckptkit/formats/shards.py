@@ -18,10 +18,10 @@ from ckptkit.dtypes import DTYPES
 from ckptkit.formats.json_text import shown
 from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.normalize import RawCheckpoint
-from ckptkit.patterns import pattern
 from ckptkit.pickling.inert import TreeMap
 from ckptkit.pickling.trust import merge_uses
 from ckptkit.report import Finding, count_of, listed
+from ckptkit.startup import pattern
 
 __all__ = [
     "CUSTOMARY",

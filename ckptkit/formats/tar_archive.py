@@ -20,8 +20,8 @@ from typing import NamedTuple
 from ckptkit.bytesource import ByteRange
 from ckptkit.errors import AmbiguousError, CorruptError, LimitError
 from ckptkit.limits import Limits
-from ckptkit.patterns import pattern
 from ckptkit.report import count_of
+from ckptkit.startup import pattern
 
 __all__ = ["BLOCK_NBYTES", "Member", "checksums", "is_header", "read_members"]
 

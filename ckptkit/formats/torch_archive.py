@@ -36,12 +36,12 @@ from ckptkit.formats.format import TORCH_MARKS, Probe
 from ckptkit.formats.zip_archive import LOCAL_SIGNATURE, read_directory
 from ckptkit.formats.zip_records import Record, Records, fetch_beginnings, read_record, record_source
 from ckptkit.limits import Limits
-from ckptkit.patterns import pattern
 from ckptkit.pickling.reader import Constructor, PickleResult, read_pickle
 from ckptkit.pickling.shortcut import TensorShortcut
 from ckptkit.pickling.tensors import TEXT_IDS_MESSAGE, StorageTable
 from ckptkit.pickling.trust import global_uses, merge_uses
 from ckptkit.report import Finding, convert_command, count_of, human_size, listed
+from ckptkit.startup import pattern
 
 if TYPE_CHECKING:
     from ckptkit.formats.contents import ContentSearch

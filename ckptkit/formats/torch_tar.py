@@ -24,7 +24,6 @@ them; here they are read in place.
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
 from struct import Struct
 from typing import TypeGuard
 
@@ -40,6 +39,7 @@ from ckptkit.pickling.inert import Global, InertDict
 from ckptkit.pickling.reader import PickleResult
 from ckptkit.pickling.trust import merge_uses
 from ckptkit.report import count_of, share_of
+from ckptkit.startup import dataclass
 
 __all__ = ["holds_one", "read"]
 

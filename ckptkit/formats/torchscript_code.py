@@ -16,11 +16,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import field
 
 from ckptkit.errors import LimitError
 from ckptkit.formats.torch_archive import TorchArchive
 from ckptkit.pickling.inert import Global, InertDict, Object
+from ckptkit.startup import dataclass
 
 __all__ = ["ScriptClass", "ScriptClasses", "parse_classes"]
 

@@ -25,7 +25,7 @@ from typing import NamedTuple
 from ckptkit.bytesource import ByteRange, byte_range
 from ckptkit.computed import DEFLATE_MOST, ByteSource, DeflatedRange, Inflation
 from ckptkit.errors import AmbiguousError, CorruptError, LimitError, UnsupportedError
-from ckptkit.patterns import pattern
+from ckptkit.startup import pattern
 
 __all__ = [
     "CENTRAL", "DEFLATED", "DESCRIPTOR_SIGNATURE", "END", "END64", "FEW", "HAS_DESCRIPTOR", "LOCAL", "LOCAL_SIGNATURE",

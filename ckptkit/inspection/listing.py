@@ -22,9 +22,9 @@ from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.normalize.modules import BUFFER_NAMES, Role, role_of
 from ckptkit.normalize.sections import is_plain_value, join
 from ckptkit.normalize.tensors import FoundTensor, other_tensors
-from ckptkit.patterns import pattern
 from ckptkit.pickling.arrays import is_array, layout_of
 from ckptkit.pickling.inert import Object
+from ckptkit.startup import pattern
 
 if TYPE_CHECKING:
     from ckptkit.inspection.document import FileFacts, StatsDocument, TensorDocument

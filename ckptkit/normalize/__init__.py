@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from itertools import islice
 from typing import Literal
 
@@ -51,6 +51,7 @@ from ckptkit.pickling.tensors import is_tensor_like
 from ckptkit.pickling.trust import with_places
 from ckptkit.report import Finding, convert_command, count_of
 from ckptkit.report import listed as enumerated
+from ckptkit.startup import dataclass
 
 __all__ = ["RawCheckpoint", "lower_state_dict", "needs_protocol", "normalize", "origin_alone"]
 

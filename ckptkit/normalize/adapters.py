@@ -31,9 +31,9 @@ from ckptkit.checkpoint import Checkpoint, TensorEntry
 from ckptkit.computed import can_be_looked_at
 from ckptkit.errors import CkptkitError
 from ckptkit.normalize.selection import EMBEDDINGS
-from ckptkit.patterns import pattern
 from ckptkit.pickling.inert import mapping_items
 from ckptkit.report import count_of, listed, printable
+from ckptkit.startup import pattern
 
 __all__ = [
     "SMALL_FORMATS",

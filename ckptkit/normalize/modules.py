@@ -35,10 +35,10 @@ from ckptkit.checkpoint import TensorEntry
 from ckptkit.dtypes import DTYPES
 from ckptkit.errors import CorruptError, LimitError
 from ckptkit.limits import DEFAULT_LIMITS
-from ckptkit.patterns import pattern
 from ckptkit.pickling.inert import Global, InertDict, InertSet, Object, mapping_items, named_items, states, tensors_in
 from ckptkit.report import count_of
 from ckptkit.shell import command_line
+from ckptkit.startup import pattern
 
 __all__ = [
     "BUFFER_NAMES",

@@ -18,11 +18,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 from ckptkit.normalize.shapes import CUSTOMARY_KEYS, MOMENTS, PARAMETERS, are_moments, is_optimizer, is_substantial
 from ckptkit.pickling.inert import ABSENT, Global, InertDict, Object, children, effects_of, mapping_items, walk
 from ckptkit.pickling.tensors import is_tensor_like
+from ckptkit.startup import dataclass
 
 __all__ = ["NestedDicts", "is_nested", "nested_values", "nested_versions"]
 

@@ -11,7 +11,6 @@ from collections.abc import Iterable
 from ckptkit.checkpoint import Storage, TensorEntry
 from ckptkit.dtypes import DTYPES
 from ckptkit.normalize.modules import bound_method, module_state
-from ckptkit.patterns import pattern
 from ckptkit.pickling.inert import (
     ABSENT,
     ITSELF,
@@ -25,6 +24,7 @@ from ckptkit.pickling.inert import (
     states,
 )
 from ckptkit.pickling.tensors import is_tensor_like
+from ckptkit.startup import pattern
 
 __all__ = [
     "CUSTOMARY_KEYS",

@@ -14,9 +14,9 @@ from typing import NamedTuple, TypeGuard
 
 from ckptkit.bytesource import ByteRange
 from ckptkit.dtypes import DTYPES
-from ckptkit.patterns import pattern
 from ckptkit.pickling.inert import Global, Object, is_global
 from ckptkit.pickling.tensors import shape_of
+from ckptkit.startup import pattern
 
 __all__ = [
     "Array",

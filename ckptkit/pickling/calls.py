@@ -26,9 +26,9 @@ from collections.abc import Callable, Iterable
 from functools import partial
 
 from ckptkit.limits import DEFAULT_LIMITS
-from ckptkit.patterns import pattern
 from ckptkit.pickling.dangerous import is_dangerous, is_dangerous_attribute, is_kept_code, makes_function
 from ckptkit.pickling.inert import Global, InertDict, Object, named_items
+from ckptkit.startup import pattern
 
 __all__ = ["CallsThatReach", "sets_first_argument"]
 

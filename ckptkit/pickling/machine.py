@@ -15,12 +15,12 @@ from typing import NoReturn, Protocol, TypeVar
 
 from ckptkit.errors import AmbiguousError, CorruptError, LimitError, UnsupportedError
 from ckptkit.limits import Limits
-from ckptkit.patterns import pattern
 from ckptkit.pickling.calls import CallsThatReach
 from ckptkit.pickling.dangerous import is_dangerous
 from ckptkit.pickling.inert import ABSENT, Global, InertDict, InertSet, Object
 from ckptkit.pickling.popped import Popped
 from ckptkit.report import listed
+from ckptkit.startup import pattern
 
 __all__ = ["BATCH", "LOADER", "NO_FRAME", "RARE_OPCODES", "Constructor", "Hold", "Machine", "Shortcut"]
 

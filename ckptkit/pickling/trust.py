@@ -18,9 +18,9 @@ from dataclasses import replace
 
 from ckptkit.checkpoint import GRAVITY, GlobalUse, Storage, Verdict
 from ckptkit.dtypes import BY_STORAGE_CLASS, DTYPES
-from ckptkit.patterns import pattern
 from ckptkit.pickling.dangerous import is_dangerous, is_kept_code
 from ckptkit.pickling.inert import SCALARS, Global, children, is_bare_leaf, mapping_items
+from ckptkit.startup import pattern
 
 __all__ = ["assess", "global_uses", "merge_uses", "with_places"]
 

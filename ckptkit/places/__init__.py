@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ckptkit.bytesource import Source, SourceFile
 from ckptkit.errors import FileAccessError
-from ckptkit.patterns import pattern
+from ckptkit.startup import pattern
 
 if TYPE_CHECKING:
     from ckptkit.places.far import FarEntry

@@ -23,7 +23,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from fnmatch import fnmatchcase
 from importlib import import_module
 from typing import Any
@@ -32,6 +32,7 @@ from ckptkit import places
 from ckptkit.errors import FileAccessError, FormatError, LimitError, MissingFileError, VerifyError
 from ckptkit.nearness import meant_file
 from ckptkit.released.policy import POLICY_KEYS, Policy, close_match
+from ckptkit.startup import dataclass
 
 __all__ = ["Config", "Override", "find_config", "read_config"]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from functools import cached_property
 
 from ckptkit import formats
@@ -49,6 +49,7 @@ from ckptkit.released.reading import (
     read_through,
 )
 from ckptkit.report import Finding
+from ckptkit.startup import dataclass
 from ckptkit.stats import NonFinite
 from ckptkit.transfer.checksums import damage_text
 

@@ -12,7 +12,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -48,6 +48,7 @@ from ckptkit.released.results import (
 )
 from ckptkit.released.selection import size_of
 from ckptkit.report import Report, split_member
+from ckptkit.startup import dataclass
 
 __all__ = ["Task", "held", "held_from", "stamp_of", "with_model"]
 

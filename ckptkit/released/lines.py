@@ -17,7 +17,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import field, fields
 from types import NoneType
 from typing import IO, TYPE_CHECKING, Any, cast
 
@@ -28,6 +28,7 @@ from ckptkit.released.file_check import Task, stamp_of
 from ckptkit.released.policy import Policy
 from ckptkit.released.results import FileResult, Tally
 from ckptkit.report import SCHEMA_VERSION
+from ckptkit.startup import dataclass
 
 if TYPE_CHECKING:
     from ckptkit.documents import CheckDocument, CheckFindingDocument

@@ -34,7 +34,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from ckptkit import places
@@ -46,6 +46,7 @@ from ckptkit.formats.shards import is_shard_name
 from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.nearness import with_meant_file
 from ckptkit.report import SCHEMA_VERSION, count_of
+from ckptkit.startup import dataclass
 
 if TYPE_CHECKING:
     from ckptkit.documents import ManifestFile, ManifestOptions, ManifestOrigin, ManifestTensor, WrittenManifest

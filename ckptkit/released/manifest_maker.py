@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ckptkit import places
@@ -40,6 +40,7 @@ from ckptkit.released.manifest_rules import is_same_file
 from ckptkit.released.reading import file_sha256
 from ckptkit.released.selection import Selected, name_of, select, size_of, step_of
 from ckptkit.report import count_of
+from ckptkit.startup import dataclass
 from ckptkit.transfer.many import Workers, side_by_side
 from ckptkit.transfer.writing import write_atomically
 

@@ -6,7 +6,7 @@ The names of the fields are those of the command's options and of the configurat
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
 
 from ckptkit.arguments import device_problem, several, shapes
@@ -16,6 +16,7 @@ from ckptkit.errors import RewriteError, VerifyError
 from ckptkit.formats import FORMATS
 from ckptkit.nearness import did_you_mean
 from ckptkit.report import parse_size
+from ckptkit.startup import dataclass
 
 __all__ = ["CONTAINERS", "POLICY_FIELDS", "POLICY_KEYS", "TRUST_ORDER", "Policy", "close_match"]
 

@@ -15,7 +15,6 @@ import struct
 import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from queue import SimpleQueue
@@ -35,6 +34,7 @@ from ckptkit.normalize.tensors import FoundTensor
 from ckptkit.pickling.arrays import Array, array_of, is_array, is_numpy_scalar
 from ckptkit.pickling.inert import Object, children, tensors_in, walk
 from ckptkit.pickling.layouts import call_of
+from ckptkit.startup import dataclass
 from ckptkit.stats import NonFinite, count_all
 from ckptkit.transfer.checksums import Checksums, Damage
 from ckptkit.transfer.passing import InOrder, each_of

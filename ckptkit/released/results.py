@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from ckptkit.errors import CkptkitError, FormatError, MissingFileError, PartError
 from ckptkit.fixes import combined_fix
 from ckptkit.normalize.parts import CODE
 from ckptkit.report import SCHEMA_VERSION, Finding, Report, listed
+from ckptkit.startup import dataclass
 
 if TYPE_CHECKING:
     from ckptkit.documents import CheckDetails, CheckDocument, CheckedFile, CheckFindingDocument
@@ -67,7 +68,7 @@ class CheckFinding(Finding):
     @property
     def line(self) -> str:
         """The finding in a line of text, after the file it is about."""
-        return f"{self.path}: {super(CheckFinding, self).line}"
+        return f"{self.path}: {super(CheckFinding, self).line}"  # noqa: UP008 - slots make another class
 
     def to_dict(self) -> CheckFindingDocument:
         """The finding for JSON documents."""
@@ -177,7 +178,7 @@ class CheckReport(Report["CheckDocument"]):
     @property
     def ok(self) -> bool:
         """Whether no finding is an error, and something was checked unless nothing had to be."""
-        return bool(self.results or self.may_be_empty) and super(CheckReport, self).ok
+        return bool(self.results or self.may_be_empty) and super(CheckReport, self).ok  # noqa: UP008 - slots make another class
 
     @property
     def is_complete(self) -> bool:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Container, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 
 from ckptkit import places
 from ckptkit.errors import CkptkitError, FileAccessError
 from ckptkit.formats import STDIN
 from ckptkit.formats.folder import Surveyor, indexes_by_shard
 from ckptkit.report import count_of, split_member
+from ckptkit.startup import dataclass
 from ckptkit.transfer.names import is_temporary_name
 
 __all__ = ["Selected", "Selection", "name_of", "select", "size_of", "step_of"]

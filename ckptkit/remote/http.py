@@ -13,7 +13,7 @@ import contextlib
 import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from email.message import Message
 from http import HTTPStatus
 from typing import NamedTuple
@@ -25,6 +25,7 @@ from ckptkit.remote.connections import Answer, Target, ask
 from ckptkit.remote.retries import Passing, is_passing, masked, retried, told_to_wait
 from ckptkit.remote.store import FarFile, Store
 from ckptkit.report import human_size
+from ckptkit.startup import dataclass
 
 __all__ = ["Described", "HttpStore", "Place", "joined"]
 

@@ -17,7 +17,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from email.message import Message
 from typing import Any, TypeVar
 from urllib.parse import quote, unquote
@@ -27,6 +27,7 @@ from ckptkit.remote.connections import Target
 from ckptkit.remote.http import Described, HttpStore, Place, joined
 from ckptkit.remote.retries import masked_text
 from ckptkit.remote.store import FarFile
+from ckptkit.startup import dataclass
 
 __all__ = ["HubPath", "HubStore"]
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from ckptkit.checkpoint import STATE_DICT, Checkpoint
@@ -43,6 +43,7 @@ from ckptkit.pickling.inert import SCALARS, InertDict, Object, holds, mapping_it
 from ckptkit.report import count_of
 from ckptkit.rewrite.select import pair_lists, places
 from ckptkit.rewrite.storages import with_tensors_replaced
+from ckptkit.startup import dataclass
 
 __all__ = ["KeepBeside", "PutUnder", "restored", "without_plain_values"]
 

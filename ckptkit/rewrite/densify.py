@@ -7,7 +7,7 @@ for FP8 weights with their scales beside them, and `ckptkit.transfer.dense` comp
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from itertools import islice
 
 from ckptkit.casting import cast_storage, caster
@@ -21,6 +21,7 @@ from ckptkit.pickling.inert import Global
 from ckptkit.pickling.layouts import Jagged, Nested
 from ckptkit.report import count_of, glob_of, listed
 from ckptkit.rewrite.dtype import scaled_weights
+from ckptkit.startup import dataclass
 from ckptkit.transfer.dense import dense_entry
 
 __all__ = ["Densify"]

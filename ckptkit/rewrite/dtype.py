@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from glob import escape
 from itertools import chain
 from typing import TYPE_CHECKING
@@ -29,6 +29,7 @@ from ckptkit.normalize.quantized import scaled_pairs
 from ckptkit.pickling.inert import walk
 from ckptkit.report import count_of, glob_of, listed
 from ckptkit.rewrite.storages import nodes, with_tensors_replaced
+from ckptkit.startup import dataclass
 
 if TYPE_CHECKING:
     from ckptkit.normalize.not_plain import Scaled

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from ckptkit.checkpoint import (
@@ -23,6 +23,7 @@ from ckptkit.normalize.shapes import parts
 from ckptkit.normalize.tensors import FoundTensor, Nameless, keys_of, longer, tensors_with_keys
 from ckptkit.pickling.arrays import is_array, is_numpy_scalar
 from ckptkit.pickling.inert import SCALARS, Global, InertDict, Object
+from ckptkit.startup import dataclass
 
 __all__ = ["AllTensors"]
 

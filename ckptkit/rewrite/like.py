@@ -20,7 +20,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from ckptkit.checkpoint import STATE_DICT, Checkpoint, StateDict, TensorEntry, tied_groups
@@ -31,6 +31,7 @@ from ckptkit.report import count_of, listed
 from ckptkit.rewrite.names import module_paths, moved_versions
 from ckptkit.rewrite.rename import AddModule, AddPrefix, Rename, StripModule, StripPrefix
 from ckptkit.shell import command_line
+from ckptkit.startup import dataclass
 
 __all__ = ["Fitting", "Like"]
 

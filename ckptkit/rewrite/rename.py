@@ -19,7 +19,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from ckptkit.arguments import several
@@ -30,6 +29,7 @@ from ckptkit.nearness import did_you_mean, meant_file
 from ckptkit.normalize.modules import MODULE, unwrapped, unwrapped_path
 from ckptkit.report import count_of, listed
 from ckptkit.rewrite.names import moved_versions, renamed, wrapper_versions
+from ckptkit.startup import dataclass
 
 __all__ = ["AddModule", "AddPrefix", "Rename", "StripModule", "StripPrefix", "parse_rule", "read_rules"]
 

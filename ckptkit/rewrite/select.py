@@ -6,7 +6,7 @@ A glob is matched as `fnmatch.fnmatchcase` does: ``*`` crosses dots, and case co
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from fnmatch import fnmatchcase
 from itertools import islice
 from typing import Any, Final, NamedTuple
@@ -26,6 +26,7 @@ from ckptkit.report import count_of, listed
 from ckptkit.rewrite.names import module_paths
 from ckptkit.rewrite.storages import with_tensors_replaced
 from ckptkit.shell import quoted
+from ckptkit.startup import dataclass
 
 __all__ = ["LeaveOut", "Select", "WeightsOnly", "pair_lists", "part_paths", "places"]
 

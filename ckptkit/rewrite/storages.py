@@ -20,7 +20,7 @@ from __future__ import annotations
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from typing import Literal, TypeGuard, get_args
 
 from ckptkit.arguments import device_problem
@@ -31,6 +31,7 @@ from ckptkit.normalize.sections import is_plain_value
 from ckptkit.pickling.inert import Global, Object, TreeMap, is_global, mapping_shell, walk
 from ckptkit.pickling.layouts import device_of
 from ckptkit.report import count_of, listed
+from ckptkit.startup import dataclass
 
 __all__ = [
     "Compact",

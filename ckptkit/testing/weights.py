@@ -10,11 +10,11 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ckptkit import api
 from ckptkit.report import Finding, Report, count_of
+from ckptkit.startup import dataclass
 
 if TYPE_CHECKING:
     import torch

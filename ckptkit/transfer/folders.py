@@ -11,10 +11,10 @@ import contextlib
 import errno
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from ckptkit.errors import DestinationExistsError, FileAccessError
 from ckptkit.plan import Plan
+from ckptkit.startup import dataclass
 from ckptkit.transfer.names import (
     Output,
     beside,

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from ckptkit.bytesource import pace
+from ckptkit.startup import dataclass
 from ckptkit.transfer.workers import MANY_NBYTES, each_file
 
 if TYPE_CHECKING:

@@ -27,7 +27,6 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
 
@@ -36,6 +35,7 @@ from ckptkit.errors import DestinationExistsError, FileAccessError, MissingFileE
 from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.plan import Plan
 from ckptkit.shell import mkdir_command
+from ckptkit.startup import dataclass
 from ckptkit.transfer.steps import UNAVAILABLE
 from ckptkit.transfer.workers import uninterrupted
 

@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +20,7 @@ from ckptkit.normalize.selection import holding_suffix, other_parts
 from ckptkit.options import VerifyOptions
 from ckptkit.report import Finding, convert_command
 from ckptkit.shell import command_line
+from ckptkit.startup import dataclass
 from ckptkit.torch_bridge import dtype_of
 from ckptkit.verifier.inputs import Inputs
 from ckptkit.verifier.measure import Fit

@@ -6,13 +6,13 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from ckptkit.checkpoint import Checkpoint
 from ckptkit.report import Finding, listed
+from ckptkit.startup import dataclass
 from ckptkit.verifier.context import Context, floating_dtype
 from ckptkit.verifier.foreign import error_text, foreign
 from ckptkit.verifier.inputs import Batch

@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -38,6 +37,7 @@ from ckptkit.formats.json_text import parse
 from ckptkit.formats.safetensors import NAME
 from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.normalize.parts import require_whole
+from ckptkit.startup import dataclass
 from ckptkit.torch_bridge import tensors
 from ckptkit.verifier.inputs import Input, Inputs, drawn_inputs
 from ckptkit.verifier.outputs import OutputTolerance, dtype_name

@@ -10,7 +10,7 @@ import hashlib
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from ckptkit import formats
 from ckptkit.checkpoint import StateDict, TensorEntry
 from ckptkit.errors import VerifyError
 from ckptkit.normalize.parts import require_whole
+from ckptkit.startup import dataclass
 from ckptkit.torch_bridge import tensors
 
 __all__ = ["Batch", "Input", "Inputs", "drawn_inputs", "read_inputs", "wanted_inputs"]

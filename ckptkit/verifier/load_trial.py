@@ -11,7 +11,6 @@ from __future__ import annotations
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from ckptkit.checkpoint import StateDict
 from ckptkit.pickling.inert import mapping_items
+from ckptkit.startup import dataclass
 from ckptkit.torch_bridge import tensors
 from ckptkit.verifier.foreign import foreign
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -14,6 +13,7 @@ from ckptkit.checkpoint import StateDict
 from ckptkit.errors import VerifyError
 from ckptkit.pickling.layouts import Jagged, Nested, Quantized, Sparse, rebuilt
 from ckptkit.rewrite.like import Like
+from ckptkit.startup import dataclass
 from ckptkit.verifier.foreign import foreign
 from ckptkit.verifier.load_trial import is_extra_state, try_load
 from ckptkit.verifier.references import ModelLike, build

@@ -9,11 +9,12 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+
+from ckptkit.startup import dataclass
 
 if TYPE_CHECKING:
     from ckptkit.documents import OutputDocument
@@ -40,7 +41,7 @@ _CHUNK = 1 << 20
 """Elements compared at a time, as float64."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class OutputTolerance:
     """How far apart two outputs may be and still agree.
 
@@ -99,7 +100,7 @@ def tolerance_of(dtypes: Iterable[str], atol: float | None = None, rtol: float |
     return OutputTolerance(atol=default.atol if atol is None else atol, rtol=default.rtol if rtol is None else rtol)
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class OutputDifference:
     """How far two outputs are apart.
 

@@ -9,7 +9,7 @@ value).  Losses are recorded (`Flat.lost`): the classes and attributes of dicts,
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 
 from ckptkit.checkpoint import STATE_DICT, Checkpoint, TensorEntry
 from ckptkit.errors import KeyCollisionError, RewriteError
@@ -18,6 +18,7 @@ from ckptkit.normalize import lower_state_dict
 from ckptkit.normalize.sections import brief, is_plain_value
 from ckptkit.pickling.inert import ABSENT, SCALARS, Global, InertDict, Object, attributes, effects_of, mapping_items
 from ckptkit.pickling.tensors import is_tensor_like
+from ckptkit.startup import dataclass
 
 __all__ = ["NAME", "Flat", "Path", "flattened", "values_at"]
 

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import NamedTuple
 
 from ckptkit.checkpoint import GlobalUse
 from ckptkit.errors import CorruptError
 from ckptkit.pickling.trust import merge_uses
 from ckptkit.report import count_of, listed
+from ckptkit.startup import dataclass
 
 __all__ = ["LISTED", "CopiedChunk", "Items", "Metadata", "TensorMetadata", "Wanted", "together"]
 

@@ -23,7 +23,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 
 from ckptkit.bytesource import SourceFile
 from ckptkit.errors import CorruptError, FormatError
@@ -37,6 +37,7 @@ from ckptkit.normalize import RawCheckpoint
 from ckptkit.pickling.inert import InertDict
 from ckptkit.pickling.trust import merge_uses
 from ckptkit.report import Finding, count_of, listed
+from ckptkit.startup import dataclass
 
 __all__ = ["read"]
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 
 from ckptkit import places
 from ckptkit.formats.format import HEAD_NBYTES
+from ckptkit.startup import dataclass
 
 __all__ = ["LAYOUTS", "LLAMA", "MEGATRON", "RANKED", "SHARDED", "Layout", "is_llama", "is_metadata"]
 

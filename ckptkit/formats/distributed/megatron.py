@@ -26,7 +26,6 @@ import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from ckptkit.checkpoint import TensorEntry
@@ -53,6 +52,7 @@ from ckptkit.formats.format import Probe
 from ckptkit.normalize import RawCheckpoint
 from ckptkit.pickling.inert import InertDict, mapping_items, named_items
 from ckptkit.report import Finding, count_of, listed
+from ckptkit.startup import dataclass
 
 __all__ = ["read"]
 

@@ -16,7 +16,7 @@ import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 
 from ckptkit.checkpoint import Replica, Storage, TensorEntry
 from ckptkit.computed import files_of
@@ -28,6 +28,7 @@ from ckptkit.normalize.parts import is_flat_name
 from ckptkit.normalize.trees import Met, Place, SameContent, shown, side_by_side
 from ckptkit.pickling.inert import ABSENT, InertDict, Object, TreeMap, attributes, mapping_items, walk
 from ckptkit.report import listed
+from ckptkit.startup import dataclass
 from ckptkit.tensor import tensor_of
 from ckptkit.transfer.pieces import Piece, pieced
 

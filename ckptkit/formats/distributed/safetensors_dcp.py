@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from itertools import islice
 
 from ckptkit.checkpoint import Replica, TensorEntry
@@ -33,6 +33,7 @@ from ckptkit.normalize import RawCheckpoint
 from ckptkit.pickling.inert import mapping_items
 from ckptkit.pickling.tensors import shape_of
 from ckptkit.report import Finding, count_of, listed
+from ckptkit.startup import dataclass
 from ckptkit.transfer.pieces import Piece, pieced
 
 __all__ = ["read"]

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import accumulate
 from math import prod
 from typing import NamedTuple
@@ -29,6 +29,7 @@ from ckptkit.errors import CorruptError
 from ckptkit.normalize.shapes import MOMENTS
 from ckptkit.pickling.inert import SCALARS, InertDict, mapping_items
 from ckptkit.report import count_of, listed
+from ckptkit.startup import dataclass
 from ckptkit.tensor import tensor_of
 from ckptkit.transfer.pieces import Piece, pieced
 

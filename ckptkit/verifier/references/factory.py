@@ -20,13 +20,13 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from ckptkit.errors import VerifyError
 from ckptkit.nearness import did_you_mean, meant_file
+from ckptkit.startup import dataclass
 from ckptkit.verifier.foreign import error_text, foreign
 from ckptkit.verifier.inputs import Input
 
