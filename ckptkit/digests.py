@@ -36,7 +36,6 @@ names of tensors do not count.  `ckptkit.differences` finds no difference betwee
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -47,7 +46,7 @@ from ckptkit.normalize.modules import unwrapped_in_digests
 from ckptkit.normalize.sections import is_plain_value
 from ckptkit.normalize.trees import FLAGS
 from ckptkit.pickling.inert import Global, InertDict, InertSet, Object, effects_of, tensors_in
-from ckptkit.startup import dataclass
+from ckptkit.startup import dataclass, sha256
 from ckptkit.transfer.checksums import Checksums
 from ckptkit.transfer.values import stream
 
@@ -110,7 +109,7 @@ def tensor_digest(entry: TensorEntry, checksums: Checksums | None = None) -> str
     Raises:
         DTypeError, CorruptError, FileAccessError: as `ckptkit.transfer.stream`.
     """
-    digest = hashlib.sha256()
+    digest = sha256()
     for chunk in stream(entry) if checksums is None else checksums.along(entry, stream(entry)):
         digest.update(chunk)
     return digest_text(digest.digest())
@@ -121,7 +120,7 @@ def content_digest(lines: Iterable[DigestLine]) -> str | None:
     ordered = sorted(lines, key=lambda line: line.name)
     if not ordered:
         return None
-    digest = hashlib.sha256(_WITH_TREES if any(line.tree is not None for line in ordered) else _FIRST)
+    digest = sha256(_WITH_TREES if any(line.tree is not None for line in ordered) else _FIRST)
     for line in ordered:
         middle = line.parts if line.shape is None else line.shape
         told_digests = [line.tree] if line.digest is None else [line.digest, line.tree][: 1 + (line.tree is not None)]
@@ -138,7 +137,7 @@ def whole_digest(checkpoint: Checkpoint, values: Values) -> str | None:
     if checkpoint.origin.is_program or checkpoint.unvouched:
         return None
     root, weights = _whole(checkpoint)
-    digest = hashlib.sha256(_WHOLE)
+    digest = sha256(_WHOLE)
     digest.update(_json(["tree", tree_digest(root, values, weights)]))
     digest.update(_json(["metadata", sorted(checkpoint.metadata.items())]))
     digest.update(_json(["ties", sorted(map(sorted, tied_groups(checkpoint.state_dict)))]))
@@ -222,7 +221,7 @@ def _digest_group(first: object, group: set[int], rows: dict[int, list[object]],
     """Digest nodes that all lead to each other: most often it is one."""
     numbers = {id(first): 0}
     queue = [id(first)]
-    digest = hashlib.sha256()
+    digest = sha256()
     for key in queue:
         row = rows.pop(key)
         digest.update(b"%d\n" % len(row))
@@ -239,7 +238,7 @@ def _digest_group(first: object, group: set[int], rows: dict[int, list[object]],
             digest.update(b"%d:" % len(text))
             digest.update(text)
     for key, number in numbers.items():
-        done[key] = hashlib.sha256(digest.digest() + b"%d" % number).digest() if number else digest.digest()
+        done[key] = sha256(digest.digest() + b"%d" % number).digest() if number else digest.digest()
 
 
 def _row(node: object, values: Values, flags: bool) -> list[object]:

@@ -8,6 +8,8 @@ and a command uses few of them; from its second use on a pattern is as fast as a
 
 What is used whenever a file is read is compiled at once, as anywhere else.
 
+`sha256` is that of `hashlib`, which is imported, with all of OpenSSL, when something is hashed.
+
 `dataclass` is that of `dataclasses`, with one method compiled for each class, ``__init__``, where that compiles six;
 the others are shared.  A class takes a fifth of the time, and a command declares up to fifty.
 """
@@ -22,7 +24,7 @@ from operator import attrgetter
 from reprlib import recursive_repr
 from typing import TYPE_CHECKING, Any, AnyStr, TypeVar, cast
 
-__all__ = ["dataclass", "pattern"]
+__all__ = ["dataclass", "pattern", "sha256"]
 
 C = TypeVar("C", bound=type)
 
@@ -79,17 +81,18 @@ def _dataclass(
         cls: Any = declare(declared)
         if "__init__" not in own:
             cls.__init__ = _init(cls, frozen)
-        names = [field.name for field in dataclasses.fields(cls) if field.compare]
+        fields = dataclasses.fields(cls)
+        compared = [field.name for field in fields if field.compare]
         if repr and "__repr__" not in own:
             cls.__repr__ = _repr
         if eq and "__eq__" not in own:
-            cls.__eq__ = _eq_of(cls, names)
+            cls.__eq__ = _eq_of(compared)
         if eq and own.get("__hash__") is None:  # a class with an `__eq__` of its own has that
-            cls.__hash__ = _hash_of(names) if frozen else None
+            cls.__hash__ = _hash_of(compared) if frozen else None
         if frozen:
             cls.__setattr__, cls.__delattr__ = _no_setattr, _no_delattr
             if slots and "__getstate__" not in own:
-                cls.__getstate__, cls.__setstate__ = _getstate, _setstate
+                cls.__getstate__, cls.__setstate__ = _state_of([field.name for field in fields])
         return cast("C", cls)
 
     return made
@@ -136,7 +139,7 @@ def _values_of(names: list[str]) -> Callable[[Any], tuple[Any, ...]]:
     return lambda self: tuple(getattr(self, name) for name in names)
 
 
-def _eq_of(cls: type, names: list[str]) -> Callable[[Any, object], bool]:
+def _eq_of(names: list[str]) -> Callable[[Any, object], bool]:
     values = _values_of(names)
 
     def __eq__(self: Any, other: object) -> bool:  # noqa: N807
@@ -158,16 +161,29 @@ def _no_delattr(self: object, name: str) -> None:
     raise dataclasses.FrozenInstanceError(f"cannot delete field {name!r}")
 
 
-def _getstate(self: Any) -> list[Any]:
-    return [getattr(self, field.name) for field in dataclasses.fields(self)]
+def _state_of(names: list[str]) -> tuple[Callable[[Any], tuple[Any, ...]], Callable[[Any, tuple[Any, ...]], None]]:
+    """How it is pickled: the state of slots is set by name else, which a frozen class does not allow."""
+    values = _values_of(names)
+    set_ = object.__setattr__
+
+    def __setstate__(self: Any, state: tuple[Any, ...]) -> None:  # noqa: N807
+        for name, value in zip(names, state, strict=True):
+            set_(self, name, value)
+
+    return (lambda self: values(self)), __setstate__
 
 
-def _setstate(self: Any, state: list[Any]) -> None:
-    for field, value in zip(dataclasses.fields(self), state, strict=True):
-        object.__setattr__(self, field.name, value)
+def sha256(data: Buffer = b"") -> hashlib._Hash:
+    """A SHA-256 that has these bytes."""
+    from hashlib import sha256 as begun
+
+    return begun(data)
 
 
 if TYPE_CHECKING:
+    import hashlib
     from dataclasses import dataclass
+
+    from typing_extensions import Buffer
 else:
     dataclass = _dataclass

@@ -14,11 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ckptkit import api
 from ckptkit.cli import closing, ending
 from ckptkit.cli import options as ui
 from ckptkit.cli.closing import combined_lines, read
-from ckptkit.cli.outputs import add_summary, findings_of, github, gitlab, junit, sarif
 from ckptkit.cli.tables import wrapped
 from ckptkit.cli.usage import Choice
 from ckptkit.dtypes import DTYPES, meant_dtype
@@ -28,7 +26,7 @@ from ckptkit.released import Run
 from ckptkit.released.config import find_config
 from ckptkit.released.lines import line_of, text_of
 from ckptkit.released.policy import CONTAINERS
-from ckptkit.released.results import Tally, exit_code_of, verdict_of
+from ckptkit.released.results import Tally, exit_code_of, findings_of, verdict_of
 from ckptkit.report import human_size, printable
 from ckptkit.transfer.many import Workers
 
@@ -36,6 +34,7 @@ if TYPE_CHECKING:
     from ckptkit.documents import CheckDocument, CheckedFile, CheckFindingDocument
     from ckptkit.released.document import CheckEnd, CheckHead
     from ckptkit.released.results import CheckReport, FileResult
+    from ckptkit.report import Report
 
 __all__ = ["OUTPUTS", "RENDERERS", "command", "echo_lines", "show", "text"]
 
@@ -100,10 +99,10 @@ def _value(value: object, most: int | None) -> str:
 
 RENDERERS: dict[str, ui.Renderer] = {
     "text": text,
-    "junit": junit,
-    "sarif": sarif,
-    "github": github,
-    "gitlab": gitlab,
+    "junit": ui.later("outputs.junit"),
+    "sarif": ui.later("outputs.sarif"),
+    "github": ui.later("outputs.github"),
+    "gitlab": ui.later("outputs.gitlab"),
     "markdown": ui.later("markdown.check"),
     "html": ui.later("html.check"),
 }
@@ -270,7 +269,7 @@ def command(
             resume=resume,
             is_resumable=as_lines,
             typed={name: value for name, value in policy.items() if value is not None},
-            verify=api.verify,
+            verify=_verify,
         )
         if as_lines:
             return echo_lines(run.head, run.results(), run.end)
@@ -280,6 +279,13 @@ def command(
             return _echo_json(run)
         report = run.report([*run.results()])
     return show(report, wanted, view)
+
+
+def _verify(*given: Any, **options: Any) -> Report:
+    """As `ckptkit.verify`."""
+    from ckptkit import api  # not there where no model is asked for
+
+    return api.verify(*given, **options)
 
 
 def show(report: CheckReport, wanted: str, view: ui.View) -> int:
@@ -292,6 +298,8 @@ def show(report: CheckReport, wanted: str, view: ui.View) -> int:
     else:  # programs that read these expect UTF-8
         lines = [*RENDERERS[wanted](document, view)]
         if wanted == "github" and (summary := os.environ.get("GITHUB_STEP_SUMMARY")):
+            from ckptkit.cli.outputs import add_summary
+
             lines[-1:-1] = add_summary(document, view, summary)
         ending.write("".join(f"{line}\n" for line in lines).encode("utf-8"))
     return code

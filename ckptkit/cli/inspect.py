@@ -332,7 +332,7 @@ def _expanded(path: str, asked: str | None, passed_over: Counter[str]) -> Iterat
         yield path, error
         return
     from ckptkit.formats.folder import Surveyor
-    from ckptkit.transfer.names import is_temporary_name
+    from ckptkit.places import is_temporary_name
 
     surveyor = Surveyor(is_unfinished=is_temporary_name)
     nothing = surveyor.folder(path)

@@ -22,7 +22,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections import Counter
@@ -36,23 +35,15 @@ from urllib.parse import quote
 from ckptkit.codes import CODES
 from ckptkit.extras import __version__
 from ckptkit.formats.folder import passed_over_text
-from ckptkit.released.results import NOT_CHECKED, exit_code_of, verdict_of
+from ckptkit.released.results import NOT_CHECKED, exit_code_of, findings_of, verdict_of
 from ckptkit.report import listed, printable
+from ckptkit.startup import sha256
 
 if TYPE_CHECKING:
     from ckptkit.cli.options import View
     from ckptkit.documents import CheckDocument, CheckedFile, CheckFindingDocument
 
-__all__ = ["add_summary", "findings_of", "github", "gitlab", "junit", "sarif"]
-
-
-def findings_of(document: CheckDocument) -> Iterator[tuple[CheckedFile, list[CheckFindingDocument]]]:
-    """Each file with what was found about it."""
-    found: dict[str, list[CheckFindingDocument]] = {}
-    for finding in document["findings"]:
-        found.setdefault(finding["path"], []).append(finding)
-    for file in document["files"]:
-        yield file, found.pop(file["path"], [])
+__all__ = ["add_summary", "github", "gitlab", "junit", "sarif"]
 
 
 _COMMANDS = {"error": "error", "warning": "warning", "info": "notice"}
@@ -224,7 +215,7 @@ def _from_root(path: str) -> str:
 
 
 def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+    return sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 _SCHEMA = "https://json.schemastore.org/sarif-2.1.0.json"

@@ -33,11 +33,11 @@ from ckptkit.extras import __version__
 from ckptkit.normalize.made_plain import devices_made_plain
 from ckptkit.normalize.parts import require_whole
 from ckptkit.normalize.selection import BESIDE, KEY, earlier, require_state_dict
+from ckptkit.places import is_temporary_name
 from ckptkit.plan import Checksum, Digest, LiteralBytes, Plan, Step
 from ckptkit.report import Finding, Report, parse_size
 from ckptkit.rewrite.beside import KeepBeside, restored
 from ckptkit.startup import dataclass
-from ckptkit.transfer.names import is_temporary_name
 from ckptkit.transfer.passing import is_far, passed_of
 from ckptkit.transfer.steps import Tally
 from ckptkit.transfer.writing import folder_made, write_atomically

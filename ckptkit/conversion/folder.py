@@ -25,10 +25,11 @@ from ckptkit.conversion.options import renamers_of
 from ckptkit.conversion.outputs import Item, ending_of, is_folder, name_in, require_fitting, require_names
 from ckptkit.errors import CkptkitError, DestinationExistsError, FileAccessError, RewriteError
 from ckptkit.fleet.shares import paths_from
+from ckptkit.places import is_temporary_name
 from ckptkit.report import Finding, Report, parse_size, without_endings
 from ckptkit.transfer.folders import temporary_folder
 from ckptkit.transfer.many import Workers
-from ckptkit.transfer.names import is_temporary_name, names_flushed_together, remove_stale
+from ckptkit.transfer.names import names_flushed_together, remove_stale
 from ckptkit.transfer.workers import MANY_NBYTES
 
 if TYPE_CHECKING:

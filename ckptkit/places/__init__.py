@@ -55,6 +55,10 @@ __all__ = [
 ]
 
 
+TEMPORARY = re.compile(r"\.[^/]*\.([0-9a-f]{8})([0-9a-f]{8})?\.tmp(?:\.[^./]*)?")
+"""Names of temporary files: the final name, random digits, those of the host, and the extension."""
+
+
 def is_url(path: str | bytes) -> bool:
     """Whether a path is a URL; bytes are not."""
     if isinstance(path, bytes) or "://" not in path:
@@ -62,6 +66,11 @@ def is_url(path: str | bytes) -> bool:
     from ckptkit.remote import is_url as is_one
 
     return is_one(path)
+
+
+def is_temporary_name(name: str) -> bool:
+    """Whether a file of this name (without its folder) is one that ckptkit has not finished writing."""
+    return TEMPORARY.fullmatch(name) is not None
 
 
 def asked_once(*paths: object) -> AbstractContextManager[object]:

@@ -29,11 +29,9 @@ from ckptkit.errors import CkptkitError, VerifyError
 from ckptkit.extras import __version__, require_torch
 from ckptkit.fleet.shares import Share
 from ckptkit.formats.folder import PICKLE
-from ckptkit.released.bases import based
 from ckptkit.released.config import Config, read_config
 from ckptkit.released.file_check import Task, held, held_from, stamp_of, with_model
 from ckptkit.released.lines import Earlier, digest_of, digest_of_policy, end_of
-from ckptkit.released.manifest_file import FileRecord, Manifest, paths_of, read_manifest
 from ckptkit.released.policy import Policy
 from ckptkit.released.results import (
     CheckReport,
@@ -51,6 +49,7 @@ from ckptkit.transfer.many import Workers, side_by_side
 if TYPE_CHECKING:
     from ckptkit.fleet import Outcome
     from ckptkit.released.document import CheckEnd, CheckHead
+    from ckptkit.released.manifest_file import FileRecord, Manifest
 
 __all__ = ["Run", "check"]
 
@@ -103,7 +102,7 @@ class Run:
         paths = paths if is_listed else paths or self._config.paths
         if not paths and manifest is None and not is_listed:
             raise VerifyError("nothing to check: name files or folders, or a manifest with --manifest FILE")
-        self._released = None if manifest is None else based(read_manifest(manifest), manifest, paths)
+        self._released = None if manifest is None else _released(manifest, paths)
         if self._config.needs_model:
             require_torch()
         self._started = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%S")
@@ -243,6 +242,14 @@ def _depending(tasks: Iterable[Task]) -> list[Task]:
     return made
 
 
+def _released(path: str, paths: Sequence[str]) -> Manifest:
+    """The manifest, for these paths."""
+    from ckptkit.released.bases import based  # not there where nothing is recorded
+    from ckptkit.released.manifest_file import read_manifest
+
+    return based(read_manifest(path), path, paths)
+
+
 def _selected(
     paths: Sequence[str],
     manifest: Manifest | None,
@@ -267,7 +274,7 @@ def _selected(
         tag=tag if paths else None,
         skip_others=skip_others,
         whole=True,
-        known=set() if manifest is None else paths_of(manifest.files),
+        known=set() if manifest is None else manifest.paths,
         manifest=manifest_path,
         every_pickle=config.every_pickle,
         are_whole=config.typed.get("tp_rules") is not None,
@@ -302,7 +309,7 @@ def _tasks(selection: Selection, paths: Sequence[str] | None, manifest: Manifest
         return [*(_task(each, config, selection) for each in selection.checkpoints), *others]
     folder = manifest.folder or "."
     records = {record.path: record for record in manifest.files}
-    owners = {shard: record for record in manifest.files for shard in _shards(record)}
+    owners = {shard: record for record in manifest.files for shard in record.parts - {record.path}}
     goldens = {record.golden.path for record in manifest.files if record.golden is not None}
     is_meant = None if paths is None else _are_meant(paths, folder)
     wanted = {name: record for name, record in records.items() if is_meant is None or is_meant(name)}
@@ -350,10 +357,6 @@ def _tidy(path: str) -> str:
     if "." not in steps:  # the same text, which takes no extra memory
         return path
     return os.sep.join(step for step in steps if step != "." or len(steps) == 1)
-
-
-def _shards(record: FileRecord) -> Iterator[str]:
-    yield from paths_of([replace(record, golden=None)]) - {record.path}
 
 
 def _are_meant(paths: Sequence[str], folder: str) -> Callable[[str], bool]:

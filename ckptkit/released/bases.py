@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from ckptkit import places
 from ckptkit.errors import FileAccessError, VerifyError
-from ckptkit.released.manifest_file import Manifest, paths_of
+from ckptkit.released.manifest_file import Manifest
 
 __all__ = ["based", "common_folder", "require_one_place", "url_of"]
 
@@ -109,7 +109,7 @@ def based(manifest: Manifest, path: str, paths: Sequence[str]) -> Manifest:
     if not is_far and manifest.origin is None:
         return manifest
     if not paths:
-        is_beside = any(places.exists(places.below(own, name)) for name in paths_of(manifest.files))
+        is_beside = any(places.exists(places.below(own, name)) for name in manifest.paths)
         return manifest if is_beside or manifest.origin is None else replace(manifest, folder=manifest.origin)
     for each in (manifest, _of_its_folder(manifest)):
         for base in _bases(each, paths[0]) if each is not None else ():
@@ -133,7 +133,7 @@ def _bases(manifest: Manifest, path: str) -> Iterator[str]:
     """Folders that paths of a manifest may be relative to, the likeliest first."""
     if manifest.origin is not None and places.is_url(path):
         yield manifest.origin
-    names = paths_of(manifest.files)
+    names = manifest.paths
     is_folder = places.isdir(path)
     whole = path.rstrip("/") if places.is_url(path) else os.path.normpath(path)
     above = reversed([*_above(whole)])

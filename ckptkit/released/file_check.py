@@ -7,17 +7,15 @@ it.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ckptkit import places
-from ckptkit.architectures import Architecture
 from ckptkit.checkpoint import GlobalUse
 from ckptkit.errors import CkptkitError, FormatError
 from ckptkit.formats import STDIN, collector_paused, source_of
@@ -26,7 +24,6 @@ from ckptkit.formats.unpacked import is_unpacked
 from ckptkit.normalize.parts import CODE
 from ckptkit.pickling.trust import merge_uses
 from ckptkit.released.examine import Examined, examine_file
-from ckptkit.released.manifest_file import FileRecord
 from ckptkit.released.manifest_rules import (
     compare,
     golden_findings,
@@ -48,7 +45,11 @@ from ckptkit.released.results import (
 )
 from ckptkit.released.selection import size_of
 from ckptkit.report import Report, split_member
-from ckptkit.startup import dataclass
+from ckptkit.startup import dataclass, sha256
+
+if TYPE_CHECKING:
+    from ckptkit.architectures import Architecture
+    from ckptkit.released.manifest_file import FileRecord
 
 __all__ = ["Task", "held", "held_from", "stamp_of", "with_model"]
 
@@ -233,7 +234,7 @@ def stamp_of(path: str) -> str | None:
         return None
     if len(facts) == 1:
         return f"{facts[0][1]}/{facts[0][2]}"
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    return sha256(json.dumps(facts).encode()).hexdigest()
 
 
 def _stamp_of_source(path: str) -> str:

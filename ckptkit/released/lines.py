@@ -11,7 +11,6 @@ the packages that compute.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import sys
@@ -28,7 +27,7 @@ from ckptkit.released.file_check import Task, stamp_of
 from ckptkit.released.policy import Policy
 from ckptkit.released.results import FileResult, Tally
 from ckptkit.report import SCHEMA_VERSION
-from ckptkit.startup import dataclass
+from ckptkit.startup import dataclass, sha256
 
 if TYPE_CHECKING:
     from ckptkit.documents import CheckDocument, CheckFindingDocument
@@ -75,7 +74,7 @@ def text_of(line: CheckHead | CheckLine | CheckEnd) -> str:
 def digest_of(*values: object) -> str:
     """A digest of values as JSON has them."""
     text = json.dumps(values, sort_keys=True, default=str)
-    return "sha256:" + hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+    return "sha256:" + sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def digest_of_policy(policy: Policy) -> str:
@@ -90,7 +89,7 @@ def digest_of_policy(policy: Policy) -> str:
 def _content_digest(file: str) -> str | None:
     try:
         with open(file, "rb") as stream:  # noqa: PTH123 - no checkpoint
-            return hashlib.sha256(stream.read()).hexdigest()
+            return sha256(stream.read()).hexdigest()
     except OSError:
         return None
 

@@ -33,7 +33,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import field
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -60,7 +60,6 @@ __all__ = [
     "ShardRecord",
     "TensorRecord",
     "manifest_text",
-    "paths_of",
     "read_manifest",
 ]
 
@@ -119,6 +118,12 @@ class FileRecord:
     shards: Mapping[str, ShardRecord] = field(default_factory=dict)
     others: tuple[str, ...] = ()
     whole_digest: str | None = None
+
+    @property
+    def parts(self) -> set[str]:
+        """The paths of its shards."""
+        folder = self.path if self.sha256 is None else self.path.rpartition("/")[0]
+        return {f"{folder}/{shard}" if folder else shard for shard in self.shards}
 
     def to_dict(self) -> ManifestFile:
         """The record for the manifest."""
@@ -185,6 +190,12 @@ class Manifest:
     origin: str | None = None
     beside: str | None = field(default=None, compare=False)
 
+    @property
+    def paths(self) -> set[str]:
+        """Every file that it names: checkpoints, shards and golden files."""
+        goldens = {record.golden.path for record in self.files if record.golden is not None}
+        return goldens.union(*({record.path} | record.parts for record in self.files))
+
     def __repr__(self) -> str:
         return f"<Manifest of {count_of(len(self.files), 'file')} in {self.folder!r:.80}>"
 
@@ -222,18 +233,6 @@ def _lines(value: Mapping[str, object]) -> Iterator[str]:
     for index, (name, inner) in enumerate(value.items()):
         yield f"{',' if index else '{'}\n        {json.dumps(name)}: {json.dumps(inner)}"
     yield "\n      }"
-
-
-def paths_of(records: Iterable[FileRecord]) -> set[str]:
-    """Every file that records name: checkpoints, shards and golden files."""
-    paths: set[str] = set()
-    for record in records:
-        folder = record.path if record.sha256 is None else record.path.rpartition("/")[0]
-        paths.add(record.path)
-        paths.update(f"{folder}/{shard}" if folder else shard for shard in record.shards)
-        if record.golden is not None:
-            paths.add(record.golden.path)
-    return paths
 
 
 _HEX = re.compile(r"[0-9a-f]{64}\Z")

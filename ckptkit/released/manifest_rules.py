@@ -13,12 +13,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ckptkit import places
-from ckptkit.architectures import Architecture
 from ckptkit.errors import CkptkitError, MissingDependencyError, MissingFileError
 from ckptkit.formats.distributed.folder import listing
 from ckptkit.normalize.parts import CODE
 from ckptkit.released.examine import Examined, TensorFact
-from ckptkit.released.manifest_file import FileRecord, TensorRecord
 from ckptkit.released.policy import TRUST_ORDER, Policy
 from ckptkit.released.reading import file_sha256
 from ckptkit.released.results import CheckFinding
@@ -26,7 +24,9 @@ from ckptkit.released.selection import size_of
 from ckptkit.report import Report, count_of, listed
 
 if TYPE_CHECKING:
+    from ckptkit.architectures import Architecture
     from ckptkit.documents import VerifyFindingDocument
+    from ckptkit.released.manifest_file import FileRecord, TensorRecord
 
 __all__ = ["compare", "golden_findings", "incomplete_finding", "is_same_file", "model_findings"]
 

@@ -10,7 +10,6 @@ in a core's own cache, and hashing releases the GIL, so several files, or the tw
 
 from __future__ import annotations
 
-import hashlib
 import struct
 import threading
 import zlib
@@ -34,7 +33,7 @@ from ckptkit.normalize.tensors import FoundTensor
 from ckptkit.pickling.arrays import Array, array_of, is_array, is_numpy_scalar
 from ckptkit.pickling.inert import Object, children, tensors_in, walk
 from ckptkit.pickling.layouts import call_of
-from ckptkit.startup import dataclass
+from ckptkit.startup import dataclass, sha256
 from ckptkit.stats import NonFinite, count_all
 from ckptkit.transfer.checksums import Checksums, Damage
 from ckptkit.transfer.passing import InOrder, each_of
@@ -113,7 +112,7 @@ class Reading:
         elif known.entry is not entry and known.entry.view != entry.view:
             known = self._others.setdefault(entry.view, Values(entry))
         if digest and known.hash is None:
-            known.hash = hashlib.sha256()
+            known.hash = sha256()
         if counts and known.counts is None:
             known.counts = NonFinite(entry.dtype)
 
@@ -182,7 +181,7 @@ def read_through(
             runs = [storage.source for storage in checksums.wanted if isinstance(storage.source, ByteRange)]
             found += [(run.offset, run.offset + run.nbytes, run) for run in runs]
             found.sort(key=lambda span: span[:2])
-        hasher = hashlib.sha256() if hash_files else None
+        hasher = sha256() if hash_files else None
         with_helper = threads > 1 and hasher is not None and bool(found) and file.size >= MANY_NBYTES
         distributor = _Distributor(found, checksums)
         (_sweep_with_helper if with_helper else _read_spans)(file, hasher, distributor)

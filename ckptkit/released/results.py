@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import field
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -439,6 +439,15 @@ def _tally_of(document: CheckDocument) -> Tally:
 def exit_code_of(document: CheckDocument) -> Literal[0, 1, 2]:
     """As with diff(1): 0: everything passed; 1: something failed; 2: something could not be checked."""
     return _tally_of(document).exit_code(document["ok"])
+
+
+def findings_of(document: CheckDocument) -> Iterator[tuple[CheckedFile, list[CheckFindingDocument]]]:
+    """Each file of a document with what was found about it."""
+    found: dict[str, list[CheckFindingDocument]] = {}
+    for finding in document["findings"]:
+        found.setdefault(finding["path"], []).append(finding)
+    for file in document["files"]:
+        yield file, found.pop(file["path"], [])
 
 
 def verdict_of(document: CheckDocument) -> str:

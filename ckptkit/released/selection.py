@@ -11,9 +11,9 @@ from ckptkit import places
 from ckptkit.errors import CkptkitError, FileAccessError
 from ckptkit.formats import STDIN
 from ckptkit.formats.folder import Surveyor, indexes_by_shard
+from ckptkit.places import is_temporary_name
 from ckptkit.report import count_of, split_member
 from ckptkit.startup import dataclass
-from ckptkit.transfer.names import is_temporary_name
 
 __all__ = ["Selected", "Selection", "name_of", "select", "size_of", "step_of"]
 

@@ -29,7 +29,7 @@ from ckptkit.nearness import did_you_mean, meant_file
 from ckptkit.normalize.modules import MODULE, unwrapped, unwrapped_path
 from ckptkit.report import count_of, listed
 from ckptkit.rewrite.names import moved_versions, renamed, wrapper_versions
-from ckptkit.startup import dataclass
+from ckptkit.startup import dataclass, sha256
 
 __all__ = ["AddModule", "AddPrefix", "Rename", "StripModule", "StripPrefix", "parse_rule", "read_rules"]
 
@@ -206,8 +206,6 @@ class Rename:
         """For receipts, which the header of each output contains: for a large dict its digest."""
         rules = self.rules
         if isinstance(rules, Mapping) and len(rules) > _MAX_NAMES:
-            from hashlib import sha256
-
             digest = sha256(repr(sorted(rules.items())).encode("utf-8", "surrogatepass")).hexdigest()
             return f"Rename(rules=<dict of {count_of(len(rules), 'name')}, SHA-256 {digest}>)"
         return f"Rename(rules={rules!r})"

@@ -21,7 +21,6 @@ import errno
 import functools
 import itertools
 import os
-import re
 import stat
 import time
 import zlib
@@ -30,6 +29,7 @@ from contextvars import ContextVar
 from functools import partial
 from types import ModuleType
 
+from ckptkit import places
 from ckptkit.bytesource import Source, SourceFile, flush_to_disk, write_at
 from ckptkit.errors import DestinationExistsError, FileAccessError, MissingFileError
 from ckptkit.limits import DEFAULT_LIMITS
@@ -46,13 +46,10 @@ except ImportError:  # Windows
     fcntl = None
 
 __all__ = [
-    "Output", "beside", "created", "exists", "flush_folder", "flush_names", "has_name", "is_temporary_name", "locked",
+    "Output", "beside", "created", "exists", "flush_folder", "flush_names", "has_name", "locked",
     "names_flushed_together", "no_folder", "overwrite", "permit", "publish", "remove_folder", "remove_stale",
     "replacing", "this_host",
 ]  # fmt: skip
-
-_TEMPORARY = re.compile(r"\.[^/]*\.([0-9a-f]{8})([0-9a-f]{8})?\.tmp(?:\.[^./]*)?")
-"""Names of temporary files: the final name, random digits, those of the host, and the extension."""
 
 _AT_ONCE = 256
 """Files of killed runs that are open at a time: a process may have no more than 1,024."""
@@ -237,18 +234,13 @@ def beside(path: str, host: str) -> str:
     return os.path.join(folder, f".{stem[:40]}.{os.urandom(4).hex()}{host}.tmp{ending[:16]}")
 
 
-def is_temporary_name(name: str) -> bool:
-    """Whether a file of this name (without its folder) is one that ckptkit has not finished writing."""
-    return _TEMPORARY.fullmatch(name) is not None
-
-
 def remove_stale(folder: str) -> None:
     """Remove the temporary files that killed runs on this host left in a folder; those of runs at work stay."""
     host = this_host()
     with contextlib.suppress(OSError), _folder_locked(folder, shared=False) as won_it:
         if not won_it:
             return
-        found = [_TEMPORARY.fullmatch(name) for name in os.listdir(folder) if host and name.startswith(".")]
+        found = [places.TEMPORARY.fullmatch(name) for name in os.listdir(folder) if host and name.startswith(".")]
         ours = {os.path.join(folder, each[0]): each[1] + host for each in found if each is not None and each[2] == host}
         for start in range(0, len(ours), _AT_ONCE):
             with contextlib.ExitStack() as stack:
@@ -285,7 +277,7 @@ def _named_by_no_index(folder: str, digits_of: dict[str, str]) -> list[str]:
     named: set[str] = set()
     for name in os.listdir(folder):
         path = os.path.join(folder, name)
-        if name.endswith(".json") and not is_temporary_name(name) and os.path.isfile(path):
+        if name.endswith(".json") and not places.is_temporary_name(name) and os.path.isfile(path):
             with contextlib.closing(SourceFile(path)) as file:
                 data = file.read(0, min(file.size, DEFAULT_LIMITS.index_nbytes))
             named.update(path for path, digits in digits_of.items() if digits.encode() in data)

@@ -12,7 +12,6 @@ shard's recorded SHA-256 (`shard_digest`) is that of its bytes with zeros in the
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import heapq
 import json
 import os
@@ -29,6 +28,7 @@ from ckptkit.extras import __version__
 from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.plan import Cast, Checksum, Copy, Digest, Gather, LiteralBytes, Plan, Step
 from ckptkit.report import SCHEMA_VERSION
+from ckptkit.startup import sha256
 from ckptkit.transfer.steps import Tally
 
 __all__ = [
@@ -203,7 +203,7 @@ def identity_of(plan: Plan, files: Mapping[str, Source], options: Mapping[str, s
 
 
 def _sample(file: Source) -> str:
-    digest = hashlib.sha256()
+    digest = sha256()
     if file.is_far and isinstance(file.identity, str):  # an ETag is the same for all who ask
         digest.update(file.identity.encode())
         return digest.hexdigest()
@@ -230,7 +230,7 @@ def modified_of(files: Mapping[str, Source]) -> dict[str, str]:
 
 def _steps_digest(plan: Plan, files: Mapping[str, Source]) -> str:
     names = {id(file): name for name, file in files.items()}
-    digest = hashlib.sha256()
+    digest = sha256()
     for name, each in (*plan.shards.items(), ("", plan)):
         digest.update(f"{name!r} {each.format} {each.nbytes} {len(each.steps)}\n".encode("utf-8", "surrogatepass"))
         fields = late_fields(each)
@@ -273,7 +273,7 @@ def shard_digest(path: str, plan: Plan) -> str:
     Raises:
         CkptkitError: it cannot be read.
     """
-    fields, digest = late_fields(plan), hashlib.sha256()
+    fields, digest = late_fields(plan), sha256()
     with contextlib.closing(SourceFile(path)) as file:
         for start in range(0, file.size, _CHUNK_NBYTES):
             data = file.read(start, min(_CHUNK_NBYTES, file.size - start))

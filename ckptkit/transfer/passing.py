@@ -21,6 +21,7 @@ from ckptkit.bytesource import ByteRange, Source, SourceFile, fill_from
 from ckptkit.checkpoint import Checkpoint, Storage, TensorEntry
 from ckptkit.computed import Buffer, ByteSource, is_made, piece_nbytes
 from ckptkit.normalize.tensors import every_tensor
+from ckptkit.startup import sha256
 from ckptkit.transfer.checksums import Checksums
 from ckptkit.transfer.workers import Background
 
@@ -70,8 +71,6 @@ class InOrder:
     """
 
     def __init__(self, nbytes: int) -> None:
-        from hashlib import sha256  # not there where nothing is hashed
-
         self._nbytes = nbytes
         self._new: Callable[[], Any] = sha256
         self._digest = sha256()
@@ -158,8 +157,6 @@ class DigestsInPassing:
         self._thread = Background(lambda: self._hash(near), threading.Event()) if near else None
 
     def _hash(self, files: Iterable[Source]) -> None:
-        from hashlib import sha256
-
         buffer = bytearray(_HASHED_NBYTES)
         for file in files:
             digest = sha256()

@@ -22,9 +22,9 @@ import ckptkit
 from ckptkit.errors import CorruptError, DestinationExistsError, RewriteError
 from ckptkit.fleet.shares import Share
 from ckptkit.normalize.selection import KEY
+from ckptkit.places import is_temporary_name
 from ckptkit.plan import LiteralBytes, Plan
 from ckptkit.transfer import part_records, parts
-from ckptkit.transfer.names import is_temporary_name
 from ckptkit.transfer.part_records import balanced, shares_of, staging_of
 
 SIZE = "6kB"

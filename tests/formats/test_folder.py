@@ -21,8 +21,8 @@ from support.files import tarred
 import ckptkit
 from ckptkit.errors import MissingFileError
 from ckptkit.formats.folder import FolderSurvey, Surveyor, passed_over_text, says_checkpoint
+from ckptkit.places import is_temporary_name
 from ckptkit.transfer import names
-from ckptkit.transfer.names import is_temporary_name
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 WEIGHTS = {"w": torch.arange(6.0).reshape(2, 3)}

@@ -26,9 +26,10 @@ from support.plans import (
 
 import ckptkit
 from ckptkit.bytesource import SourceFile
+from ckptkit.places import is_temporary_name
 from ckptkit.plan import LiteralBytes
 from ckptkit.transfer import names
-from ckptkit.transfer.names import Output, created, is_temporary_name, remove_stale
+from ckptkit.transfer.names import Output, created, remove_stale
 
 pytestmark = posix_only
 
