@@ -268,6 +268,8 @@ def _fill(made: dict[str, _Names], leaves: Iterable[tuple[str, _Branch]], *, pac
     """
     run: _Names | None = None
     prefix = ""
+    outer: str | None = None
+    outside: _Names = []  # what is below that
     for name, leaf in leaves:
         if run is not None and name.startswith(prefix):
             tail = name[len(prefix) :]
@@ -277,15 +279,21 @@ def _fill(made: dict[str, _Names], leaves: Iterable[tuple[str, _Branch]], *, pac
                 continue
         run = None
         above, _, last = name.rpartition(".")
+        up, _, label = above.rpartition(".")
+        if packs and up and label and up not in made and up.count(".") < _MAX_LEVELS:
+            further, _, own = up.rpartition(".")
+            if further != outer or len(outside) % 2:
+                outside, outer = _below(further, made), further
+            below = made.get(up)
+            if below is None:  # otherwise it was among those unpacked now
+                below = made[up] = []
+                outside += own, below
+            if not below:
+                run, prefix = below, up + "."
+                run += None, name[len(prefix) :], leaf
+                continue
         inside = made.get(above)
         if inside is None:
-            up, _, label = above.rpartition(".")
-            if packs and up and label and up not in made and up.count(".") < _MAX_LEVELS:
-                below = _below(up, made)
-                if not below:  # otherwise it was among those unpacked now
-                    run, prefix = below, up + "."
-                    run += None, name[len(prefix) :], leaf
-                    continue
             inside = _below(above, made)
         elif len(inside) % 2:
             inside = _unpacked(above, made)
@@ -352,7 +360,8 @@ class _Branches:
         branch: _Branch | None = None
         for inside in reversed(made.values()):  # its children were made later
             note = notes.get(id(inside), "") if notes else ""
-            key = tuple([item[-1] if item.__class__ is list else item for item in inside])
+            is_packed = len(inside) % 2
+            key = tuple(inside if is_packed else [item[-1] if item.__class__ is list else item for item in inside])
             if note:
                 key = (note, *key)
             branch = known.get(key)

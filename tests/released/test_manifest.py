@@ -24,7 +24,7 @@ from ckptkit.errors import (
     UnknownFormatError,
     UnsupportedError,
 )
-from ckptkit.released.manifest_file import paths_of, read_manifest
+from ckptkit.released.manifest_file import read_manifest
 
 Save = Callable[..., Path]
 FIXTURES = Path(__file__).parents[2] / "fixtures"
@@ -84,7 +84,7 @@ def test_what_is_recorded(folder: Path) -> None:
     assert index["sha256"] == sha256(folder / "sub" / "model.safetensors.index.json")
     assert two["tensors"]["w"]["dtype"] == "bfloat16"
     assert read_manifest(folder / "weights.lock.json").files == made.files
-    assert paths_of(made.files) == {
+    assert made.paths == {
         str(p.relative_to(folder)) for p in folder.rglob("*") if p.suffix in (".pth", ".safetensors")
     } | {"sub/model.safetensors.index.json"}
 
