@@ -8,7 +8,7 @@ The layers, each importing only from those to its right; a test enforces it:
         > inspection, conversion > diagnose, compare, stats, architectures, digests, options > rewrite > formats
         > transfer > normalize > pickling > plan, casting > checkpoint > tensor > computed > places > remote
         > bytesource > codes, documents, fleet, fixes > report, arguments, dtypes, limits, extras > nearness
-        > errors, display, shell, patterns
+        > errors, display, shell, startup
 
 The purpose of rooms whose names do not say it:
 
@@ -34,7 +34,7 @@ The purpose of rooms whose names do not say it:
   `arguments` checks values. `nearness` finds the word that was meant, `fixes` the one command that does what several
   findings advise, and `shell` quotes it.
 - `documents`: has the types of JSON documents; `display` escapes text and formats sizes, `page` makes HTML pages, and
-  `patterns` has the regular expressions that are only compiled when they are used.
+  `startup` declares dataclasses, and regular expressions that are only compiled when they are used, in less time.
 
 No room has the name of a public function: importing it would put the module in the function's place. That is why
 `ckptkit.verify` does its work in `verifier`.

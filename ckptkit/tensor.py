@@ -16,12 +16,11 @@ from operator import index
 from types import EllipsisType
 from typing import TYPE_CHECKING, Any, Literal
 
-from ckptkit.bytesource import made_by_position
 from ckptkit.computed import ByteSource, DeflatedRange, DenseRange, Inflation
 from ckptkit.dtypes import DTYPES
 from ckptkit.errors import CorruptError, DTypeError
 from ckptkit.report import count_of, human_size, printable
-from ckptkit.startup import dataclass
+from ckptkit.startup import dataclass, made_by_position
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -7,12 +7,11 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import ContextVar
-from dataclasses import MISSING, fields
-from typing import Any, NoReturn, TypeVar
+from typing import NoReturn, TypeVar
 
 from ckptkit.arguments import BinaryFile
 from ckptkit.errors import CorruptError, FileAccessError, MissingFileError
-from ckptkit.startup import dataclass
+from ckptkit.startup import dataclass, made_by_position
 
 __all__ = [
     "CHUNK_NBYTES",
@@ -24,7 +23,6 @@ __all__ = [
     "byte_range",
     "first_changed",
     "given_up",
-    "made_by_position",
     "outside",
     "pace",
     "require_wanted",
@@ -396,22 +394,6 @@ class ByteRange:
     def plain(self) -> ByteRange:
         """This range itself; `ckptkit.computed` has ranges that must be made first."""
         return self
-
-
-def made_by_position(cls: Callable[..., _Record]) -> Callable[..., _Record]:
-    """A function that makes objects of a frozen, slotted dataclass, with fields by position, in a fifth of the time.
-
-    A frozen dataclass sets each field through ``object.__setattr__``; of records that a file has by the hundred
-    thousand that takes longer than to read them.  Here they are set in an object of a class with the same slots that
-    is not frozen, which then becomes one of ``cls``.
-    """
-    parts = fields(cls)  # type: ignore[arg-type]  # a class
-    space: dict[str, Any] = {f"_{part.name}": part.default for part in parts} | {"_class": cls}
-    given = [part.name + (f"=_{part.name}" if part.default is not MISSING else "") for part in parts]
-    lines = [*(f"self.{part.name} = {part.name}" for part in parts), "self.__class__ = _class"]
-    exec(f"def __init__(self, {', '.join(given)}):\n " + "\n ".join(lines), space)  # noqa: S102 - names of fields alone
-    made: Callable[..., _Record] = type(cls.__name__, (), {"__slots__": cls.__slots__, "__init__": space["__init__"]})  # type: ignore[attr-defined]
-    return made
 
 
 byte_range = made_by_position(ByteRange)

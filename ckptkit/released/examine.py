@@ -14,7 +14,7 @@ from functools import cached_property
 
 from ckptkit import formats
 from ckptkit.architectures import Architecture, identify
-from ckptkit.bytesource import Source, made_by_position
+from ckptkit.bytesource import Source
 from ckptkit.checkpoint import Checkpoint, GlobalUse, Kind, Storage, TensorEntry, Trust, as_tensor
 from ckptkit.diagnose import diagnose, everything_in
 from ckptkit.digests import (
@@ -49,7 +49,7 @@ from ckptkit.released.reading import (
     read_through,
 )
 from ckptkit.report import Finding
-from ckptkit.startup import dataclass
+from ckptkit.startup import dataclass, made_by_position
 from ckptkit.stats import NonFinite
 from ckptkit.transfer.checksums import damage_text
 
