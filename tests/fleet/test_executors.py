@@ -42,7 +42,7 @@ def test_dask_goes_on_when_a_worker_is_killed_in_the_middle(dask_executor: Execu
     once, always = str(tmp_path / "once"), str(tmp_path / "always")
     tasks = [*(("never", number) for number in range(100)), ("once", once), ("killed", always), ("never", 100)]
     # The limit is for dask, some of whose futures never end where workers that had their results are killed.
-    came = list(each(tasks, fleet_work.dies, executor=dask_executor, seconds=2))
+    came = list(each(tasks, fleet_work.dies, executor=dask_executor, seconds=5))
     assert [task for task, _ in came] == tasks
     outcomes = [outcome for _, outcome in came]
     assert [outcome.value for outcome in outcomes[:100]] == list(range(100))
