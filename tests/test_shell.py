@@ -193,6 +193,6 @@ def test_ctrl_break_is_an_interrupt(monkeypatch: pytest.MonkeyPatch, capsys: pyt
         heard[21](21, None)
     with monkeypatch.context() as known:
         known.setattr(ending._ending, "done", "")
-        assert ending.exit_code(raised.value) == 128 + 21
+        assert ending.ended(raised.value)[0] == 128 + 21
     assert "interrupted" in capsys.readouterr().err
     assert "SIGBREAK" in workers._NAMES

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from ckptkit.differences.difference import (
         ChangedRow,
         DiffDocument,
-        DiffFile,
         Difference,
+        DiffFile,
         ModuleRow,
         SectionRow,
     )
