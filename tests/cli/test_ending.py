@@ -477,7 +477,7 @@ def on_a_terminal(folder: Path, columns: int, *arguments: str) -> list[str]:
 def test_messages_are_wrapped_on_a_terminal_alone(folder: Path, run, name: str) -> None:
     def words(lines: list[str]) -> list[str]:
         """Each word, wherever the lines end, but for how long it took."""
-        return re.sub(r" (under )?\d+\.\d s\b", " T", " ".join(lines)).split()
+        return re.sub(r" (under )?\d+\.\d s\b", " T", " ".join(" ".join(lines).split())).split()
 
     wrapped = on_a_terminal(folder, 42, *MESSAGES[name])
     piped = run(*MESSAGES[name], cwd=folder, env=ENV).stderr.splitlines()
