@@ -286,11 +286,16 @@ def _source_and_destination(paths: tuple[str, ...], *, is_in_place: bool) -> tup
 
 def _confirmed(paths: Sequence[str]) -> bool:
     """Whether whoever sits at the terminal lets files be replaced."""
+    from ckptkit.conversion.outputs import other_names
+
     shown = [printable(path) for path in paths[:_SHOWN]]
     more = f" and {len(paths) - _SHOWN:,} more" if len(paths) > _SHOWN else ""
+    linked = sum(other_names(path) > 0 for path in paths)
+    which = f" of {count_of(linked, 'file')}" if len(paths) > 1 else ""
+    kept = f" except as other hard links{which}" if linked else ""
     them = "it" if len(paths) == 1 else "them"
     try:
-        told = f"{', '.join(shown)}{more} will be replaced, and no copy is kept. Replace {them}?"
+        told = f"{', '.join(shown)}{more} will be replaced, and no copy is kept{kept}. Replace {them}?"
         return click.confirm("\n".join(wrapped(told, ending.message_width())), err=True)
     except click.Abort:  # the end of the input
         ending.say("")
