@@ -18,7 +18,7 @@ from typing import NoReturn
 import click
 
 from ckptkit import __version__
-from ckptkit.cli import ending
+from ckptkit.cli import closing, ending
 from ckptkit.cli.options import echo_error, printable
 from ckptkit.cli.usage import fail_command, tell, wants_json
 from ckptkit.errors import CkptkitError
@@ -106,7 +106,7 @@ def run() -> NoReturn:
     except SystemExit as ended:
         code = ended.code if isinstance(ended.code, int) else 2
     except ending.SignalledError as error:
-        code = ending.exit_code(error)
+        code = _ended(error)
     finally:
         # A model's own code may have registered some; they end as they like, and the exit code is ours.
         os._exit = lambda status: leave(code)
@@ -139,21 +139,29 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
                 echo_error("UsageError", told)
         code = 2
     except (ending.OutputLostError, ending.SignalledError, KeyboardInterrupt) as error:
-        code = ending.exit_code(error)
+        code = _ended(error)
     except CkptkitError as error:
         _show_traceback(debug)
-        ending.say(f"ckptkit: error: {_lines(str(error))}")
+        closing.say(f"ckptkit: error: {_lines(str(error))}")
         code = 1 if error.is_hostile else 2
     except MemoryError:
         _show_traceback(debug)
-        ending.say("ckptkit: error: out of memory; no file is half-written")
+        closing.say("ckptkit: error: out of memory; no file is half-written")
         code = 2
     except BaseException as error:
         _show_traceback(debug)
         told = f"{type(error).__name__}: {printable(str(error))}"
-        ending.say(f"ckptkit: internal error: {told} (a bug in ckptkit; --debug shows where)")
+        closing.say(f"ckptkit: internal error: {told} (a bug in ckptkit; --debug shows where)")
         code = 2
     sys.exit(code)
+
+
+def _ended(error: BaseException) -> int:
+    """The exit code of `ending.ended`, which is said."""
+    code, told = ending.ended(error)
+    if told:
+        closing.say(told)
+    return code
 
 
 def _called(arguments: list[str]) -> int:

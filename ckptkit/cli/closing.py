@@ -1,4 +1,4 @@
-"""What a command says last: the one command that does what its findings advise, and what it went through.
+"""What a command says: messages on stderr, the one command that does what its findings advise, what it went through.
 
 The combined fix is part of the document, and is below its findings.  The summary is a line on stderr, after everything
 else: how much was read or written, what was proven, how long it took.
@@ -20,8 +20,12 @@ if TYPE_CHECKING:
     from ckptkit.report import CombinedFix, FindingDocument
 
 __all__ = [
-    "begin", "combined_lines", "combined_title", "converted", "elapsed", "read", "sum_up", "summary", "verified",
+    "begin", "combined_lines", "combined_title", "converted", "elapsed", "lasted", "read", "say", "sum_up", "summary",
+    "verified",
 ]  # fmt: skip
+
+_LEAST_SECONDS = 0.1
+"""Of a shorter time it is told that it was."""
 
 _TENTHS_SECONDS = 9.95
 """Before that it is told in tenths how long something took."""
@@ -69,6 +73,12 @@ def combined_lines(
         yield from wrapped(f"{indent}    {printable(fix['keeps'])}", width)
 
 
+def say(text: str) -> None:
+    """A message on stderr, wrapped to the width of a terminal; elsewhere its lines are whole, for who searches them."""
+    width = ending.message_width()
+    ending.say("\n".join(part for line in text.split("\n") for part in wrapped(line, width)))
+
+
 def begin() -> None:
     """A command begins."""
     _closing.summary, _closing.began = "", time.monotonic()
@@ -82,13 +92,18 @@ def summary(text: str) -> None:
 def sum_up() -> None:
     """Tell the summary on stderr, if there is one."""
     if _closing.summary:
-        for line in wrapped(f"ckptkit: {_closing.summary}", ending.stderr_width()):
-            ending.say(line)
+        say(f"ckptkit: {_closing.summary}")
 
 
 def elapsed() -> str:
-    """How long the command has been at work: ``"0.4 s"``, ``"2 min 5 s"``."""
-    seconds = time.monotonic() - _closing.began
+    """How long the command has been at work, as `lasted` tells it."""
+    return lasted(time.monotonic() - _closing.began)
+
+
+def lasted(seconds: float) -> str:
+    """A time as it follows "in": ``"under 0.1 s"``, ``"0.4 s"``, ``"2 min 5 s"``."""
+    if seconds < _LEAST_SECONDS:
+        return f"under {_LEAST_SECONDS} s"
     if seconds < _TENTHS_SECONDS:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(int(seconds + 0.5), 60)

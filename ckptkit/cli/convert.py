@@ -88,7 +88,8 @@ def summary(document: ConvertFolderDocument) -> Iterator[str]:
     sizes = sum(file["source_nbytes"] for file in done), sum(file["plan"]["nbytes"] for file in done)
     count = len(files), "file", *(() if document["written"] else ("can be", "can be"))
     told = count_of(*count) if len(done) == len(files) else share_of(len(done), *count)
-    yield f"{told} converted, {human_size(sizes[0])} to {human_size(sizes[1])}, in {document['seconds']:.1f} s"
+    lasted = closing.lasted(document["seconds"])
+    yield f"{told} converted, {human_size(sizes[0])} to {human_size(sizes[1])}, in {lasted}"
 
 
 def findings_of(document: ConvertFolderDocument) -> list[FindingDocument]:
@@ -256,7 +257,7 @@ def command(
     view = ui.View(ui.styler(color), ui.terminal_width(), quiet)
     ui.show(document, output, RENDERERS, view)
     if output == "text" and not quiet:
-        for line in ui.finding_lines(found, view.style, view.width):
+        for line in ui.finding_lines(found, view.style, ending.message_width()):
             ending.say(line)
         closing.summary(converted(document))
     return code
@@ -285,12 +286,17 @@ def _source_and_destination(paths: tuple[str, ...], *, is_in_place: bool) -> tup
 
 def _confirmed(paths: Sequence[str]) -> bool:
     """Whether whoever sits at the terminal lets files be replaced."""
+    from ckptkit.conversion.outputs import other_names
+
     shown = [printable(path) for path in paths[:_SHOWN]]
     more = f" and {len(paths) - _SHOWN:,} more" if len(paths) > _SHOWN else ""
+    linked = sum(other_names(path) > 0 for path in paths)
+    which = f" of {count_of(linked, 'file')}" if len(paths) > 1 else ""
+    kept = f" except as other hard links{which}" if linked else ""
     them = "it" if len(paths) == 1 else "them"
     try:
-        told = f"{', '.join(shown)}{more} will be replaced, and no copy is kept. Replace {them}?"
-        return click.confirm(told, err=True)
+        told = f"{', '.join(shown)}{more} will be replaced, and no copy is kept{kept}. Replace {them}?"
+        return click.confirm("\n".join(wrapped(told, ending.message_width())), err=True)
     except click.Abort:  # the end of the input
         ending.say("")
         return False
@@ -302,7 +308,7 @@ def _verdict(document: ConvertFolderDocument) -> int:
     written = f"{count_of(count, 'file', 'was', 'were')} written below {printable(document['destination'])}"
     code = ending.verdict(0 if document["ok"] else 2, written if count else "")
     for finding in document["findings"]:
-        ending.say(f"ckptkit: error: {printable(finding['message'])}")
+        closing.say(f"ckptkit: error: {printable(finding['message'])}")
     return code
 
 

@@ -14,10 +14,17 @@ from ckptkit.cli.ending import progress_line
 from ckptkit.cli.tables import Cell, columns, wrapped
 from ckptkit.cli.usage import IntRange
 from ckptkit.options import DiffOptions
-from ckptkit.report import count_of, human_size, printable
+from ckptkit.report import count_of, human_size, printable, share_of
 
 if TYPE_CHECKING:
-    from ckptkit.differences.difference import ChangedRow, DiffDocument, DiffFile, ModuleRow, SectionRow
+    from ckptkit.differences.difference import (
+        ChangedRow,
+        DiffDocument,
+        Difference,
+        DiffFile,
+        ModuleRow,
+        SectionRow,
+    )
 
 __all__ = ["RENDERERS", "Table", "command", "figure", "file_line", "notes", "tables", "text"]
 
@@ -31,6 +38,9 @@ _SPARED = ("cosine", "|b-a|/|a|", "mean |b-a|")
 """Heads of the columns that a narrow terminal does without."""
 
 _STATUSES = ("changed", "recast", "reshaped", "renamed", "added", "removed", "not compared")
+
+_APART = _STATUSES[-3:]
+"""Statuses of tensors that were not compared with another."""
 
 
 class Table(NamedTuple):
@@ -87,6 +97,17 @@ def _with_dtype_in_title(table: Table) -> Table:
         headers=table.headers[:at] + table.headers[at + 1 :],
         align=table.align[:at] + table.align[at + 1 :],
     )
+
+
+def _compared(difference: Difference) -> str:
+    """How many tensors were compared with one of the other file, and of how many bytes the weights are."""
+    total, sides = difference.tensors, (difference.a, difference.b)
+    apart = sum(row["statuses"].get(status, 0) for row in difference.modules for status in _APART)
+    told = share_of(total - apart, total, "tensor") if apart else count_of(total, "tensor")
+    if all(side["section"] is not None for side in sides):
+        sizes = [human_size(side["nbytes"]) for side in sides]
+        told = f"{told} of {sizes[0]} in A and {sizes[1]} in B"
+    return f"{told} compared in {closing.elapsed()}"
 
 
 def file_line(facts: DiffFile) -> str:
@@ -310,8 +331,6 @@ def command(
         difference = api.diff(a, b, progress=update, **options)
     code = ending.verdict(0 if difference.ok else 1)
     if output == "text":
-        a_nbytes, b_nbytes = human_size(difference.a["nbytes"]), human_size(difference.b["nbytes"])
-        tensors = count_of(difference.tensors, "tensor")
-        closing.summary(f"{tensors} of {a_nbytes} in A and {b_nbytes} in B compared in {closing.elapsed()}")
+        closing.summary(_compared(difference))
     ui.show(difference.to_dict(), output, RENDERERS, ui.View(ui.styler(color), ui.terminal_width(), top=top))
     return code

@@ -27,12 +27,14 @@ import click
 from ckptkit.report import count_of, human_size, share_of
 
 __all__ = [
+    "NARROWEST",
     "OutputLostError",
     "SignalledError",
     "begin",
     "captured",
-    "exit_code",
+    "ended",
     "keep_stdout",
+    "message_width",
     "progress_line",
     "say",
     "signals_heard",
@@ -44,6 +46,9 @@ __all__ = [
     "watched",
     "write",
 ]
+
+NARROWEST = 40
+"""Columns of a terminal below which nothing is cut: whoever says so is not a terminal."""
 
 _CLEANING_SECONDS = 3.0
 """After a signal others are not heard for so long: what is unfinished is being removed."""
@@ -191,11 +196,11 @@ def write(data: str | bytes = "") -> None:
             raise OutputLostError(getattr(error, "errno", errno.EBADF)) from error
 
 
-def say(text: str, *, nl: bool = True) -> None:
-    """A message on stderr; whether it arrives decides nothing."""
+def say(text: str) -> None:
+    """A line on stderr, as it is; whether it arrives decides nothing."""
     with _line.lock:
         _line.wipe()
-        _say(text, nl=nl)
+        _say(text, nl=True)
 
 
 def _say(text: str, *, nl: bool = False) -> None:
@@ -247,19 +252,20 @@ def signals_heard() -> Iterator[None]:
 # The exit code.
 
 
-def exit_code(error: BaseException) -> int:
-    """What the process exits with where its work ended in an interrupt or in output that was lost; says so."""
+def ended(error: BaseException) -> tuple[int, str]:
+    """What the process exits with where its work ended in an interrupt or in output that was lost, and how to say so.
+
+    Nothing is to be said where the reader had enough.
+    """
     if isinstance(error, OutputLostError):
         if error.is_reader_gone:
-            return 2 if _ending.verdict is None else _ending.verdict
+            return 2 if _ending.verdict is None else _ending.verdict, ""
         state = "full" if error.errno in _FULL else "closed" if error.errno == errno.EBADF else f"failing ({error})"
-        say(f"ckptkit: error: standard output is {state}" + (f"; {_ending.done}" if _ending.done else ""))
-        return 2
+        return 2, f"ckptkit: error: standard output is {state}" + (f"; {_ending.done}" if _ending.done else "")
     number = error.number if isinstance(error, SignalledError) else signal.SIGINT
     told = {"SIGINT": "interrupted", "SIGBREAK": "interrupted", "SIGTERM": "terminated"}
     how = told.get(signal.Signals(number).name, "the terminal is gone")
-    say(f"ckptkit: {how}; {_ending.done or 'no file is half-written'}")
-    return 128 + number
+    return 128 + number, f"ckptkit: {how}; {_ending.done or 'no file is half-written'}"
 
 
 _SECONDS = 0.2
@@ -306,6 +312,12 @@ def stderr_width() -> int | None:
         return os.get_terminal_size(sys.stderr.fileno()).columns or None
     except (OSError, ValueError, AttributeError):
         return None
+
+
+def message_width() -> int | None:
+    """Columns that messages on stderr are wrapped to; ``None``: they are not, for nobody reads them on a terminal."""
+    width = stderr_width()
+    return width if width is not None and width >= NARROWEST else None
 
 
 def _fitting(text: str) -> str:

@@ -142,7 +142,7 @@ def command(
         for document in _shared(tasks, jobs) if is_shared else _one_by_one(tasks):
             seen.append(_told(document))
             if filters and not quiet and document["error"] is None and not document["tensors"]:
-                ending.say(f"ckptkit: {printable(document['path'])}: no tensor matches --filter")
+                closing.say(f"ckptkit: {printable(document['path'])}: no tensor matches --filter")
             if len(seen) == len(files):
                 ending.verdict(_exit_code(seen, fail_on))
                 if output == "text" and not flat and len(seen) > 1:
@@ -176,8 +176,7 @@ def _echo_text(
         if passed_over and not view.quiet:
             from ckptkit.formats.folder import passed_over_text
 
-            for line in wrapped(passed_over_text(passed_over), view.width):
-                ending.say(line)
+            closing.say(passed_over_text(passed_over))
         return
     for line in (_page if output == "html" else lines)(documents, passed_over, render, view):
         ui.echo(line)
@@ -386,7 +385,7 @@ def _told(document: Survey | UnreadFile) -> _Seen:
         message = document["error"]["message"]
         place = "" if message.startswith(document["path"]) else f"{document['path']}: "
         ending.write()  # what comes before it
-        ending.say(f"ckptkit: error: {printable(place + message)}")
+        closing.say(f"ckptkit: error: {printable(place + message)}")
     severities = [finding["severity"] for finding in document["findings"]]
     return _Seen(document["error"] is None, bool(document["findings"]), severities, document["size"] or 0)
 

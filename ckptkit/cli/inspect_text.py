@@ -122,12 +122,10 @@ def brief(document: InspectedFile | Survey, view: View) -> Iterator[str]:
         "" if finding is None else Cell(f"{finding['severity']}: {finding['code']}", finding["code"]),
     ]
     widest = ["x" * view.paths, *_WIDEST]
-    line = columns([cells], widest, "nllrrlrll", view.width, first=(3,), last=(1, 2))[1]
-    if finding is None:
-        yield line
-        return
+    *lines, line = columns([cells], widest, "pllrrlrll", view.width, first=(3,), last=(1, 2, 5, 4))[1:]
+    yield from lines
     before, gap, told = line.rpartition("  ")
-    yield before + gap + view.style(told, fg=COLORS[finding["severity"]])
+    yield line if finding is None else before + gap + view.style(told, fg=COLORS[finding["severity"]])
 
 
 def _parameters(count: int) -> str:

@@ -131,9 +131,6 @@ _SYMBOLS = str.maketrans(
 _REPLACED = 6
 """Columns of a line that are kept for what stands for those symbols: it takes more than they do."""
 
-_NARROWEST = 40
-"""Columns of a terminal below which nothing is cut: whoever says so is not a terminal."""
-
 
 _output_option = click.option(
     "-o",
@@ -394,7 +391,7 @@ def terminal_width() -> int | None:
     import shutil
 
     width = shutil.get_terminal_size().columns
-    if width < _NARROWEST:
+    if width < ending.NARROWEST:
         return None
     return width if encodable("…") == "…" else width - _REPLACED
 

@@ -6,8 +6,8 @@ sees as characters, never inside of one.
 
 Where a table is wider than the terminal, its columns give way in this order: names that would take nearly half of it,
 notes, columns that are spared first (bars), long names, counts (``11.7 M`` for ``11,689,512``), names, columns that are
-spared last.  What no cell gives up is the last of its forms, which for a tensor is its shape: where not even that finds
-room, it is below its row.
+spared last.  Paths give way after counts, and keep a third of the width: files differ by their ends.  What no cell
+gives up is the last of its forms, which for a tensor is its shape: where not even that finds room, it is below its row.
 """
 
 from __future__ import annotations
@@ -24,6 +24,12 @@ __all__ = ["Cell", "bar", "columns", "count_cell", "padded", "seen", "width_of",
 
 _LEAST_NOTE, _LONG_NAME, _LEAST_NAME = 12, 30, 16
 """Columns that notes keep; that names keep before and after counts are shortened."""
+
+_NAMES = "np"
+"""Columns of names."""
+
+_LEAST_OF_PATH = 0.35
+"""Part of the width that paths keep before anything is below its row: the name of a file is most of it."""
 
 _LONG_NOTE = 28
 """Columns that notes keep as long as there are columns that are spared first."""
@@ -119,6 +125,7 @@ def columns(
         rows: cells.
         headers: of the columns; none: there is no line of them.
         align: for each column: ``"n"``, a name, to the left, cut in the middle so that those that differ do so still;
+            ``"p"``, a path, to the left, cut at its beginning, before the name of the file;
             ``"l"``, a note, to the left, cut at its end; ``"r"``, a number, to the right, never cut.
         width: columns a line may have; ``None``: as many as it takes.
         first: columns that are left out before names and counts are shortened, one after the other.
@@ -131,7 +138,11 @@ def columns(
         widths = _widths(table, align, width, layout)
         if width is None or sum(widths.values()) + _GAP * (len(widths) - 1) <= width:
             break
-    cut = {i: _names([row[i] for row in table], widths[i]) for i in layout.inside if align[i] == "n"}
+    cut = {
+        i: (_paths if align[i] == "p" else _names)([row[i] for row in table], widths[i])
+        for i in layout.inside
+        if align[i] in _NAMES
+    }
     lines = []
     for number, row in enumerate(table):
         moved = [i for i in layout.inside if i not in cut and not _finds_room(row[i], widths[i])]
@@ -177,7 +188,7 @@ def _layouts(align: str, first: Sequence[int], last: Sequence[int]) -> Iterator[
     for left_out in last:
         inside = tuple(i for i in inside if i != left_out)
         yield _Layout(inside, stage=1)
-    name = max(align.find("n"), 0)
+    name = next((i for i, kind in enumerate(align) if kind in _NAMES), 0)
     notes = tuple(i for i in inside if align[i] == "l" and i != name)
     yield _Layout(tuple(i for i in inside if i not in notes), notes, 2)
     yield _Layout((name,), tuple(i for i in inside if i != name), 2)
@@ -190,13 +201,15 @@ def _widths(table: Sequence[Sequence[str]], align: str, width: int | None, layou
         return widths
     least: list[tuple[int, int]] = []
     notes = [i for i in reversed(layout.inside) if align[i] == "l"]
-    names = [i for i in layout.inside if align[i] == "n"]
+    names = [i for i in layout.inside if align[i] in _NAMES]
     least += ((i, width * 2 // 5) for i in names)
     least += ((i, max(_least(row[i], layout.note, width // 2) for row in table)) for i in notes)
     if layout.stage:
-        least += ((i, _LONG_NAME) for i in names)
+        least += ((i, _LONG_NAME) for i in names if align[i] != "p")
         least += ((i, max(_least(row[i], widths[i], width) for row in table)) for i in layout.inside if align[i] == "r")
-        least += ((i, _LEAST_NAME if layout.stage == 1 else 1) for i in names or layout.inside[:1])
+        paths = max(_LEAST_NAME, int(width * _LEAST_OF_PATH))
+        keeps = (lambda i: paths if align[i] == "p" else _LEAST_NAME) if layout.stage == 1 else lambda _: 1
+        least += ((i, keeps(i)) for i in names or layout.inside[:1])
     surplus = sum(widths.values()) + _GAP * (len(widths) - 1) - width
     for i, fewest in least:
         given = max(min(surplus, widths[i] - fewest), 0)
@@ -278,6 +291,18 @@ def _middle(name: str, width: int) -> str:
     indent = min(len(name) - len(bare), width // 3)
     room = width - indent
     return " " * indent + (bare if width_of(bare) <= room else _cut(_characters(bare), room, (room - 1) // 2))
+
+
+def _paths(cells: Sequence[str], width: int) -> list[str]:
+    """Paths in so many columns: the name of each file, as long as it fits, and what is before it as far as it does."""
+    return [_end_of(cell, width) for cell in cells]
+
+
+def _end_of(path: str, width: int) -> str:
+    if width_of(path) <= width:
+        return path
+    name = path[max(path.rfind("/"), path.rfind("\\")) + 1 :]
+    return _middle(name, width) if width_of(name) >= width else _cut(_characters(path), width, width - 1)
 
 
 def _names(cells: Sequence[str], width: int) -> list[str]:

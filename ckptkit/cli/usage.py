@@ -6,14 +6,15 @@ click finds what is wrong; what was probably meant is said here, for commands, o
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Callable, Collection, Iterable, Sequence
-from contextlib import suppress
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from ckptkit.cli import closing
 from ckptkit.nearness import did_you_mean
 from ckptkit.shell import quoted
 
@@ -85,8 +86,9 @@ def tell(error: click.ClickException) -> str:
             if any(error.option_name in _options(each) for each in commands):
                 meant = f"; put it after the command: ckptkit COMMAND {error.option_name}"
         error = click.UsageError(error.message.removesuffix(".") + (meant or "."), error.ctx)
-    with suppress(OSError, ValueError):
-        error.show()
+    shown = io.StringIO()
+    error.show(shown)
+    closing.say(shown.getvalue().removesuffix("\n"))
     return error.format_message()
 
 

@@ -144,6 +144,14 @@ CONVERSION: dict[str, Explanation] = {
         "what tensors use; values, strides and sharing are unchanged.",
         "-",
     ),
+    "other-hard-links": Explanation(
+        "the replaced file has other names, which keep the old content",
+        "A file may have several names: hard links (ln, cp -l, rsync --link-dest). A conversion writes a new file and "
+        "gives it the name when it is complete. The other names still lead to the old file: what reads it by one of "
+        "them sees nothing of the conversion, and its space is not freed.",
+        "find FOLDER -samefile FILE lists the names before the conversion; afterwards, link them to the new file again "
+        "if they should have its content: ln -f FILE OTHER",
+    ),
     "not-sharded": Explanation(
         "one file, although an index of shards was asked for",
         "The whole output fits into one file of the size allowed for a shard, and a single file needs no index.",

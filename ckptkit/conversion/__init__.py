@@ -27,7 +27,7 @@ from ckptkit import formats
 from ckptkit.bytesource import Source
 from ckptkit.checkpoint import STATE_DICT, Checkpoint
 from ckptkit.conversion.options import Conversion, needs_weights, read_section, section_like, with_flat_cut
-from ckptkit.conversion.outputs import require_confirmed, require_fitting
+from ckptkit.conversion.outputs import other_names, require_confirmed, require_fitting
 from ckptkit.errors import DestinationExistsError, RewriteError
 from ckptkit.extras import __version__
 from ckptkit.normalize.made_plain import devices_made_plain
@@ -35,7 +35,7 @@ from ckptkit.normalize.parts import require_whole
 from ckptkit.normalize.selection import BESIDE, KEY, earlier, require_state_dict
 from ckptkit.places import is_temporary_name
 from ckptkit.plan import Checksum, Digest, LiteralBytes, Plan, Step
-from ckptkit.report import Finding, Report, parse_size
+from ckptkit.report import Finding, Report, count_of, parse_size
 from ckptkit.rewrite.beside import KeepBeside, restored
 from ckptkit.startup import dataclass
 from ckptkit.transfer.passing import is_far, passed_of
@@ -152,18 +152,33 @@ class Job:
         if formats.is_part(self.source, self.path):
             told = "is one of the files being read, and all of them are needed; name another"
             raise DestinationExistsError(f"{self.path}: {told}", path=self.path)
-        if self.plan.in_folder is None:
-            folder = os.path.dirname(self.path)
-            require_confirmed([self.asked, self.path, *(os.path.join(folder, s) for s in self.plan.shards)], options)
+        require_confirmed(self._names, options)
 
-    def findings(self) -> Iterator[Finding]:
-        """How the output differs from the request: one file instead of shards and an index."""
+    @property
+    def _names(self) -> list[str]:
+        """The paths of files that it may replace: none in a folder of its own, which is new or empty."""
+        if self.plan.in_folder is not None:
+            return []
+        folder = os.path.dirname(self.path)
+        return [self.asked, self.path, *(os.path.join(folder, shard) for shard in self.plan.shards)]
+
+    def findings(self, backup: str | None) -> Iterator[Finding]:
+        """How the output differs from the request, and what it leaves as it was; before anything is written.
+
+        Args:
+            backup: the name under which the file that is replaced is kept, if any.
+        """
         if self.plan.index is None and self.asked != self.path:
             yield Finding(
                 code="not-sharded",
                 severity="info",
                 message=f"everything fits into one file: {self.path}, so no index is written",
             )
+        for path in dict.fromkeys(self._names):
+            if others := other_names(path, backup):
+                told = count_of(others, "other hard link", "keeps", "keep")
+                message = f"{path}: {told} the old content"
+                yield Finding(code="other-hard-links", severity="warning", message=message)
 
     @property
     def stale(self) -> tuple[str, ...]:
@@ -231,6 +246,7 @@ def run(
     rewrite: bool = True,
     given: str | None = None,
     task: PartTask | None = None,
+    backup: str | None = None,
 ) -> Outcome:
     """Convert an open checkpoint, from its options to the output.
 
@@ -242,6 +258,7 @@ def run(
         rewrite: whether to change the checkpoint as the options say; otherwise it is written unchanged.
         given: the path by which others can open the source too.
         task: the worker's instructions, if it writes a part.
+        backup: the name under which the file that is replaced is kept, if any.
 
     Raises:
         As `ckptkit.convert`.
@@ -283,7 +300,7 @@ def run(
     findings: list[Finding] = []
     part = None
     if conversion is not None:
-        findings += job.findings()
+        findings += job.findings(backup)
         findings += conversion.findings(job.plan, None if options.dry_run else job.path)
     if not options.dry_run:
         if not is_folder:
@@ -443,7 +460,7 @@ def replace_file(source: str, _: str, options: ConvertOptions) -> Report[Convert
     from ckptkit.conversion.in_place import replacing
 
     with replacing(source, options) as (checkpoint, file, own, backup):
-        report = run(checkpoint, file, source, own, given=source).report()
+        report = run(checkpoint, file, source, own, given=source, backup=backup).report()
     return Report(findings=report.findings, details={**report.details, "backup": backup})
 
 

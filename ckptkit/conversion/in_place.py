@@ -2,8 +2,9 @@
 
 The file is written as any output is (`ckptkit.transfer.writing`): under a temporary name, compared, and then given the
 old one's name and permissions, so that there is the old file or the whole new one at every moment.  Of a symbolic link
-the file that it leads to is replaced; other hard links keep the old one.  The backup is a hard link to the old file, or
-a copy if the file system has none; it exists before the new file does, and is removed again if that cannot be made.
+the file that it leads to is replaced; other hard links keep the old one, and a finding says so.  The backup is a hard
+link to the old file, or a copy if the file system has none; it exists before the new file does, and is removed again if
+that cannot be made.
 
 Only one file on this machine is replaced, in its own container, which ckptkit must be able to write.
 """

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -34,6 +35,7 @@ __all__ = [
     "is_folder_of_files",
     "name_in",
     "named_after",
+    "other_names",
     "require_confirmed",
     "require_file_name",
     "require_fitting",
@@ -155,6 +157,22 @@ def require_confirmed(paths: Iterable[str], options: ConvertOptions) -> None:
     if there and not options.confirm(there):
         told = f"{listed(there, 4)}: {'stays as it is' if len(there) == 1 else 'stay as they are'}; nothing was changed"
         raise DestinationExistsError(told, path=there[0])
+
+
+def other_names(path: str, backup: str | None = None) -> int:
+    """How many other names, hard links, a file has; each keeps the old content when the file is replaced.
+
+    Args:
+        path: the file; it need not be there.
+        backup: the name that was given to the old file to keep it, which does not count.
+    """
+    try:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
+            return 0
+        return max(status.st_nlink - 1 - (backup is not None and os.path.samestat(status, os.stat(backup))), 0)
+    except OSError:
+        return 0
 
 
 def require_fitting(options: ConvertOptions, container: Format) -> None:

@@ -19,9 +19,12 @@ _FromShape = TypedDict("_FromShape", {"from": list[int]})
 
 
 class DiffFile(TypedDict):
-    """One of the two files; ``section`` is the path of its weights, ``tensors`` and ``nbytes`` are theirs.
+    """One of the two files.
 
     Attributes:
+        section: the path of its weights; ``None``: it has none, or it is not clear which are meant.
+        tensors: names in the weights, tied ones too.
+        nbytes: of these tensors, tied ones once; as ``state_dict.nbytes`` of ``inspect``.
         locations: device tags of the weights.
     """
 

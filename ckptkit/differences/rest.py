@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
-from ckptkit.checkpoint import STATE_DICT, Checkpoint, StateDict, Storage, TensorEntry, as_tensor
+from ckptkit.checkpoint import STATE_DICT, Checkpoint, StateDict, Storage, TensorEntry, as_tensor, tied_groups
 from ckptkit.differences.figures import Sums, Tolerance
 from ckptkit.differences.pairs import Pair, PairReader, all_sums
 from ckptkit.inspection.listing import list_tensors
@@ -46,7 +46,8 @@ _MAX_LOCATIONS = 64
 def header(checkpoint: Checkpoint) -> DiffFile:
     """The file and what it is, as the document's ``a`` and ``b``."""
     origin = checkpoint.origin
-    entries = checkpoint.state_dict.values()
+    state_dict = checkpoint.state_dict
+    repeated = [state_dict[name] for names in tied_groups(state_dict) for name in names[1:]]
     return {
         "path": origin.path,
         "size": origin.size,
@@ -54,9 +55,9 @@ def header(checkpoint: Checkpoint) -> DiffFile:
         "kind": origin.kind,
         "writer": origin.writer,
         "section": origin.state_path,
-        "tensors": len(checkpoint.state_dict),
-        "nbytes": sum(entry.nbytes for entry in entries),
-        "locations": sorted({entry.location for entry in entries})[:_MAX_LOCATIONS],
+        "tensors": len(state_dict),
+        "nbytes": sum(entry.nbytes for entry in state_dict.values()) - sum(entry.nbytes for entry in repeated),
+        "locations": sorted({entry.location for entry in state_dict.values()})[:_MAX_LOCATIONS],
         "trust": checkpoint.trust,
     }
 

@@ -187,9 +187,10 @@ class ConvertOptions(Options):
     dry_run = flag("Show the plan; write nothing.", "make the plan, write nothing")
     force = flag("Overwrite DST if it exists.", "whether an existing destination may be replaced")
     in_place = flag(
-        "Convert each SRC in place; there is no DST.",
+        "Convert each SRC in place; there is no DST. Other hard links to it keep the old file.",
         "whether to replace the source, in its own container; there is no destination then, and ``source`` may be a "
-        "list of paths, which are converted each by itself",
+        "list of paths, which are converted each by itself; other hard links to the file keep the old content, and a "
+        "finding says so",
     )
     backup = flag(
         "With --in-place: keep the old file as SRC.bak.",

@@ -23,7 +23,7 @@ def files(tmp_path: Path) -> Path:
     return tmp_path
 
 
-SUMMARY = r"ckptkit: 4 tensors of 268 B in A and 268 B in B compared in \d\.\d s\n"
+SUMMARY = r"ckptkit: 4 tensors of 268 B in A and 268 B in B compared in (under )?\d\.\d s\n"
 
 
 def test_equal(run, files: Path) -> None:
@@ -175,3 +175,27 @@ def test_color(run, files: Path) -> None:
 def test_progress(run, files: Path) -> None:
     assert "100%" in run("diff", "a.pth", "b.pth", "--progress").stderr
     assert run("diff", "a.pth", "b.pth", "--progress", "-q").stderr == ""
+
+
+def test_sizes_are_of_the_weights_and_what_one_lacks_is_not_compared(run, files: Path) -> None:
+    shared = torch.ones(100)
+    torch.save({"a": shared, "b": shared}, files / "tied.pth")
+    torch.save({"a": shared, "b": shared.clone(), "c": shared.clone()}, files / "more.pth")
+    torch.save([torch.ones(2), torch.ones(3)], files / "list.pth")
+    for pair, lines, last in (
+        (
+            ("tied.pth", "tied.pth"),
+            ("2 tensors of 400 B", "2 tensors of 400 B"),
+            "2 tensors of 400 B in A and 400 B in B",
+        ),
+        (
+            ("tied.pth", "more.pth"),
+            ("2 tensors of 400 B", "3 tensors of 1.2 kB"),
+            "2 of 3 tensors of 400 B in A and 1.2 kB in B",
+        ),
+        (("list.pth", "list.pth"), ("collection", "collection"), "2 tensors"),
+        (("tied.pth", "list.pth"), ("2 tensors of 400 B", "collection"), "0 of 4 tensors"),
+    ):
+        done = run("diff", *pair)
+        assert all(f"{part}," in line for part, line in zip(lines, done.stdout.splitlines(), strict=False)), pair
+        assert done.stderr.startswith(f"ckptkit: {last} compared in "), pair

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import struct
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -430,3 +431,58 @@ def test_lines_fit_the_terminal(
     assert "\x1b[" in terminal.getvalue() or name == "convert"
     long = [line for line in lines if len(line) > 64]
     assert [line for line in long if "ckptkit " not in line and "model.load_state_dict(" not in line] == []
+
+
+MESSAGES = {
+    "a file": ["inspect", "no/such/file/anywhere/at/all.pth"],
+    "one of several": ["inspect", "--brief", "lin.pth", "no/such/file/anywhere/at/all.pth"],
+    "one of two": ["diff", "lin.pth", "no/such/file/anywhere/at/all.pth", "--no-progress"],
+    "too many arguments": ["convert", "lin.pth", "other.pth", "same.pth", "hostile.pth"],
+    "no such option": ["check", "lin.pth", "--max-trsut", "safe"],
+    "no such value": ["check", "lin.pth", "--max-trust", "nobody"],
+    "one of many": [
+        "convert",
+        "lin.pth",
+        "hostile.pth",
+        "out/",
+        "--to",
+        "safetensors",
+        "--force",
+        "--no-progress",
+    ],
+    "nothing matches": ["inspect", "--filter", "nothing.that.is.in.there", "lin.pth"],
+    "what was read": ["check", "lin.pth", "other.pth", "hostile.pth"],
+    "what was written": ["convert", "lin.pth", "new.pth", "--force", "--no-progress"],
+}
+
+
+def on_a_terminal(folder: Path, columns: int, *arguments: str) -> list[str]:
+    """The lines on stderr, which is a terminal of so many columns."""
+    fcntl, termios = pytest.importorskip("fcntl"), pytest.importorskip("termios")
+    ours, theirs = os.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    words = [sys.executable, "-m", "ckptkit", *arguments]
+    files = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": theirs}
+    with open(ours, "rb", buffering=0) as terminal, subprocess.Popen(words, cwd=folder, env=ENV, **files) as process:
+        os.close(theirs)
+        data = b""
+        with suppress(OSError):  # how Linux says that nothing is left
+            while part := terminal.read(4096):
+                data += part
+        process.wait(60)
+    return [line.rpartition("\r")[2] for line in data.decode().replace("\r\n", "\n").splitlines()]
+
+
+@pytest.mark.parametrize("name", MESSAGES)
+def test_messages_are_wrapped_on_a_terminal_alone(folder: Path, run, name: str) -> None:
+    def words(lines: list[str]) -> list[str]:
+        """Each word, wherever the lines end, but for how long it took."""
+        return re.sub(r" (under )?\d+\.\d s\b", " T", " ".join(" ".join(lines).split())).split()
+
+    wrapped = on_a_terminal(folder, 42, *MESSAGES[name])
+    piped = run(*MESSAGES[name], cwd=folder, env=ENV).stderr.splitlines()
+    assert max(map(len, wrapped)) <= 42 < max(map(len, piped))
+    assert words(wrapped) == words(piped)
+    beginnings = [line for line in wrapped if not line.startswith("    ")]
+    assert len(beginnings) == len(piped)
+    assert [line.split()[:2] for line in beginnings] == [line.split()[:2] for line in piped]

@@ -155,6 +155,24 @@ def test_columns_and_wrapping() -> None:
     assert list(wrapped("", 10)) == [""]
 
 
+@pytest.mark.parametrize("width", [50, 66, 80, 100, 120])
+def test_a_line_of_a_file_tells_files_apart(ddp_resume: Path, width: int) -> None:
+    """The name of the file is whole where it has room, and as much of what is before it as has."""
+    folder = "runs/2024-05-01-large/lr-0.01-batch-4096-warmup/checkpoints"
+    paths = [f"{folder}/{name}.pth" for name in ("epoch_0100", "epoch_0101", "x" * 100)]
+    found = document(ddp_resume)
+    for path in paths:
+        line, *below = inspect_text.brief({**found, "path": path}, View(width=width, paths=len(paths[-1])))
+        assert bool(below) == (width < 66) and max(map(len, (line, *below))) <= width
+        shown = line.partition("  ")[0]
+        before, _, end = shown.partition("…")
+        assert len(shown) >= 0.35 * width - 1 and path.endswith(end)
+        assert end.endswith("/" + path.rpartition("/")[2]) or before == "x" * len(before) != ""
+        assert "needs trust" in (line + "".join(below)) and "foreign-objects" in (below or [line])[-1]
+    short = list(inspect_text.brief({**found, "path": "a.pth"}, View(width=width, paths=5)))
+    assert short[0].startswith("a.pth  ") and (width < 80 or "float32" in short[0])
+
+
 def test_colour(run, save) -> None:
     path = save({"module.w": torch.ones(1)}, device="cuda:1")
     assert "\x1b[" not in run("inspect", path).stdout

@@ -26,7 +26,7 @@ def test_write_update_and_check(run, weights: Path) -> None:
     lock = weights / "weights.lock.json"
     done = run("manifest", weights, "-o", lock)
     assert done.returncode == 0
-    assert re.fullmatch(r"ckptkit: 2 files, [\d.]+ kB, in \d\.\d s\n", done.stderr)
+    assert re.fullmatch(r"ckptkit: 2 files, [\d.]+ kB, in (under )?\d\.\d s\n", done.stderr)
     first, second, last = done.stdout.splitlines()
     assert first.startswith("+ legacy.pth  torch-legacy, 3.77 kB, resume, sha256:")
     assert second.startswith("+ tied.pth  torch-zip")

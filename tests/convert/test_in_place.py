@@ -258,6 +258,52 @@ def on_a_terminal(folder: Path, answer: bytes | int, *words: str) -> tuple[int, 
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), seen.decode()
 
 
+def test_other_hard_links_are_told_of(convert, ddp: Path, tmp_path: Path) -> None:
+    def told(*words: str) -> list[str]:
+        done = convert(*words, "--strip-module", "--json")
+        assert done.code == 0, done.err
+        found = json.loads(done.out)["findings"]
+        return [each["message"] for each in found if each["code"] == "other-hard-links"]
+
+    before = ddp.read_bytes()
+    assert told("ddp.pth", "new.pth") == []
+    os.link(ddp, tmp_path / "second.pth")
+    one = "ddp.pth: 1 other hard link keeps the old content"
+    assert told("ddp.pth", "--in-place", "--dry-run") == [one]
+    assert f"warning: {one} [other-hard-links]\n" in convert("ddp.pth", "--in-place", "--dry-run").err
+    os.link(ddp, tmp_path / "third.pth")
+    os.symlink("ddp.pth", tmp_path / "link.pth")
+    two = "2 other hard links keep the old content"
+    assert told("link.pth", "--in-place", "--dry-run") == [f"link.pth: {two}"]
+    assert told("new.pth", "ddp.pth", "--force", "--dry-run") == [f"ddp.pth: {two}"]
+    assert told("ddp.pth", "--in-place", "--backup") == [f"ddp.pth: {two}"]  # the backup is not another
+    assert names(ddp) == ["w", "b"]
+    assert all((tmp_path / name).read_bytes() == before for name in ("second.pth", "third.pth", "ddp.pth.bak"))
+    assert told("ddp.pth", "--in-place") == []
+    files = ["second.pth", "new.pth"]
+    document = json.loads(convert(*files, "--in-place", "--strip-module", "--json").out)
+    assert [{f["code"] for f in file["findings"]} & {"other-hard-links"} for file in document["files"]] == [
+        {"other-hard-links"}, set()
+    ]  # fmt: skip
+
+
+def test_other_hard_links_of_shards_are_told_of(convert, ddp: Path, tmp_path: Path) -> None:
+    words = ("ddp.pth", "out.safetensors", "--max-shard-size", "30B", "--force")
+    assert convert(*words).code == 0
+    os.link(tmp_path / "out-00002-of-00002.safetensors", tmp_path / "other")
+    done = convert(*words)
+    assert done.code == 0 and done.err.count("[other-hard-links]") == 1
+    assert "warning: out-00002-of-00002.safetensors: 1 other hard link keeps the old content" in done.err
+
+
+def test_the_question_tells_of_other_hard_links(ddp: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(ckptkit.__file__).parent.parent))
+    os.link(ddp, tmp_path / "second.pth")
+    ended, seen = on_a_terminal(tmp_path, b"n\n", "convert", "ddp.pth", "--in-place", "--strip-module")
+    assert ended == 2
+    assert "and no copy is kept except as other hard links. Replace it? [y/N]" in " ".join(seen.split())
+
+
 @pytest.mark.parametrize(("answer", "code"), [(b"\n", 2), (b"\x04", 2), (signal.SIGINT, 130), (b"y\n", 0)])
 def test_the_question_on_a_terminal(ddp: Path, tmp_path: Path, monkeypatch, answer: bytes | int, code: int) -> None:
     monkeypatch.setenv("PYTHONPATH", str(Path(ckptkit.__file__).parent.parent))

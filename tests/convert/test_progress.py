@@ -14,7 +14,7 @@ import torch
 
 import ckptkit
 from ckptkit import bytesource
-from ckptkit.cli import ending, main
+from ckptkit.cli import closing, ending, main
 from ckptkit.cli.ending import progress_line
 
 pty = pytest.importorskip("pty")
@@ -30,7 +30,7 @@ class Clock:
         monkeypatch.setattr("time.monotonic", lambda: self.now)
 
 
-SUMMARY = re.compile(r"ckptkit: 17\.5 kB to 17 kB in \d\.\d s; 1 tensor compared byte for byte\n")
+SUMMARY = re.compile(r"ckptkit: 17\.5 kB to 17 kB in (under )?\d\.\d s; 1 tensor compared byte for byte\n")
 
 
 def shown(text: str) -> list[str]:
@@ -178,6 +178,14 @@ def test_on_a_terminal(save, tmp_path: Path, options: list[str], there: bool) ->
 # The line at the end.
 
 
+@pytest.mark.parametrize(
+    ("seconds", "told"),
+    [(0, "under 0.1 s"), (0.099, "under 0.1 s"), (0.1, "0.1 s"), (9.94, "9.9 s"), (9.96, "10 s"), (125, "2 min 5 s")],
+)
+def test_how_long_it_took(seconds: float, told: str) -> None:
+    assert closing.lasted(seconds) == told
+
+
 def test_what_a_command_says_last(run, save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
@@ -209,7 +217,7 @@ def test_what_a_command_says_last(run, save, tmp_path: Path, monkeypatch: pytest
     ):
         done = run(*words.split())
         last = done.stderr.splitlines()[-1:] if told else [each for each in done.stderr.splitlines() if " in " in each]
-        said = [re.sub(r"\b\d+(\.\d)? s\b", "T", line) for line in last]
+        said = [re.sub(r"\b(under )?\d+(\.\d)? s\b", "T", line) for line in last]
         assert said == ([f"ckptkit: {told}"] if told else []), words
         again = [*words.split(), *["--force"] * words.startswith("convert")]
         assert not any("ckptkit: " in run(*again, silent).stderr for silent in ("-q", "--json"))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
 import ckptkit
+from ckptkit.inspection import describe
 
 
 def model() -> dict[str, torch.Tensor]:
@@ -196,3 +199,30 @@ def test_a_prefix_is_told_and_seen_through(diff) -> None:
 def test_stripping_two_names_into_one_is_an_error(diff) -> None:
     with pytest.raises(ckptkit.KeyCollisionError):
         diff({"w": torch.ones(1), "module.w": torch.ones(1)}, {"w": torch.ones(1)}, strip_module=True)
+
+
+def with_ties() -> dict[str, object]:
+    """Files in which several names share bytes: equal views, others, a whole model, a parameter with an attribute."""
+    embedding, head = nn.Embedding(50, 8), nn.Linear(8, 50, bias=False)
+    head.weight = embedding.weight
+    net = nn.ModuleDict({"embedding": embedding, "head": head, "norm": nn.LayerNorm(8)})
+    marked = nn.Parameter(torch.ones(7))
+    marked.sharded = True  # type: ignore[attr-defined]
+    values = torch.arange(100.0)
+    return {
+        "tied": net.state_dict(),
+        "model": net,
+        "marked": {**net.state_dict(), "p": marked, "q": marked},
+        "views": {"a": values[:60], "b": values[40:], "c": values[:60], "none": values[:0], "nothing": values[:0]},
+    }
+
+
+@pytest.mark.parametrize("name", with_ties())
+def test_bytes_of_tied_tensors_count_once_as_in_inspect(diff, tmp_path: Path, name: str) -> None:
+    difference = diff(with_ties()[name], model())
+    with ckptkit.open(tmp_path / "a.pth") as file:
+        told = describe(file.checkpoint)["state_dict"]
+        assert told is not None
+        assert (difference.a["tensors"], difference.a["nbytes"]) == (told["tensors"], told["nbytes"])
+        assert difference.a["nbytes"] < sum(entry.nbytes for entry in file.state_dict.values())
+    assert difference.b["nbytes"] == sum(t.nbytes for t in model().values())
