@@ -226,7 +226,7 @@ def command(
     converted does not stop the others.
 
     Several processes can write the shards, on one machine or several: --jobs N, or --part I/N in each of N and then
-    --finish, all with the same SRC, DST and options.  Until then readers see none of it.
+    --finish, all with the same SRC, DST and options.  Readers see nothing of the output until it is complete.
 
     On a terminal, convert asks before it replaces a file without keeping a copy (--force, or --in-place without
     --backup); --yes skips the question.
