@@ -11,7 +11,7 @@ from ckptkit.cli.tables import Cell, bar, columns, count_cell, wrapped
 from ckptkit.cli.tensor_tables import BAR, PARAMETERS, TIMES, shape, styled_table, tensor_lines
 from ckptkit.formats import format_named
 from ckptkit.inspection import surveyed
-from ckptkit.inspection.listing import each_kind, where
+from ckptkit.inspection.listing import each_kind, where, whole_of
 from ckptkit.normalize.adapters import adapter_text
 from ckptkit.normalize.selection import EMBEDDINGS, KEY, earlier
 from ckptkit.patterns import pattern
@@ -104,7 +104,7 @@ def text(document: InspectedFile | Survey, view: View) -> Iterator[str]:
 def brief(document: InspectedFile | Survey, view: View) -> Iterator[str]:
     """One line: path, container, kind, tensors, parameters, dtype, bytes, trust, and the most severe finding."""
     document = surveyed(document)
-    weights, rows = document["state_dict"], document["tensors"]
+    weights, rows = document["state_dict"], whole_of(document["tensors"])
     sizes: dict[str, int] = {}
     for row in each_kind(where(rows, lambda row: weights is None or row.section == weights["path"])):
         sizes[row.dtype] = sizes.get(row.dtype, 0) + row.nbytes
@@ -142,7 +142,7 @@ def facts(document: Survey) -> str:
     """Container, kind, size, devices, writer and trust."""
     parts = [document["format"], document["kind"].replace("_", " "), human_size(document["size"])]
     holds_pickle = document["has_pickle"]
-    locations = sorted({row.location for row in each_kind(document["tensors"]) if row.location})
+    locations = sorted({row.location for row in each_kind(whole_of(document["tensors"])) if row.location})
     if locations and (holds_pickle or locations != ["cpu"]):
         shown = ", ".join(printable(location) for location in locations[:4])
         parts.append(f"saved on {shown}{', ...' if len(locations) > 4 else ''}")
@@ -172,7 +172,7 @@ def _spread(layout: SpreadDocument) -> Iterator[str]:
 
 def what_it_is(document: Survey) -> str:
     """A sentence for whoever meets such a file for the first time."""
-    kind, rows, part = document["kind"], document["tensors"], document["part"]
+    kind, rows, part = document["kind"], whole_of(document["tensors"]), document["part"]
     if part is not None:
         return f"{printable(part['piece']) or 'a part'} of {part['layout']}, not the whole"
     if words := format_named(document["format"]).words:
@@ -273,7 +273,8 @@ def weights_line(document: Survey) -> str:
         return ""
     if not summary["tensors"]:
         return "none: it contains no named plain tensors"
-    inferred = any(row.role_inferred and row.section == summary["path"] for row in each_kind(document["tensors"]))
+    rows = each_kind(whole_of(document["tensors"]))
+    inferred = any(row.role_inferred and row.section == summary["path"] for row in rows)
     return (
         f"{count_of(summary['tensors'], 'tensor')}, {count_of(summary['parameters'], 'parameter')}, "
         f"{summary['buffers']:,} in buffers{' (inferred from name and dtype)' if inferred else ''}, "

@@ -22,6 +22,7 @@ from ckptkit.errors import AmbiguousError, CkptkitError, CorruptError, FormatErr
 from ckptkit.formats import judged
 from ckptkit.inspection.listing import (
     Listing,
+    Picked,
     Rows,
     TensorRow,
     list_tensors,
@@ -113,18 +114,17 @@ def survey(
     beside = [found for found in everything if not found.is_value]
     sums, storage = totals(listing.rows, listing.several), storage_document(listing)
     contents = everything_in(checkpoint, beside, storage["unused_nbytes"])
-    shown: Sequence[TensorRow] = [*listing.rows, *other_rows(listing)] if listing.others else listing.rows
-    if filters:
-        shown = [row for row in shown if wanted(row.name, filters)]
+    whole: Sequence[TensorRow] = [*listing.rows, *other_rows(listing)] if listing.others else listing.rows
+    shown = [row for row in whole if wanted(row.name, filters)] if filters else whole
     rows = ordered(shown, sort)
     origin = checkpoint.origin
-    whole = checkpoint
+    kept = checkpoint
     if BESIDE in checkpoint.metadata:
         from ckptkit.rewrite.beside import restored  # most files have none
 
-        whole = restored(checkpoint)
-    among = InertDict(list(whole.state_dict.extra.items()) if whole is not checkpoint else [])
-    training = training_document(whole.rest, checkpoint.sections)
+        kept = restored(checkpoint)
+    among = InertDict(list(kept.state_dict.extra.items()) if kept is not checkpoint else [])
+    training = training_document(kept.rest, checkpoint.sections)
     damages: list[Finding] = []
     if stats:
         rows, damages = _with_stats(checkpoint, rows, histograms)
@@ -138,8 +138,8 @@ def survey(
         "state_dict": _summary(checkpoint, sums),
         "sections": section_documents(checkpoint.sections, sums, origin.size),
         "storage": storage,
-        "tensors": rows,
-        "metadata": {**whole.metadata, **training_state(whole.rest), **training_state(among)},
+        "tensors": Picked(rows, whole) if filters else rows,
+        "metadata": {**kept.metadata, **training_state(kept.rest), **training_state(among)},
         "training": training,
         "has_pickle": origin.has_pickle,
         "trust": checkpoint.trust,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import compress
 from json.encoder import encode_basestring_ascii as quoted
 from typing import TYPE_CHECKING, Any, NamedTuple, overload
@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 
 
 __all__ = [
-    "Listing", "Rows", "TensorRow", "each_kind", "list_tensors", "natural_key", "ordered", "other_rows", "rows_of",
-    "wanted", "where",
+    "Listing", "Picked", "Rows", "TensorRow", "each_kind", "list_tensors", "natural_key", "ordered", "other_rows",
+    "rows_of", "wanted", "where", "whole_of",
 ]  # fmt: skip
 
 
@@ -242,6 +242,25 @@ class Rows(Sequence[TensorRow]):
         )
 
 
+class Picked(list[TensorRow]):
+    """Some of a file's rows: those that are asked for.
+
+    Attributes:
+        whole: all of its rows; what is said of the file is said of these.
+    """
+
+    __slots__ = ("whole",)
+
+    def __init__(self, rows: Iterable[TensorRow], whole: Sequence[TensorRow]) -> None:
+        super().__init__(rows)
+        self.whole = whole
+
+
+def whole_of(rows: Sequence[TensorRow]) -> Sequence[TensorRow]:
+    """All rows of the file that the rows are of; themselves, where nothing is known of others."""
+    return rows.whole if isinstance(rows, Picked) else rows
+
+
 def each_kind(rows: Sequence[TensorRow]) -> Sequence[TensorRow]:
     """Rows among which are all that differ in more than name, storage and what they are tied to."""
     return rows.kinds if isinstance(rows, Rows) else rows
@@ -254,7 +273,7 @@ def where(rows: Sequence[TensorRow], test: Callable[[TensorRow], bool]) -> Seque
 
 def rows_of(tensors: Sequence[TensorRow] | list[TensorDocument]) -> Sequence[TensorRow]:
     """The rows for the elements of a document's ``tensors``; rows are returned unchanged."""
-    if isinstance(tensors, Rows):
+    if isinstance(tensors, Rows | Picked):
         return tensors
     rows: list[Any] = [*tensors]
     if not rows or isinstance(rows[0], TensorRow):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ckptkit.codes import CODES
 from ckptkit.formats.folder import passed_over_text
 from ckptkit.inspection import surveyed
+from ckptkit.inspection.listing import rows_of, whole_of
 from ckptkit.page.frame import element, page, plain, without_scripts
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def elements(
         "kind": document["kind"],
         "size": document["size"],
         "trust": document["trust"],
-        "tensors": len(document["tensors"]),
+        "tensors": len(whole_of(rows_of(document["tensors"]))),
         "parameters": None if weights is None else weights["parameters"],
         "severities": {severity: severities.count(severity) for severity in dict.fromkeys(severities)},
         "error": None if document["error"] is None else document["error"]["message"],

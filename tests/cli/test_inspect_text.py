@@ -128,6 +128,23 @@ def test_storage_is_accounted_for(save) -> None:
     assert "storage:" not in "\n".join(text(save({"a": base})))
 
 
+@pytest.mark.parametrize("only", ["*.num_batches_tracked", "module.features.0.*", "fc.*", "nothing"])
+def test_what_is_said_of_a_file_does_not_depend_on_what_is_listed(ddp_resume: Path, save, only: str) -> None:
+    one = save(torch.ones(3), "one.pth")
+    for path in (ddp_resume, one):
+        found = [document(path), document(path, filters=[only])]
+        briefly = [list(inspect_text.brief(each, View())) for each in found]
+        assert briefly[0] == briefly[1]
+        shown, filtered = ["\n".join(inspect_text.text(each, View())) for each in found]
+        head = shown.partition("\n\ntensors of")[0]
+        assert filtered.startswith(head) and len(head) > 80
+        assert "(all)" not in filtered
+        page = [json.loads("".join(json_chunks(each))) for each in found]
+        assert [{**each, "tensors": []} for each in page] == [{**page[0], "tensors": []}] * 2
+    listed = document(ddp_resume, filters=["module.features.0.*"])
+    assert len(listed["tensors"]) == 6 and "(matching)" in "\n".join(inspect_text.text(listed, View()))
+
+
 # Width, colour, encodings.
 
 
