@@ -53,7 +53,7 @@ def _line(document: ConvertDocument) -> str:
     if not document["written"]:
         return f"{head}{plan['nbytes']:,} bytes"
     shards = f" in {count_of(len(plan['shards']), 'shard')}" if plan["shards"] else ""
-    checked = "compared byte for byte" if document["checked"] else "not checked"
+    checked = closing.proven([document])
     if "part" in document:
         part = document["part"]
         own = f"{human_size(part['nbytes'])} in {count_of(len(part['shards']), 'shard')} of {len(plan['shards'])}"
