@@ -22,9 +22,9 @@ from ckptkit.errors import AmbiguousError, CkptkitError, CorruptError, FormatErr
 from ckptkit.formats import judged
 from ckptkit.inspection.listing import (
     Listing,
-    Picked,
     Rows,
     TensorRow,
+    every_tensor,
     list_tensors,
     natural_key,
     ordered,
@@ -138,7 +138,8 @@ def survey(
         "state_dict": _summary(checkpoint, sums),
         "sections": section_documents(checkpoint.sections, sums, origin.size),
         "storage": storage,
-        "tensors": Picked(rows, whole) if filters else rows,
+        "every_tensor": every_tensor(whole, origin.state_path),
+        "tensors": rows,
         "metadata": {**kept.metadata, **training_state(kept.rest), **training_state(among)},
         "training": training,
         "has_pickle": origin.has_pickle,
@@ -248,6 +249,7 @@ def describe_error(path: str, error: CkptkitError) -> UnreadFile:
         "state_dict": None,
         "sections": [],
         "storage": None,
+        "every_tensor": None,
         "tensors": [],
         "metadata": {},
         "training": None,
@@ -287,7 +289,9 @@ def plain_document(document: Survey) -> InspectedFile:
 
 def surveyed(document: InspectedFile | Survey) -> Survey:
     """The same as `survey` made it, where it comes out of a JSON document."""
-    return {**document, "tensors": rows_of(document["tensors"])}
+    rows, weights = rows_of(document["tensors"]), document["state_dict"]
+    every = document.get("every_tensor") or every_tensor(rows, weights and weights["path"])  # earlier ones have none
+    return {**document, "tensors": rows, "every_tensor": every}
 
 
 def html_screen(checkpoint: Checkpoint) -> str:

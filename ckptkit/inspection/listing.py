@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import compress
 from json.encoder import encode_basestring_ascii as quoted
 from typing import TYPE_CHECKING, Any, NamedTuple, overload
@@ -27,7 +27,7 @@ from ckptkit.pickling.arrays import is_array, layout_of
 from ckptkit.pickling.inert import Object
 
 if TYPE_CHECKING:
-    from ckptkit.inspection.document import FileFacts, StatsDocument, TensorDocument
+    from ckptkit.inspection.document import EveryTensorDocument, FileFacts, StatsDocument, TensorDocument
 
     class Survey(FileFacts):
         """An `InspectedFile` whose tensors are rows."""
@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 
 
 __all__ = [
-    "Listing", "Picked", "Rows", "TensorRow", "each_kind", "list_tensors", "natural_key", "ordered", "other_rows",
-    "rows_of", "wanted", "where", "whole_of",
+    "Listing", "Rows", "TensorRow", "each_kind", "every_tensor", "list_tensors", "natural_key", "ordered", "other_rows",
+    "rows_of", "wanted", "where",
 ]  # fmt: skip
 
 
@@ -242,23 +242,25 @@ class Rows(Sequence[TensorRow]):
         )
 
 
-class Picked(list[TensorRow]):
-    """Some of a file's rows: those that are asked for.
+def every_tensor(rows: Sequence[TensorRow], weights: str | None) -> EveryTensorDocument:
+    """What is to be said of a file's tensors, whichever of them are listed.
 
-    Attributes:
-        whole: all of its rows; what is said of the file is said of these.
+    Args:
+        rows: all of them.
+        weights: the section of the selected weights, if any.
     """
-
-    __slots__ = ("whole",)
-
-    def __init__(self, rows: Iterable[TensorRow], whole: Sequence[TensorRow]) -> None:
-        super().__init__(rows)
-        self.whole = whole
-
-
-def whole_of(rows: Sequence[TensorRow]) -> Sequence[TensorRow]:
-    """All rows of the file that the rows are of; themselves, where nothing is known of others."""
-    return rows.whole if isinstance(rows, Picked) else rows
+    sizes: Counter[str] = Counter()
+    inferred = False
+    for row, count in rows.counts() if isinstance(rows, Rows) else [(row, 1) for row in rows]:
+        if weights is None or row.section == weights:
+            sizes[row.dtype] += row.nbytes * count
+            inferred = inferred or row.role_inferred
+    return {
+        "tensors": len(rows),
+        "locations": sorted({row.location for row in each_kind(rows) if row.location}),
+        "dtypes": [dtype for dtype, _ in sizes.most_common()],
+        "roles_inferred": inferred,
+    }
 
 
 def each_kind(rows: Sequence[TensorRow]) -> Sequence[TensorRow]:
@@ -273,7 +275,7 @@ def where(rows: Sequence[TensorRow], test: Callable[[TensorRow], bool]) -> Seque
 
 def rows_of(tensors: Sequence[TensorRow] | list[TensorDocument]) -> Sequence[TensorRow]:
     """The rows for the elements of a document's ``tensors``; rows are returned unchanged."""
-    if isinstance(tensors, Rows | Picked):
+    if isinstance(tensors, Rows):
         return tensors
     rows: list[Any] = [*tensors]
     if not rows or isinstance(rows[0], TensorRow):

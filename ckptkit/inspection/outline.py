@@ -13,7 +13,7 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ckptkit.inspection.listing import Picked, Rows, TensorRow, natural_key, where
+from ckptkit.inspection.listing import Rows, TensorRow, natural_key, where
 from ckptkit.report import count_of
 
 if TYPE_CHECKING:
@@ -242,7 +242,9 @@ def outline_of(
         own = where(own, lambda row: row.role != "unknown")  # not gradients and what else hangs on a module
     if (summary is not None and len(own) < summary["tensors"]) or not own:
         modules = []  # filtered: modules without tensors would be in the way
-    tree = Outline(own or rows, modules, sectioned=not own, sort=sort, picked=isinstance(rows, Picked))
+    tree = Outline(
+        own or rows, modules, sectioned=not own, sort=sort, picked=len(rows) < document["every_tensor"]["tensors"]
+    )
     return (list(tree.lines(depth)), 0) if depth is not None else tree.fitting(most)
 
 

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from ckptkit.codes import CODES
 from ckptkit.formats.folder import passed_over_text
 from ckptkit.inspection import surveyed
-from ckptkit.inspection.listing import rows_of, whole_of
 from ckptkit.page.frame import element, page, plain, without_scripts
 
 if TYPE_CHECKING:
@@ -73,7 +72,7 @@ def elements(
         "kind": document["kind"],
         "size": document["size"],
         "trust": document["trust"],
-        "tensors": len(whole_of(rows_of(document["tensors"]))),
+        "tensors": 0 if document["error"] is not None else surveyed(document)["every_tensor"]["tensors"],
         "parameters": None if weights is None else weights["parameters"],
         "severities": {severity: severities.count(severity) for severity in dict.fromkeys(severities)},
         "error": None if document["error"] is None else document["error"]["message"],
