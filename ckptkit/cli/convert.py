@@ -257,7 +257,7 @@ def command(
     view = ui.View(ui.styler(color), ui.terminal_width(), quiet)
     ui.show(document, output, RENDERERS, view)
     if output == "text" and not quiet:
-        for line in ui.finding_lines(found, view.style, ending.message_width()):
+        for line in ui.finding_lines(found, ui.styler(color, sys.stderr), ending.message_width()):
             ending.say(line)
         closing.summary(converted(document))
     return code

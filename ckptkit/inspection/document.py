@@ -10,8 +10,8 @@ from ckptkit.normalize.adapters import AdapterDocument
 from ckptkit.normalize.quantized import LayoutDocument, QuantizationDocument
 from ckptkit.report import CombinedFix, FindingDocument
 
-__all__ = ["AdapterDocument", "FileFacts", "InspectDocument", "InspectedFile", "LayoutDocument", "ModuleDocument",
-           "QuantizationDocument", "SectionDocument", "StorageDocument", "TensorDocument", "TrainingDocument",
+__all__ = ["AdapterDocument", "EveryTensorDocument", "FileFacts", "InspectDocument", "InspectedFile",
+           "LayoutDocument", "ModuleDocument", "QuantizationDocument", "SectionDocument", "StorageDocument", "TensorDocument", "TrainingDocument",
            "UnreadFile", "WeightsDocument"]  # fmt: skip
 
 _Class = TypedDict("_Class", {"class": str})
