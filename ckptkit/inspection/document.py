@@ -11,8 +11,8 @@ from ckptkit.normalize.quantized import LayoutDocument, QuantizationDocument
 from ckptkit.report import CombinedFix, FindingDocument
 
 __all__ = ["AdapterDocument", "EveryTensorDocument", "FileFacts", "InspectDocument", "InspectedFile",
-           "LayoutDocument", "ModuleDocument", "QuantizationDocument", "SectionDocument", "StorageDocument", "TensorDocument", "TrainingDocument",
-           "UnreadFile", "WeightsDocument"]  # fmt: skip
+           "LayoutDocument", "ModuleDocument", "QuantizationDocument", "SectionDocument", "StorageDocument",
+           "TensorDocument", "TrainingDocument", "UnreadFile", "WeightsDocument"]  # fmt: skip
 
 _Class = TypedDict("_Class", {"class": str})
 
