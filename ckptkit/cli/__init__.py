@@ -9,8 +9,9 @@ from __future__ import annotations
 import atexit
 import gc
 import os
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from importlib import import_module
 from typing import NoReturn
@@ -50,8 +51,35 @@ CONTEXT = {
 }
 
 
+class _Formatter(click.HelpFormatter):
+    """The help, in whose lines no option is broken at one of its hyphens."""
+
+    def write_text(self, text: str) -> None:
+        super().write_text(_unbroken(text))
+
+    def write_dl(self, rows: Iterable[tuple[str, str]], col_max: int = 30, col_spacing: int = 2) -> None:
+        super().write_dl([(first, _unbroken(second)) for first, second in rows], col_max, col_spacing)
+
+    def getvalue(self) -> str:
+        return super().getvalue().replace(_HYPHEN, "-")
+
+
+_HYPHEN = "\N{NON-BREAKING HYPHEN}"
+
+
+def _unbroken(text: str) -> str:
+    """The text with other hyphens in its options."""
+    return re.sub(r"(?<![\w-])--[\w-]+", lambda option: option[0].replace("-", _HYPHEN), text)
+
+
+class _Context(click.Context):
+    formatter_class = _Formatter
+
+
 class _Commands(click.Group):
     """The commands, imported when asked for, so that starting one costs only itself."""
+
+    context_class = _Context
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         if not args and not ctx.resilient_parsing:  # click 8.1 ends with 0, later ones raise what 8.1 lacks
@@ -67,6 +95,7 @@ class _Commands(click.Group):
         if cmd_name not in COMMANDS:
             return None
         command = import_module(f"ckptkit.cli.{cmd_name}").command
+        command.context_class = _Context
         if _COMPLETION in os.environ:
             from ckptkit.cli.completion import equip
 

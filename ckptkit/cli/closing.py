@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from ckptkit.report import CombinedFix, FindingDocument
 
 __all__ = [
-    "begin", "combined_lines", "combined_title", "converted", "elapsed", "lasted", "read", "say", "sum_up", "summary",
-    "verified",
+    "begin", "combined_lines", "combined_title", "converted", "elapsed", "lasted", "proven", "read", "say",
+    "sum_up", "summary", "verified",
 ]  # fmt: skip
 
 _LEAST_SECONDS = 0.1
@@ -130,9 +130,13 @@ def converted(document: ConvertDocument | ConvertFolderDocument) -> str:
     before, after = sum(each["source_nbytes"] for each in files), sum(each["plan"]["nbytes"] for each in files)
     tensors = count_of(sum(each["plan"]["tensors"] for each in files), "tensor")
     inside = f" in {count_of(len(files), 'file')}" if "files" in document else ""
+    return f"{human_size(before)} to {human_size(after)} in {elapsed()}; {tensors}{inside} {proven(files)}"
+
+
+def proven(files: Sequence[ConvertDocument]) -> str:
+    """What is known of outputs: whether they were compared with their sources, or with these after a cast."""
     casts = " after the cast" if any(each["casts"] for each in files) else ""
-    proven = f"compared byte for byte{casts}" if all(each["checked"] for each in files) else "not compared"
-    return f"{human_size(before)} to {human_size(after)} in {elapsed()}; {tensors}{inside} {proven}"
+    return f"compared byte for byte{casts}" if all(each["checked"] for each in files) else "not compared"
 
 
 def verified(document: VerifyDocument) -> str:

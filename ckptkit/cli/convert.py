@@ -53,7 +53,7 @@ def _line(document: ConvertDocument) -> str:
     if not document["written"]:
         return f"{head}{plan['nbytes']:,} bytes"
     shards = f" in {count_of(len(plan['shards']), 'shard')}" if plan["shards"] else ""
-    checked = "compared byte for byte" if document["checked"] else "not checked"
+    checked = closing.proven([document])
     if "part" in document:
         part = document["part"]
         own = f"{human_size(part['nbytes'])} in {count_of(len(part['shards']), 'shard')} of {len(plan['shards'])}"
@@ -226,7 +226,7 @@ def command(
     converted does not stop the others.
 
     Several processes can write the shards, on one machine or several: --jobs N, or --part I/N in each of N and then
-    --finish, all with the same SRC, DST and options.  Until then readers see none of it.
+    --finish, all with the same SRC, DST and options.  Readers see nothing of the output until it is complete.
 
     On a terminal, convert asks before it replaces a file without keeping a copy (--force, or --in-place without
     --backup); --yes skips the question.
@@ -257,7 +257,7 @@ def command(
     view = ui.View(ui.styler(color), ui.terminal_width(), quiet)
     ui.show(document, output, RENDERERS, view)
     if output == "text" and not quiet:
-        for line in ui.finding_lines(found, view.style, ending.message_width()):
+        for line in ui.finding_lines(found, ui.styler(color, sys.stderr), ending.message_width()):
             ending.say(line)
         closing.summary(converted(document))
     return code

@@ -60,7 +60,9 @@ RENDERERS: dict[str, ui.Renderer] = {
     help="The N largest tensors instead of the tree.",
 )
 @click.option("--filter", "filters", multiple=True, metavar="GLOB", help="Only tensors whose name matches; repeatable.")
-@click.option("--sort", type=Choice(["name", "size", "file"]), default="file", show_default=True, help="Order.")
+@click.option(
+    "--sort", type=Choice(["name", "size", "file"]), default="file", show_default=True, help="Order of the tensors."
+)
 @click.option("--section", metavar="NAME", help="Weights to select, if a file has several.")
 @ui.tag_option
 @ui.tp_rules_option

@@ -11,7 +11,6 @@ from ckptkit.cli.tables import Cell, bar, columns, count_cell, wrapped
 from ckptkit.cli.tensor_tables import BAR, PARAMETERS, TIMES, shape, styled_table, tensor_lines
 from ckptkit.formats import format_named
 from ckptkit.inspection import surveyed
-from ckptkit.inspection.listing import each_kind, where
 from ckptkit.normalize.adapters import adapter_text
 from ckptkit.normalize.selection import EMBEDDINGS, KEY, earlier
 from ckptkit.report import count_of, human_size, listed
@@ -104,19 +103,16 @@ def text(document: InspectedFile | Survey, view: View) -> Iterator[str]:
 def brief(document: InspectedFile | Survey, view: View) -> Iterator[str]:
     """One line: path, container, kind, tensors, parameters, dtype, bytes, trust, and the most severe finding."""
     document = surveyed(document)
-    weights, rows = document["state_dict"], document["tensors"]
-    sizes: dict[str, int] = {}
-    for row in each_kind(where(rows, lambda row: weights is None or row.section == weights["path"])):
-        sizes[row.dtype] = sizes.get(row.dtype, 0) + row.nbytes
-    main = max(sizes, key=sizes.__getitem__, default="-")
+    weights, every = document["state_dict"], document["every_tensor"]
+    main, *others = every["dtypes"] or ["-"]
     finding = next(iter(sorted(document["findings"], key=lambda each: _GRAVITY[each["severity"]])), None)
     cells = [
         printable(document["path"]),
         document["format"],
         document["kind"].replace("_", " "),
-        count_of(len(rows), "tensor"),
+        count_of(every["tensors"], "tensor"),
         _parameters(0 if weights is None else weights["parameters"]),
-        main + (f" +{len(sizes) - 1}" if len(sizes) > 1 else ""),
+        main + (f" +{len(others)}" if others else ""),
         human_size(document["size"]),
         document["trust"].replace("_", " ") if document["trust"] != "hostile" else "HOSTILE",
         "" if finding is None else Cell(f"{finding['severity']}: {finding['code']}", finding["code"]),
@@ -142,7 +138,7 @@ def facts(document: Survey) -> str:
     """Container, kind, size, devices, writer and trust."""
     parts = [document["format"], document["kind"].replace("_", " "), human_size(document["size"])]
     holds_pickle = document["has_pickle"]
-    locations = sorted({row.location for row in each_kind(document["tensors"]) if row.location})
+    locations = document["every_tensor"]["locations"]
     if locations and (holds_pickle or locations != ["cpu"]):
         shown = ", ".join(printable(location) for location in locations[:4])
         parts.append(f"saved on {shown}{', ...' if len(locations) > 4 else ''}")
@@ -182,7 +178,9 @@ def what_it_is(document: Survey) -> str:
         cls = printable(document["modules"][0]["class"]) if document["modules"] else "unknown class"
         return f"a pickled model of class {cls}: torch.load needs its code, ckptkit does not"
     if kind == "tensor":
-        return f"one tensor, {rows[0].dtype} {shape(rows[0])}, without a name" if len(rows) == 1 else "one storage"
+        every = document["every_tensor"]
+        told = f" {shape(rows[0])}" if rows else ""
+        return f"one tensor, {every['dtypes'][0]}{told}, without a name" if every["tensors"] == 1 else "one storage"
     if kind == "resume":
         return _what_resume_is(document)
     return _KINDS.get(kind or "", f"{kind}")
@@ -273,7 +271,7 @@ def weights_line(document: Survey) -> str:
         return ""
     if not summary["tensors"]:
         return "none: it contains no named plain tensors"
-    inferred = any(row.role_inferred and row.section == summary["path"] for row in each_kind(document["tensors"]))
+    inferred = document["every_tensor"]["roles_inferred"]
     return (
         f"{count_of(summary['tensors'], 'tensor')}, {count_of(summary['parameters'], 'parameter')}, "
         f"{summary['buffers']:,} in buffers{' (inferred from name and dtype)' if inferred else ''}, "

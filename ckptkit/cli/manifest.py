@@ -109,7 +109,7 @@ RENDERERS: dict[str, ui.Renderer] = {"text": text, "markdown": ui.later("markdow
 @click.option(
     "--digests",
     type=Choice(["total", "tensor"]),
-    help="One digest per file, or one line per tensor too (default: as before; at first, tensor).",
+    help="One digest per file, or one per tensor too; default: as in the existing manifest, else tensor.",
 )
 @click.option(
     "--update", is_flag=True, help="Update what has changed; without PATH, in everything the manifest was made from."

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from importlib import import_module
 from types import MappingProxyType
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TextIO, TypeVar, cast
 
 import click
 
@@ -378,9 +378,14 @@ def path_argument(name: str, **options: Any) -> Callable[[F], F]:
     return click.argument(name, type=click.Path(path_type=str, readable=False), **options)
 
 
-def styler(color: str) -> Style:
-    """How to color: always, never, or (auto) on a terminal that knows colors, where ``NO_COLOR`` is not set."""
-    can = ending.stdout().isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+def styler(color: str, stream: TextIO | None = None) -> Style:
+    """How to color: always, never, or (auto) on a terminal that knows colors, where ``NO_COLOR`` is not set.
+
+    Args:
+        color: which of these.
+        stream: where it goes; ``None``: to stdout.
+    """
+    can = (stream or ending.stdout()).isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
     return click.style if color == "always" or (color == "auto" and can) else lambda text, **_: text
 
 

@@ -35,7 +35,7 @@ def command(files: tuple[str, ...], as_lines: bool, output: str | None, quiet: b
     """Combine runs of ckptkit check: what --json-lines or --json wrote, on one machine or several.
 
     All parts of a job array (--part I/N) must be present, and each run must be complete, with the same version of
-    ckptkit and the same policy; otherwise the report says what is missing, and the result is not green.  If several
+    ckptkit and the same policy; otherwise the report says what is missing, and the exit code is not 0.  If several
     runs report on a file, the worst result counts; in a resumed run, the latest.
 
     Exit code 0: everything passed; 1: something failed; 2: something was not checked.

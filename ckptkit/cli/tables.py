@@ -207,15 +207,18 @@ def _widths(table: Sequence[Sequence[str]], align: str, width: int | None, layou
     if layout.stage:
         least += ((i, _LONG_NAME) for i in names if align[i] != "p")
         least += ((i, max(_least(row[i], widths[i], width) for row in table)) for i in layout.inside if align[i] == "r")
-        paths = max(_LEAST_NAME, int(width * _LEAST_OF_PATH))
-        keeps = (lambda i: paths if align[i] == "p" else _LEAST_NAME) if layout.stage == 1 else lambda _: 1
-        least += ((i, keeps(i)) for i in names or layout.inside[:1])
+        least += ((i, _least_name(align[i], width) if layout.stage == 1 else 1) for i in names or layout.inside[:1])
     surplus = sum(widths.values()) + _GAP * (len(widths) - 1) - width
     for i, fewest in least:
         given = max(min(surplus, widths[i] - fewest), 0)
         widths[i] -= given
         surplus -= given
     return widths
+
+
+def _least_name(kind: str, width: int) -> int:
+    """The columns that a name keeps as long as there is room for all else."""
+    return max(_LEAST_NAME, int(width * _LEAST_OF_PATH)) if kind == "p" else _LEAST_NAME
 
 
 def _least(cell: str, fewest: int, most: int) -> int:

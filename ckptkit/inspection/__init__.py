@@ -24,6 +24,7 @@ from ckptkit.inspection.listing import (
     Listing,
     Rows,
     TensorRow,
+    every_tensor,
     list_tensors,
     natural_key,
     ordered,
@@ -113,18 +114,17 @@ def survey(
     beside = [found for found in everything if not found.is_value]
     sums, storage = totals(listing.rows, listing.several), storage_document(listing)
     contents = everything_in(checkpoint, beside, storage["unused_nbytes"])
-    shown: Sequence[TensorRow] = [*listing.rows, *other_rows(listing)] if listing.others else listing.rows
-    if filters:
-        shown = [row for row in shown if wanted(row.name, filters)]
+    whole: Sequence[TensorRow] = [*listing.rows, *other_rows(listing)] if listing.others else listing.rows
+    shown = [row for row in whole if wanted(row.name, filters)] if filters else whole
     rows = ordered(shown, sort)
     origin = checkpoint.origin
-    whole = checkpoint
+    kept = checkpoint
     if BESIDE in checkpoint.metadata:
         from ckptkit.rewrite.beside import restored  # most files have none
 
-        whole = restored(checkpoint)
-    among = InertDict(list(whole.state_dict.extra.items()) if whole is not checkpoint else [])
-    training = training_document(whole.rest, checkpoint.sections)
+        kept = restored(checkpoint)
+    among = InertDict(list(kept.state_dict.extra.items()) if kept is not checkpoint else [])
+    training = training_document(kept.rest, checkpoint.sections)
     damages: list[Finding] = []
     if stats:
         rows, damages = _with_stats(checkpoint, rows, histograms)
@@ -138,8 +138,9 @@ def survey(
         "state_dict": _summary(checkpoint, sums),
         "sections": section_documents(checkpoint.sections, sums, origin.size),
         "storage": storage,
+        "every_tensor": every_tensor(whole, origin.state_path),
         "tensors": rows,
-        "metadata": {**whole.metadata, **training_state(whole.rest), **training_state(among)},
+        "metadata": {**kept.metadata, **training_state(kept.rest), **training_state(among)},
         "training": training,
         "has_pickle": origin.has_pickle,
         "trust": checkpoint.trust,
@@ -248,6 +249,7 @@ def describe_error(path: str, error: CkptkitError) -> UnreadFile:
         "state_dict": None,
         "sections": [],
         "storage": None,
+        "every_tensor": None,
         "tensors": [],
         "metadata": {},
         "training": None,
@@ -287,7 +289,9 @@ def plain_document(document: Survey) -> InspectedFile:
 
 def surveyed(document: InspectedFile | Survey) -> Survey:
     """The same as `survey` made it, where it comes out of a JSON document."""
-    return {**document, "tensors": rows_of(document["tensors"])}
+    rows, weights = rows_of(document["tensors"]), document["state_dict"]
+    every = document.get("every_tensor") or every_tensor(rows, weights and weights["path"])  # earlier ones have none
+    return {**document, "tensors": rows, "every_tensor": every}
 
 
 def html_screen(checkpoint: Checkpoint) -> str:

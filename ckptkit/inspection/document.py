@@ -10,9 +10,9 @@ from ckptkit.normalize.adapters import AdapterDocument
 from ckptkit.normalize.quantized import LayoutDocument, QuantizationDocument
 from ckptkit.report import CombinedFix, FindingDocument
 
-__all__ = ["AdapterDocument", "FileFacts", "InspectDocument", "InspectedFile", "LayoutDocument", "ModuleDocument",
-           "QuantizationDocument", "SectionDocument", "StorageDocument", "TensorDocument", "TrainingDocument",
-           "UnreadFile", "WeightsDocument"]  # fmt: skip
+__all__ = ["AdapterDocument", "EveryTensorDocument", "FileFacts", "InspectDocument", "InspectedFile",
+           "LayoutDocument", "ModuleDocument", "QuantizationDocument", "SectionDocument", "StorageDocument",
+           "TensorDocument", "TrainingDocument", "UnreadFile", "WeightsDocument"]  # fmt: skip
 
 _Class = TypedDict("_Class", {"class": str})
 
@@ -75,6 +75,22 @@ class StorageDocument(TypedDict):
     tied: int
     shared: int
     unused_nbytes: int
+
+
+class EveryTensorDocument(TypedDict):
+    """What all tensors of a file have, whichever of them are listed.
+
+    Attributes:
+        tensors: names of tensors, tied ones too.
+        locations: device tags.
+        dtypes: those of the selected weights, if any, else of all; that of most bytes first.
+        roles_inferred: whether parameters are told from buffers by name and dtype, in the same tensors.
+    """
+
+    tensors: int
+    locations: list[str]
+    dtypes: list[str]
+    roles_inferred: bool
 
 
 class _Stats(TypedDict):
@@ -269,6 +285,7 @@ class FileFacts(TypedDict):
     state_dict: WeightsDocument | None
     sections: list[SectionDocument]
     storage: StorageDocument
+    every_tensor: EveryTensorDocument
     metadata: dict[str, Any]
     training: TrainingDocument
     has_pickle: bool
@@ -296,7 +313,8 @@ class InspectedFile(FileFacts):
         state_dict: the selected weights; ``None``: there are none, or several of which none was chosen.
         sections: the parts that contain tensors, in file order.
         storage: how the bytes are used.
-        tensors: every tensor, under each of its names, in the order requested.
+        every_tensor: what all tensors have, whichever are listed.
+        tensors: every tensor, under each of its names, in the order requested; with ``--filter`` those that match.
         metadata: the container's own text, and the scalars of the training state.
         training: what training left.
         has_pickle: whether loading it with other tools unpickles something.
@@ -330,6 +348,7 @@ class UnreadFile(TypedDict):
     state_dict: None
     sections: list[Any]
     storage: None
+    every_tensor: None
     tensors: list[Any]
     metadata: dict[str, Any]
     training: None

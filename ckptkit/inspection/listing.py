@@ -27,7 +27,7 @@ from ckptkit.pickling.inert import Object
 from ckptkit.startup import pattern
 
 if TYPE_CHECKING:
-    from ckptkit.inspection.document import FileFacts, StatsDocument, TensorDocument
+    from ckptkit.inspection.document import EveryTensorDocument, FileFacts, StatsDocument, TensorDocument
 
     class Survey(FileFacts):
         """An `InspectedFile` whose tensors are rows."""
@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 
 
 __all__ = [
-    "Listing", "Rows", "TensorRow", "each_kind", "list_tensors", "natural_key", "ordered", "other_rows", "rows_of",
-    "wanted", "where",
+    "Listing", "Rows", "TensorRow", "each_kind", "every_tensor", "list_tensors", "natural_key", "ordered", "other_rows",
+    "rows_of", "wanted", "where",
 ]  # fmt: skip
 
 
@@ -240,6 +240,27 @@ class Rows(Sequence[TensorRow]):
             list(compress(self.kind_of, chosen)),
             tied_to,
         )
+
+
+def every_tensor(rows: Sequence[TensorRow], weights: str | None) -> EveryTensorDocument:
+    """What is to be said of a file's tensors, whichever of them are listed.
+
+    Args:
+        rows: all of them.
+        weights: the section of the selected weights, if any.
+    """
+    sizes: Counter[str] = Counter()
+    inferred = False
+    for row, count in rows.counts() if isinstance(rows, Rows) else [(row, 1) for row in rows]:
+        if weights is None or row.section == weights:
+            sizes[row.dtype] += row.nbytes * count
+            inferred = inferred or row.role_inferred
+    return {
+        "tensors": len(rows),
+        "locations": sorted({row.location for row in each_kind(rows) if row.location}),
+        "dtypes": [dtype for dtype, _ in sizes.most_common()],
+        "roles_inferred": inferred,
+    }
 
 
 def each_kind(rows: Sequence[TensorRow]) -> Sequence[TensorRow]:

@@ -118,6 +118,7 @@ class Outline:
         modules: of a whole model, as the inspect document lists them.
         sectioned: whether names begin with their section.
         sort: ``"file"``, ``"name"`` or ``"size"``; numbered siblings are in the order of their numbers but in the last.
+        picked: whether the file has others.
     """
 
     def __init__(
@@ -127,9 +128,11 @@ class Outline:
         *,
         sectioned: bool = False,
         sort: str = "file",
+        picked: bool = False,
     ) -> None:
         self._sort = sort
         self._has_classes = bool(modules)
+        self._title = "(matching)" if picked else "(all)"
         made: dict[str, _Names] = {"": []}
         notes: dict[int, str] = {}
         for module in modules:
@@ -155,7 +158,7 @@ class Outline:
         root = self._root
         groups = self._groups(root)
         if self._has_classes or root.tensors > 1:
-            yield [("", root)], 0, "(all)", False
+            yield [("", root)], 0, self._title, False
         if len(groups) == 1 and len(groups[0]) == 1:
             depth += 1
         for group in groups:
@@ -239,7 +242,9 @@ def outline_of(
         own = where(own, lambda row: row.role != "unknown")  # not gradients and what else hangs on a module
     if (summary is not None and len(own) < summary["tensors"]) or not own:
         modules = []  # filtered: modules without tensors would be in the way
-    tree = Outline(own or rows, modules, sectioned=not own, sort=sort)
+    tree = Outline(
+        own or rows, modules, sectioned=not own, sort=sort, picked=len(rows) < document["every_tensor"]["tensors"]
+    )
     return (list(tree.lines(depth)), 0) if depth is not None else tree.fitting(most)
 
 

@@ -64,7 +64,9 @@ class ConvertOptions(Options):
     )
     add_module = flag("Put one module. before every name.", "then put one ``module.`` before every name")
     strip_prefix = text(
-        "P", "Strip one leading prefix of whole segments.", "then strip this one leading prefix of whole segments"
+        "P",
+        "Strip the prefix P, once, from the names that have it.",
+        "then strip this one leading prefix of whole segments",
     )
     add_prefix = text("P", "Put a prefix before every name.", "then put this prefix before every name")
     rename: Option[Renaming] = Option(
@@ -162,12 +164,12 @@ class ConvertOptions(Options):
     )
     to = text(
         "FORMAT",
-        "torch-zip, safetensors, either -sharded, or dcp; overrides DST's extension.",
+        "torch-zip or safetensors, either also with -sharded, or dcp; overrides DST's extension.",
         'container name that overrides the extension; ``"dcp"``: a folder for ``torch.distributed.checkpoint.load``',
     )
     ranks = count(
         "--ranks",
-        "With --to dcp: write one file for each of N ranks, with rows of every tensor.",
+        "With --to dcp: write one file for each of N ranks, each with its rows of every tensor.",
         "how many ranks share a ``dcp`` folder: each has rows of every tensor, in a separate file",
     )
     max_shard_size: Option[int | str | None] = Option(
@@ -187,7 +189,7 @@ class ConvertOptions(Options):
     dry_run = flag("Show the plan; write nothing.", "make the plan, write nothing")
     force = flag("Overwrite DST if it exists.", "whether an existing destination may be replaced")
     in_place = flag(
-        "Convert each SRC in place; there is no DST. Other hard links to it keep the old file.",
+        "Convert each SRC in place; there is no DST. Other hard links to it keep the old content.",
         "whether to replace the source, in its own container; there is no destination then, and ``source`` may be a "
         "list of paths, which are converted each by itself; other hard links to the file keep the old content, and a "
         "finding says so",

@@ -55,7 +55,7 @@ class VerifyOptions(Options):
     )
     input = path(
         "FILE",
-        "File with the inputs' values, in any container: 0, 1, … or by keyword.",
+        "File with the input tensors, in any container, named 0, 1, … or by keyword.",
         "a file, in any container, with the inputs' values: by position (``0``, ``1``) or by keyword",
     )
     seed = Option(
@@ -136,8 +136,8 @@ class DiffOptions(Options):
     section_b = text("NAME", "Weights to compare in B.", "the same of ``b`` alone")
     tag = tag_option("``a`` or ``b``, or each, is a training folder")
     tp_rules = ConvertOptions.tp_rules
-    tag_a = text("NAME", "Step of A.", "the same of ``a`` alone")
-    tag_b = text("NAME", "Step of B.", "the same of ``b`` alone")
+    tag_a = text("NAME", "Step to use in A.", "the same of ``a`` alone")
+    tag_b = text("NAME", "Step to use in B.", "the same of ``b`` alone")
     strip_module = flag(
         "Remove wrapper prefixes from the names of both first.", "remove wrapper prefixes from both first"
     )

@@ -72,7 +72,7 @@ def elements(
         "kind": document["kind"],
         "size": document["size"],
         "trust": document["trust"],
-        "tensors": len(document["tensors"]),
+        "tensors": 0 if document["error"] is not None else surveyed(document)["every_tensor"]["tensors"],
         "parameters": None if weights is None else weights["parameters"],
         "severities": {severity: severities.count(severity) for severity in dict.fromkeys(severities)},
         "error": None if document["error"] is None else document["error"]["message"],

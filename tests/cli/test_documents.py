@@ -48,7 +48,7 @@ DOCUMENTS: dict[str, Any] = {
     "verify": VerifyDocument,
 }
 
-TIMES = r'(?<=time)(stamp)?="[^"]*"|(?<=, in )[\d.]+ m?s\b|"histograms":\[(\[[-\d,]*\]|null|,)*\]'
+TIMES = r'(?<=time)(stamp)?="[^"]*"|(?<=, in )(?:under )?[\d.]+ m?s\b|"histograms":\[(\[[-\d,]*\]|null|,)*\]'
 """What differs from one run to another; and histograms, which pages have and JSON has not."""
 
 MEASURED = r'"seconds":\{[^}]*\}|"(?:seconds|peak_memory_nbytes)":[\d.e-]+'

@@ -486,3 +486,17 @@ def test_messages_are_wrapped_on_a_terminal_alone(folder: Path, run, name: str) 
     beginnings = [line for line in wrapped if not line.startswith("    ")]
     assert len(beginnings) == len(piped)
     assert [line.split()[:2] for line in beginnings] == [line.split()[:2] for line in piped]
+
+
+def test_what_is_not_shown_on_a_terminal_has_no_colors(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(ending._ending, "file", Terminal())
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.chdir(folder)
+    for options, is_colored in (([], False), (["--color", "always"], True)):
+        with pytest.raises(SystemExit):
+            main(["convert", "lin.pth", "wrapped.pth", "--add-module", "--force", *options])
+        told = capsys.readouterr().err
+        assert "[renamed]" in click.unstyle(told) and ("\x1b[" in told) == is_colored

@@ -11,8 +11,8 @@ import torch
 from torchvision.models import resnet18
 
 CONTRACT = {
-    "path", "size", "format", "writer", "kind", "state_dict", "sections", "storage", "tensors", "metadata", "training",
-    "trust", "has_pickle", "globals", "modules", "part", "architecture", "adapter",
+    "path", "size", "format", "writer", "kind", "state_dict", "sections", "storage", "every_tensor", "tensors",
+    "metadata", "training", "trust", "has_pickle", "globals", "modules", "part", "architecture", "adapter",
     "quantization", "layout", "findings", "combined_fix", "error",
 }  # fmt: skip
 TENSOR = {"section", "name", "dtype", "shape", "stride", "nbytes", "location", "storage", "role", "tied_to"}

@@ -128,6 +128,22 @@ def test_storage_is_accounted_for(save) -> None:
     assert "storage:" not in "\n".join(text(save({"a": base})))
 
 
+@pytest.mark.parametrize("only", ["*.num_batches_tracked", "module.features.0.*", "nothing"])
+def test_what_is_said_of_a_file_does_not_depend_on_what_is_listed(ddp_resume: Path, save, only: str) -> None:
+    found = [document(ddp_resume), document(ddp_resume, filters=[only])]
+    assert len(found[0]["tensors"]) > len(found[1]["tensors"])
+    assert [{**each, "tensors": 0} for each in found] == [{**found[0], "tensors": 0}] * 2
+    for each in (*found, json.loads("".join(json_chunks(found[1])))):
+        assert list(inspect_text.brief(each, View())) == list(inspect_text.brief(found[0], View()))
+        shown = "\n".join(inspect_text.text(each, View()))
+        assert shown.startswith("\n".join(text(ddp_resume)).partition("\n\ntensors of")[0])
+        assert ("(all)" in shown) == (each is found[0])
+        assert ("(matching)" in shown) == (each is not found[0] and only != "nothing")
+    nothing = document(save(torch.ones(3), "one.pth"), filters=["w"])
+    assert [*inspect_text.text(nothing, View())][1] == "one tensor, float32, without a name"
+    assert "saved on cpu" in inspect_text.facts(nothing)
+
+
 # Width, colour, encodings.
 
 

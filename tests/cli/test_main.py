@@ -31,6 +31,15 @@ def test_help_ends_in_examples(run, command: str, flag: str) -> None:
     assert all(line.strip().startswith(f"ckptkit {command}") for line in examples.splitlines() if line.strip())
 
 
+@pytest.mark.parametrize("width", [50, 60, 70, 80, 90])
+def test_help_breaks_no_option_at_a_hyphen(run, monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    for command in ALL:
+        lines = run(command, "--help").stdout.partition("\n  Examples:")[0].splitlines()
+        assert [line for line in lines if re.search(r"(^|[^\w-])-[\w-]*-$", line)] == []
+        assert max(map(len, lines)) <= width or command in ("check", "report")  # the choices of their --format
+
+
 def test_version(run) -> None:
     import ckptkit
 

@@ -27,8 +27,9 @@ Save = Callable[..., Path]
 
 KEYS = {
     "path": str, "size": int, "format": str, "writer": (str, type(None)), "kind": str,
-    "state_dict": (dict, type(None)), "sections": list, "storage": dict, "tensors": list, "metadata": dict,
-    "training": dict, "trust": str, "globals": list, "modules": list, "architecture": list, "findings": list,
+    "state_dict": (dict, type(None)), "sections": list, "storage": dict, "every_tensor": dict,
+    "tensors": list, "metadata": dict, "training": dict, "trust": str, "globals": list, "modules": list,
+    "architecture": list, "findings": list,
     "adapter": (dict, type(None)), "quantization": (dict, type(None)), "layout": (dict, type(None)),
     "part": (dict, type(None)), "error": type(None), "has_pickle": bool,
     "combined_fix": (dict, type(None)),
@@ -42,6 +43,7 @@ ELEMENTS: dict[str, dict[str, Any]] = {
     "storage": {
         "storages": int, "nbytes": int, "unique_tensor_nbytes": int, "tied": int, "shared": int, "unused_nbytes": int,
     },
+    "every_tensor": {"tensors": int, "locations": list, "dtypes": list, "roles_inferred": bool},
     "tensors": {
         "section": (str, type(None)), "name": str, "dtype": str, "shape": list, "stride": list, "nbytes": int,
         "location": str, "storage": str, "role": str, "role_inferred": bool, "tied_to": (str, type(None)),
