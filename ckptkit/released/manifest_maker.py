@@ -21,7 +21,7 @@ from ckptkit.errors import (
     RewriteError,
     UnsupportedError,
 )
-from ckptkit.formats import STDIN, collector_paused, source_of
+from ckptkit.formats import STDIN, collector_paused, is_checkpoint, source_of
 from ckptkit.nearness import did_you_mean
 from ckptkit.plan import LiteralBytes, Plan
 from ckptkit.released.bases import common_folder, require_one_place, url_of
@@ -376,6 +376,10 @@ def make_at(
         raise DestinationExistsError(
             f"{destination}: already exists; --update updates what has changed in it, --force writes it from scratch",
             path=destination,
+        )
+    if destination is not None and there and not update and is_checkpoint(destination):
+        raise DestinationExistsError(
+            f"{destination}: is a checkpoint; --force replaces only a manifest; give another name", path=destination
         )
     previous = read_manifest(destination) if destination is not None and there and update else None
     folder, beside = _folders_for(paths, destination, previous)
