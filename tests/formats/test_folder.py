@@ -296,7 +296,7 @@ def test_the_index_of_a_variant_is_one(tmp_path: Path) -> None:
     index.write_text(json.dumps({"weight_map": shards}))
     assert found(tmp_path) == [index.name] and survey(tmp_path).passed_over == {}
     assert ckptkit.check(tmp_path).results[0].path == str(index)
-    ckptkit.convert([tmp_path], tmp_path / "out", to="pth")
+    ckptkit.convert([index], f"{tmp_path}/out/", to="pth")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["m.fp16.pth"]
     index.write_text('{"weight_map": {"a": "x"')
     assert index.name in found(tmp_path), "not passed over as any JSON file"
