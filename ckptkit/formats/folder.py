@@ -283,9 +283,9 @@ class Surveyor:
             for entry in entries:
                 if entry.path in self._own:
                     continue
-                if _is(entry.is_file):
+                if places.leads_to(entry.is_file):
                     met |= (entry.name in shards and says_checkpoint(entry.name)) or self._file(entry.path)
-                elif not _is(entry.is_dir):
+                elif not places.leads_to(entry.is_dir):
                     met |= self._not_a_file(entry.path)
                 elif entry.name == ".git":
                     self._passed[entry.path] = ".git folder"
@@ -431,14 +431,6 @@ _SPECIAL = {
     stat.S_IFBLK: "device",
 }
 """The kind of anything but a regular file, which is never opened for its content."""
-
-
-def _is(asked: Callable[[], bool]) -> bool:
-    """Whether an entry of a folder passes a test, with links followed."""
-    try:
-        return asked()
-    except OSError:  # links that lead to one another
-        return False
 
 
 def _is_a_part(name: str) -> bool:

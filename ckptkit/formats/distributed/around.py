@@ -261,7 +261,7 @@ def _folders(folder: str) -> list[str]:
     try:
         with places.scandir(folder) as entries:
             for entry in entries:
-                if not entry.name.startswith(".") and entry.is_dir() and len(own) < _MOST_FOLDERS:
+                if not entry.name.startswith(".") and places.leads_to(entry.is_dir) and len(own) < _MOST_FOLDERS:
                     key = places.identity(entry.path)
                     if key not in own or not entry.is_symlink():
                         own[key] = entry.name
@@ -426,7 +426,7 @@ def _choices(path: str, *, is_inner: bool = False) -> Iterator[tuple[str, Found 
     named = {shard for index in indexes for shard in shard_names(places.below(path, index))}
     try:
         with places.scandir(path) as entries:
-            names = sorted(entry.name for entry in entries if entry.is_file())
+            names = sorted(entry.name for entry in entries if places.leads_to(entry.is_file))
     except OSError as error:
         raise places.unreadable_folder(path, error) from error
     weights = [name for name in names if re.fullmatch(WEIGHTS, name, re.ASCII) and name not in named]
