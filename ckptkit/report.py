@@ -224,10 +224,19 @@ _ENDINGS = frozenset(
 
 def without_endings(name: str) -> str:
     """A file's name without the endings of checkpoints and of what they are packed in: of best.pth.tar best is left."""
-    stem, ending = os.path.splitext(name.removesuffix(".index.json"))
+    stem, ending = os.path.splitext(_without_index(name))
     while ending.lower() in _ENDINGS:
         stem, ending = os.path.splitext(stem)
     return stem + ending
+
+
+def _without_index(name: str) -> str:
+    """The name of the whole that an index means: model.fp16.safetensors of model.safetensors.index.fp16.json."""
+    whole, index, variant = name.partition(".index.")
+    if not index or not variant.endswith("json"):
+        return name
+    stem, ending = os.path.splitext(whole)
+    return f"{stem}.{variant}"[: -len(".json")] + ending
 
 
 CONVERT = "ckptkit convert "
@@ -256,7 +265,7 @@ def convert_command(
         folder, name = "", re.sub(r"\?.*", "", whole).rpartition("/")[2] or "model"
     elif path == "-" or (path.startswith("<") and not os.path.lexists(path)):
         name, path = "model", "-" if path == "-" else "FILE"
-    stem, ending = os.path.splitext(name.removesuffix(".index.json"))  # of model.safetensors.index.json: the whole
+    stem, ending = os.path.splitext(_without_index(name))
     if ending[1:].isdigit():  # a version: model_v1.5
         stem, ending = stem + ending, ""
     endings = {ending} if stem + ending == name else set()

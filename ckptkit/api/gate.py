@@ -65,7 +65,7 @@ def manifest(
         The manifest; its ``changes`` say what was added, changed, removed and kept.
 
     Raises:
-        DestinationExistsError: it exists, and neither ``update`` nor ``force`` is given.
+        DestinationExistsError: it exists, and neither ``update`` nor ``force`` is given, or it is a checkpoint.
         FileAccessError: a file cannot be read, is not below the manifest's folder, or there is none.
         FormatError: a file is not a checkpoint, or the file to update is not a manifest.
     """

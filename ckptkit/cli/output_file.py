@@ -33,10 +33,13 @@ def into_file(path: str, given: Iterable[str]) -> Iterator[None]:
     if any(_is_same(path, each) for each in given):
         raise click.UsageError(f"--output {path}: the command itself reads or writes this file; give another name")
     is_special = os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path))
-    if os.path.exists(path) and not is_special and _is_checkpoint(path):
-        raise click.UsageError(
-            f"--output {path}: this is a checkpoint, which --output does not overwrite; give another name"
-        )
+    if os.path.exists(path) and not is_special:
+        from ckptkit.formats import is_checkpoint
+
+        if is_checkpoint(path):
+            raise click.UsageError(
+                f"--output {path}: this is a checkpoint, which --output does not overwrite; give another name"
+            )
     with ending.captured() as output:
         yield
         data = output.getvalue()
@@ -66,16 +69,3 @@ def _is_same(path: str, other: str) -> bool:
     with suppress(OSError, ValueError):
         return os.path.realpath(path) == os.path.realpath(other) or os.path.samefile(path, other)
     return False
-
-
-def _is_checkpoint(path: str) -> bool:
-    from ckptkit import api
-    from ckptkit.errors import CkptkitError, UnknownFormatError
-
-    try:
-        with api.open(path):
-            return True
-    except UnknownFormatError:
-        return False
-    except CkptkitError:
-        return not os.path.isdir(path)

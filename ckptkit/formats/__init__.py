@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING
 from ckptkit import places
 from ckptkit.bytesource import Readable, Source, SourceFile
 from ckptkit.checkpoint import GRAVITY, Checkpoint, GlobalUse, Part, Storage, TensorEntry
-from ckptkit.errors import FileAccessError, FormatError, MissingFileError, RewriteError, SectionError
+from ckptkit.errors import (
+    CkptkitError,
+    FileAccessError,
+    FormatError,
+    MissingFileError,
+    RewriteError,
+    SectionError,
+    UnknownFormatError,
+)
 from ckptkit.formats.containers import FORMATS, SUFFIXES, format_named, holds_files, identify
 from ckptkit.formats.format import Around, Format, Probe, is_folder
 from ckptkit.formats.shards import may_tell_a_part
@@ -39,6 +47,7 @@ __all__ = [
     "format_named",
     "given_of",
     "hashed_parts",
+    "is_checkpoint",
     "is_part",
     "judged",
     "makes_folder",
@@ -119,6 +128,20 @@ def read(
         except BaseException:
             probe.file.close()
             raise
+
+
+def is_checkpoint(path: str) -> bool:
+    """Whether a checkpoint is at a path, or one of the files of one; a damaged file counts."""
+    from ckptkit.formats.distributed.layouts import is_metadata
+
+    try:
+        read(path)[1].close()
+    except UnknownFormatError:
+        head = b"" if os.path.isdir(path) else places.head(path, 1024)
+        return head.startswith(b"\x80") and is_metadata(head)
+    except CkptkitError:
+        return not os.path.isdir(path)
+    return True
 
 
 def reread(file: Source, *, section: str | None = None, ignore_checksums: bool = False) -> Checkpoint:

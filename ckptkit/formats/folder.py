@@ -27,9 +27,17 @@ from dataclasses import field
 from ckptkit import places
 from ckptkit.bytesource import Source, pace
 from ckptkit.errors import CkptkitError, FileAccessError, FormatError, MissingFileError
-from ckptkit.formats.containers import FORMATS, INDEX_SUFFIXES, PACKED, SHARED_SUFFIXES, SUFFIXES, holds_files
+from ckptkit.formats.containers import (
+    FORMATS,
+    INDEX_SUFFIXES,
+    PACKED,
+    SHARED_SUFFIXES,
+    SUFFIXES,
+    format_named,
+    holds_files,
+)
 from ckptkit.formats.format import Format, Probe
-from ckptkit.formats.shards import CUSTOMARY, indexes_in
+from ckptkit.formats.shards import CUSTOMARY, indexes_in, is_index_name
 from ckptkit.formats.unpacked import is_unpacked
 from ckptkit.formats.zip_archive import ends_like_a_zip
 from ckptkit.limits import DEFAULT_LIMITS, Limits
@@ -118,6 +126,8 @@ def passed_over_text(passed_over: Mapping[str, int]) -> str:
 def says_checkpoint(name: str) -> bool:
     """Whether a file's name says plainly that it is a checkpoint."""
     name = name.lower()
+    if is_index_name(name):  # of a variant, too
+        name = name[: name.rindex(".index.")] + ".index.json"
     return name.endswith(_PLAIN_SUFFIXES) or name.endswith(_TARRED_SUFFIXES)
 
 
@@ -147,6 +157,8 @@ class _File:
     paths: list[str]
     is_index: bool = False
     is_named: bool = False
+    own: frozenset[object] = frozenset()
+    """The files of a folder that is one checkpoint without an index in it."""
 
 
 class Surveyor:
@@ -184,10 +196,12 @@ class Surveyor:
         }
         for key, paths in ranked.items():
             folder = places.split(paths[0])[0]
-            if self._found[key].is_index or paths[0].endswith(".index.json"):
+            if self._found[key].is_index or is_index_name(places.split(paths[0])[1]):
                 for shard in shard_names(paths[0]):
                     part = places.identity(places.below(folder, shard))
                     parts.update({part} - {key})
+        # Shards that are all in one folder below their index were found as that folder.
+        parts.update(key for key, file in self._found.items() if file.own and parts.issuperset(file.own))
         return FolderSurvey(
             checkpoints=tuple(
                 FoundFile(path=paths[0], others=tuple(paths[1:])) for key, paths in ranked.items() if key not in parts
@@ -270,9 +284,9 @@ class Surveyor:
             for entry in entries:
                 if entry.path in self._own:
                     continue
-                if _is(entry.is_file):
+                if places.leads_to(entry.is_file):
                     met |= (entry.name in shards and says_checkpoint(entry.name)) or self._file(entry.path)
-                elif not _is(entry.is_dir):
+                elif not places.leads_to(entry.is_dir):
                     met |= self._not_a_file(entry.path)
                 elif entry.name == ".git":
                     self._passed[entry.path] = ".git folder"
@@ -302,6 +316,8 @@ class Surveyor:
         known = self._found.setdefault(key, _File([folder]))
         known.paths += [folder] * (folder not in known.paths)
         own = [places.below(folder, name) for name in found.own]
+        if found.layout is not None and format_named(found.layout).shards:
+            known.own = frozenset(map(places.identity, own))
         self._own.update(own)
         self._inside.update(places.split(path)[0] for path in own)
         return True
@@ -416,14 +432,6 @@ _SPECIAL = {
     stat.S_IFBLK: "device",
 }
 """The kind of anything but a regular file, which is never opened for its content."""
-
-
-def _is(asked: Callable[[], bool]) -> bool:
-    """Whether an entry of a folder passes a test, with links followed."""
-    try:
-        return asked()
-    except OSError:  # links that lead to one another
-        return False
 
 
 def _is_a_part(name: str) -> bool:

@@ -39,7 +39,7 @@ from ckptkit.formats.contents import ContentSearch, head_of
 from ckptkit.formats.format import Around, Probe
 from ckptkit.formats.magic import guess_pickle
 from ckptkit.formats.sharded import shard_names
-from ckptkit.formats.shards import name_of
+from ckptkit.formats.shards import is_index_name, name_of
 from ckptkit.formats.sources import Inner, room_for
 from ckptkit.formats.tar_archive import is_header, read_members
 from ckptkit.formats.torch_archive import archive_kind
@@ -174,7 +174,7 @@ class _Archive:
         found = [name for name, held in self.members.items() if self._is_checkpoint(name, held)]
         shards: set[str] = set()
         for name in found:
-            if name.endswith(".index.json"):
+            if is_index_name(name):
                 folder = posixpath.dirname(name)
                 shards.update(posixpath.join(folder, each) for each in shard_names(self.open(name, owns=False)))
         return [name for name in found if name not in shards]
@@ -186,7 +186,7 @@ class _Archive:
             head = head_of(held)
             if compression_of(head) is not None:
                 return is_named
-            is_index = name.endswith(".index.json") and head[:1] == b"{"
+            is_index = is_index_name(name) and head[:1] == b"{"
             may_be = is_index or head[8:9] == b"{" or head.startswith(LOCAL_SIGNATURE) or begins_one(head)
             if not (may_be or is_header(head)) and guess_pickle(head, held.nbytes) is None:
                 return False
@@ -223,7 +223,7 @@ class _Archive:
         contents = ContentSearch(self.limits)
         known = {besides}
         fetch_beginnings([held for held in self.members.values() if isinstance(held, Record)][: self.limits.members])
-        if besides.endswith(".index.json"):
+        if is_index_name(besides):
             folder = posixpath.dirname(besides)
             known.update(posixpath.join(folder, each) for each in shard_names(self.open(besides, owns=False)))
         for number, (name, held) in enumerate(self.members.items()):

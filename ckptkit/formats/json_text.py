@@ -55,7 +55,9 @@ _MINUS_ZERO = pattern(rb"-0(?![.eE0-9])")
 
 def shown(name: object) -> str:
     """A name for messages, without the rest of an endless one."""
-    return repr(name[:80] + "…" if len(name) > 80 else name) if isinstance(name, str) else f"a {type(name).__name__}"
+    if isinstance(name, str):
+        return repr(name[:80] + "…" if len(name) > 80 else name)
+    return "an int" if type(name) is int else f"a {type(name).__name__}"
 
 
 def check_count(raw: bytes, limits: Limits, what: str) -> None:

@@ -137,7 +137,7 @@ def _shard(file: Source) -> Part | None:
     customary = CUSTOMARY.fullmatch(name) if "-of-" in name else None
     count = int(customary[3]) if customary is not None else 0
     layout, lacks = "a sharded checkpoint", "the other tensors are in the other shards"
-    usual = (f"{customary[1]}{customary[4]}.index.json",) if count > 1 and customary is not None else ()
+    usual = _usual_indexes(customary[1], customary[4]) if count > 1 and customary is not None else ()
     for index in indexes_in(folder) if _is_listed(file) else usual:
         shards = _shards_of(file, index)
         if name in shards and (len(shards) > 1 or count > 1):
@@ -146,11 +146,20 @@ def _shard(file: Source) -> Part | None:
             return Part(layout=layout, piece=piece, lacks=lacks, instead=whole, opens=True)
     if customary is None or count < 2:
         return None
+    opens = _is_listed(file) and name in _own_of(folder or os.curdir)
     return Part(
         layout=layout,
         piece=f"shard {int(customary[2])} of {count}",
-        lacks=f"{lacks}, and there is no index beside it that names them all",
+        lacks=lacks if opens else f"{lacks}, and there is no index beside it that names them all",
+        instead=places.shown(folder or os.curdir) if opens else None,
+        opens=opens,
     )
+
+
+def _usual_indexes(stem: str, ending: str) -> tuple[str, ...]:
+    """What the index of a shard is called; for that of a variant (``model.fp16-00001-of-00002``), what it may be."""
+    whole, _, variant = stem.rpartition(".")
+    return f"{stem}{ending}.index.json", *((f"{whole}{ending}.index.{variant}.json",) if whole else ())
 
 
 _known: dict[str, tuple[tuple[int, int], frozenset[str]]] = {}
@@ -278,12 +287,18 @@ def _above(folder: str) -> str:
 
 def _opens(folder: str) -> bool:
     """Whether ckptkit opens a folder as one checkpoint."""
+    return bool(_own_of(folder))
+
+
+def _own_of(folder: str) -> tuple[str, ...]:
+    """The files of the checkpoint that a folder is; empty: it is none."""
     from ckptkit.formats.distributed.around import sharded_at
 
     try:
-        return sharded_at(folder) is not None
+        found = sharded_at(folder)
     except CkptkitError:
-        return False
+        return ()
+    return () if found is None else found.own
 
 
 def _alike(file: Source) -> list[str]:

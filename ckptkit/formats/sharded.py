@@ -150,6 +150,7 @@ def _parse(raw: bytes, limits: Limits) -> tuple[dict[str, str], dict[str, object
         if not is_shard_name(shard):
             raise CorruptError(
                 f"the weight_map puts {shown(name)} into {shown(shard)}: absolute, empty, or leaving the index's folder"
+                "; expected the plain path of a file in it, without '.', '..', '//' and '\\'"
             )
     if len(weight_map) > limits.entries:
         raise LimitError("tensors in an index", limit=limits.entries, actual=len(weight_map))

@@ -29,6 +29,7 @@ __all__ = [
     "Shard",
     "extra_keys",
     "indexes_in",
+    "is_index_name",
     "is_shard_name",
     "may_tell_a_part",
     "merged_findings",
@@ -41,8 +42,12 @@ __all__ = [
     "unnamed_shards",
 ]
 
-CUSTOMARY = pattern(r"(.+)-(\d{5})-of-(\d{5})(\.[A-Za-z]+)", re.ASCII)
-"""What shards are called: the stem, the number of one, how many there are, and the ending."""
+CUSTOMARY = pattern(r"(.+)-(\d{5,6})-of-(\d{5,6})((?:[^0-9A-Za-z].*)?)", re.ASCII)
+"""What shards are called: the stem, the number of one, how many there are, and what follows, such as the ending.
+
+There may be six digits (``model-00001-of-000163.safetensors``), a variant (``-00001-of-00002.fp16.safetensors``), and
+what was added to the name of one that is not finished, or a copy (``.incomplete``, ``.bak``, `` (1).safetensors``).
+"""
 
 _ODD_PATH = pattern(r"[\0\\]|^/|^[A-Za-z]:|(?:^|/)\.{0,2}(?:/|$)")
 
@@ -50,6 +55,11 @@ _ODD_PATH = pattern(r"[\0\\]|^/|^[A-Za-z]:|(?:^|/)\.{0,2}(?:/|$)")
 def is_shard_name(name: str) -> bool:
     """Whether an index may name a shard so: relative, and inside its folder."""
     return bool(name) and not _ODD_PATH.search(name)
+
+
+def is_index_name(name: str) -> bool:
+    """Whether a file is called as an index is: ``model.safetensors.index.json``, ``….index.fp16.json`` of a variant."""
+    return name.endswith(".json") and ".index." in name
 
 
 _WORDS = ("rank", "layer_", "expert_", "consolidated.", ".distcp", "-of-", "common.pt", "meta.pt")
@@ -95,16 +105,16 @@ def indexes_in(folder: str) -> tuple[str, ...]:
 
 
 def _indexes(names: Iterable[str]) -> tuple[str, ...]:
-    return tuple(sorted(name for name in names if name.endswith(".json") and ".index." in name))
+    return tuple(sorted(filter(is_index_name, names)))
 
 
 def unnamed_shards(names: Iterable[str]) -> list[str]:
     """The shards that by the names of the others are part of the checkpoint, and that an index does not name."""
-    found = {(match[1], match[3], match[4]) for match in map(CUSTOMARY.fullmatch, names) if match}
+    found = {(match[1], len(match[2]), match[3], match[4]) for match in map(CUSTOMARY.fullmatch, names) if match}
     known = set(names)
     every = [
-        f"{stem}-{number:05}-of-{count}{ending}"
-        for stem, count, ending in sorted(found)
+        f"{stem}-{number:0{width}}-of-{count}{ending}"
+        for stem, width, count, ending in sorted(found)
         for number in range(1, min(int(count), DEFAULT_LIMITS.shards) + 1)
     ]
     return [name for name in every if name not in known]

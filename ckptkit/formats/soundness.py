@@ -95,16 +95,19 @@ def judged(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def is_part(file: Source, path: str) -> bool:
-    """Whether a path belongs to a file in the folder being read, without which its checkpoint is lost."""
-    if not is_folder(file) or file.is_far or not os.path.lexists(path):
+    """Whether a path, or what it links to, is one of several files being read: in a folder, or a shard of an index."""
+    if file.is_far or not os.path.exists(path):
         return False
-    from ckptkit.formats.distributed.folder import FolderSource
+    if is_folder(file):
+        from ckptkit.formats.distributed.folder import FolderSource
 
-    if not isinstance(file, FolderSource):
-        return False
-    folder, name = os.path.split(os.path.abspath(path))
-    inside = os.path.relpath(os.path.join(os.path.realpath(folder), name), os.path.realpath(file.root))
-    return inside.replace(os.sep, "/") in file.own
+        paths = []
+        if isinstance(file, FolderSource):
+            paths = [os.path.join(file.root, *name.split("/")) for name in file.own]
+    else:
+        paths = [part.path for part in file.parts.values() if part.path != file.path]
+    written = os.stat(path)
+    return any(os.path.exists(each) and os.path.samestat(os.stat(each), written) for each in paths)
 
 
 def hashed_parts(file: Source) -> dict[str, Source]:

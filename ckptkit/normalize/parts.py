@@ -406,7 +406,7 @@ def way_out(part: Part) -> str:
     if part.remedy:
         return part.remedy
     if part.instead is None:
-        return "get the files that belong to it; none of them is in its folder"
+        return "get the files that belong to it into its folder"
     if part.opens:
         return f"give {part.instead}"
     return f"the files in {part.instead} belong together, in a layout that ckptkit does not support"

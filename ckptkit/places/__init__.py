@@ -35,6 +35,7 @@ __all__ = [
     "is_url",
     "isdir",
     "isfile",
+    "leads_to",
     "listdir",
     "listed_below",
     "look_ahead",
@@ -314,6 +315,14 @@ def unreadable_folder(folder: str, error: OSError) -> FileAccessError:
     if isinstance(error, FileAccessError):
         return error
     return FileAccessError(f"{folder}: the folder cannot be read: {error.strerror}", path=folder)
+
+
+def leads_to(asked: Callable[[], bool]) -> bool:
+    """Whether an entry of a folder passes a test, its ``is_file`` or ``is_dir``, with links followed."""
+    try:
+        return asked()
+    except OSError:  # links that lead to one another
+        return False
 
 
 # Its content.

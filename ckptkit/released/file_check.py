@@ -217,7 +217,8 @@ def _stamp(task: Task) -> str | None:
 def stamp_of(path: str) -> str | None:
     """A value that changes when a checkpoint is written to; ``None``: unknown.
 
-    It is made from the sizes and modification times of its files: for a folder all in it, for an index its shards too.
+    It is made from the sizes and times of its files: for a folder all in it, for an index its shards too.  The time of
+    the last change of a file's entry tells another file of its size that brought its own time of modification along.
     For anything but a local file it comes from the source, such as an ETag.
     """
     try:
@@ -233,7 +234,7 @@ def stamp_of(path: str) -> str | None:
     except (OSError, ValueError):
         return None
     if len(facts) == 1:
-        return f"{facts[0][1]}/{facts[0][2]}"
+        return "/".join(map(str, facts[0][1:]))
     return sha256(json.dumps(facts).encode()).hexdigest()
 
 
@@ -245,8 +246,8 @@ def _stamp_of_source(path: str) -> str:
     return stamp
 
 
-def _facts(status: os.stat_result) -> tuple[int, int]:
-    return status.st_size, status.st_mtime_ns
+def _facts(status: os.stat_result) -> tuple[int, int, int]:
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def _files_beside(path: str) -> list[str]:

@@ -21,7 +21,7 @@ from ckptkit.errors import (
     RewriteError,
     UnsupportedError,
 )
-from ckptkit.formats import STDIN, collector_paused, source_of
+from ckptkit.formats import STDIN, collector_paused, is_checkpoint, source_of
 from ckptkit.nearness import did_you_mean
 from ckptkit.plan import LiteralBytes, Plan
 from ckptkit.released.bases import common_folder, require_one_place, url_of
@@ -373,11 +373,8 @@ def make_at(
         places.require_local(destination)
     _require_none([*filter(None, map(_problem, paths))])
     there = destination is not None and os.path.lexists(destination)
-    if destination is not None and there and not (update or force):
-        raise DestinationExistsError(
-            f"{destination}: already exists; --update updates what has changed in it, --force writes it from scratch",
-            path=destination,
-        )
+    if destination is not None and there and not update:
+        _require_replaceable(destination, force=force)
     previous = read_manifest(destination) if destination is not None and there and update else None
     folder, beside = _folders_for(paths, destination, previous)
     with places.asked_once(folder):
@@ -406,6 +403,21 @@ def make_at(
         ):
             write(manifest, destination, force=there)
         return replace(manifest, passed_over=selection.passed_over)
+
+
+def _require_replaceable(path: str, *, force: bool) -> None:
+    """Check that a file may be replaced with a manifest.
+
+    Raises:
+        DestinationExistsError: it may not: that was not requested, or it is a checkpoint.
+    """
+    if not force:
+        told = "already exists; --update updates what has changed in it, --force writes it from scratch"
+    elif is_checkpoint(path):
+        told = "is a checkpoint; --force replaces only a manifest; give another name"
+    else:
+        return
+    raise DestinationExistsError(f"{path}: {told}", path=path)
 
 
 def _problem(path: str) -> CkptkitError | None:

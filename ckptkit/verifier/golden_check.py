@@ -12,9 +12,10 @@ import torch
 from safetensors.torch import save
 from torch import nn
 
+from ckptkit import formats
 from ckptkit.checkpoint import Checkpoint
 from ckptkit.digests import DigestLine, content_digest, tensor_digest, unwrapped_names
-from ckptkit.errors import DestinationExistsError, FileAccessError, VerifyError
+from ckptkit.errors import CkptkitError, DestinationExistsError, FileAccessError, VerifyError
 from ckptkit.extras import __version__
 from ckptkit.formats.safetensors import NAME
 from ckptkit.plan import LiteralBytes, Plan
@@ -36,15 +37,31 @@ def require_writable(path: str, *, force: bool) -> None:
     """Say before any work is done that a golden cannot be written there.
 
     Raises:
-        DestinationExistsError: it exists and is not to be replaced.
+        DestinationExistsError: it exists and is not to be replaced, or is a checkpoint.
         FileAccessError: its folder is not there.
     """
     if os.path.lexists(path) and not force:
         raise DestinationExistsError(f"{path}: already exists; --force replaces it", path=path)
+    if os.path.isfile(path) and not _is_replaceable(path):
+        raise DestinationExistsError(
+            f"{path}: is a checkpoint; --force replaces only a golden file; give another name", path=path
+        )
     if os.path.isdir(path) or not os.path.isdir(os.path.dirname(path) or "."):
         raise FileAccessError(
             f"{path}: a golden file cannot be written there: expected a file in an existing folder", path=path
         )
+
+
+def _is_replaceable(path: str) -> bool:
+    """Whether a file is a golden file, or no checkpoint at all."""
+    if not formats.is_checkpoint(path):
+        return True
+    try:
+        checkpoint, file = formats.read(path)
+    except CkptkitError:  # damaged
+        return False
+    file.close()
+    return KEY in checkpoint.metadata
 
 
 def check_golden(checkpoint: Checkpoint, model: nn.Module, context: Context) -> Iterator[Finding]:

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import struct
 import subprocess
@@ -339,6 +340,7 @@ def test_no_input_and_no_checkpoint_is_overwritten_by_the_output(folder: Path, r
     (folder / "link.pth").symlink_to("lin.pth")
     (folder / "weights").mkdir()
     (folder / "weights" / "other.pth").write_bytes((folder / "other.pth").read_bytes())
+    shutil.copytree(Path(__file__).parents[2] / "fixtures" / "training" / "step-4", folder / "step-4")
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     for arguments, refused in (
         (["inspect", "lin.pth", "-o", "./lin.pth"], "the command itself reads or writes this file"),
@@ -347,6 +349,8 @@ def test_no_input_and_no_checkpoint_is_overwritten_by_the_output(folder: Path, r
         (["convert", "lin.pth", "new.pth", "-o", "new.pth"], "the command itself reads or writes this file"),
         (["inspect", "weights", "-o", "weights/other.pth"], "this is a checkpoint"),
         (["inspect", "lin.pth", "-o", "hostile.pth"], "this is a checkpoint"),
+        (["inspect", "step-4", "-o", "step-4/.metadata"], "this is a checkpoint"),
+        (["inspect", "step-4", "-o", "step-4/__1_0.distcp"], "this is a checkpoint"),
     ):
         done = run(*arguments, cwd=folder)
         assert (done.returncode, done.stdout) == (2, "") and refused in done.stderr, done.stderr

@@ -248,6 +248,9 @@ def test_a_file_of_the_source_is_not_written_over(
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     done = command("convert", folder, f"{folder}/../{folder.name}/{name}", "--to", "torch-zip", "--force")
     assert (done.code, "is one of the files being read" in done.err) == (2, True), done
+    Path("link.pth").symlink_to(folder / name)
+    done = command("convert", folder, "link.pth", "--force")
+    assert (done.code, "is one of the files being read" in done.err) == (2, True), done
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert command("convert", folder, folder / "whole.pth", "--force").code == 0
 

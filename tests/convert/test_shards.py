@@ -133,6 +133,19 @@ def test_overwriting_leaves_no_old_shard(save, convert, refused, agree, state: d
     )
 
 
+@pytest.mark.parametrize("options", [[], ["--include", "0.*"]])
+def test_a_shard_of_the_source_is_not_written_over(
+    save, convert, refused, state: dict[str, torch.Tensor], options: list[str]
+) -> None:
+    assert convert(save(state, "source.pth"), "m.safetensors", "--max-shard-size", "9kB").code == 0
+    index, shard = "m.safetensors.index.json", next(name for name in os.listdir() if name.startswith("m-00002-"))
+    Path("link.safetensors").symlink_to(shard)
+    before = {path: path.read_bytes() for path in Path().iterdir()}
+    for taken in (shard, "link.safetensors"):
+        assert "is one of the files being read, and all of them" in refused(index, taken, "--force", *options)
+    assert {path: path.read_bytes() for path in Path().iterdir()} == before
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import pickle
 import socket
@@ -284,6 +285,35 @@ def test_an_index_stands_for_its_shards_whatever_they_are_called(tmp_path: Path)
     (tmp_path / "other.json").write_text('{"weight": 1}')
     assert found(tmp_path) == ["list"]
     assert survey(tmp_path).passed_over == {"JSON file": 1}
+
+
+def test_the_index_of_a_variant_is_one(tmp_path: Path) -> None:
+    """As transformers and diffusers call it, beside shards that without it are one checkpoint, too."""
+    shards = {name: f"m.fp16-0000{number}-of-00002.safetensors" for number, name in ((1, "a"), (2, "b"))}
+    for name, shard in shards.items():
+        (tmp_path / shard).write_bytes(save({name: torch.ones(2)}))
+    index = tmp_path / "m.safetensors.index.fp16.json"
+    index.write_text(json.dumps({"weight_map": shards}))
+    assert found(tmp_path) == [index.name] and survey(tmp_path).passed_over == {}
+    assert ckptkit.check(tmp_path).results[0].path == str(index)
+    ckptkit.convert([index], f"{tmp_path}/out/", to="pth")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["m.fp16.pth"]
+    index.write_text('{"weight_map": {"a": "x"')
+    assert index.name in found(tmp_path), "not passed over as any JSON file"
+
+
+def test_shards_in_a_folder_below_their_index(tmp_path: Path) -> None:
+    (tmp_path / "shards").mkdir()
+    shards = {name: f"shards/m-0000{number}-of-00002.bin" for number, name in ((1, "a"), (2, "b"))}
+    for name, shard in shards.items():
+        torch.save({name: torch.ones(2)}, tmp_path / shard)
+    assert found(tmp_path) == ["shards"]
+    (tmp_path / "m.bin.index.json").write_text(json.dumps({"weight_map": shards}))
+    assert found(tmp_path) == ["m.bin.index.json"]
+    with ckptkit.open(tmp_path) as file:
+        assert [*file.state_dict] == ["a", "b"]
+    (tmp_path / "m.bin.index.json").write_text(json.dumps({"weight_map": {"a": shards["a"]}}))
+    assert found(tmp_path) == ["m.bin.index.json", "shards"], "it does not stand for them all"
 
 
 def test_unfinished_outputs_and_folders_of_git(tmp_path: Path) -> None:

@@ -143,6 +143,16 @@ PARTS: dict[str, tuple[Callable[[Path], Path], str]] = {
     "dcp in safetensors": (dcp_safetensors, "torch.distributed.checkpoint of safetensors"),
     # By name, and what lies beside.
     "customary": (names("model-00001-of-00002.safetensors"), "shard 1 of 2 of a sharded .* no index beside it"),
+    "customary, of six digits": (names("m-00001-of-000163.safetensors"), "shard 1 of 163 of a sharded"),
+    "customary, not finished": (names("m-00002-of-00002.bin.incomplete"), "shard 2 of 2 of a sharded"),
+    "customary, a copy": (names("m-00002-of-00002 (1).safetensors"), "shard 2 of 2 of a sharded"),
+    "customary, without an ending": (names("m-00002-of-00002"), "shard 2 of 2 of a sharded"),
+    "customary, of a variant": (
+        names("m-00001-of-00002.fp16.bin", "m-00001-of-00002.bin", "m-00002-of-00002.bin"), "shard 1 of 2 .* no index"
+    ),
+    "customary, of a variant with its index": (
+        names("m.fp16-00001-of-00002.pt", "m.fp16-00002-of-00002.pt", "m.pt.index.fp16.json"), "give .*index.fp16.json"
+    ),
     "named by an index": (
         names("one.bin", "two.bin", "w.bin.index.json"), "one of 2 shards of a sharded .*; give .*w.bin.index.json"
     ),
@@ -180,6 +190,7 @@ WHOLES: dict[str, Callable[[Path], Path]] = {
     "a parameter called flat_param": tree(flat_param=torch.ones(3), **{"head.flat_param_scale": torch.ones(2)}),
     "a matrix called _flat_param": tree(_flat_param=torch.ones(3, 3)),
     "one shard of one": names("model-00001-of-00001.safetensors"),
+    "folds": names("best-1-of-5.pt", "best-2-of-5.pt"),
     "one shard of one, with its index": names("m-00001-of-00001.bin", "m-00001-of-00001.bin", "m.bin.index.json"),
     "beside an index of others": names("c.bin", "c.bin", "x/a.bin"),
     "fsdp of one rank": names("model_world_size_1_rank_0.pt"),
@@ -234,7 +245,7 @@ def test_each_part_is_told_and_refused_by_everything_that_needs_the_whole(
         assert caught.value.path == str(path) and isinstance(caught.value, ckptkit.CkptkitError)
     assert not out.exists()
     report = ckptkit.check(path)
-    if finding["fix"] and finding["fix"].endswith(".index.json"):  # the index beside it stands for it
+    if finding["fix"] and finding["fix"].endswith(".json"):  # the index beside it stands for it
         assert report.findings[0].code == "whole-checked" and report.exit_code == 2  # the other shards are not there
         return
     assert report.exit_code == 1
@@ -270,6 +281,11 @@ def test_what_to_give_instead(tmp_path: Path) -> None:
     path = names("model_world_size_2_rank_0.pt", "model_world_size_2_rank_1.pt")(ranks)
     assert (said(path).instead, said(path).opens) == (str(ranks), True)
     assert f"ckptkit inspect {ranks}" in [finding["fix"] for finding in ckptkit.inspect(path)["findings"]]
+    shards = tmp_path / "shards"
+    path = names("m-00001-of-00002.bin", "m-00002-of-00002.bin")(shards)
+    assert (said(path).instead, said(path).opens) == (str(shards), True)
+    (shards / "m-00002-of-00002.bin").unlink()
+    assert (said(path).instead, said(path).opens) == (None, False)
     folders = tmp_path / "iter_0000001"
     assert said(names("mp_rank_01/m.pt", "mp_rank_00/m.pt")(folders)).instead == str(folders)
     # What torch consolidated lies above the shards it was made of.

@@ -135,6 +135,18 @@ def test_another_size_time_policy_version_or_record_is_looked_at(
     assert again(*manifest, code=1) == []
 
 
+def test_another_file_of_the_same_size_and_time_is_looked_at(looked_at: list[str]) -> None:
+    """As ``cp -p``, rsync and archives put one there."""
+    check("w", to="runs")
+    looked_at.clear()
+    there, other = Path("w/0.pth"), Path("other")
+    other.write_bytes(there.read_bytes())
+    os.utime(other, ns=(there.stat().st_atime_ns, there.stat().st_mtime_ns))
+    other.replace(there)
+    check("w", "--resume", "runs", to="runs")
+    assert looked_at == ["w/0.pth"]
+
+
 def test_a_reading_that_failed_is_tried_again(looked_at: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """What a file is stays; what a disk or a worker did may not."""
     Path("w/broken.pth").write_bytes(b"PK\x03\x04")

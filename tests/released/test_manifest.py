@@ -249,6 +249,19 @@ def test_an_existing_manifest_is_not_replaced_unasked(folder: Path) -> None:
     assert stat.S_ISREG(lock.stat().st_mode)
 
 
+@pytest.mark.parametrize(
+    "name", ["one.pth", "sub/model.safetensors.index.json", "sub/model-00001-of-00002.safetensors", "step-4/.metadata"]
+)
+def test_no_checkpoint_and_no_part_of_one_is_replaced(folder: Path, name: str) -> None:
+    shutil.copytree(FIXTURES / "training" / "step-4", folder / "step-4")
+    (folder / "cut.pth").write_bytes((folder / "one.pth").read_bytes()[:-30])
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    for taken in (name, "cut.pth"):
+        with pytest.raises(DestinationExistsError, match="is a checkpoint; --force replaces only a manifest"):
+            ckptkit.manifest(folder / "one.pth", folder / taken, force=True)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
 def test_nothing_is_written_where_a_file_cannot_be_recorded(folder: Path) -> None:
     (folder / "bad.pth").write_text("<html>")
     with pytest.raises(UnknownFormatError, match=r"bad\.pth"):

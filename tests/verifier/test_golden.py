@@ -328,6 +328,11 @@ def test_an_existing_file_is_kept_unless_forced(
     weights["linear.bias"] += 1
     assert ckptkit.verify(save(weights), write_golden=golden, force=True, **OPTIONS).ok
     assert golden.read_bytes() != before
+    path = save(weights)
+    saved = path.read_bytes()
+    with pytest.raises(ckptkit.DestinationExistsError, match="is a checkpoint; --force replaces only a golden file"):
+        ckptkit.verify(path, write_golden=path, force=True, **OPTIONS)
+    assert path.read_bytes() == saved
     with pytest.raises(ckptkit.FileAccessError, match="in an existing folder"):
         ckptkit.verify(save(weights), write_golden=tmp_path / "no" / "g.safetensors", **OPTIONS)
     with pytest.raises(ckptkit.VerifyError, match="nothing is computed"):

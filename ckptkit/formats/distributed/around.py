@@ -30,7 +30,7 @@ from ckptkit.formats.containers import FORMATS, SHARED_SUFFIXES, SUFFIXES
 from ckptkit.formats.distributed.folder import listing
 from ckptkit.formats.distributed.layouts import LAYOUTS, RANKED, SHARDED
 from ckptkit.formats.format import Probe
-from ckptkit.formats.shards import CUSTOMARY, indexes_in, is_shard_name, unnamed_shards
+from ckptkit.formats.shards import CUSTOMARY, indexes_in, is_index_name, is_shard_name, unnamed_shards
 from ckptkit.formats.unpacked import is_unpacked, packing_of
 from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.nearness import did_you_mean
@@ -89,7 +89,7 @@ _TEXTS = (".json", ".txt", ".py", ".md", ".yaml", ".yml")
 
 _NAMED = re.compile(
     r".*\.distcp|\.metadata|__\d+\.metadata|.*_states\.pt|.*rank[_-]?\d+.*|shard-\d{5}-.*|consolidated\.\d+\..*"
-    r"|metadata\.json|.*-\d{5}-of-\d{5}\.\w+|pytorch_model_fsdp_\d+",
+    r"|metadata\.json|.*-\d{5,6}-of-\d{5,6}\.\w.*|pytorch_model_fsdp_\d+",
     re.ASCII,
 )
 """Names, of files and folders, at least one of which is in every folder that may be a sharded checkpoint."""
@@ -172,7 +172,7 @@ def _accelerate(folder: str, names: tuple[str, ...]) -> Found | None:
 def _shards(folder: str, names: tuple[str, ...]) -> Found | None:
     """Shards that no index names, where by what they are called they are all of one checkpoint."""
     stems = _stems(names)
-    if len(stems) != 1 or any(name.endswith(".index.json") for name in names if "/" not in name):
+    if len(stems) != 1 or any(is_index_name(name) for name in names if "/" not in name):
         return None
     ((_, shards),) = stems.items()
     if unnamed_shards(shards):
@@ -185,7 +185,7 @@ def _stems(names: Sequence[str]) -> dict[str, list[str]]:
     """The shards of each checkpoint, by how it would be called as one file and how many they are declared to be."""
     stems: dict[str, list[str]] = {}
     for match in filter(None, map(CUSTOMARY.fullmatch, names)):
-        is_plain = "/" not in match[0] and os.path.splitext(match[0])[1] in SUFFIXES
+        is_plain = "/" not in match[0] and match[4][:1] == "." and os.path.splitext(match[0])[1] in SUFFIXES
         if is_plain and 1 < int(match[3]) <= DEFAULT_LIMITS.shards:
             stems.setdefault(f"{match[1]}{match[4]} of {match[3]}", []).append(match[0])
     return stems
@@ -261,7 +261,7 @@ def _folders(folder: str) -> list[str]:
     try:
         with places.scandir(folder) as entries:
             for entry in entries:
-                if not entry.name.startswith(".") and entry.is_dir() and len(own) < _MOST_FOLDERS:
+                if not entry.name.startswith(".") and places.leads_to(entry.is_dir) and len(own) < _MOST_FOLDERS:
                     key = places.identity(entry.path)
                     if key not in own or not entry.is_symlink():
                         own[key] = entry.name
@@ -426,7 +426,7 @@ def _choices(path: str, *, is_inner: bool = False) -> Iterator[tuple[str, Found 
     named = {shard for index in indexes for shard in shard_names(places.below(path, index))}
     try:
         with places.scandir(path) as entries:
-            names = sorted(entry.name for entry in entries if entry.is_file())
+            names = sorted(entry.name for entry in entries if places.leads_to(entry.is_file))
     except OSError as error:
         raise places.unreadable_folder(path, error) from error
     weights = [name for name in names if re.fullmatch(WEIGHTS, name, re.ASCII) and name not in named]
@@ -438,13 +438,19 @@ def _choices(path: str, *, is_inner: bool = False) -> Iterator[tuple[str, Found 
         told = count_of(len(missing), "shard") + f" missing: {listed(missing)}; get "
         told += "it into the folder" if len(missing) == 1 else "them into the folder"
         raise CorruptError(told, path=path, names=missing)
-    steps = [] if is_inner else list(_steps(path))
+    steps = [] if is_inner else [step for step in _steps(path) if not _has_index(step, named)]
     if not files:
         names = _not_beside(names) if steps or is_inner else names
         files = [name for name in names[:_MOST_FILES] if _is_checkpoint(places.below(path, name))]
     left_out = indexes if _holds_originals(steps) else ()
     yield from ((name, Found(places.below(path, name))) for name in files if name not in left_out)
     yield from steps
+
+
+def _has_index(step: tuple[str, Found | None], named: set[str]) -> bool:
+    """Whether an index beside a folder names all the shards that make it a checkpoint."""
+    own = () if step[1] is None else step[1].own
+    return own != () and named.issuperset(f"{step[0]}/{name}" for name in own)
 
 
 def _holds_originals(steps: Sequence[tuple[str, Found | None]]) -> bool:

@@ -374,6 +374,7 @@ def test_the_one_checkpoint_in_a_folder(tmp_path: Path, save: Any) -> None:
     (folder / "README.md").write_text("words")
     (folder / "scores.pkl").write_bytes(b"\x80\x04]q\x00.")
     torch.save(WEIGHTS, folder / "epoch.10")
+    (folder / "loop").symlink_to("loop")
     assert ckptkit.load_state_dict(folder).keys() == WEIGHTS.keys()
     with ckptkit.open(tmp_path) as file:
         assert file.path == str(folder / "epoch.10"), "also one folder further down"
