@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import pytest
+from _pytest.runner import runtestprotocol
 
 import ckptkit
 from ckptkit.cli import main
@@ -108,6 +109,17 @@ def pytest_unconfigure() -> None:
     for each in _forks.values():
         each.close()
     _forks.clear()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
+    """A worker tells how a test ended, and not that it began, was set up and was torn down: six messages become two."""
+    if not hasattr(item.config, "workerinput"):
+        return None
+    for report in runtestprotocol(item, log=False, nextitem=nextitem):
+        if report.when == "call" or not report.passed:
+            item.ihook.pytest_runtest_logreport(report=report)
+    return True
 
 
 @pytest.hookimpl(wrapper=True)
