@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
-import hypothesis
 import pytest
+from _pytest.runner import runtestprotocol
 
 import ckptkit
 from ckptkit.cli import main
@@ -27,6 +27,12 @@ from ckptkit.dtypes import DTYPES
 
 # The collector has nothing to find while modules are imported and tests are collected.
 gc.disable()
+
+# Once, and not in every process: tests, with their assertions rewritten, and hypothesis, of which pytest rewrites all.
+# Where PYTHONDONTWRITEBYTECODE is set none would be kept: half of the time that collecting takes.
+_writes_no_bytecode, sys.dont_write_bytecode = sys.dont_write_bytecode, False
+
+import hypothesis  # noqa: E402
 
 # Of several workers each has a core: more threads of torch's would wait for one another, and busily.  Torch is imported
 # where it is needed: the process that several workers report to does without.
@@ -58,13 +64,16 @@ PACKAGE = Path(ckptkit.__file__).parent
 # Once, and not in every process that tests start: where PYTHONDONTWRITEBYTECODE is set, none of them would keep it.
 compileall.compile_dir(PACKAGE, quiet=2)
 
-# And the tests, with their assertions rewritten: half of the time that collecting takes.
-_writes_no_bytecode, sys.dont_write_bytecode = sys.dont_write_bytecode, False
-
 PYTHON = os.environ.get("CKPTKIT_PYTHON", sys.executable)
 """What runs the command of the fixture `run`: another may have other versions of what ckptkit needs, and no torch.
 
 Its processes are forks then; where it is the Python of the tests the command runs in theirs."""
+
+IMPORTED = {True: ("safetensors.torch", "torchvision.models", "ckptkit.verifier"), False: ()}
+"""What processes of the fixture `forks` have imported beside ckptkit, with torch and without."""
+
+_forks: dict[bool, Forks] = {}
+"""Those that the workers of this process share."""
 
 SaveAs = Callable[..., Path]
 
@@ -84,6 +93,33 @@ def pytest_collection_finish() -> None:
     gc.freeze()
     gc.set_threshold(20_000, 20, 20)
     gc.enable()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """Of several workers none starts the processes that fork: all have those that the process of this hook starts."""
+    from support.forked import Forks
+
+    if not _forks:
+        _forks.update({with_torch: Forks(sys.executable, *modules) for with_torch, modules in IMPORTED.items()})
+    node.workerinput["forks"] = {with_torch: forks.path for with_torch, forks in _forks.items()}
+
+
+def pytest_unconfigure() -> None:
+    for each in _forks.values():
+        each.close()
+    _forks.clear()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
+    """A worker tells how a test ended, and not that it began, was set up and was torn down: six messages become two."""
+    if not hasattr(item.config, "workerinput"):
+        return None
+    for report in runtestprotocol(item, log=False, nextitem=nextitem):
+        if report.when == "call" or not report.passed:
+            item.ihook.pytest_runtest_logreport(report=report)
+    return True
 
 
 @pytest.hookimpl(wrapper=True)
@@ -184,16 +220,17 @@ def same_bits() -> Callable[[torch.Tensor, torch.Tensor], bool]:
 
 
 @pytest.fixture(scope="session")
-def forks() -> Iterator[Callable[..., Forks]]:
+def forks(request: pytest.FixtureRequest) -> Iterator[Callable[..., Forks]]:
     """``forks(with_torch=True)``: what makes processes that have imported what they need."""
     from support.forked import Forks
 
     started: dict[tuple[bool, str], Forks] = {}
+    shared: dict[bool, str] = getattr(request.config, "workerinput", {}).get("forks", {})
 
     def fork(*, with_torch: bool, python: str = sys.executable) -> Forks:
         if (with_torch, python) not in started:
-            modules = ("safetensors.torch", "torchvision.models", "ckptkit.verifier") if with_torch else ()
-            started[with_torch, python] = Forks(python, *modules)
+            path = shared.get(with_torch) if python == sys.executable else None
+            started[with_torch, python] = Forks(python, *IMPORTED[with_torch], path=path)
         return started[with_torch, python]
 
     yield fork

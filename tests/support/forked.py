@@ -2,9 +2,9 @@
 
     python forked.py SOCKET [MODULE ...]
 
-Imports ckptkit but for what needs torch, and the modules; then forks for everyone who connects to the socket, a
-descriptor, and does what ``python -m MODULE`` or ``python -c CODE`` does, with the streams, the folder and the
-environment of whoever asks (`asking.py`).  It ends when its stdin does.
+Once somebody connects to the socket, a descriptor, imports ckptkit but for what needs torch, and the modules; then
+forks for everyone who connects, and does what ``python -m MODULE`` or ``python -c CODE`` does, with the streams, the
+folder and the environment of whoever asks (`asking.py`).  It ends when its stdin does.
 """
 
 from __future__ import annotations
@@ -48,13 +48,18 @@ ROOT = Path(__file__).parents[2]
 class Forks:
     """A process that has ckptkit and some modules imported, and forks."""
 
-    def __init__(self, python: str, *modules: str) -> None:
+    def __init__(self, python: str, *modules: str, path: str | None = None) -> None:
+        """With ``path`` it is that of another ``Forks``, of a process that has ours for a child."""
         self._python = python
         self._env = {**os.environ, "PYTHONPATH": str(ROOT)}
+        self._process: subprocess.Popen[bytes] | None = None
+        if path is not None:
+            self.path = path
+            return
         self._folder = tempfile.TemporaryDirectory()
-        self._path = str(Path(self._folder.name) / "socket")
+        self.path = str(Path(self._folder.name) / "socket")
         with socket.socket(socket.AF_UNIX) as listener:
-            listener.bind(self._path)
+            listener.bind(self.path)
             listener.listen(16)
             fd = listener.fileno()
             command = [python, __file__, str(fd), *modules]
@@ -82,16 +87,18 @@ class Forks:
         """The exit status of ``python ARGUMENTS`` with these descriptors; a signal's is negative."""
         from support.asking import ask
 
-        return ask(self._path, list(arguments), str(cwd), env, streams)
+        return ask(self.path, list(arguments), str(cwd), env, streams)
 
     def shell(self, name: str, *arguments: str) -> str:
         """A function for a shell: ``NAME ...`` is ``python ARGUMENTS ...``."""
         asking = Path(__file__).with_name("asking.py")
-        words = [self._python, "-S", "-E", str(asking), self._path, *arguments]
+        words = [self._python, "-S", "-E", str(asking), self.path, *arguments]
         return f'{name}() {{ {shlex.join(words)} "$@"; }}\n'
 
     def close(self) -> None:
-        """End it."""
+        """End it, if it is ours."""
+        if self._process is None:
+            return
         self._process.communicate(timeout=60)
         self._folder.cleanup()
 
@@ -221,5 +228,7 @@ def serve(listener: socket.socket) -> None:
 
 if __name__ == "__main__":
     listening = socket.socket(fileno=int(sys.argv[1]))
+    if 0 in select.select([listening, 0], [], [])[0]:
+        sys.exit()
     preload(*sys.argv[2:])
     serve(listening)
