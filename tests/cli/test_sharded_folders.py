@@ -423,7 +423,7 @@ def test_what_the_checkpoint_does_not_read_is_looked_at(
     assert done.code == 1 and "system [trust-not-allowed]" in done.out, done
     if name in ("config.json", "notes.txt", "README.md"):
         assert f"step-10/{name}: FAILED" in done.out
-        assert command("inspect", folder).code == 1
+        assert command("inspect", tmp_path).code == 1
 
 
 def test_items_of_an_earlier_save_are_no_danger(command: Command, saved: Callable[..., Path]) -> None:
