@@ -64,7 +64,7 @@ def is_index_name(name: str) -> bool:
 
 
 TEXTS = (".json", ".txt", ".py", ".md", ".yaml", ".yml")
-"""Endings of what lies beside the files of a checkpoint in several, and is called a text."""
+"""Endings of texts beside the files of a checkpoint in several files."""
 
 _WORDS = ("rank", "layer_", "expert_", "consolidated.", ".distcp", "-of-", "common.pt", "meta.pt")
 """Parts of names that `ckptkit.formats.shard_parts` uses."""

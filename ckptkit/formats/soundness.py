@@ -77,7 +77,7 @@ def judged(checkpoint: Checkpoint, file: Source | None = None) -> Checkpoint:
 
     Args:
         checkpoint: its content.
-        file: the source; if it is a folder, the names in files that its reader passed over are added.
+        file: the source; if it is a folder, the names in files that its reader did not open are added.
 
     Raises:
         FormatError: one is damaged.
