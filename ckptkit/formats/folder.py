@@ -37,7 +37,7 @@ from ckptkit.formats.containers import (
     holds_files,
 )
 from ckptkit.formats.format import Format, Probe
-from ckptkit.formats.shards import CUSTOMARY, indexes_in, is_index_name
+from ckptkit.formats.shards import CUSTOMARY, TEXTS, indexes_in, is_index_name
 from ckptkit.formats.unpacked import is_unpacked
 from ckptkit.formats.zip_archive import ends_like_a_zip
 from ckptkit.limits import DEFAULT_LIMITS, Limits
@@ -283,6 +283,7 @@ class Surveyor:
             folders = []
             for entry in entries:
                 if entry.path in self._own:
+                    met |= entry.name.endswith(TEXTS) and self._text(entry.path)
                     continue
                 if places.leads_to(entry.is_file):
                     met |= (entry.name in shards and says_checkpoint(entry.name)) or self._file(entry.path)
@@ -321,6 +322,13 @@ class Surveyor:
         self._own.update(own)
         self._inside.update(places.split(path)[0] for path in own)
         return True
+
+    def _text(self, path: str) -> bool:
+        """What is called a text in a folder that is one checkpoint: one that is none is told of as anywhere."""
+        is_met = self._file(path)
+        if self._passed.get(path) in _TEXTS:
+            del self._passed[path]
+        return is_met
 
     def _file(self, path: str) -> bool:
         name = places.split(path)[1]

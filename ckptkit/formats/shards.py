@@ -26,6 +26,7 @@ from ckptkit.startup import pattern
 __all__ = [
     "CUSTOMARY",
     "LISTED",
+    "TEXTS",
     "Shard",
     "extra_keys",
     "indexes_in",
@@ -61,6 +62,9 @@ def is_index_name(name: str) -> bool:
     """Whether a file is called as an index is: ``model.safetensors.index.json``, ``….index.fp16.json`` of a variant."""
     return name.endswith(".json") and ".index." in name
 
+
+TEXTS = (".json", ".txt", ".py", ".md", ".yaml", ".yml")
+"""Endings of texts beside the files of a checkpoint in several files."""
 
 _WORDS = ("rank", "layer_", "expert_", "consolidated.", ".distcp", "-of-", "common.pt", "meta.pt")
 """Parts of names that `ckptkit.formats.shard_parts` uses."""

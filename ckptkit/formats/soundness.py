@@ -10,7 +10,7 @@ import os
 import zlib
 
 from ckptkit.bytesource import Source
-from ckptkit.checkpoint import Checkpoint
+from ckptkit.checkpoint import Checkpoint, GlobalUse
 from ckptkit.errors import CorruptError, FormatError
 from ckptkit.formats.containers import format_named
 from ckptkit.formats.format import is_folder
@@ -72,24 +72,33 @@ def as_hostile(error: FormatError) -> FormatError:
     return error
 
 
-def judged(checkpoint: Checkpoint) -> Checkpoint:
+def judged(checkpoint: Checkpoint, file: Source | None = None) -> Checkpoint:
     """The checkpoint with the names in the pickles that were left for later when it was opened.
+
+    Args:
+        checkpoint: its content.
+        file: the source; if it is a folder, the names in files that its reader did not open are added.
 
     Raises:
         FormatError: one is damaged.
     """
-    if checkpoint.unread is None:
+    uses: list[GlobalUse] = []
+    unvouched = checkpoint.unvouched
+    if checkpoint.unread is not None:
+        try:
+            uses += checkpoint.unread.judge()
+        except FormatError as error:
+            raise as_hostile(error.at(path=checkpoint.origin.path)) from error.__cause__
+        unvouched = tuple(use for use in unvouched if use.kind != "unread")
+    if file is not None and is_folder(file):
+        from ckptkit.formats.distributed.folder import FolderSource, left_over
+
+        uses += left_over(file) if isinstance(file, FolderSource) else ()
+    if checkpoint.unread is None and not uses:
         return checkpoint
-    try:
-        uses = checkpoint.unread.judge()
-    except FormatError as error:
-        raise as_hostile(error.at(path=checkpoint.origin.path)) from error.__cause__
     return checkpoint.replace(
         globals=merge_uses(checkpoint.globals, (use for use in uses if use.kind == "name")),
-        unvouched=(
-            *(use for use in checkpoint.unvouched if use.kind != "unread"),
-            *(use for use in uses if use.kind != "name"),
-        ),
+        unvouched=(*unvouched, *(use for use in uses if use.kind != "name")),
         unread=None,
     )
 

@@ -399,7 +399,7 @@ def _looked_into(file: Source, checkpoint: Checkpoint, *, is_read: bool, held: b
     """The checkpoint once nothing in it is unread; and of a folder, which copies are not what they are copies of."""
     if not is_folder(file):
         return (formats.require_sound(file, checkpoint) if is_read and held else checkpoint), None
-    checkpoint = formats.judged(checkpoint)
+    checkpoint = formats.judged(checkpoint, file)
     if held and checkpoint.replicas:
         from ckptkit.transfer.replicas import require_equal
 

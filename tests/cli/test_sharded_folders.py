@@ -404,3 +404,35 @@ def test_a_hostile_file_is_what_it_was(command: Command, tmp_path: Path) -> None
     torch.save({**TREE["model"], "x": Runs()}, "evil.pth")
     assert command("inspect", "evil.pth").code == 1
     assert command("convert", "evil.pth", "o.safetensors", "--exclude", "x").code == 0
+
+
+@pytest.mark.parametrize(
+    "name", ["__7_0.distcp", ".metadata.tmp", "__7.metadata", "config.json", "notes.txt", "README.md"]
+)
+def test_what_the_checkpoint_does_not_read_is_looked_at(
+    name: str, command: Command, saved: Callable[..., Path], tmp_path: Path
+) -> None:
+    """It counts as the folder's own by its name, and nobody would see what it is."""
+    folder = saved("step-10")
+    (folder / "run.yaml").write_text("lr: 1")
+    (folder / "latest.json").write_text("{}")
+    done = command("check", folder)
+    assert (done.code, len(done.out.splitlines())) == (0, 2), "real texts are passed over without a word"
+    torch.save({**TREE["model"], "x": Runs()}, folder / name)
+    done = command("check", folder)
+    assert done.code == 1 and "system [trust-not-allowed]" in done.out, done
+    if name in ("config.json", "notes.txt", "README.md"):
+        assert f"step-10/{name}: FAILED" in done.out
+        assert command("inspect", tmp_path).code == 1
+
+
+def test_items_of_an_earlier_save_are_no_danger(command: Command, saved: Callable[..., Path]) -> None:
+    """Fewer ranks saved into the folder again: their files stay, with items end to end."""
+    folder, other = saved("step-10"), saved("step-20")
+    shutil.copy(other / PARTS[1], folder / "__1_0.distcp")
+    assert command("check", folder).code == 0
+    whole = (other / PARTS[1]).read_bytes()
+    torch.save({"x": Runs()}, "evil.pth")
+    (folder / "__1_0.distcp").write_bytes(whole + Path("evil.pth").read_bytes() + whole)
+    done = command("check", folder)
+    assert done.code == 1 and "system" in done.out, done

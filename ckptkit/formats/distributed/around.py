@@ -30,7 +30,7 @@ from ckptkit.formats.containers import FORMATS, SHARED_SUFFIXES, SUFFIXES
 from ckptkit.formats.distributed.folder import listing
 from ckptkit.formats.distributed.layouts import LAYOUTS, RANKED, SHARDED
 from ckptkit.formats.format import Probe
-from ckptkit.formats.shards import CUSTOMARY, indexes_in, is_index_name, is_shard_name, unnamed_shards
+from ckptkit.formats.shards import CUSTOMARY, TEXTS, indexes_in, is_index_name, is_shard_name, unnamed_shards
 from ckptkit.formats.unpacked import is_unpacked, packing_of
 from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.nearness import did_you_mean
@@ -84,8 +84,6 @@ _OWN = {
     "safetensors-dcp": SHARDED,
 }
 """Which files in a folder of each layout are its own; so are texts beside them."""
-
-_TEXTS = (".json", ".txt", ".py", ".md", ".yaml", ".yml")
 
 _NAMED = re.compile(
     r".*\.distcp|\.metadata|__\d+\.metadata|.*_states\.pt|.*rank[_-]?\d+.*|shard-\d{5}-.*|consolidated\.\d+\..*"
@@ -150,7 +148,7 @@ def sharded_at(folder: str, inside: Sequence[str] | None = None) -> Found | None
 def _own(layout: str, names: Sequence[str]) -> tuple[str, ...]:
     pattern = re.compile(_OWN.get(layout, ".*"), re.ASCII)
     return tuple(
-        name for name in names if pattern.fullmatch(name) is not None or ("/" not in name and name.endswith(_TEXTS))
+        name for name in names if pattern.fullmatch(name) is not None or ("/" not in name and name.endswith(TEXTS))
     )
 
 

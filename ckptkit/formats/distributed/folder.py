@@ -9,26 +9,38 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import stat
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from ckptkit import places
-from ckptkit.bytesource import Source, first_changed
-from ckptkit.errors import CorruptError, FormatError, LimitError
+from ckptkit.bytesource import ByteRange, Source, first_changed
+from ckptkit.checkpoint import GlobalUse
+from ckptkit.errors import CkptkitError, CorruptError, FormatError, LimitError
 from ckptkit.formats.containers import CONTAINERS, identify
 from ckptkit.formats.format import Probe
-from ckptkit.formats.shards import is_shard_name, prefixed
+from ckptkit.formats.shards import TEXTS, is_shard_name, prefixed
+from ckptkit.formats.zip_archive import LOCAL_SIGNATURE, read_directory
 from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.normalize import RawCheckpoint
+from ckptkit.patterns import pattern
 from ckptkit.report import Finding
 
-__all__ = ["FolderSource", "folder_of", "listing", "read_part"]
+__all__ = ["FolderSource", "folder_of", "left_over", "listing", "read_part"]
 
 _DEEPEST = 4
 """Folders below the given one that are searched: ``zero/NAME/fp32.pt``, ``mp_rank_00/model_optim_rng.pt``."""
 
+
+_END = pattern(rb"PK\x05\x06.{8}(.{4})(.{4})\x00\x00", re.DOTALL)
+_END_NBYTES = 22
+_ZIP64_NBYTES = 76
+_IN_ZIP64 = 0xFFFFFFFF
+"""The end of a zip archive: the size and the place of its directory.  Records of zip64 may be between."""
+
+_SEARCHED_NBYTES = 8 << 20
 
 _OPENED = 100
 """After how many files of a folder it is seen to that as many may be open at once."""
@@ -52,7 +64,7 @@ def _let_open(count: int) -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-_READ_APART = (".distcp", ".metadata", ".json", ".txt", ".py", ".md", ".yaml", ".yml")
+_READ_APART = (".distcp", ".metadata", *TEXTS)
 """How files end that are not read with all others: items, and texts."""
 
 
@@ -212,6 +224,47 @@ def _files(folder: str, inside: str, depth: int) -> Iterator[str]:
                 yield name
             elif stat.S_ISDIR(mode) and depth < _DEEPEST and not entry.is_symlink():
                 yield from _files(folder, name, depth + 1)
+
+
+def left_over(folder: FolderSource) -> tuple[GlobalUse, ...]:
+    """The names in pickles of those of a folder's own files that its reader did not open: of another save, or nobody's.
+
+    Texts are met when the folder is searched (`ckptkit.formats.folder`).  What storages hold is not looked at.
+    """
+    from ckptkit.formats.contents import ContentSearch
+
+    contents = ContentSearch(DEFAULT_LIMITS)
+    for name in folder.own:
+        if name in folder.parts or name.endswith(TEXTS):
+            continue
+        try:
+            with contextlib.closing(folder.sibling(name)) as file:
+                for item in _items(file):
+                    if item.read(0, min(4, item.nbytes)) != LOCAL_SIGNATURE:
+                        contents.look(name, item)
+                        continue
+                    for record, held in read_directory(item, DEFAULT_LIMITS).items():
+                        if "/data/" not in record:
+                            contents.look(f"{name}/{record}", held)
+        except CkptkitError as error:
+            contents.unread(name, str(error))
+    return contents.uses()
+
+
+def _items(file: Source) -> Iterator[ByteRange]:
+    """The archives that a file consists of, end to end as in ``.distcp`` files; what is none is one piece."""
+    start = begin = 0
+    while not file.is_far and begin < file.size:
+        data = file.read(begin, min(_SEARCHED_NBYTES, file.size - begin))
+        for found in _END.finditer(data):
+            end = begin + found.start()
+            size, offset = int.from_bytes(found[1], "little"), int.from_bytes(found[2], "little")
+            if offset == _IN_ZIP64 or end - start - offset - size in (0, _ZIP64_NBYTES):
+                yield file.whole.part(start, end + len(found[0]) - start)
+                start = end + len(found[0])
+        begin += max(1, len(data) - _END_NBYTES + 1)
+    if start < file.size:
+        yield file.whole.part(start, file.size - start)
 
 
 def folder_of(probe: Probe) -> FolderSource:
