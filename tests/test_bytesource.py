@@ -409,7 +409,7 @@ def test_more_compressed_records_than_descriptors(tmp_path: Path, python: Callab
     import torch
 
     torch.manual_seed(0)
-    state = {f"layer{number}.weight": torch.randn(3, 7) for number in range(400)}
+    state = {f"layer{number}.weight": torch.randn(3, 7) for number in range(200)}
     torch.save(state, tmp_path / "plain.pth")
     with (
         zipfile.ZipFile(tmp_path / "plain.pth") as plain,

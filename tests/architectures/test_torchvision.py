@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +22,11 @@ from ckptkit.architectures.index import load, sketch, weights_of
 NAMES = torchvision.models.list_models()
 FAMILIES = {torchvision.models.get_model_builder(name).__module__: name for name in reversed(NAMES)}
 """The first model of each module of torchvision's."""
+
+
+def among(names: Iterable[str]) -> list[Any]:
+    """These; those that are not the first of their module are thorough."""
+    return [pytest.param(name, marks=() if name in FAMILIES.values() else pytest.mark.thorough) for name in names]
 
 
 @cache
@@ -39,19 +46,12 @@ def assert_is(found: tuple[Architecture, ...], name: str, **args: object) -> Non
     assert not best.startswith("quantized_") or name.startswith("quantized_")
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", among(NAMES))
 def test_a_model_as_it_is(name: str, named) -> None:
     assert_is(identify(named(shapes_of(name))), name)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=() if name in FAMILIES.values() else pytest.mark.thorough)
-        for name in NAMES
-        if not name.startswith("raft_")
-    ],
-)
+@pytest.mark.parametrize("name", among(name for name in NAMES if not name.startswith("raft_")))
 def test_a_model_with_another_head(name: str, named) -> None:
     assert_is(identify(named(shapes_of(name, num_classes=7))), name, num_classes=7)
 

@@ -310,8 +310,7 @@ NUMBERS = st.sampled_from(
 )
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
+DESCRIBED = given(
     fields=st.fixed_dictionaries(
         {
             "dtype": st.sampled_from(["U8", "F32", "BOOL", "F64", "C64", "F4", "u8", "", None, 1]),
@@ -322,12 +321,18 @@ NUMBERS = st.sampled_from(
     ),
     nbytes=st.sampled_from([0, 4, 8]),
 )
-def test_descriptions_of_all_kinds_are_read_as_the_library_reads_them(
-    fields: dict[str, Any], nbytes: int, tmp_path: Path
-) -> None:
-    path = tmp_path / "m.safetensors"
-    path.write_bytes(file_bytes({"a": fields}, bytes(nbytes)))
-    agree(path)
+
+
+@repeated("examples", 60, 150)
+def test_descriptions_of_all_kinds_are_read_as_the_library_reads_them(examples: int, tmp_path: Path) -> None:
+    @settings(max_examples=examples, deadline=None)
+    @DESCRIBED
+    def are_read(fields: dict[str, Any], nbytes: int) -> None:
+        path = tmp_path / "m.safetensors"
+        path.write_bytes(file_bytes({"a": fields}, bytes(nbytes)))
+        agree(path)
+
+    are_read()
 
 
 @repeated("times", 1500, 4000)

@@ -17,6 +17,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support.repeated import repeated
 
 from ckptkit.bytesource import ByteRange
 from ckptkit.checkpoint import Storage
@@ -412,10 +413,14 @@ _values = st.recursive(
 )
 
 
-@settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(value=_values, protocol=st.sampled_from(PROTOCOLS))
-def test_any_value_survives_reading_and_writing(value: object, protocol: int) -> None:
-    again = pickle.loads(through(pickle.dumps(value, protocol)))
-    assert again == value
-    assert type(again) is type(value)
-    assert pickle.loads(through(pickle._dumps(value, protocol))) == value  # type: ignore[attr-defined]
+@repeated("examples", 80, 250)
+def test_any_value_survives_reading_and_writing(examples: int) -> None:
+    @settings(max_examples=examples, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    @given(value=_values, protocol=st.sampled_from(PROTOCOLS))
+    def survives(value: object, protocol: int) -> None:
+        again = pickle.loads(through(pickle.dumps(value, protocol)))
+        assert again == value
+        assert type(again) is type(value)
+        assert pickle.loads(through(pickle._dumps(value, protocol))) == value  # type: ignore[attr-defined]
+
+    survives()

@@ -17,6 +17,7 @@ import pytest
 import torch
 from support import killed
 from support.plans import ASKED, INDEX, SHARD_SIZES, files_of, held, posix_only
+from support.repeated import repeated
 
 import ckptkit
 from ckptkit.errors import FormatError
@@ -87,15 +88,16 @@ def converted(sources: dict[str, Path], folder: Path, before: int, after: int) -
     return arguments + ["--force"] * bool(before), contents(folder)
 
 
+@repeated("every", 2, 1)
 @pytest.mark.parametrize(("before", "after", "links"), jobs(1, 2, 4, 6))
 def test_killed_at_any_moment(
-    send: Send, sources: dict[str, Path], out: Path, before: int, after: int, links: bool
+    send: Send, sources: dict[str, Path], out: Path, before: int, after: int, links: bool, every: int
 ) -> None:
     folder = out.parent
     arguments, there = converted(sources, folder, before, after)
     was = "old" if before else "nothing"
     outcomes: set[str] = set()
-    for at in range(1000):
+    for at in range(0, 1000, every):
         put(folder, there)
         answer = send(arguments=arguments, at=at, signal=signal.SIGKILL, links=links)
         now = contents(folder)
@@ -125,14 +127,15 @@ def test_killed_at_any_moment(
     assert {was, "new"} <= outcomes <= {was, "new"} | (set() if links else {"refused"})
 
 
+@repeated("every", 2, 1)
 @pytest.mark.parametrize(("before", "after", "links"), jobs(0, 5))
 def test_interrupted_at_any_moment_nothing_is_left(
-    send: Send, sources: dict[str, Path], out: Path, before: int, after: int, links: bool
+    send: Send, sources: dict[str, Path], out: Path, before: int, after: int, links: bool, every: int
 ) -> None:
     folder = out.parent
     arguments, there = converted(sources, folder, before, after)
     stale = set(files_of(before)) - set(files_of(after)) if before else set()
-    for at in range(1000):
+    for at in range(0, 1000, every):
         number = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)[at % 3]
         if contents(folder) != there:
             put(folder, there)

@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from support import killed
 from support.generated_tensors import STORABLE, resumes, state_dicts
 from support.plans import bits, posix_only
+from support.repeated import repeated
 
 import ckptkit
 from ckptkit.errors import (
@@ -103,16 +104,20 @@ EACH = settings(deadline=None, max_examples=25, suppress_health_check=list(Healt
 # What torch makes of it.
 
 
-@EACH
-@given(state=state_dicts(LOADABLE), ranks=st.integers(1, 5))
-def test_torch_loads_any_state_dict(tmp_path_factory: pytest.TempPathFactory, state: Any, ranks: int) -> None:
-    folder = tmp_path_factory.mktemp("any")
-    torch.save(state, folder / "state.pth")
-    ckptkit.convert(folder / "state.pth", folder / "out", to="dcp", ranks=ranks)
-    found = loaded(folder / "out")
-    assert found.keys() == state.keys()
-    for name, tensor in state.items():
-        assert is_same(found[name], tensor.detach()), name
+@repeated("examples", 10, 25)
+def test_torch_loads_any_state_dict(tmp_path_factory: pytest.TempPathFactory, examples: int) -> None:
+    @settings(EACH, max_examples=examples)
+    @given(state=state_dicts(LOADABLE), ranks=st.integers(1, 5))
+    def each(state: Any, ranks: int) -> None:
+        folder = tmp_path_factory.mktemp("any")
+        torch.save(state, folder / "state.pth")
+        ckptkit.convert(folder / "state.pth", folder / "out", to="dcp", ranks=ranks)
+        found = loaded(folder / "out")
+        assert found.keys() == state.keys()
+        for name, tensor in state.items():
+            assert is_same(found[name], tensor.detach()), name
+
+    each()
 
 
 @EACH
@@ -619,9 +624,10 @@ def emptied(folder: Path) -> None:
 
 
 @posix_only
+@repeated("every", 2, 1)
 @pytest.mark.parametrize(("number", "there"), [(signal.SIGKILL, False), (signal.SIGKILL, True), (signal.SIGINT, False)])
 def test_stopped_at_any_moment(
-    stopped: Callable[..., dict[str, int]], save: Save, tmp_path: Path, number: signal.Signals, there: bool
+    stopped: Callable[..., dict[str, int]], save: Save, tmp_path: Path, number: signal.Signals, there: bool, every: int
 ) -> None:
     path = save({"w": torch.rand(100, 300), "n": torch.arange(3), "epoch": 3})
     into = tmp_path / "into"
@@ -629,7 +635,7 @@ def test_stopped_at_any_moment(
     into.mkdir()
     arguments = ["convert", "-q", str(path), str(out), "--to", "dcp", "--ranks", "2"]
     other = ["convert", "-q", str(path), str(into / "beside.pth"), "--no-check"]
-    for at in range(200):
+    for at in range(0, 200, every):
         emptied(out)
         if there:
             out.mkdir()
