@@ -277,6 +277,7 @@ def _selected(
         known=set() if manifest is None else manifest.paths,
         manifest=manifest_path,
         every_pickle=config.every_pickle,
+        beside=manifest is None,
         are_whole=config.typed.get("tp_rules") is not None,
     )
 

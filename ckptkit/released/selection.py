@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import field
 
 from ckptkit import places
@@ -16,6 +16,9 @@ from ckptkit.report import count_of, split_member
 from ckptkit.startup import dataclass
 
 __all__ = ["Selected", "Selection", "name_of", "select", "size_of", "step_of"]
+
+_OTHER_STEP = "other training step"
+"""The kind of a folder that is skipped because the folder above names another as its last step."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +85,7 @@ def select(
     manifest: str | None = None,
     every_pickle: bool = False,
     are_whole: bool = False,
+    beside: bool = False,
 ) -> Selection:
     """The checkpoints that paths mean.
 
@@ -99,6 +103,7 @@ def select(
         manifest: the file with the requirements, which is not one of them.
         are_whole: whether each folder is one checkpoint, because rules say how to join its files.
         every_pickle: whether incomplete outputs of ckptkit are treated as their content.
+        beside: whether what lies beside the last step of a folder is found too; other steps are skipped, and counted.
 
     Raises:
         FileAccessError: there are no paths: nothing checked is never well; or there is no such step.
@@ -125,7 +130,12 @@ def select(
                 continue
             if not places.isdir(step):
                 surveyor.named(step)
-            elif (nothing := surveyor.folder(step)) is not None:
+                continue
+            if beside and tag is None and step != path:
+                for other in _other_steps(step):
+                    surveyor.skip(other, _OTHER_STEP)
+                step = path
+            if (nothing := surveyor.folder(step)) is not None:
                 empty.append((path, nothing))
             continue
         index = None
@@ -173,6 +183,22 @@ def step_of(path: str, tag: str | None = None) -> str:
 
     found = sharded_in(path, tag)
     return path if found is None else found.root
+
+
+def _other_steps(step: str) -> Iterator[str]:
+    """The folders beside a step that are steps too."""
+    from ckptkit.formats.distributed.around import sharded_at
+
+    above, own = places.split(step)
+    with places.scandir(above or os.curdir) as entries:
+        names = sorted(entry.name for entry in entries if places.leads_to(entry.is_dir))
+    for name in names:
+        path = places.below(above, name)
+        try:
+            if name != own and sharded_at(path) is not None:
+                yield path
+        except CkptkitError:  # it is reported where it is met
+            continue
 
 
 def name_of(path: str, folder: str, seen: dict[str, str] | None = None) -> str:

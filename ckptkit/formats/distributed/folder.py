@@ -25,8 +25,8 @@ from ckptkit.formats.shards import TEXTS, is_shard_name, prefixed
 from ckptkit.formats.zip_archive import LOCAL_SIGNATURE, read_directory
 from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.normalize import RawCheckpoint
-from ckptkit.patterns import pattern
 from ckptkit.report import Finding
+from ckptkit.startup import pattern
 
 __all__ = ["FolderSource", "folder_of", "left_over", "listing", "read_part"]
 
