@@ -149,7 +149,7 @@ def _no_power_fails() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # an idle one takes a sixth of a processor
 def dask_executor() -> Iterator[Any]:
     """The executor of a real cluster of dask's, of two processes, which gives up a task that kills its worker."""
     pickled = dict(copyreg.dispatch_table)

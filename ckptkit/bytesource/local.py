@@ -216,9 +216,9 @@ class SourceFile(Source):
 
     def release(self) -> None:
         """Let go of the descriptor; the next read opens the file again.  No other thread may be reading."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        fd, self._fd = self._fd, -1  # first: after an interrupt in between, nothing is closed twice
+        if fd >= 0:
+            os.close(fd)
 
     def close(self) -> None:
         """As `Source.close`."""

@@ -99,8 +99,9 @@ class OutputFolder:
         """Unlock it; if it did not get its name, it is removed."""
         if self.is_ours:
             remove_folder(self.temporary)
-        if self.fd >= 0:
-            os.close(self.fd)
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
 
 
 def created_folder(path: str, shown: str) -> OutputFolder:
@@ -198,8 +199,8 @@ def _is_locked(output: OutputFolder) -> bool:
         os.rename(output.temporary, named)
         output.temporary = named
         return True
-    os.close(output.fd)  # another run has swept it, in the moment before it was locked
-    output.fd = -1
+    fd, output.fd = output.fd, -1
+    os.close(fd)  # another run has swept it, in the moment before it was locked
     return False
 
 

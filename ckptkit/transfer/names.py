@@ -99,8 +99,9 @@ class Output:
 
     def close(self) -> None:
         """Close it, and remove its temporary name."""
-        if self.fd >= 0:
-            os.close(self.fd)
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
         if self.is_ours:
             with contextlib.suppress(OSError):
                 os.unlink(self.temporary)

@@ -155,10 +155,9 @@ class Copier:
 
     def close(self) -> None:
         """Close the pipe; not the file."""
-        if self._pipe is not None:
-            for end in self._pipe:
-                os.close(end)
-            self._pipe = None
+        pipe, self._pipe = self._pipe, None
+        for end in pipe or ():
+            os.close(end)
 
 
 def _pipe() -> tuple[int, int]:

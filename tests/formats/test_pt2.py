@@ -277,7 +277,7 @@ def meta(**fields: Any) -> Callable[[dict[str, Any]], None]:
     ("change", "error", "words"),
     [
         (setting(path_name="weight_99"), CorruptError, "no record with that name"),
-        (setting(path_name=3), CorruptError, "'path_name' is a int; str is expected"),
+        (setting(path_name=3), CorruptError, "'path_name' is an int; str is expected"),
         (setting(is_param="yes"), CorruptError, "'is_param'"),
         (setting(tensor_meta=None), CorruptError, "'tensor_meta'"),
         (setting(use_pickle=True, path_name="gone"), CorruptError, "no record with that name"),

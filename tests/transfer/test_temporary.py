@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
@@ -29,6 +30,7 @@ from ckptkit.bytesource import SourceFile
 from ckptkit.places import is_temporary_name
 from ckptkit.plan import LiteralBytes
 from ckptkit.transfer import names
+from ckptkit.transfer.folders import OutputFolder, created_folder
 from ckptkit.transfer.names import Output, created, remove_stale
 
 pytestmark = posix_only
@@ -41,6 +43,32 @@ def left(path: Path) -> str:
     output = created(PLAN, str(path), path.name)
     os.close(output.fd)
     return os.path.basename(output.temporary)
+
+
+def opened_file(out: Path) -> SourceFile:
+    out.write_bytes(b"data")
+    file = SourceFile(out)
+    file.read(0, 1)
+    return file
+
+
+@pytest.mark.parametrize(
+    "made", [opened_file, lambda out: created(PLAN, str(out), "out"), lambda out: created_folder(str(out), "out")]
+)
+def test_what_is_interrupted_as_it_closes_is_not_closed_twice(
+    made: Callable[[Path], SourceFile | Output | OutputFolder], out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, close = made(out), os.close
+
+    def interrupted(fd: int) -> None:
+        close(fd)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(os, "close", interrupted)
+        file.close()
+    file.close()
+    assert set(only(out)) <= {out.name}
 
 
 # Names.
