@@ -89,11 +89,12 @@ def meant_file(path: str) -> str:
     """The end of a message about a missing local file: files in its folder that may be meant.
 
     That is a file or folder with a similar name, or with the same name and another extension; if a folder of the path
-    does not exist, the same path through one that does.  For ``FILE!MEMBER`` the file is searched for.
+    does not exist, the same path through one that does.  For ``FILE!MEMBER`` the file is searched for, and so it is for
+    ``FILE!``.
     """
     file, mark, member = path.partition("!")
     with suppress(OSError, ValueError):
-        return asked_of(quoted(near + mark + member) for near in _near_files(file))
+        return asked_of(quoted(near + (mark + member if member else "")) for near in _near_files(file))
     return ""
 
 

@@ -198,6 +198,13 @@ class TensorEntry:
         )
 
     @property
+    def form(self) -> str:
+        """How its bytes differ from `is_plain_bytes`, in words."""
+        if not self.is_contiguous:
+            return "not contiguous"
+        return "stored conjugated or negated" if self.is_conj or self.is_neg else "big-endian"
+
+    @property
     def covers_storage(self) -> bool:
         """Whether it is the whole storage, contiguously."""
         return self.storage_offset == 0 and self.is_contiguous and self.nbytes == self.storage.nbytes

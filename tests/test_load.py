@@ -135,6 +135,18 @@ def test_versions_of_modules_and_attributes_of_an_ordered_dict(save: Save) -> No
     assert ours["epoch"] == 3 and same(dict(ours["model"]), dict(state))
 
 
+def test_attributes_of_tensors(save: Save) -> None:
+    weight, buffer = nn.Parameter(torch.ones(2)), torch.zeros(3)
+    weight.note, weight.scale = "kept", buffer  # type: ignore[attr-defined]
+    buffer.persistent = False  # type: ignore[attr-defined]
+    path = save({"weight": weight, "buffer": buffer, "again": buffer})
+    for loaded in (torch.load(path, weights_only=True), ckptkit.load(path)):
+        assert vars(loaded["weight"]).keys() == {"note", "scale"} and loaded["weight"].note == "kept"
+        assert loaded["weight"].scale is loaded["buffer"] is loaded["again"]
+        assert vars(loaded["buffer"]) == {"persistent": False}
+    assert not vars(ckptkit.load_state_dict(path)["weight"])
+
+
 def test_what_is_one_is_one_and_cycles_close(save: Save) -> None:
     shared, weight, lasting = [1], torch.arange(6.0), argparse.Namespace()
     lasting.me, lasting.shared = lasting, shared

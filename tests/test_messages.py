@@ -212,6 +212,7 @@ def one_of_each(save: Save) -> dict[str, Path]:
         "one wrapped": save({"module.a": torch.ones(2), "b": torch.ones(2)}, "wrapped.pth"),
         "one sparse": save({"a": torch.eye(2).to_sparse(), "b": torch.ones(2)}, "sparse.pth"),
         "one view": save({"a": base[:2], "b": torch.ones(2)}, "view.pth"),
+        "one wrapped name of two": save({"module.a": torch.ones(1), "b.module.c": torch.ones(1)}, "wrapped.pth"),
         "one parameter group": save(
             {"model": {"w": torch.ones(2)}, "o": {"state": {}, "param_groups": [{"lr": 1}]}}, "o.pth"
         ),
@@ -229,6 +230,7 @@ def test_one_is_not_said_as_several(one_of_each: dict[str, Path], run: Any, tmp_
     shown = []
     for number, path in enumerate(one_of_each.values()):
         shown += [run("inspect", path), run("convert", path, f"{number}.pth"), run("check", path)]
+        shown += [run("convert", path, f"{number}-stripped.pth", "--strip-module")]
         shown += [run("convert", path, f"{number}.safetensors", "--dtype", "float16"), run("manifest", path)]
         shown += [run("diff", path, one_of_each["one tensor"]), run("diff", path, path)]
     said = [

@@ -120,9 +120,9 @@ CONVERSION: dict[str, Explanation] = {
         "ckptkit inspect FILE --flat lists the names.",
     ),
     "written-out": Explanation(
-        "views that were written as separate tensors",
-        "safetensors stores contiguous tensors only; transposed, expanded and overlapping views keep their values in "
-        "the output, each with its own bytes.",
+        "tensors that were written in another form",
+        "safetensors stores contiguous little-endian tensors only; transposed, expanded, conjugated and overlapping "
+        "views and big-endian tensors keep their values in the output, each with its own bytes.",
         "-",
     ),
     "untied": Explanation(

@@ -209,8 +209,9 @@ CODES: dict[str, Explanation] = {
     "repacked-archive": Explanation(
         "an archive that was unpacked and packed again",
         "torch writes all records of an archive into one folder and refuses an archive with anything beside it: "
-        "files added by macOS (__MACOSX), a README, an outer folder. Exactly one folder in this archive is torch's, "
-        "so there is no doubt which one is meant. Everything outside it still counts for trust.",
+        "files added by macOS (__MACOSX), a README, an outer folder. It also refuses one without the record `version`. "
+        "Exactly one folder in this archive is torch's, so there is no doubt which one is meant. Everything outside it "
+        "still counts for trust.",
         "ckptkit convert FILE NEW.pth writes an archive that torch loads. A program (TorchScript, torch.package, "
         ".pt2) has to be packed again: unpack it, then run zip -0 -r NEW.pt FOLDER, where FOLDER contains its "
         "records.",

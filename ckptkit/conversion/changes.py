@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,7 @@ from ckptkit.normalize.tensors import FoundTensor, other_tensors
 from ckptkit.pickling.inert import Global, Object, mapping_items, mapping_shell, walk
 from ckptkit.pickling.reader import read_pickle
 from ckptkit.pickling.trust import global_uses, merge_uses, with_places
-from ckptkit.plan import Gather, LiteralBytes, Plan
+from ckptkit.plan import LiteralBytes, Plan
 from ckptkit.report import Finding, convert_command, count_of, glob_of, human_size, listed, share_of
 from ckptkit.shell import quoted
 
@@ -105,7 +106,7 @@ def diagnose_wrappers(
     code, told = "inner-module", inner_module_told(names) if stripped else None
     carrying = [prefix for prefix in map(wrapper_of, changed) if prefix]
     if carrying and not stripped:
-        what = f"{len(carrying)} of {count_of(len(names), 'name')} have a wrapper's prefix (`{carrying[0]}`)"
+        what = f"{share_of(len(carrying), len(names), 'name', 'has', 'have')} a wrapper's prefix (`{carrying[0]}`)"
         code, told = "module-prefix", (f"{what}; --strip-module removes it too", ["--strip-module"])
     if told is not None:
         message, options = told
@@ -424,15 +425,15 @@ def diagnose_layout(
     if not each_apart:
         return
     entries = result.state_dict if flat is None else flat
-    gathered = sum(isinstance(made, Gather) for made in plan.all_steps()) if flat is None else len(gathered_in(flat))
     stored = [entry for name, entry in entries.items() if name not in plan.aliases and entry.nbytes]
+    gathered = Counter(entry.form for entry in stored if not entry.is_plain_bytes)
     overlapping = len(stored) - len({id(entry.storage) for entry in stored})
     if gathered or overlapping:
         yield Finding(
             code="written-out",
             severity="info",
             message=" and ".join(
-                [f"{count_of(gathered, 'tensor', 'was', 'were')} not contiguous"] * bool(gathered)
+                [f"{count_of(n, 'tensor', 'was', 'were')} {how}" for how, n in gathered.items()]
                 + [f"{count_of(overlapping, 'tensor')} shared a storage"] * bool(overlapping)
             )
             + "; each has its own bytes in the output",

@@ -21,7 +21,7 @@ from ckptkit.report import count_of, listed, without_endings
 from ckptkit.shell import command_line
 from ckptkit.transfer.folders import is_empty_folder, not_empty
 from ckptkit.transfer.names import exists
-from ckptkit.transfer.writing import folder_made
+from ckptkit.transfer.writing import folder_made, require_replaceable
 
 if TYPE_CHECKING:
     from ckptkit.formats.format import Format
@@ -66,7 +66,7 @@ def is_folder_of_files(
 
 
 def require_file_name(destination: str | os.PathLike[str]) -> None:
-    """Refuse what means standard output, and URLs.
+    """Refuse what means standard output, URLs, devices and pipes.
 
     Raises:
         FileAccessError: it is one.
@@ -78,6 +78,7 @@ def require_file_name(destination: str | os.PathLike[str]) -> None:
             "its name; name a file (./- is a file called -)",
             path="-",
         )
+    require_replaceable(os.fsdecode(destination))
 
 
 def named_after(path: str, options: ConvertOptions) -> str:

@@ -119,7 +119,7 @@ def parse(raw: bytes, limits: Limits, what: str, hook: Callable[[dict[str, objec
         return json.loads(text, object_pairs_hook=made, parse_constant=constant, parse_int=parse_int)
     except json.JSONDecodeError as error:
         at = len(text[: error.pos].encode("utf-8"))
-        raise CorruptError(f"{what} is not valid JSON: {error.msg}", offset=at) from None
+        raise CorruptError(f"{what} is not valid JSON: {error.msg.removesuffix(' at')}", offset=at) from None
     except RecursionError:
         raise CorruptError(f"{what} is not valid JSON: nested too deeply") from None
     except ValueError as error:

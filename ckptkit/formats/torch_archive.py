@@ -416,8 +416,9 @@ class TorchArchive:
         findings = []
         path = next((record.data.file.path for record in self.records.values()), "")
         clean = convert_command(path, suffix=".pth") if self._is_plain() else None
-        if self.is_repacked:
+        if self.is_repacked or not _has_version(self.records, ""):
             inside = f"torch's records are below {self._root[:200]!r}"
+            inside += "" if _has_version(self.records, "") else ", without the record 'version'"
             beside = f", beside them {listed([name[:80] for name in self._outside], 4)}" if self._outside else ""
             findings.append(
                 Finding(

@@ -113,10 +113,10 @@ def find_directory(file: ByteRange) -> tuple[int, int, int]:
     ends_at = end_at
     locator_at = end_at - LOCATOR.size
     if locator_at >= 0 and (raw := file.read(locator_at, LOCATOR.size))[:4] == b"PK\x06\x07":
-        end64_at = LOCATOR.unpack(raw)[2]
+        _, end64_disk, end64_at, disks = LOCATOR.unpack(raw)
         if end64_at + END64.size > locator_at:
             raise CorruptError(f"the zip64 end record is declared at byte {end64_at:,}, after its locator")
-        signature, nbytes_end64, _, _, _, _, on_disk64, count64, nbytes64, offset64 = END64.unpack(
+        signature, nbytes_end64, _, _, disk64, start64, on_disk64, count64, nbytes64, offset64 = END64.unpack(
             file.read(end64_at, END64.size)
         )
         if signature != b"PK\x06\x06" or end64_at + 12 + nbytes_end64 != locator_at:
@@ -124,6 +124,8 @@ def find_directory(file: ByteRange) -> tuple[int, int, int]:
                 "the zip64 locator does not point at the zip64 end record before it: two archives "
                 "were joined, or bytes were cut out"
             )
+        if (end64_disk, disks, disk64, start64) != (0, 1, 0, 0):
+            raise UnsupportedError("a multi-volume archive")
         narrow = ((count, count64, MAX16), (nbytes, nbytes64, MAX32), (offset, offset64, MAX32))
         if any(small not in (wide, top) for small, wide, top in narrow):
             raise AmbiguousError("the zip end record and the zip64 end record disagree")

@@ -36,7 +36,7 @@ from ckptkit.dtypes import DTYPES
 from ckptkit.errors import CorruptError, LimitError
 from ckptkit.limits import DEFAULT_LIMITS
 from ckptkit.pickling.inert import Global, InertDict, InertSet, Object, mapping_items, named_items, states, tensors_in
-from ckptkit.report import count_of
+from ckptkit.report import share_of
 from ckptkit.shell import command_line
 from ckptkit.startup import pattern
 
@@ -476,7 +476,7 @@ def inner_module_told(names: Sequence[str]) -> tuple[str, list[str]] | None:
     if not carrying:
         return None
     told = (
-        f"{len(carrying)} of {count_of(len(names), 'name')} have `{MODULE}.` after their beginning, such as "
+        f"{share_of(len(carrying), len(names), 'name', 'has', 'have')} `{MODULE}.` after the beginning, such as "
         f"{carrying[0]!r:.200}: DataParallel around a part of the model, or an attribute with that name"
     )
     if len({_INNER_MODULE.sub("", name) for name in names}) < len(names):

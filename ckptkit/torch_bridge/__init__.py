@@ -52,7 +52,7 @@ from ckptkit.pickling.layouts import (
 from ckptkit.pickling.tensors import shape_of
 from ckptkit.report import count_of, glob_of, listed
 from ckptkit.torch_bridge.devices import TorchLocation
-from ckptkit.torch_bridge.loading import Loader, dtype_of, require_dtypes, tensors
+from ckptkit.torch_bridge.loading import Loader, dtype_of, require_dtypes, tensors, typed
 from ckptkit.transfer.checksums import Checksums
 from ckptkit.transfer.values import array_from, check_indices, values_of
 
@@ -274,7 +274,15 @@ class _Builder:
         return value
 
     def _entry(self, entry: TensorEntry) -> object:
-        return entry.numpy() if self._stands_in and is_from_array(entry) else self._loader.tensor(entry)
+        stands_in = self._stands_in and is_from_array(entry)
+        made = self._keep(entry, entry.numpy() if stands_in else self._loader.tensor(entry))
+        state = entry.attributes if self._stands_in else None
+        self._attach(made, state[0] if isinstance(state, tuple) and state else state)
+        return made
+
+    def _attach(self, made: object, own: object) -> None:
+        if hasattr(made, "__dict__"):
+            vars(made).update({key: self(value, key) for key, value in named_items(own) if not is_dunder(key)})
 
     def _make(self, node: object) -> object:
         if node is STATE_DICT:
@@ -330,9 +338,7 @@ class _Builder:
         self._keep(node, made)
         for made_key, (key, value) in zip(self.keys([key for key, _ in pairs]), pairs, strict=True):
             made[made_key] = self(value, key)
-        own = attributes(node)
-        if own is not None and not isinstance(made, (defaultdict, Counter)) and hasattr(made, "__dict__"):
-            vars(made).update({key: self(value, key) for key, value in named_items(own) if not is_dunder(key)})
+        self._attach(made, None if isinstance(made, (defaultdict, Counter)) else attributes(node))
         return made
 
     def keys(self, nodes: Sequence[object]) -> list[Any]:
@@ -368,7 +374,7 @@ class _Builder:
     def _storage(self, storage: Storage) -> object:
         """A bare storage, of the type that the file declares."""
         memory = self._loader.storage(as_tensor(storage, typed=True))
-        return memory if storage.dtype is None else _typed(memory, storage.dtype)
+        return memory if storage.dtype is None else typed(memory, storage.dtype)
 
     # Tensors that are not plain ones.
 
@@ -439,7 +445,7 @@ class _Builder:
                     [n if at == axis else 0 for at, n in enumerate(numbers.shape)],
                     scales=scales, zero_points=zero_points, axis=axis, dtype=dtype, device=memory.device,
                 )  # fmt: skip
-            made.set_(_typed(memory, numbers.dtype), numbers.storage_offset, numbers.shape, numbers.stride)
+            made.set_(typed(memory, numbers.dtype), numbers.storage_offset, numbers.shape, numbers.stride)
             made.requires_grad = layout.requires_grad
             return made
 
@@ -475,10 +481,8 @@ class _Builder:
             )
         data = self(layout.data)
         tensor = data if isinstance(data, torch.Tensor) else _by_torch(lambda: torch.from_numpy(data))
-        dtype = dtype_of(layout.dtype)
         try:
-            moved = tensor.to(dtype=dtype, device=str(where))
-            return moved.requires_grad_(layout.requires_grad)
+            return tensor.to(dtype=dtype_of(layout.dtype), device=str(where)).requires_grad_(layout.requires_grad)
         except (RuntimeError, AssertionError, NotImplementedError) as error:
             reason = str(error).partition("\n")[0].partition(". ")[0]
             raise RewriteError(
@@ -494,7 +498,3 @@ def _by_torch(make: Callable[[], Any]) -> Any:
     except (RuntimeError, TypeError, ValueError, NotImplementedError, AttributeError, ImportError) as error:
         reason = str(error).partition("\n")[0]
         raise _ForeignError(f"torch {torch.__version__} cannot create it: {reason:.150}") from error
-
-
-def _typed(memory: torch.UntypedStorage, dtype: str) -> Any:
-    return torch.storage.TypedStorage(wrap_storage=memory, dtype=dtype_of(dtype), _internal=True)  # type: ignore[no-untyped-call]

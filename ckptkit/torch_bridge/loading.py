@@ -5,8 +5,8 @@ has allocated, one torch storage for each `Storage`, and tensors are strided vie
 shared or was tied in the file therefore shares and is tied in memory, with the same shape, stride
 and offset, as after ``torch.load``.
 
-Of a tensor subclass the plain tensor is given, and Python attributes saved with a tensor are left
-out: both would need the file's classes.
+Of a tensor subclass the plain tensor is given: the other would need the file's class.  Python
+attributes saved with a tensor are left out here; a whole tree has them.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ require_torch()
 
 import torch  # noqa: E402 - behind the check, so that its absence is explained
 
-__all__ = ["ALIGNMENT", "Loader", "dtype_of", "require_dtypes", "tensors"]
+__all__ = ["ALIGNMENT", "Loader", "dtype_of", "require_dtypes", "tensors", "typed"]
 
 _Readable = ByteRange | ConvertedRange | DenseRange
 """Bytes that are read unchanged, or made as they are read."""
@@ -78,6 +78,11 @@ def dtype_of(name: str) -> torch.dtype:
         newer = f"torch {_SINCE[name]} or later has it" if name in _SINCE else "a newer torch may have it"
         raise DTypeError(f"torch {torch.__version__} has no dtype {name}; {newer}")
     return found
+
+
+def typed(memory: torch.UntypedStorage, dtype: str) -> torch.TypedStorage:
+    """The storage of a dtype, a torch name, over memory."""
+    return torch.storage.TypedStorage(wrap_storage=memory, dtype=dtype_of(dtype), _internal=True)  # type: ignore[no-untyped-call]
 
 
 def require_dtypes(state_dict: StateDict) -> None:

@@ -92,11 +92,12 @@ def write_atomically(
 
     Raises:
         DestinationExistsError: it exists and ``force`` is false; checked again at the very end.
-        FileAccessError: it cannot be written, or is a URL; nothing is left behind.
+        FileAccessError: it cannot be written, or is a URL, a device or a pipe; nothing is left behind.
         CorruptError: a source changed while it was read.
     """
     shown = os.fsdecode(destination)
     require_local(shown)
+    require_replaceable(shown)
     wanted = places(plan, shown, force=force)
     path = wanted[-1][1]
     folder = os.path.dirname(path)
@@ -231,6 +232,21 @@ def status_of(path: str) -> os.stat_result | None:
     except OSError:
         return None
     return status if stat.S_ISREG(status.st_mode) else None
+
+
+def require_replaceable(path: str) -> None:
+    """Refuse what a file may not take the place of.
+
+    Raises:
+        FileAccessError: a device, a pipe or a socket is there.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:
+        return
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        told = "is a device, a pipe or a socket, and the output gets its name only once it is complete; name a file"
+        raise FileAccessError(f"{path}: {told}", path=path)
 
 
 def _temporary_names(files: list[Output], plan: Plan) -> dict[str, str]:

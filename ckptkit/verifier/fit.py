@@ -249,8 +249,9 @@ def _shapes(fit: Fit, checkpoint: Checkpoint, context: Context) -> Finding:
     return Finding(
         code="shape-mismatch",
         severity="error",
-        message=f"another head: {listed([f'`{layer}`' for layer in layers])} {'has' if len(layers) == 1 else 'have'}"
-        f" {ours} outputs in the checkpoint and {theirs} in the reference; everything else fits ({shown})",
+        message=f"another head: {listed([f'`{layer}`' if layer else 'the model itself' for layer in layers])} "
+        f"{'has' if len(layers) == 1 else 'have'} {count_of(ours, 'output')} in the checkpoint and {theirs} in the "
+        f"reference; everything else fits ({shown})",
         fix=fix,
     )
 

@@ -52,6 +52,7 @@ def typed(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytes
         ("--json inspect model.pth", "after the command: ckptkit COMMAND --json"),
         ("--versoin", "did you mean --version?"),
         ("inspect modle.pth", "modle.pth: no such file; did you mean model.pth?"),
+        ("inspect model.pth!", "model.pth!: no such file; did you mean model.pth?"),
         ("inspect model.pt", "did you mean model.pth?"),
         ("inspect model", "did you mean model.pth?"),
         ("inspect rum/checkpoint-10/model.pth", "did you mean run/checkpoint-10/model.pth?"),

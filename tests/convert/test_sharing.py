@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, load_model
+from support.files import with_data
 from support.generated_tensors import STORABLE
 from torch import nn
 
@@ -190,6 +191,16 @@ def test_what_is_told_of_views(save, convert) -> None:
     (finding,) = document["findings"]
     assert finding["code"] == "written-out"
     assert finding["message"].startswith("1 tensor was not contiguous and 2 tensors shared a storage; each")
+
+
+def test_what_is_told_of_other_forms(save, convert) -> None:
+    z = torch.randn(3, dtype=torch.complex64)
+    path = save({"conj": z.conj().clone().conj(), "t": torch.ones(2, 3).t(), "plain": torch.ones(1)})
+    (finding,) = json.loads(convert(path, "out.safetensors", "--json").out)["findings"]
+    assert finding["message"].startswith("1 tensor was stored conjugated or negated and 1 tensor was not contiguous; ")
+    path = with_data(save({"a": torch.ones(3), "b": torch.ones(2)}), lambda n, d: b"big" if n == "byteorder" else d)
+    (finding,) = json.loads(convert(path, "out.safetensors", "--json", "--force").out)["findings"]
+    assert finding["message"].startswith("2 tensors were big-endian; ")
 
 
 def test_a_small_view_of_a_large_storage(save, convert, converted, agree) -> None:

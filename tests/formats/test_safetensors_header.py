@@ -49,6 +49,7 @@ REFUSED: dict[str, tuple[bytes, type[FormatError], str]] = {
         "say that 200,000,000 bytes of header follow; the file has 72, and no reader accepts more than 100,000,000"),
     "header cut": (file_bytes(A, b"abcd", size=10), CorruptError, "header, byte [0-9]+: the header is not valid JSON"),
     "a brace alone": (file_bytes(b"{"), CorruptError, "byte 1: the header is not valid JSON: Expecting property"),
+    "a line in a name": (file_bytes(b'{"a\nb":1}'), CorruptError, "the header is not valid JSON: .* character$"),
     "mismatched brackets": (file_bytes(b"{]"), CorruptError, "header, byte 1: the header is not valid JSON"),
     "something behind": (file_bytes(b"{} x"), CorruptError, "header, byte 3: the header is not valid JSON: Extra data"),
     "zeros behind": (file_bytes(b"{}\0\0"), CorruptError, "header, byte 2: the header is not valid JSON: Extra data"),

@@ -26,7 +26,7 @@ import numpy
 import pytest
 import torch
 from support.conformance import Conformance
-from support.files import read, repacked, tarred
+from support.files import read, repacked, tarred, with_data
 
 import ckptkit
 from ckptkit import computed, formats
@@ -141,6 +141,17 @@ def test_many_are_counted_and_few_named(save: Save) -> None:
     assert "9 records of 0 B" in checkpoint.findings[0].message
     assert checkpoint.findings[0].message.endswith("x0, x1, x2, x3 and 5 more")
     assert "9 records" in checkpoint.findings[0].message
+
+
+def test_without_the_version_that_torch_asks_for(save: Save, tmp_path: Path) -> None:
+    path = with_data(save(state()), lambda name, data: None if name in ("version", ".data/version") else data)
+    with pytest.raises(RuntimeError, match="version"):
+        torch.load(path, weights_only=True)
+    checkpoint = read(path)
+    assert codes(checkpoint) == [("repacked-archive", "warning")]
+    assert "without the record 'version'; torch refuses such an archive" in checkpoint.findings[0].message
+    ckptkit.convert(path, tmp_path / "clean.pth")
+    assert codes(read(tmp_path / "clean.pth")) == [] and torch.load(tmp_path / "clean.pth").keys() == state().keys()
 
 
 # What is in them.

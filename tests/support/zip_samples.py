@@ -114,7 +114,13 @@ def zip64_end(data: bytes, **changes: int) -> bytes:
         "offset": offset,
         "at": at,
         "signature": 0x06064B50,
+        "disk": 0,
+        "start_disk": 0,
+        "end_disk": 0,
+        "disks": 1,
     } | changes
-    record = struct.pack("<IQHHIIQQQQ", fields["signature"], fields["size"], 45, 45, 0, 0, fields["count"],
-                         fields["count"], fields["nbytes"], fields["offset"])  # fmt: skip
-    return data[:at] + record + struct.pack("<4sIQI", b"PK\x06\x07", 0, fields["at"], 1) + data[at:]
+    record = struct.pack("<IQHHIIQQQQ", fields["signature"], fields["size"], 45, 45, fields["disk"],
+                         fields["start_disk"], fields["count"], fields["count"], fields["nbytes"],
+                         fields["offset"])  # fmt: skip
+    locator = struct.pack("<4sIQI", b"PK\x06\x07", fields["end_disk"], fields["at"], fields["disks"])
+    return data[:at] + record + locator + data[at:]

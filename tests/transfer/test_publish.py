@@ -169,6 +169,19 @@ def test_destinations_that_cannot_be(source: SourceFile, out: Path) -> None:
     assert only(out) == []
 
 
+@posix_only
+@pytest.mark.parametrize("force", [False, True])
+def test_what_is_no_file_is_not_replaced(source: SourceFile, out: Path, force: bool) -> None:
+    os.mkfifo(out)
+    (out.parent / "link").symlink_to(out)
+    for path in (out, out.parent / "link"):
+        before = os.stat(path)
+        with pytest.raises(FileAccessError, match=r"is a device, a pipe or a socket, and .* name a file"):
+            write(path, some_plan(source), force=force)
+        assert os.path.samestat(os.stat(path), before)
+    assert sorted(only(out)) == sorted([out.name, "link"])
+
+
 def test_a_folder_nobody_may_write_to(source: SourceFile, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = os.open
 

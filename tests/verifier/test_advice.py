@@ -136,6 +136,13 @@ def test_another_head(run: Run, save: Any) -> None:
     assert finding(run(Net(7).state_dict(), model=Net), "shape-mismatch").fix is None
 
 
+def test_a_model_that_is_a_head(run: Run) -> None:
+    found = finding(run(nn.Linear(3, 1).state_dict(), model=lambda: nn.Linear(3, 2)), "shape-mismatch")
+    assert found.message.startswith(
+        "another head: the model itself has 1 output in the checkpoint and 2 in the reference; everything else fits"
+    )
+
+
 def test_a_detector_with_another_head(run: Run) -> None:
     weights = torchvision.models.detection.fasterrcnn_mobilenet_v3_large_320_fpn(
         weights=None, weights_backbone=None, num_classes=3
