@@ -103,7 +103,7 @@ def select(
         manifest: the file with the requirements, which is not one of them.
         are_whole: whether each folder is one checkpoint, because rules say how to join its files.
         every_pickle: whether incomplete outputs of ckptkit are treated as their content.
-        beside: whether what lies beside the last step of a folder is found too; other steps are skipped, and counted.
+        beside: whether files beside the last step of a folder are found too; other steps are skipped, and counted.
 
     Raises:
         FileAccessError: there are no paths: nothing checked is never well; or there is no such step.
@@ -123,19 +123,7 @@ def select(
             surveyor.named(path)
             continue
         if places.isdir(path):
-            try:
-                step = step_of(path, tag)
-            except CkptkitError as error:
-                empty.append((path, error))
-                continue
-            if not places.isdir(step):
-                surveyor.named(step)
-                continue
-            if beside and tag is None and step != path:
-                for other in _other_steps(step):
-                    surveyor.skip(other, _OTHER_STEP)
-                step = path
-            if (nothing := surveyor.folder(step)) is not None:
+            if (nothing := _survey(surveyor, path, tag, beside=beside)) is not None:
                 empty.append((path, nothing))
             continue
         index = None
@@ -166,6 +154,22 @@ def select(
         empty=tuple(empty),
         shards={index: tuple(dict.fromkeys(named)) for index, named in shards.items()},
     )
+
+
+def _survey(surveyor: Surveyor, folder: str, tag: str | None, *, beside: bool) -> CkptkitError | None:
+    """Search a folder, or what it means; the error if there is no checkpoint, or no such step."""
+    try:
+        step = step_of(folder, tag)
+    except CkptkitError as error:
+        return error
+    if not places.isdir(step):
+        surveyor.named(step)
+        return None
+    if not beside or tag is not None or step == folder:
+        return surveyor.folder(step)
+    for other in _other_steps(step):
+        surveyor.skip(other, _OTHER_STEP)
+    return surveyor.folder(folder)
 
 
 def _indexes_beside(folder: str, name: str) -> dict[str, str]:
