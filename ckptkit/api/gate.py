@@ -108,7 +108,8 @@ def check(
 
     Args:
         paths: files and folders, one or several; none: those that the configuration names, or all of the manifest's and
-            anything else in the folders it was made from.  An index includes its shards, and a shard all of them if its
+            anything else in the folders it was made from.  Of a folder that names its last step, without a manifest,
+            the files around that step are checked too.  An index includes its shards, and a shard all of them if its
             index is beside it.
         manifest: a manifest that `ckptkit.manifest` wrote; none: the configuration's.
         config: a ``ckptkit.toml`` or ``pyproject.toml``; there is no automatic search.  Arguments override it.
