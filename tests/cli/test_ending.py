@@ -465,7 +465,7 @@ def on_a_terminal(folder: Path, columns: int, *arguments: str) -> list[str]:
     fcntl, termios = pytest.importorskip("fcntl"), pytest.importorskip("termios")
     ours, theirs = os.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-    words = [sys.executable, "-m", "ckptkit", *arguments]
+    words = [os.environ.get("CKPTKIT_PYTHON", sys.executable), "-m", "ckptkit", *arguments]
     files = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": theirs}
     with open(ours, "rb", buffering=0) as terminal, subprocess.Popen(words, cwd=folder, env=ENV, **files) as process:
         os.close(theirs)
