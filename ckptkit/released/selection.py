@@ -193,13 +193,13 @@ def _other_steps(step: str) -> Iterator[str]:
     """The folders beside a step that are steps too."""
     from ckptkit.formats.distributed.around import sharded_at
 
-    above, own = places.split(step)
+    above, own = places.split(step)[0], places.identity(step)
     with places.scandir(above or os.curdir) as entries:
         names = sorted(entry.name for entry in entries if places.leads_to(entry.is_dir))
     for name in names:
         path = places.below(above, name)
         try:
-            if name != own and sharded_at(path) is not None:
+            if places.identity(path) != own and sharded_at(path) is not None:  # a link may lead to the step itself
                 yield path
         except CkptkitError:  # it is reported where it is met
             continue

@@ -212,6 +212,8 @@ def test_the_last_step(command: Command, saved: Callable[..., Path], tmp_path: P
     assert (file["path"], file["layout"]["tag"]) == ("runs", "step-20")
     assert command("convert", "runs", "out/", "--to", "pth").code == 0 and torch.load("out/runs.pth")["epoch"] == 4
     assert command("check", "runs").out.splitlines()[0].startswith("runs/step-20: ok")
+    Path("runs/best").symlink_to("step-20")
+    assert command("check", "runs").out.splitlines()[0].startswith("runs/step-20: ok")
     torch.save(Runs(), "runs/else.pth")  # what is beside the last step does not pass unseen
     done = command("check", "runs")
     assert done.code == 1 and "runs/else.pth: FAILED" in done.out and "runs/step-20: ok" in done.out
